@@ -1,0 +1,58 @@
+"""Expert backends: the two grouped products of an MoE layer, straight from the stored format.
+
+Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
+
+import torch
+
+from epmoe.quant import ExpertWeights
+from epmoe.router import Dispatch
+
+EXPERTS = {
+    "reference": "epmoe.experts.reference:ReferenceExperts",
+    "triton": "epmoe.experts.triton:TritonExperts",
+}
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """out = gate · sigmoid(alpha · gate) · (up + up_offset), gate = min(gate, limit), up = clamp(up, ±limit).
+
+    The defaults are gpt-oss's; another family is another record (alpha 1, limit inf, up_offset 0 is plain SwiGLU).
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+    up_offset: float = 1.0
+
+
+class Experts(Protocol):
+    """The packed experts of one layer on one rank."""
+
+    formats: ClassVar[frozenset[str]]  # names of FORMATS that `pack` takes
+
+    @classmethod
+    def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:
+        """Bring weights into the layout that `forward` reads. May take over their memory.
+
+        Raises:
+            UserError: this backend does not run that format; the message names those it does.
+        """
+        ...
+
+    def unpack(self) -> ExpertWeights:
+        """The inverse of `pack`, exact."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Each local slot's row, gate weight × (expert output + down bias), in x's dtype; zeros for other slots: [T, K, H].
+
+        A row's value depends on its token and its expert only, not on the other rows: a fixed order along the contraction.
+        """
+        ...
