@@ -1,0 +1,65 @@
+"""Compile a Triton kernel for a GPU that is not here, and read what it costs: registers and spills.
+
+Triton lowers to PTX on any machine; the `ptxas` in its wheel turns that into machine code and, with `-v`, reports the
+registers and the bytes of them that it had to spill to memory. A spill in an inner loop is a silent loss of speed, so
+tests hold kernels to none.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+def compile_kernel(
+    fn: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = 90,
+) -> dict[str, int]:
+    """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory}`.
+
+    Args:
+        signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
+            aligned, as torch allocates them.
+        constexprs: value of each `tl.constexpr` argument.
+    """
+    names = fn.arg_names
+    missing = set(names) - set(signature) - set(constexprs)
+    assert not missing, f"no type or value for {missing}"
+    source = ASTSource(
+        fn=fn,
+        signature={name: "constexpr" if name in constexprs else signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in constexprs and signature[name].startswith("*")
+        },
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared}
+
+
+def _assemble(ptx: str) -> dict[str, int]:
+    target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+    assert target is not None, "Triton's PTX names no target"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [_PTXAS, "-v", f"--gpu-name={target[1].rstrip(',')}", "-o", Path(folder, "kernel.cubin"), source]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    assert registers and spills, f"ptxas reported neither registers nor spills:\n{report}"
+    return {"registers": max(registers), "spills": sum(spills)}

@@ -1,0 +1,47 @@
+"""Run a test's body in Triton's interpreter: kernels on the CPU, without a GPU.
+
+Triton decides when a kernel is *decorated* whether it is interpreted, so `TRITON_INTERPRET=1` must be set before the
+kernel's module is imported. Setting it here, in pytest's own process, would turn every kernel that another test imports
+into an interpreted one. So the body runs in a worker process that is told first; one worker serves all tests of a
+session.
+
+    from interpret import interpreted
+
+    def body(case): ...          # at module level; imports kernels inside, compares inside, raises on failure
+    interpreted(body, case)
+
+What the interpreter cannot do: bf16 arithmetic (`tl.dot` on bf16 is silently wrong there), so pass float32 tensors.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _start() -> None:
+    """First thing in the worker, before it unpickles (and so imports) anything of a test."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the interpreter copies CUDA tensors to the host; keep to CPU tensors
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@cache
+def _worker() -> Pool:
+    return get_context("spawn").Pool(1, initializer=_start)
+
+
+def interpreted(function: Callable[..., T], *args: Any, timeout: float = 120) -> T:
+    """`function(*args)` in the interpreting worker; arguments and result are plain Python or small CPU tensors.
+
+    Raises:
+        whatever `function` raised, with the worker's traceback; TimeoutError after `timeout` seconds, also if the
+            worker died.
+    """
+    return _worker().apply_async(function, args).get(timeout)
