@@ -36,6 +36,10 @@ class ExpertMatrix(Protocol):
 
     def to(self, device: torch.device) -> Self: ...
 
+    def select(self, experts: slice) -> Self:
+        """Some of the L experts, as a view."""
+        ...
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values `[L, N, C]`."""
         ...

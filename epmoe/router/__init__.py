@@ -27,6 +27,7 @@ class Dispatch:
     offset_L1: torch.Tensor  # int32 [L+1], rows of local expert l are offset[l] : offset[l+1]
     slot_R: torch.Tensor  # int32 gather index: row → slot; unused rows hold S
     row_S: torch.Tensor  # int32 scatter index: slot → row; -1 where the slot's expert lives on another rank
+    num_experts: int  # E over all ranks, so that a tile choice can follow T·K/E and never the local rows
 
 
 class Route(Protocol):
