@@ -51,8 +51,9 @@ class Experts(Protocol):
     def nbytes(self) -> int: ...
 
     def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """Each local slot's row, gate weight × (expert output + down bias), in x's dtype; zeros for other slots: [T, K, H].
+        """[T, H] → slot rows [T, K, H] in x's dtype: gate weight × (expert output + down bias); zeros for other slots.
 
-        A row's value depends on its token and its expert only, not on the other rows: a fixed order along the contraction.
+        A row's value depends on its token and its expert only, not on the other rows: a fixed order along the
+        contraction.
         """
         ...

@@ -4,6 +4,7 @@ Letters: T tokens · H hidden · I intermediate · K experts per token · L expe
 one tile.
 """
 
+from itertools import pairwise
 from typing import ClassVar, Self
 
 import torch
@@ -15,8 +16,8 @@ from epmoe.router import Dispatch
 # Rows of every matrix product. A library picks its order of summation by the product's shape, so all products of one
 # matrix have one shape and a row's bits follow neither from the batch nor from the placement.
 TILE = 16
-# Decoding an expert costs more than multiplying a few rows with it. A layer whose float32 values fit here (a demo model,
-# never gpt-oss-20b) keeps them; a larger one decodes each expert whenever it is used.
+# Decoding an expert costs more than multiplying a few rows with it. A layer whose float32 values fit here (a demo
+# model, never gpt-oss-20b) keeps them; a larger one decodes each expert whenever it is used.
 HELD_BYTES = 64 << 20
 
 
@@ -57,12 +58,12 @@ class ReferenceExperts:
         return weights.gate_up.nbytes + weights.down.nbytes + biases + sum(value.nbytes for value in self._held or ())
 
     def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """[T, H] → this rank's slot rows [T, K, H] in x's dtype, zeros in the others; experts without rows cost nothing."""
+        """[T, H] → this rank's slot rows [T, K, H] in x's dtype, others zero; no work for experts without rows."""
         (tokens, hidden), top_k = x_TH.shape, dispatch.expert_TK.shape[1]
         y_SH = x_TH.new_zeros(tokens * top_k, hidden)
         weight_S = dispatch.weight_TK.flatten()
         offsets = dispatch.offset_L1.tolist()
-        for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for expert, (start, stop) in enumerate(pairwise(offsets)):
             if start == stop:
                 continue
             gate_up_NH, down_HI = self._values(expert)
