@@ -57,7 +57,7 @@ def _assemble(ptx: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [_PTXAS, "-v", f"--gpu-name={target[1].rstrip(',')}", "-o", Path(folder, "kernel.cubin"), source]
+        command = [str(_PTXAS), "-v", f"--gpu-name={target[1].rstrip(',')}", "-o", f"{folder}/kernel.cubin", str(source)]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
