@@ -1,0 +1,27 @@
+"""Combine by all-reduce: one row a token on the wire, and sums that depend on the number of ranks.
+
+Letters: T tokens · K experts per token · H hidden.
+"""
+
+import torch
+import torch.distributed as dist
+
+from epmoe.combine.slots import add_slots
+from epmoe.ranks import Ranks
+
+
+class AllReduce:
+    """y[t] = Σ over ranks of round(Σ over this rank's k of y[t, k]); a bf16 sum is rounded again at every hop.
+
+    For networks and large batches, where K times the traffic of `Slots` costs more than its reproducibility is worth.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.group = ranks.expert_group
+
+    def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
+        """[T, K, H] with zeros in slots of other ranks → [T, H] in the same dtype."""
+        sum_TH = add_slots(y_TKH)
+        if self.group is not None and sum_TH.numel():
+            dist.all_reduce(sum_TH, group=self.group)
+        return sum_TH
