@@ -1,9 +1,9 @@
 """Synthetic gpt-oss checkpoints of any size, in the exact layout of the published ones, for tests and benchmarks.
 
 Weights are random and well scaled: MXFP4 block bytes uniform, scale bytes 119 or 120, norms 1, embeddings of standard
-deviation 1 (so that tokens differ), sinks 1, biases 0.1 (so that dropping one is seen), all other weights 0.02. A tensor's
-values depend on the seed, its name and its shape only. Tensors are written one by one from a few threads, so memory stays
-bounded at any size (about 0.1 GB a thread).
+deviation 1 (so that tokens differ), sinks 1, biases 0.1 (so that dropping one is seen), all other weights 0.02. A
+tensor's values depend on the seed, its name and its shape only. Tensors are written one by one from a few threads, so
+memory stays bounded at any size (about 0.1 GB a thread).
 
 Letters: E experts · H hidden · I intermediate.
 """
@@ -102,7 +102,8 @@ _CHAT_TEMPLATE = (
 def make_checkpoint(directory: str | Path, size: str = "tiny", **overrides: object) -> Path:
     """Write a synthetic checkpoint into `directory` (made when missing) and return its path.
 
-    `overrides` are fields of `Synthetic`. A vocabulary too small for 256 bytes and the special tokens gets no tokenizer.
+    `overrides` are fields of `Synthetic`. A vocabulary too small for 256 bytes and the special tokens gets no
+    tokenizer.
 
     Raises:
         UserError: MXFP4 experts whose contraction is no multiple of 32, or an unknown spelling.
@@ -111,7 +112,8 @@ def make_checkpoint(directory: str | Path, size: str = "tiny", **overrides: obje
     spec = replace(SIZES[size], **overrides)  # type: ignore[arg-type]
     if spec.dtype_experts not in ("mxfp4", "bf16") or spec.rope_spelling not in ("scaling", "parameters"):
         raise UserError(
-            f"dtype_experts={spec.dtype_experts} is mxfp4 or bf16, rope_spelling={spec.rope_spelling} scaling or parameters"
+            f"dtype_experts={spec.dtype_experts!r} must be mxfp4 or bf16, "
+            f"rope_spelling={spec.rope_spelling!r} scaling or parameters"
         )
     if spec.dtype_experts == "mxfp4" and (spec.hidden % 32 or spec.intermediate % 32):
         raise UserError(
@@ -290,7 +292,7 @@ def _write_header(file: Path, tensors: list[_Tensor]) -> list[tuple[_Tensor, int
 
 
 def _write_tensor(file: Path, offset: int, tensor: _Tensor, seed: int) -> None:
-    data = memoryview(_draw(tensor, seed).view(torch.uint8).numpy())
+    data = _draw(tensor, seed).view(torch.uint8).numpy().data
     end = offset + tensor.nbytes
     fd = os.open(file, os.O_WRONLY)
     try:
@@ -315,7 +317,7 @@ def _special(spec: Synthetic) -> dict[str, int]:
 
 
 def _write_tokenizer(path: Path, spec: Synthetic) -> None:
-    """A byte-level tokenizer: id = byte, then the special tokens; the other ids of a large vocabulary stand for no text."""
+    """A byte-level tokenizer: id = byte, then the special tokens; other ids of a large vocabulary stand for no text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     printable = {

@@ -28,7 +28,7 @@ def main() -> None:
         if field.type is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction)
         else:
-            parser.add_argument(option, type=field.type, choices=_CHOICES.get(field.name))  # type: ignore[arg-type]
+            parser.add_argument(option, type=field.type, choices=_CHOICES.get(field.name))
     options = vars(parser.parse_args())
     directory = options.pop("directory")
     begin = time.perf_counter()
