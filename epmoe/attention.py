@@ -1,0 +1,217 @@
+"""Attention over the paged cache: grouped queries, a learned sink a head, sliding windows, rotary positions with YaRN.
+
+Letters: T tokens of a step · H hidden · B sequences · C positions attended to · Q queries of a block · E query heads ·
+J key/value heads · G = E/J query heads a key/value head · D head dimension · F = D/2 frequencies · R rows of a cache.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from epmoe.cache import Decode, Plan, Prefill
+
+# A prefill's float32 scores are made in blocks of queries of at most this many elements (256 MiB; about three times
+# that is alive at once), however long the prompt and the chunk are.
+SCORE_ELEMENTS = 2**26
+# With a window W a block of Q queries meets Q + W positions, of which each query uses W: a small block wastes little.
+WINDOW_QUERIES = 128
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions with YaRN (arXiv 2309.00071); every number comes from the checkpoint's config.json.
+
+    Dimension pairs that turn more than `beta_fast` times within the original context keep their frequency, those that
+    turn less than `beta_slow` times are slowed down by `factor`, and a linear ramp lies between. With `truncate` the
+    ends of the ramp are rounded outwards to whole dimensions. `concentration` scales both cos and sin.
+    """
+
+    head_dim: int
+    theta: float
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position: int
+    truncate: bool
+    concentration: float
+
+    def ramp_ends(self) -> tuple[float, float]:
+        """The ramp's ends as frequency indices: up to the first, frequencies stay; from the second, they are slow."""
+
+        def index(turns: float) -> float:  # of the dimension pair that turns so often within the original context
+            return (
+                self.head_dim
+                * math.log(self.original_max_position / (turns * 2 * math.pi))
+                / (2 * math.log(self.theta))
+            )
+
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        return low, high if high != low else high + 0.001
+
+    def frequency_F(self) -> torch.Tensor:
+        """Radians a position, [D/2] float32 on the CPU.
+
+        In float32 like every public implementation: far out, the rounding of a frequency is visible in the angle.
+        """
+        index_F = torch.arange(self.head_dim // 2, dtype=torch.float32, device="cpu")
+        wavelength_F = self.theta ** (2 * index_F / self.head_dim)
+        low, high = self.ramp_ends()
+        keep_F = 1 - ((index_F - low) / (high - low)).clamp(0, 1)
+        return (1 - keep_F) / (self.factor * wavelength_F) + keep_F / wavelength_F
+
+
+class Rotary:
+    """cos and sin for a step's positions. Not a module: it has no parameters, and nothing for the loader to assign."""
+
+    def __init__(self, rope: Rope) -> None:
+        self.concentration = rope.concentration
+        self.frequency_F = rope.frequency_F()
+
+    def __call__(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos_TF and sin_TF, float32, times the concentration."""
+        self.frequency_F = self.frequency_F.to(position_T.device)  # moves once
+        angle_TF = position_T[:, None].float() * self.frequency_F
+        return angle_TF.cos() * self.concentration, angle_TF.sin() * self.concentration
+
+
+def rotate(x_THD: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of each head; in float32, rounded once to x's dtype."""
+    first, second = x_THD.float().chunk(2, dim=-1)
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)
+
+
+def product_f32(a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> torch.Tensor:
+    """Batched product, summed and returned in float32 whatever the operands' dtype."""
+    if a_BMK.dtype == torch.float32 or a_BMK.device.type == "cpu":  # torch has out_dtype on accelerators only
+        return torch.bmm(a_BMK.float(), b_BKN.float())
+    return torch.bmm(a_BMK, b_BKN, out_dtype=torch.float32)
+
+
+def attend(
+    q_BMD: torch.Tensor, k_BCD: torch.Tensor, v_BCD: torch.Tensor, valid_BMC: torch.Tensor, sink_BM: torch.Tensor
+) -> torch.Tensor:
+    """softmax([q·kᵀ/√D, sink]) without its last column, times v: [B, M, D] in q's dtype.
+
+    The sink is a logit that only joins the denominator, and is not scaled. B counts independent products, M the rows of
+    one. `valid` broadcasts; every row needs a valid column. Products take q's dtype and sum in float32, the softmax is
+    float32 throughout.
+    """
+    score_BMC = product_f32(q_BMD, k_BCD.mT).mul_(q_BMD.shape[-1] ** -0.5)
+    score_BMC.masked_fill_(~valid_BMC, -torch.inf)
+    sink_BM1 = sink_BM.float()[..., None]
+    top_BM1 = torch.maximum(score_BMC.amax(-1, keepdim=True), sink_BM1)
+    weight_BMC = score_BMC.sub_(top_BM1).exp_()
+    total_BM1 = weight_BMC.sum(-1, keepdim=True) + (sink_BM1 - top_BM1).exp()
+    return (product_f32(weight_BMC.to(v_BCD.dtype), v_BCD) / total_BM1).to(q_BMD.dtype)
+
+
+class Attention(nn.Module):
+    """One layer's attention. Queries share key/value heads: head j·G + g reads key/value head j."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q = nn.Linear(hidden, heads * head_dim, bias)
+        self.k = nn.Linear(hidden, kv_heads * head_dim, bias)
+        self.v = nn.Linear(hidden, kv_heads * head_dim, bias)
+        self.o = nn.Linear(heads * head_dim, hidden, bias)
+        self.sinks = nn.Parameter(torch.empty(heads))
+
+    def forward(
+        self,
+        x_TH: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, torch.Tensor],
+        plan: Plan,
+    ) -> torch.Tensor:
+        """[T, H] → [T, H]. Writes the new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says."""
+        q_TED = rotate(self.q(x_TH).unflatten(-1, (self.heads, self.head_dim)), *cos_sin)
+        k_TJD = rotate(self.k(x_TH).unflatten(-1, (self.kv_heads, self.head_dim)), *cos_sin)
+        v_TJD = self.v(x_TH).unflatten(-1, (self.kv_heads, self.head_dim))
+        out_TED = torch.empty_like(q_TED)
+        for decode in plan.decodes:
+            self._decode(q_TED, k_TJD, v_TJD, cached, decode, out_TED)
+        for prefill in plan.prefills:
+            self._prefill(q_TED, k_TJD, v_TJD, cached, prefill, plan.window, out_TED)
+        return self.o(out_TED.flatten(1))
+
+    def _decode(
+        self,
+        q_TED: torch.Tensor,
+        k_TJD: torch.Tensor,
+        v_TJD: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        decode: Decode,
+        out_TED: torch.Tensor,
+    ) -> None:
+        """All sequences of `decode` at once: write each one's token, gather what it sees, attend."""
+        sequences, columns = decode.row_BC.shape
+        gathered: list[torch.Tensor] = []
+        for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
+            store_JRD.index_copy_(1, decode.row_B, new_TJD[decode.token_B].transpose(0, 1))
+            picked_JBCD = store_JRD.index_select(1, decode.row_BC.flatten())
+            gathered.append(picked_JBCD.view(self.kv_heads * sequences, columns, self.head_dim))
+        q_BJGD = q_TED[decode.token_B].unflatten(1, (self.kv_heads, -1))
+        sink_JBG = self.sinks.view(self.kv_heads, 1, -1).expand(-1, sequences, -1)
+        out = attend(
+            q_BJGD.transpose(0, 1).flatten(0, 1),
+            gathered[0],
+            gathered[1],
+            decode.valid_BC.repeat(self.kv_heads, 1)[:, None],
+            sink_JBG.flatten(0, 1),
+        )
+        out_BJGD = out.unflatten(0, (self.kv_heads, sequences)).transpose(0, 1)
+        out_TED.index_copy_(0, decode.token_B, out_BJGD.flatten(1, 2))
+
+    def _prefill(
+        self,
+        q_TED: torch.Tensor,
+        k_TJD: torch.Tensor,
+        v_TJD: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        prefill: Prefill,
+        window: int | None,
+        out_TED: torch.Tensor,
+    ) -> None:
+        """One sequence, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it."""
+        tokens = slice(prefill.begin, prefill.end)
+        k_JCD, v_JCD = (
+            torch.cat((store_JRD.index_select(1, prefill.past_C), new_TJD[tokens].transpose(0, 1)), dim=1)
+            for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True)
+        )
+        new, total = prefill.end - prefill.begin, k_JCD.shape[1]
+        block = max(1, SCORE_ELEMENTS // (self.heads * total))
+        if window is not None:
+            block = min(block, max(window, WINDOW_QUERIES))
+        for first in range(0, new, block):
+            last = min(first + block, new)
+            end = total - new + last  # columns 0 : end are the positions up to the block's last query
+            begin = 0 if window is None else max(0, total - new + first - window + 1)
+            out_TED[prefill.begin + first : prefill.begin + last] = self._block(
+                q_TED[prefill.begin + first : prefill.begin + last], k_JCD[:, begin:end], v_JCD[:, begin:end], window
+            )
+        for store_JRD, context_JCD in zip(cached, (k_JCD, v_JCD), strict=True):
+            store_JRD.index_copy_(1, prefill.row_R, context_JCD[:, total - len(prefill.row_R) :])
+
+    def _block(self, q_QED: torch.Tensor, k_JCD: torch.Tensor, v_JCD: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Q queries whose own positions are the last Q of the C columns: [Q, heads, D]."""
+        queries, columns = q_QED.shape[0], k_JCD.shape[1]
+        ago_QC = torch.arange(columns - queries, columns, device=q_QED.device)[:, None]
+        ago_QC = ago_QC - torch.arange(columns, device=q_QED.device)
+        valid_QC = ago_QC >= 0 if window is None else (ago_QC >= 0) & (ago_QC < window)
+        group = self.heads // self.kv_heads
+        q_JGQD = q_QED.unflatten(1, (self.kv_heads, group)).permute(1, 2, 0, 3)
+        out = attend(
+            q_JGQD.flatten(1, 2),
+            k_JCD,
+            v_JCD,
+            valid_QC.repeat(group, 1)[None],
+            self.sinks.view(self.kv_heads, group).repeat_interleave(queries, dim=1),
+        )
+        return out.unflatten(1, (group, queries)).permute(2, 0, 1, 3).flatten(1, 2)

@@ -1,0 +1,16 @@
+"""Models, by the `model_type` of a checkpoint's config.json.
+
+A model class is an `nn.Module` that knows neither ranks nor collectives nor backends:
+
+    Config.from_json(dict) -> its config       of a parsed config.json; raises UserError that names the key
+    __init__(config)                           built under `torch.device("meta")`; the loader assigns every parameter
+    forward(step: Step, cache: Cache)          logits_OV in float32 of the rows `step.output_O`
+    moe_layers() -> list[MoE]                  in layer order; the loader installs their experts
+    shared_tensors(config) -> dict             {name in the checkpoint: parameter name} of all but the experts
+    expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes
+
+Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `top_k`, `vocab`, `kv_heads`, `head_dim`,
+`windows`, `max_positions`, `activation` to the loader and the engine.
+"""
+
+MODELS = {"gpt_oss": "epmoe.models.gpt_oss:GptOss"}

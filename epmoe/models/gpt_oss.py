@@ -1,0 +1,190 @@
+"""gpt-oss: pre-norm blocks of attention with sinks and a mixture of experts (openai/gpt-oss-20b and -120b).
+
+Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import nn
+
+from epmoe.attention import Attention, Rope, Rotary, product_f32
+from epmoe.cache import Cache, Step
+from epmoe.experts import GatedActivation
+from epmoe.models.config import Keys, read_rope
+from epmoe.moe import MoE
+
+# Columns of the vocabulary projection that are multiplied at a time.
+VOCAB_CHUNK = 32768
+
+
+@dataclass(frozen=True)
+class GptOssConfig:
+    """The architecture, every number of it from config.json."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # one a layer; None = full attention
+    rms_eps: float
+    rope: Rope
+    activation: GatedActivation
+    attention_bias: bool
+    tied: bool  # the vocabulary projection is the embedding
+    max_positions: int
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json.
+
+        Raises:
+            UserError: a key is missing, of the wrong type or contradicts another; the message names it.
+        """
+        keys = Keys(config, "config.json")
+        heads, kv_heads, head_dim = (
+            keys.positive(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        )
+        if heads % kv_heads:
+            raise keys.error("num_key_value_heads", f"must divide num_attention_heads={heads}")
+        if head_dim % 2:
+            raise keys.error("head_dim", "must be even: rotary positions turn pairs")
+        experts, top_k = keys.positive("num_local_experts"), keys.positive("num_experts_per_tok")
+        if top_k > experts:
+            raise keys.error("num_experts_per_tok", f"exceeds num_local_experts={experts}")
+        keys.agree("num_experts_per_tok", "experts_per_token")
+        if keys.text("hidden_act", "silu") != "silu":
+            raise keys.error("hidden_act", "is not known for gpt_oss; it has 'silu'")
+        layers = keys.positive("num_hidden_layers")
+        return cls(
+            layers=layers,
+            hidden=keys.positive("hidden_size"),
+            intermediate=keys.positive("intermediate_size"),
+            num_experts=experts,
+            top_k=top_k,
+            vocab=keys.positive("vocab_size"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            windows=_windows(keys, layers),
+            rms_eps=keys.number("rms_norm_eps"),
+            rope=read_rope(keys, head_dim),
+            # Published configurations leave alpha out; 1.702 is the value the weights were trained with.
+            activation=GatedActivation(alpha=keys.number("swiglu_alpha", 1.702), limit=keys.number("swiglu_limit")),
+            attention_bias=keys.flag("attention_bias"),
+            tied=keys.flag("tie_word_embeddings", False),
+            max_positions=keys.positive("max_position_embeddings"),
+        )
+
+
+def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
+    kinds = keys.strings("layer_types")
+    if len(kinds) != layers:
+        raise keys.error("layer_types", f"has {len(kinds)} entries for num_hidden_layers={layers}", shown=False)
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise keys.error("layer_types", f"has {unknown[0]!r}; known: sliding_attention, full_attention", shown=False)
+    window = keys.positive("sliding_window") if "sliding_attention" in kinds else None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, all in float32, rounded once to x's dtype."""
+
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden))
+        self.eps = eps
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        wide_TH = x_TH.float()
+        wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + self.eps)
+        return (wide_TH * self.weight.float()).to(x_TH.dtype)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += experts(norm(x))."""
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim, config.attention_bias)
+        self.moe_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.moe = MoE(config.hidden, config.num_experts, config.top_k)
+
+
+class GptOss(nn.Module):
+    """The whole model; see epmoe/models/__init__.py for what a model offers."""
+
+    Config: ClassVar = GptOssConfig
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.rms_eps)
+        if not config.tied:
+            self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.rotary = Rotary(config.rope)
+
+    def forward(self, step: Step, cache: Cache) -> torch.Tensor:
+        """Logits of the rows `step.output_O`, [O, V] float32; the step's keys and values are in `cache` afterwards.
+
+        A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
+        same bits.
+        """
+        plans = cache.plan(step)
+        cos_sin = self.rotary(step.position_T)
+        x_TH = self.embedding(step.token_T)
+        for index, block in enumerate(self._blocks()):
+            plan = plans[self.config.windows[index]]
+            x_TH = x_TH + block.attention(block.attention_norm(x_TH), cos_sin, cache.layer(index), plan)
+            x_TH = x_TH + block.moe(block.moe_norm(x_TH))
+        return self._logits(self.norm(x_TH[step.output_O]))
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def _logits(self, x_OH: torch.Tensor) -> torch.Tensor:
+        weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
+        logits_OV = torch.empty(len(x_OH), len(weight_VH), dtype=torch.float32, device=x_OH.device)
+        for begin in range(0, len(weight_VH), VOCAB_CHUNK):
+            chunk = weight_VH[begin : begin + VOCAB_CHUNK]
+            logits_OV[:, begin : begin + len(chunk)] = product_f32(x_OH[None], chunk.T[None])[0]
+        return logits_OV
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers, in layer order."""
+        return [block.moe for block in self._blocks()]
+
+    @staticmethod
+    def shared_tensors(config: GptOssConfig) -> dict[str, str]:
+        """{name in the checkpoint: parameter name} of every tensor but the experts'."""
+        names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
+        if not config.tied:
+            names["lm_head.weight"] = "unembedding.weight"
+        for layer in range(config.layers):
+            stored, own = f"model.layers.{layer}.", f"blocks.{layer}."
+            names[stored + "input_layernorm.weight"] = own + "attention_norm.weight"
+            names[stored + "post_attention_layernorm.weight"] = own + "moe_norm.weight"
+            names[stored + "self_attn.sinks"] = own + "attention.sinks"
+            for kind in ("weight", "bias"):
+                names[stored + f"mlp.router.{kind}"] = own + f"moe.router.{kind}"
+                if kind == "weight" or config.attention_bias:
+                    for part in "qkvo":
+                        names[stored + f"self_attn.{part}_proj.{kind}"] = own + f"attention.{part}.{kind}"
+        return names
+
+    @staticmethod
+    def expert_names(layer: int) -> tuple[str, str, str, str]:
+        """Names of the experts' gate_up, its bias, down and its bias in the checkpoint; a format adds its suffixes."""
+        stem = f"model.layers.{layer}.mlp.experts."
+        return stem + "gate_up_proj", stem + "gate_up_proj_bias", stem + "down_proj", stem + "down_proj_bias"
