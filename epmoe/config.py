@@ -61,9 +61,7 @@ class Sampling:
     min_p: float = key("drop tokens less likely than this times the likeliest", low=0, high=1)
     repetition_penalty: float = key("above 1: tokens seen before become less likely", low=0.01)
     seed: int = key("the same seed draws the same tokens, on any number of ranks", low=0, high=2**63 - 1)
-    stop: list[str] = key(  # noqa: RUF009 (a field, no default)
-        "end at this text; give the key again for several, empty for none", text=True
-    )
+    stop: list[str] = key("end at this text; give the key again for several, empty for none", text=True)
     logprobs: int = key("write log-probabilities of the n likeliest tokens to `output`", low=0)
     ignore_eos: bool = key("go on after the end-of-text token")
 
