@@ -69,7 +69,8 @@ class ExpertMatrix(Protocol):
 class ExpertWeights:
     """All weights of one layer's experts on one rank, in expert-id order.
 
-    `gate_up` is [L, 2I, H] with rows interleaved (even gate, odd up), `down` is [L, H, I]; biases are in the model's dtype.
+    `gate_up` is [L, 2I, H] with rows interleaved (even gate, odd up), `down` is [L, H, I]; biases are in the model's
+    dtype.
     """
 
     gate_up: ExpertMatrix

@@ -19,7 +19,8 @@ ROUTERS = {
 class Dispatch:
     """What one rank must compute for T tokens. All tensors on the device; no size depends on the routing.
 
-    Rows are the slots whose expert lives here, sorted by local expert and then by slot. Rows from `offset_L1[L]` on are unused.
+    Rows are the slots whose expert lives here, sorted by local expert and then by slot. Rows from `offset_L1[L]` on are
+    unused.
     """
 
     expert_TK: torch.Tensor  # int32, global ids by falling logit, ties to the lower id; the same on every rank
@@ -31,10 +32,11 @@ class Dispatch:
 
 
 class Route(Protocol):
-    """`route(logits_TE, top_k, local_E) -> Dispatch`.
+    """`route(logits_TE, top_k, local_E, num_local) -> Dispatch`.
 
     `logits_TE` is in the model's dtype; `local_E` is int32 [E], the index of each expert on this rank or -1 (from
-    `Placement.local_E`), ascending along the expert ids that live here; `num_local` is L. Never synchronises with the host.
+    `Placement.local_E`), ascending along the expert ids that live here; `num_local` is L. Never synchronises with the
+    host.
     """
 
     def __call__(self, logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch: ...
