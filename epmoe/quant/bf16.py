@@ -45,6 +45,10 @@ class Bf16Matrix:
     def to(self, device: torch.device) -> Self:
         return type(self)(self.value_LNC.to(device))
 
+    def select(self, experts: slice) -> Self:
+        """Some of the L experts, as a view."""
+        return type(self)(self.value_LNC[experts])
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values [L, N, C]; this matrix's own memory where `dtype` is bfloat16."""
         return self.value_LNC.to(dtype)

@@ -172,6 +172,10 @@ class Mxfp4Matrix:
     def to(self, device: torch.device) -> Self:
         return type(self)(self.blocks_LNG16.to(device), self.scales_LNG.to(device))
 
+    def select(self, experts: slice) -> Self:
+        """Some of the L experts, as a view."""
+        return type(self)(self.blocks_LNG16[experts], self.scales_LNG[experts])
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values [L, N, C], exact in float32 and bfloat16."""
         return decode(self.blocks_LNG16, self.scales_LNG, dtype)

@@ -47,6 +47,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         offset_L1=offset_L1,
         slot_R=torch.where(used_R, slot_R, slots).int(),
         row_S=row_S.int(),
+        num_experts=logits_TE.shape[1],
     )
 
 
