@@ -29,8 +29,8 @@ MIN_TEMPERATURE = 1e-6
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Raises UserError for a value out of range.
 
-    temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many most
-    likely tokens with each chosen one (0: none).
+    temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
+    most likely tokens with each chosen one (0: none).
     """
 
     max_new_tokens: int = 128
@@ -159,10 +159,8 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
 
 
-def _penalise(
-    logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen_BV: torch.Tensor | None
-) -> torch.Tensor:
-    """Seen tokens' logits divided by the penalty, or multiplied where negative (Keskar et al. 2019, as transformers)."""
+def _penalise(logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen_BV: torch.Tensor | None) -> torch.Tensor:
+    """Divide seen tokens' logits by the penalty, multiply the negative ones (Keskar et al. 2019, as transformers)."""
     if all(p.repetition_penalty == 1 for p in params):
         return logits_BV
     assert seen_BV is not None, "a repetition penalty needs the ids seen so far"
@@ -180,9 +178,9 @@ def _weights(scores_BV: torch.Tensor) -> torch.Tensor:
 def _filter(scores_CV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """float64 [C, V]: score / temperature, and -inf for what top-k, top-p and min-p exclude.
 
-    top-k keeps exactly k tokens and breaks ties to the lower id (transformers keeps all that equal the k-th). top-p keeps
-    the fewest tokens, most likely first, whose share of what top-k left reaches p. min-p keeps tokens at least min_p times
-    as likely as the most likely one, which always stays.
+    top-k keeps exactly k tokens and breaks ties to the lower id (transformers keeps all that equal the k-th). top-p
+    keeps the fewest tokens, most likely first, whose share of what top-k left reaches p. min-p keeps tokens at least
+    min_p times as likely as the most likely one, which always stays.
     """
 
     def column(values: list[float]) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""Memory of a rank: how much is free, how much was used, and the key/value cache that fits.
+
+Every rank must build the same cache, since all of them schedule the same steps: what differs between ranks is gathered
+first, and the least counts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epmoe.cache import Cache
+from epmoe.errors import UserError
+from epmoe.ranks import Ranks
+
+# Of what is free once the weights are loaded, the cache may take this much; the rest is for activations and logits.
+CACHE_SHARE = 0.7
+
+
+def gather(ranks: Ranks, values: Sequence[int]) -> list[list[int]]:
+    """Each rank's values, by expert rank; a collective."""
+    mine = torch.tensor(values, dtype=torch.int64, device=ranks.device)
+    if ranks.expert_group is None:
+        return [mine.tolist()]
+    everyone = torch.empty(ranks.expert_size * len(values), dtype=torch.int64, device=ranks.device)
+    dist.all_gather_into_tensor(everyone, mine, group=ranks.expert_group)
+    return everyone.view(ranks.expert_size, len(values)).tolist()
+
+
+def free_bytes(ranks: Ranks) -> int:
+    """Bytes that this rank can still allocate on its device; on the CPU its share of what the host has available."""
+    if ranks.device.type == "cpu":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return available * 1024 // (ranks.size // ranks.nodes)
+    module = torch.get_device_module(ranks.device)
+    cached = module.memory_reserved(ranks.device) - module.memory_allocated(ranks.device)
+    return module.mem_get_info(ranks.device)[0] + cached
+
+
+def peak_bytes(ranks: Ranks) -> int:
+    """The most bytes that this rank held: tensors on its device, or the resident memory of a CPU rank."""
+    if ranks.device.type == "cpu":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    return torch.get_device_module(ranks.device).max_memory_allocated(ranks.device)
+
+
+def fit_cache(
+    config: Any,
+    needs: Sequence[int],
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    page: int,
+    max_batch: int,
+    cache_tokens: int = 0,
+) -> Cache:
+    """The cache for requests that need `needs[i]` positions each; a collective.
+
+    `config` is a model's (windows, kv_heads, head_dim). `cache_tokens` fixes the capacity; 0 takes what the requests
+    need when as many as possible run at a time, and no more than CACHE_SHARE of the free memory.
+
+    Raises:
+        UserError: a request does not fit the capacity; the message names the key to change.
+    """
+    sequences = min(max_batch, len(needs))
+
+    def build(tokens: int, device: torch.device | str) -> Cache:
+        shape = config.windows, config.kv_heads, config.head_dim
+        return Cache(*shape, tokens=tokens, sequences=sequences, page=page, dtype=dtype, device=device)
+
+    def pages(tokens: int) -> int:
+        return -(-tokens // page)
+
+    largest = max(pages(need) for need in needs)
+    if cache_tokens:
+        capacity = pages(cache_tokens)
+        remedy = "raise runtime.cache_tokens, shorten the prompt or lower max_new_tokens"
+    else:
+        wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
+        fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
+        budget = int(min(free for (free,) in gather(ranks, [free_bytes(ranks)])) * CACHE_SHARE)
+        capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
+        remedy = (
+            f"{budget / 1e9:.1f} GB of free memory are for the cache; "
+            "lower max_new_tokens or runtime.max_batch, shorten the prompt, or use more memory"
+        )
+    if largest > capacity:
+        index = next(i for i, need in enumerate(needs) if pages(need) > capacity)
+        raise UserError(
+            f"prompt {index + 1} needs {needs[index]} positions of the key/value cache, which holds "
+            f"{max(capacity, 0) * page}: {remedy}"
+        )
+    return build(capacity * page, ranks.device)
+
+
+def _bytes(one_page: Cache, two_pages: Cache) -> tuple[int, int]:
+    """Bytes that do not depend on the number of pages, and bytes of a page."""
+    per_page = two_pages.nbytes - one_page.nbytes
+    return one_page.nbytes - per_page, per_page

@@ -1,0 +1,286 @@
+"""The engine on a fake model: scheduling, ends of requests, admission; tokens never depend on a request's neighbours.
+
+The fake model keeps, for each cache handle, the tokens it was fed, and computes logits from all of them. So a chunk
+that is dropped, fed twice or fed to another sequence changes the output.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from epmoe.cache import Cache, CacheFull, Step
+from epmoe.engine import Engine, Request, Result
+from epmoe.errors import UserError
+from epmoe.memory import fit_cache
+from epmoe.ranks import Ranks
+from epmoe.sampler import SamplingParams
+
+VOCAB = 97
+EOS = 96
+ONE = Ranks(rank=0, size=1, local_rank=0, nodes=1, device=torch.device("cpu"))
+
+
+class FakeCache:
+    """Counts pages of `page` positions, as the real cache does; holds the tokens that the model was fed."""
+
+    def __init__(self, tokens: int = 10_000, sequences: int = 64, page: int = 4) -> None:
+        self.page, self.pages, self.sequences = page, tokens // page, sequences
+        self.reserved: dict[int, int] = {}
+        self.fed: dict[int, list[int]] = {}
+
+    def admit(self, max_tokens: int) -> int:
+        need = -(-max_tokens // self.page)
+        if len(self.reserved) == self.sequences or sum(self.reserved.values()) + need > self.pages:
+            raise CacheFull
+        handle = next(handle for handle in range(self.sequences) if handle not in self.reserved)
+        self.reserved[handle], self.fed[handle] = need, []
+        return handle
+
+    def release(self, handle: int) -> None:
+        del self.reserved[handle], self.fed[handle]
+
+
+@dataclass
+class FakeConfig:
+    vocab: int = VOCAB
+    max_positions: int = 400
+
+
+class FakeModel:
+    """Logits are a hash of all tokens of the sequence so far."""
+
+    def __init__(self, **config: int) -> None:
+        self.config = FakeConfig(**config)
+        self.steps: list[Step] = []
+
+    def __call__(self, step: Step, cache: Any) -> torch.Tensor:
+        self.steps.append(step)
+        tokens, positions = step.token_T.tolist(), step.position_T.tolist()
+        last: dict[int, list[int]] = {}
+        assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
+        assert len(set(step.sequence_B)) == len(step.sequence_B)
+        for b, handle in enumerate(step.sequence_B):
+            begin, end = step.start_B1[b : b + 2]
+            assert end > begin
+            fed = cache.fed[handle]
+            assert step.cached_B[b] == len(fed)
+            assert positions[begin:end] == list(range(len(fed), len(fed) + end - begin))
+            fed += tokens[begin:end]
+            assert len(fed) <= cache.reserved[handle] * cache.page
+            last[end - 1] = fed
+        return torch.stack([logits_of(last[row]) for row in step.output_O.tolist()] or [torch.empty(VOCAB)])[
+            : len(step.output_O)
+        ]
+
+
+def logits_of(tokens: list[int]) -> torch.Tensor:
+    """A function of the whole sequence."""
+    generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40)
+    logits_V = torch.randn(VOCAB, generator=generator) * 4
+    logits_V[EOS] += 3  # so that some sequences end early
+    return logits_V
+
+
+def engine(model: FakeModel | None = None, cache: Any = None, **limits: int) -> Engine:
+    held: Any = cache or FakeCache()
+    return Engine(model or FakeModel(), held, ONE, eos_ids=[EOS], **limits)
+
+
+def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
+    """The same by hand, for greedy requests: one token after the other."""
+    ids = list(request.ids)
+    for _ in range(request.params.max_new_tokens):
+        ids.append(int(logits_of(ids).argmax()))
+        if ids[-1] == EOS and not request.params.ignore_eos:
+            return tuple(ids[len(request.ids) :]), "eos"
+        if len(ids) == max_positions:
+            break
+    return tuple(ids[len(request.ids) :]), "length"
+
+
+def some_requests(count: int, seed: int = 0, **params: float) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 5, 17, 40]))),
+            SamplingParams(max_new_tokens=rng.choice([1, 3, 20]), seed=rng.randrange(1000), **params),  # type: ignore[arg-type]
+        )
+        for _ in range(count)
+    ]
+
+
+def outputs(results: list[Result]) -> list[tuple[tuple[int, ...], str]]:
+    return [(result.ids, result.finish_reason) for result in results]
+
+
+LIMITS = {
+    "one at a time": {"max_batch": 1},
+    "chunks of one token": {"prefill_chunk": 1},
+    "chunks that cut prompts": {"prefill_chunk": 7, "max_batch": 5},
+    "all at once": {"prefill_chunk": 4096, "max_batch": 64},
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
+    requests = some_requests(24)
+    model = FakeModel()
+    results = engine(model, None, **LIMITS[case]).generate(requests)
+    assert outputs(results) == [expected(request) for request in requests]
+    assert {reason for _, reason in outputs(results)} == {"eos", "length"}  # the cases cover both
+    for step in model.steps:
+        prompts = sum(
+            b - a for a, b in zip(step.start_B1, step.start_B1[1:], strict=False) if b - a > 1
+        )  # a span of one may be a decode
+        assert prompts <= LIMITS[case].get("prefill_chunk", 2048)
+        assert len(step.sequence_B) <= LIMITS[case].get("max_batch", 64)
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
+    requests = some_requests(16, temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+    together = outputs(engine().generate(requests))
+    assert together == outputs(engine(max_batch=1).generate(requests))
+    assert together == outputs(engine(cache=FakeCache(tokens=80), prefill_chunk=3).generate(requests))
+    backwards = outputs(engine().generate(requests[::-1]))
+    assert together == backwards[::-1]
+
+
+def test_sequences_join_a_running_batch() -> None:
+    """Continuous: a short request's place is taken while a long one still runs."""
+    model = FakeModel()
+    lengths = [40, 2, 2, 2, 2]
+    requests = [Request((1, 2, n), SamplingParams(max_new_tokens=k, ignore_eos=True)) for n, k in enumerate(lengths)]
+    engine(model, max_batch=2).generate(requests)
+    assert len(model.steps) == 40  # one after the other it would be 40 + 2 + 2
+    assert max(len(step.sequence_B) for step in model.steps) == 2
+
+
+def test_prompts_and_decodes_share_a_step() -> None:
+    """A long prompt does not stop those that decode."""
+    model = FakeModel()
+    short = Request((5,), SamplingParams(max_new_tokens=12, ignore_eos=True))
+    long = Request(tuple(range(60)), SamplingParams(max_new_tokens=1))
+    engine(model, prefill_chunk=10).generate([short, long])
+    assert [len(step.output_O) for step in model.steps[:7]] == [1, 1, 1, 1, 1, 1, 2]
+
+
+def test_full_cache_lets_requests_wait_in_order() -> None:
+    cache = FakeCache(tokens=48)
+    requests = [replace(r, params=replace(r.params, max_new_tokens=5)) for r in some_requests(20)]
+    finished: list[int] = []
+    results = engine(cache=cache).generate(requests, on_finish=lambda index, result: finished.append(index))
+    assert outputs(results) == [expected(request) for request in requests]
+    assert sorted(finished) == list(range(20))
+    assert not cache.reserved  # everything was given back
+
+
+def test_pages_are_given_back_when_a_run_fails() -> None:
+    cache = FakeCache()
+
+    def fail(index: int, token: int) -> bool:
+        raise OSError("standard output is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        engine(cache=cache).generate(some_requests(3), on_token=fail)
+    assert not cache.reserved
+
+
+def test_callbacks_see_every_token_in_order_and_can_stop() -> None:
+    requests = [replace(r, params=replace(r.params, max_new_tokens=20)) for r in some_requests(8, seed=3)]
+    seen: dict[int, list[int]] = {index: [] for index in range(8)}
+
+    def on_token(index: int, token: int) -> bool:
+        seen[index].append(token)
+        return index == 2 and len(seen[index]) == 4
+
+    results = engine().generate(requests, on_token)
+    assert results[2].finish_reason == "stop" and len(results[2].ids) == 4
+    for index, result in enumerate(results):
+        ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
+        assert tuple(seen[index]) == ids
+
+
+def test_stop_at_the_last_allowed_token_is_a_stop() -> None:
+    request = Request((1,), SamplingParams(max_new_tokens=1, ignore_eos=True))
+    (result,) = engine().generate([request], lambda index, token: True)
+    assert result.finish_reason == "stop"
+
+
+def test_output_ends_where_the_models_positions_end() -> None:
+    request = Request(tuple(range(10)), SamplingParams(max_new_tokens=50, ignore_eos=True))
+    (result,) = engine(FakeModel(max_positions=16)).generate([request])
+    assert len(result.ids) == 6 and result.finish_reason == "length"
+
+
+def test_times_are_ordered() -> None:
+    for result in engine(max_batch=2).generate(some_requests(6)):
+        assert 0 < result.first_token_s <= result.total_s
+
+
+def test_log_probabilities_come_with_each_token() -> None:
+    asked = [replace(r, params=replace(r.params, logprobs=n)) for n, r in enumerate(some_requests(4))]
+    for count, (request, result) in enumerate(zip(asked, engine().generate(asked), strict=True)):
+        assert len(result.logprobs) == (len(result.ids) if count else 0)
+        tokens = list(request.ids)
+        for token, found in zip(result.ids, result.logprobs, strict=False):
+            raw = logits_of(tokens).double().log_softmax(0)
+            assert found.chosen == pytest.approx(raw[token].item(), abs=1e-9)
+            assert len(found.top) == count and found.top[0][0] == int(raw.argmax())
+            tokens.append(token)
+
+
+BAD = {
+    "is empty": Request((), SamplingParams()),
+    "400 positions": Request(tuple([1] * 400), SamplingParams()),
+    "vocab_size is 97": Request((97,), SamplingParams()),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_prompts_are_named(message: str) -> None:
+    with pytest.raises(UserError, match=f"prompt 2 .*{message}"):
+        engine().generate([Request((1,), SamplingParams()), BAD[message]])
+
+
+def test_nan_logits_are_an_error() -> None:
+    class Broken(FakeModel):
+        def __call__(self, step: Step, cache: Any) -> torch.Tensor:
+            return super().__call__(step, cache) * float("nan")
+
+    with pytest.raises(UserError, match="NaN at position 2 of prompt 1"):
+        engine(Broken()).generate([Request((1, 2, 3), SamplingParams())])
+
+
+@dataclass
+class Shape:
+    windows: tuple[int | None, ...] = (8, None)
+    kv_heads: int = 2
+    head_dim: int = 4
+
+
+def fit(needs: list[int], **options: int) -> Cache:
+    settings: dict[str, Any] = {"page": 16, "max_batch": 64, **options}
+    return fit_cache(Shape(), needs, ONE, dtype=torch.float32, **settings)
+
+
+def test_cache_takes_what_the_requests_need() -> None:
+    """In whole pages for each request, and for no more requests than run at a time."""
+    assert fit([1, 16, 17]).tokens == 16 + 16 + 32
+    assert fit([1, 16, 17, 100], max_batch=2).tokens == 32 + 112
+    assert fit([5], cache_tokens=100).tokens == 112
+
+
+def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring, page = 2 * 2 * 4 * 4 * 32 * 10, 2 * 2 * 4 * 4 * 16  # ten rings of two pages; a page of the full layer
+    monkeypatch.setattr("epmoe.memory.free_bytes", lambda ranks: int((ring + 25 * page) / 0.7) + 1)
+    assert fit([160] * 10).tokens == 25 * 16
+    with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
+        fit([10, 500] + [10] * 8)
+
+
+def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
+        fit([10, 10, 200], cache_tokens=100)
