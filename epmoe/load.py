@@ -1,0 +1,191 @@
+"""Load: meta-device model ← this rank's slices → quant → pack → assign.
+
+    choose    what `auto` stands for: formats, backends, dtype
+    check     every tensor's presence, shape and dtype against config.json, and whether the weights fit
+    read      shared tensors whole, experts by slice; each layer's experts are packed and installed
+
+Only headers are read until every check has passed.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmoe.checkpoint import Checkpoint
+from epmoe.combine import COMBINES
+from epmoe.convert import ExpertReader
+from epmoe.errors import UserError
+from epmoe.experts import EXPERTS
+from epmoe.manifest import Manifest, assign
+from epmoe.models import MODELS
+from epmoe.placement import PLACEMENTS
+from epmoe.ranks import Ranks
+from epmoe.router import ROUTERS
+from epmoe.tables import lookup
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and what `auto` chose."""
+
+    bytes_read: int  # of the safetensors files, by this rank, headers included
+    seconds: float
+    quant: str
+    experts: str
+    router: str
+    combine: str
+    dtype: str
+
+
+def load(
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    *,
+    quant: str = "auto",
+    experts: str = "auto",
+    router: str = "auto",
+    combine: str = "auto",
+    placement: str = "contiguous",
+    dtype: str = "auto",
+    progress: bool = True,
+) -> tuple[Any, LoadReport]:
+    """The model on `ranks.device` with this rank's experts, in evaluation mode, without gradients.
+
+    Args:
+        quant: a name of FORMATS, or auto: the format that the checkpoint stores.
+        experts, router: names of EXPERTS and ROUTERS, or auto: triton on an accelerator, else reference.
+        combine: a name of COMBINES, or auto: slots on one node, all_reduce on several.
+        placement: a name of PLACEMENTS.
+        dtype: bfloat16, float32, or auto: bfloat16 on an accelerator, else float32. Of all but the experts' matrices.
+        progress: a bar on standard error, on rank 0 and on a terminal only.
+
+    Raises:
+        UserError: an unknown name, a checkpoint that contradicts its config.json, more ranks than experts, or weights
+            that do not fit; but for the last, before any weight is read.
+    """
+    begin = time.perf_counter()
+    device = ranks.device
+    model_class = lookup(f"{checkpoint.path / 'config.json'}: model_type", MODELS, _model_type(checkpoint))
+    config = model_class.Config.from_json(checkpoint.config)
+    with torch.device("meta"):
+        model = model_class(config)
+    manifest = Manifest.of(checkpoint, model, config, quant)
+    chosen = _choose(
+        manifest, ranks, {"quant": quant, "experts": experts, "router": router, "combine": combine, "dtype": dtype}
+    )
+    owners = lookup("placement", PLACEMENTS, placement)(config.num_experts, ranks.expert_size)
+    ids = owners.experts[ranks.expert_rank]
+    manifest.check()
+    backend, route = lookup("experts", EXPERTS, chosen["experts"]), lookup("router", ROUTERS, chosen["router"])
+    combiner, compute = lookup("combine", COMBINES, chosen["combine"])(ranks), DTYPES[chosen["dtype"]]
+
+    local_E = owners.local_E(ranks.expert_rank, device)
+    reader = ExpertReader(checkpoint, ids, device)
+    shown = progress and ranks.is_main and sys.stderr.isatty()
+    with (
+        _fitting(manifest.bytes_of_weights(len(ids), compute), device),
+        _bar(manifest.bytes_to_read(len(ids)), checkpoint, shown) as advance,
+    ):
+        for name, parameter in manifest.shared.items():
+            assign(model, parameter, checkpoint.read(name, device, compute))
+            advance()
+        for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
+            packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
+            layer.install(packed, route, combiner, local_E, len(ids))
+            advance()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    checkpoint.reader.close()
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
+    report = LoadReport(bytes_read=checkpoint.bytes_read, seconds=time.perf_counter() - begin, **chosen)
+    return model.eval().requires_grad_(False), report
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    name = checkpoint.config.get("model_type")
+    if not isinstance(name, str):
+        raise UserError(f"{checkpoint.path / 'config.json'} has no model_type; known: {', '.join(MODELS)}")
+    return name
+
+
+def _choose(manifest: Manifest, ranks: Ranks, asked: dict[str, str]) -> dict[str, str]:
+    """`asked` with a name in the place of every auto; says on standard error what auto chose.
+
+    Raises:
+        UserError: an unknown name, or a backend that does not run the wanted formats.
+    """
+    accelerated = ranks.device.type != "cpu"
+    formats = {matrix.wanted.format for matrix in manifest.matrices()}
+    fast = accelerated and formats <= lookup("experts", EXPERTS, "triton").formats
+    auto = {
+        # A layer that modules_to_not_convert leaves in bf16 does not make it a bf16 model.
+        "quant": next((name for name in sorted(formats) if name != "bf16"), "bf16"),
+        "experts": "triton" if fast else "reference",
+        "router": "triton" if accelerated else "reference",
+        "combine": "slots" if ranks.nodes == 1 else "all_reduce",
+        "dtype": "bfloat16" if accelerated else "float32",
+    }
+    chosen = {key: auto[key] if name == "auto" else name for key, name in asked.items()}
+    if chosen["dtype"] not in DTYPES:
+        raise UserError(f"dtype={chosen['dtype']!r} is unknown; known: {', '.join(DTYPES)}")
+    for key, table in (("router", ROUTERS), ("combine", COMBINES)):
+        lookup(key, table, chosen[key])
+    runs = lookup("experts", EXPERTS, chosen["experts"]).formats
+    if not formats <= runs:
+        raise UserError(
+            f"experts={chosen['experts']} does not run {', '.join(sorted(formats - runs))}, only "
+            f"{', '.join(sorted(runs))}: choose another backend or another quant"
+        )
+    said = [f"{key}={name}" for key, name in chosen.items() if asked[key] == "auto"]
+    if said and ranks.is_main:
+        print(f"epmoe: auto chose {', '.join(said)}", file=sys.stderr)
+    return chosen
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, with what torch's allocator holds in reserve."""
+    if device.type != "cpu":
+        free, _ = torch.accelerator.get_memory_info(device)
+        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:  # not Linux: allocations will tell
+        return sys.maxsize
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@contextmanager
+def _fitting(need: int, device: torch.device) -> Iterator[None]:
+    """Refuse to begin when `need` bytes are not free, and say the same when memory runs out on the way."""
+    free = free_bytes(device)
+    message = (
+        f"too little memory on {device}: this rank's weights need {need:,} bytes and some more to work with, "
+        f"{free:,} are free; use more ranks, a smaller format (quant=mxfp4), or end what else runs there"
+    )
+    if need > free:
+        raise UserError(message)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(message) from error
+
+
+@contextmanager
+def _bar(total: int, checkpoint: Checkpoint, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over the bytes read; yields the function that moves it."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    before = checkpoint.bytes_read
+    with tqdm(total=total, desc="load", unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield lambda: bar.update(checkpoint.bytes_read - before - bar.n)
