@@ -28,7 +28,6 @@ FILES = (
     INDEX,
     "model*.safetensors",
 )
-OTHERS = ("*/*",)
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 
@@ -60,14 +59,14 @@ def _cached(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, local_files_only=True, allow_patterns=list(FILES), ignore_patterns=list(OTHERS))
+        found = snapshot_download(name, local_files_only=True, allow_patterns=list(FILES))
     except LocalEntryNotFoundError:
         return None
     return Path(found) if is_complete(Path(found)) else None
 
 
 def is_complete(path: Path) -> bool:
-    """Whether config.json and all weight files are there; a download that was cut off leaves a snapshot without some."""
+    """Whether config.json and all weight files are there; a download that was cut off leaves some out."""
     if not (path / "config.json").exists():
         return False
     if (path / SINGLE).exists():
@@ -83,26 +82,26 @@ def is_complete(path: Path) -> bool:
 
 def _download(name: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is "
-            f"set: unset it, or give a directory"
+            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
+            f"HF_HUB_OFFLINE is set: unset it, or give a directory"
         )
     print(f"epmoe: downloading {name}", file=sys.stderr)
     try:
-        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=list(OTHERS)))
+        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except GatedRepoError as error:
         raise UserError(f"checkpoint={name} is gated: accept its terms on the Hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"checkpoint={name} is not on the Hub, or private: check the name, or set HF_TOKEN") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE} and the Hub cannot be "
-            f"reached: give a directory, or download it where there is a network"
+            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE} and the Hub cannot "
+            f"be reached: give a directory, or download it where there is a network"
         ) from error
-    except OSError as error:  # the network or the disk, half-way
+    except (OSError, HTTPError) as error:  # the network or the disk, half-way
         what = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"the download of checkpoint={name} failed ({what[0]}): run again, it continues") from error
     if not is_complete(path):
