@@ -1,4 +1,4 @@
-"""Memory of a rank: how much is free, how much was used, and the key/value cache that fits.
+"""Memory of a rank: how much was used, and the key/value cache that fits into what is free.
 
 Every rank must build the same cache, since all of them schedule the same steps: what differs between ranks is gathered
 first, and the least counts.
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from epmoe.cache import Cache
 from epmoe.errors import UserError
+from epmoe.load import free_bytes
 from epmoe.ranks import Ranks
 
 # Of what is free once the weights are loaded, the cache may take this much; the rest is for activations and logits.
@@ -29,23 +30,12 @@ def gather(ranks: Ranks, values: Sequence[int]) -> list[list[int]]:
     return everyone.view(ranks.expert_size, len(values)).tolist()
 
 
-def free_bytes(ranks: Ranks) -> int:
-    """Bytes that this rank can still allocate on its device; on the CPU its share of what the host has available."""
-    if ranks.device.type == "cpu":
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        return available * 1024 // (ranks.size // ranks.nodes)
-    module = torch.get_device_module(ranks.device)
-    cached = module.memory_reserved(ranks.device) - module.memory_allocated(ranks.device)
-    return module.mem_get_info(ranks.device)[0] + cached
-
-
 def peak_bytes(ranks: Ranks) -> int:
     """The most bytes that this rank held: tensors on its device, or the resident memory of a CPU rank."""
     if ranks.device.type == "cpu":
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    return torch.get_device_module(ranks.device).max_memory_allocated(ranks.device)
+    return torch.accelerator.max_memory_allocated(ranks.device)
 
 
 def fit_cache(
@@ -82,7 +72,9 @@ def fit_cache(
     else:
         wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
         fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
-        budget = int(min(free for (free,) in gather(ranks, [free_bytes(ranks)])) * CACHE_SHARE)
+        neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
+        least = min(free for (free,) in gather(ranks, [free_bytes(ranks.device) // neighbours]))
+        budget = int(least * CACHE_SHARE)
         capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
         remedy = (
             f"{budget / 1e9:.1f} GB of free memory are for the cache; "

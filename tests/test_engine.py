@@ -275,7 +275,7 @@ def test_cache_takes_what_the_requests_need() -> None:
 
 def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ring, page = 2 * 2 * 4 * 4 * 32 * 10, 2 * 2 * 4 * 4 * 16  # ten rings of two pages; a page of the full layer
-    monkeypatch.setattr("epmoe.memory.free_bytes", lambda ranks: int((ring + 25 * page) / 0.7) + 1)
+    monkeypatch.setattr("epmoe.memory.free_bytes", lambda device: int((ring + 25 * page) / 0.7) + 1)
     assert fit([160] * 10).tokens == 25 * 16
     with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
         fit([10, 500] + [10] * 8)
