@@ -1,17 +1,20 @@
 """Ranks: this process's coordinates, the process group and the device mesh; a clean start and a clean end.
 
-`start` reads what torchrun (or a hand, or Slurm) put into the environment. Without any of it there is one rank and no
+`start` reads what torchrun (or Slurm, or a hand) put into the environment. Without any of it there is one rank and no
 process group. Only this file knows how a device type is spelt.
 
-    main(body)                 run a command; one line for a user's mistake; the exit code
-      start(...) -> Ranks      store → process group → mesh
+    main(body)                 runs a command: one line for a user's mistake, the exit code
+      start(...) → Ranks       store → watch → device → process group → mesh
 """
 
+import ipaddress
 import os
+import select
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -21,8 +24,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from epmoe.errors import UserError
+from epmoe.watch import Watch, leave
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
+
+
+class NoRankZero(UserError):
+    """Rank 0 cannot be reached, so whoever finds that says so itself."""
 
 
 @dataclass(frozen=True)
@@ -53,50 +62,209 @@ class Ranks:
             dist.barrier(group=self.expert_group)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The launcher's environment variables (torchrun's names)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    nodes: int
+    attempt: str  # how often torchrun has restarted the ranks
+    agent: bool  # torchrun's agent hosts the store, and terminates all ranks when one fails
+
+    @staticmethod
+    def read() -> "Launch":
+        """Raises UserError for a variable that is no number or a rank that is not below its size."""
+        rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)
+        if not (0 <= rank < size and 0 <= local_rank < local_size):
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}: "
+                "ranks count from 0 and stay below the size"
+            )
+        return Launch(
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            local_size=local_size,
+            nodes=_number("GROUP_WORLD_SIZE", -(-size // local_size)),
+            attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+
+
 @contextmanager
 def start(*, device: str = "auto", expert: int = 0, timeout_s: float = 60.0, threads: int = 1) -> Iterator[Ranks]:
-    """Join the other ranks; leave them at the end of the block."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if expert not in (0, size):
-        raise UserError(f"mesh.expert={expert} is not the number of ranks, {size}: leave it 0")
+    """Join the other ranks; leave them, all together, at the end of the block.
+
+    Within the block of several ranks a watch ends this process when another rank dies, stops or fails, and no exception
+    leaves the block: it ends every rank, and rank 0 tells it. `threads` is the same for every number of ranks, since
+    CPU products depend on it. Main thread only.
+
+    Raises:
+        UserError: a wrong environment, `device` or `expert`; rank 0 is not to be reached.
+    """
+    launch = Launch.read()
     torch.set_num_threads(threads)
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(kind, local_rank) if kind != "cpu" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(place)
-    if size == 1:
-        yield Ranks(rank, size, local_rank, 1, place)
+    if expert not in (0, launch.size):
+        raise UserError(f"mesh.expert={expert} is not the number of ranks, {launch.size}: leave it at 0")
+    if launch.size == 1:
+        yield Ranks(0, 1, launch.local_rank, 1, _device(device, launch))
         return
-    timeout = timedelta(seconds=timeout_s)
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    tcp = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, rank == 0 and not agent, timeout, False
-    )
-    store = dist.PrefixStore(f"epmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=timeout)
-    mesh = init_device_mesh(kind, (size,), mesh_dim_names=("expert",))
-    group = mesh.get_group("expert")
-    yield Ranks(rank, size, local_rank, size // local_size, place, mesh.get_local_rank("expert"), size, group)
-    dist.barrier(group=group)
+    store, host = _store(launch, timeout_s)
+    watch = Watch(launch.rank, launch.size, store, host, timeout_s)
+    try:
+        yield _group(launch, _device(device, launch), store, timeout_s)
+        watch.finish()
+    except UserError as error:
+        watch.fail("mistake", str(error), 2)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BrokenPipeError) and _stdout_closed():
+            watch.fail("closed", "", 0)
+        watch.fail("error", f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     dist.destroy_process_group()
+    watch.close()
 
 
 def main(body: Callable[[], None]) -> NoReturn:
-    """Run a command and end the process with its exit code."""
+    """Run a command and end the process: 0, 1 after an exception, 2 after a user's mistake, 130 after Ctrl-C.
+
+    A mistake is one line from rank 0, on whichever ranks it was made. A reader of standard output that has closed it
+    (`| head`) has had enough: 0.
+    """
+    code = 0
     try:
         body()
-        code = 0
+        sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"epmoe: error: {error}", file=sys.stderr)
         code = 2
+        _tell_once(error)
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        print("epmoe: interrupted", file=sys.stderr)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        if not (isinstance(error, BrokenPipeError) and _stdout_closed()):
+            code = 1
+            traceback.print_exc()
+    leave(code)
+
+
+def _tell_once(error: UserError) -> None:
+    """Print a mistake that was found before the ranks met: on rank 0, and elsewhere only if rank 0 does not make it.
+
+    torchrun's agent terminates rank 0 as soon as another rank ends, perhaps before rank 0 got as far. So the others
+    stay until rank 0 has left a note in the agent's store.
+    """
+    rank = os.environ.get("RANK", "0")
+    several_under_agent = (
+        os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )
+    if rank == "0" or isinstance(error, NoRankZero):
+        print(f"epmoe: error: {error}", file=sys.stderr, flush=True)
+    if several_under_agent and not isinstance(error, NoRankZero):
+        with suppress(UserError):
+            store, _ = _store(Launch.read(), TOLD_S)
+            try:
+                store.set("told", "") if rank == "0" else store.wait(["told"], timedelta(seconds=TOLD_S))
+            except dist.DistStoreError:
+                print(f"epmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name}={text!r} is not a number: start the ranks with torchrun")
+    return int(text)
+
+
+def _device(device: str, launch: Launch) -> torch.device:
+    """This rank's device; `auto` says what it took."""
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if launch.rank == 0:
+            print(f"epmoe: device={kind} (auto)", file=sys.stderr)
+    else:
+        kind = device
+    if kind not in BACKENDS:
+        raise UserError(f"runtime.device={device!r} is unknown; known: auto, {', '.join(BACKENDS)}")
+    if kind == "cpu":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if launch.local_size > count:
+        raise UserError(
+            f"{launch.local_size} ranks on one node cannot share {count} {kind} devices: "
+            f"start at most {count} (--nproc-per-node), or take runtime.device=cpu"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device(kind, launch.local_rank)
+
+
+def _store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
+    """The key-value store of this attempt, and the address at which others reach this process.
+
+    Keys of an earlier attempt would send a restarted rank to processes that are gone, hence the prefix.
+    """
+    try:
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 29500)
+    except KeyError:
+        raise NoRankZero(f"WORLD_SIZE={launch.size} without MASTER_ADDR: start the ranks with torchrun") from None
+    try:
+        store = dist.TCPStore(
+            host_name=address,
+            port=port,
+            is_master=launch.rank == 0 and not launch.agent,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+        return dist.PrefixStore(f"epmoe/{launch.attempt}", store), _own_address(address, port)
+    except (dist.DistError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise NoRankZero(
+            f"rank {launch.rank} cannot use MASTER_ADDR:MASTER_PORT {address}:{port} ({reason})"
+        ) from error
+
+
+def _own_address(master: str, port: int) -> str:
+    """Where other ranks reach this process: the address it shows to the master, or the master's name if it runs there.
+
+    torchrun may place rank 0 on another node than MASTER_ADDR's.
+    """
+    family, kind, protocol, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:  # connecting a datagram socket sends nothing
+        probe.connect(target)
+        address = probe.getsockname()[0]
+    return master if ipaddress.ip_address(address).is_loopback else address
+
+
+def _group(launch: Launch, device: torch.device, store: dist.Store, timeout_s: float) -> Ranks:
+    """The process group and the mesh over it."""
+    dist.init_process_group(
+        BACKENDS[device.type],  # spelt out: a group of two default backends crashes some interpreters at exit
+        store=store,
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=None if device.type == "cpu" else device,
+    )
+    mesh = init_device_mesh(device.type, (launch.size,), mesh_dim_names=("expert",))
+    return Ranks(
+        rank=launch.rank,
+        size=launch.size,
+        local_rank=launch.local_rank,
+        nodes=launch.nodes,
+        device=device,
+        expert_rank=mesh.get_local_rank("expert"),
+        expert_size=mesh.size(),
+        expert_group=mesh.get_group("expert"),
+    )
+
+
+def _stdout_closed() -> bool:
+    """Whether the reader of standard output has gone."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -7,16 +7,21 @@ seconds. The parent hosts the key-value store, so that no port is ever guessed.
 import multiprocessing
 import os
 import pickle
-import sys
+import signal
+import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from epmoe import ranks
+from epmoe.watch import leave
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "epmoe.ranks"])
@@ -44,19 +49,8 @@ def run_ranks(
     processes = []
     for rank in range(world_size):
         here, there = FORK.Pipe(duplex=False)
-        variables = {
-            "RANK": rank,
-            "WORLD_SIZE": world_size,
-            "LOCAL_RANK": rank,
-            "LOCAL_WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            **(env or {}),
-        }
-        process = FORK.Process(
-            target=_run_rank, args=(there, {k: str(v) for k, v in variables.items()}, device, timeout, fn, args)
-        )
+        variables = {**_launch(rank, world_size, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
+        process = FORK.Process(target=_run_rank, args=(there, variables, device, timeout, fn, args))
         process.start()
         there.close()
         pipes[here] = rank
@@ -67,6 +61,17 @@ def run_ranks(
         for process in processes:
             process.kill()
             process.join()
+
+
+def _launch(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _collect(pipes: dict[Connection, int], world_size: int, deadline: float, timeout: float) -> list[Any]:
@@ -100,18 +105,19 @@ def _run_rank(
 ) -> None:
     """A rank's process. Its result or its exception goes into the pipe before the group ends."""
     os.environ.update(env)
+    told = False
     try:
         with ranks.start(device=device, timeout_s=timeout) as mine:
             try:
                 pipe.send_bytes(pickle.dumps((time.monotonic(), True, fn(mine, *args))))
             except Exception as error:
-                pipe.send_bytes(_packed(error, int(env["RANK"])))
-                os._exit(1)
+                pipe.send_bytes(_packed(error, mine.rank))
+                told = True
+                raise
     except Exception as error:
-        pipe.send_bytes(_packed(error, int(env["RANK"])))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+        if not told:
+            pipe.send_bytes(_packed(error, int(env["RANK"])))
+    leave(0)
 
 
 def _packed(error: Exception, rank: int) -> bytes:
@@ -121,3 +127,57 @@ def _packed(error: Exception, rank: int) -> bytes:
         return pickle.dumps((now, False, error))
     except Exception:  # an exception that cannot travel is told in words
         return pickle.dumps((now, False, RuntimeError(text)))
+
+
+class Command:
+    """A rank of a command: a process that runs `ranks.main(fn)`, with its output in files."""
+
+    def __init__(self, folder: Path, env: dict[str, str], fn: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.stdout_path, self.stderr_path = folder / f"stdout.{env['RANK']}", folder / f"stderr.{env['RANK']}"
+        for path in (self.stdout_path, self.stderr_path):
+            path.touch()
+        self.process = FORK.Process(target=_run_command, args=(env, self.stdout_path, self.stderr_path, fn, args))
+        self.process.start()
+
+    @property
+    def stdout(self) -> str:
+        return self.stdout_path.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_path.read_text()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code (a signal's number negative), or None when the process still runs after `seconds`."""
+        self.process.join(max(0.0, seconds))
+        return self.process.exitcode
+
+
+@contextmanager
+def commands(
+    fn: Callable[..., None], world_size: int, *args: Any, folder: Path, env: dict[str, str] | None = None
+) -> Iterator[list[Command]]:
+    """Run `ranks.main(fn(*args))` on `world_size` ranks as by hand, without an agent; rank 0 hosts the store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        Command(folder, {**_launch(rank, world_size, port), **(env or {})}, fn, args) for rank in range(world_size)
+    ]
+    try:
+        yield started
+    finally:
+        for command in started:
+            command.process.kill()
+            command.process.join()
+
+
+def _run_command(env: dict[str, str], out: Path, err: Path, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(env)
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    ranks.main(partial(fn, *args))
