@@ -1,0 +1,63 @@
+"""The wheel: a non-editable install holds conf/ and the embedded model, and works from any folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_DEMO_BYTES = 16 * 2**20
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # Without build isolation hatchling comes from this environment: no network.
+    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(folder), str(ROOT))
+    (file,) = folder.glob("epmoe-*.whl")
+    return file
+
+
+def test_contents(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {info.filename: info.file_size for info in archive.infolist()}
+        for file in (ROOT / "conf").rglob("*.yaml"):
+            name = f"epmoe/conf/{file.relative_to(ROOT / 'conf')}"
+            assert archive.read(name) == file.read_bytes()
+    demo = {str(file.relative_to(ROOT)): file.stat().st_size for file in (ROOT / "epmoe" / "demo").rglob("*.*")}
+    assert {name: held.get(name) for name in demo} == demo
+    assert sum(demo.values()) <= MOST_DEMO_BYTES
+    assert "epmoe/py.typed" in held
+    top = {name.partition("/")[0] for name in held}
+    assert len(top) == 2 and "epmoe" in top  # the other one is the metadata: no tests, no scripts
+    assert any(name.endswith("/licenses/LICENSE") for name in held)
+
+
+def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """The installed package, not the checkout, is what runs, and it finds its own configuration."""
+    site, folder = tmp_path / "site", tmp_path / "anywhere"
+    folder.mkdir()
+    pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    program = (
+        "import epmoe.config; print(epmoe.config.conf_dir()); epmoe.config.parse(['--cfg', 'job', 'prompt=é, ${x}'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    where, _, shown = done.stdout.partition("\n")
+    assert where == str(site / "epmoe" / "conf")
+    assert yaml.safe_load(shown)["prompt"] == "é, ${x}"
+    assert list(folder.iterdir()) == []
