@@ -11,7 +11,9 @@ def make_step(
     chunks: Sequence[tuple[int, Sequence[int], int]], *, every: bool = True, device: torch.device | str = "cpu"
 ) -> Step:
     """A step from (handle, new tokens, positions cached before) triples; logits of every token or of the last."""
-    token, position, starts = [], [], [0]
+    token: list[int] = []
+    position: list[int] = []
+    starts = [0]
     for _, ids, cached in chunks:
         token += ids
         position += range(cached, cached + len(ids))

@@ -20,7 +20,7 @@ from epmoe.cache import Cache
 HIDDEN = 24
 # float32 against float64. Scores reach 30 here, where float32 is off by some 1e-6 after the products; exp turns that
 # into a relative error of a weight, and outputs are of size 1 to 10. A wrong position is off by 0.1 and more.
-CLOSE = {"rtol": 1e-5, "atol": 5e-5}
+RTOL, ATOL = 1e-5, 5e-5
 ROPE = Rope(
     head_dim=8,
     theta=1000.0,
@@ -157,7 +157,7 @@ def test_whole_prompt_equals_brute_force(case: Case) -> None:
     layer, x_TH = case.layer(), some_inputs()[0]
     store = new_cache(case)
     (y_TH,) = run(layer, store, case.window, [(store.admit(len(x_TH)), x_TH, 0)])
-    torch.testing.assert_close(y_TH.double(), brute_force(layer, x_TH, case.window), **CLOSE)
+    torch.testing.assert_close(y_TH.double(), brute_force(layer, x_TH, case.window), rtol=RTOL, atol=ATOL)
 
 
 @cases
@@ -168,7 +168,7 @@ def test_ragged_chunked_batches_equal_brute_force(case: Case) -> None:
         inputs = some_inputs(seed)
         for x_TH, y_TH in zip(inputs, run_all(layer, store, case.window, inputs, seed), strict=True):
             expected = brute_force(layer, x_TH, case.window)
-            torch.testing.assert_close(y_TH.double(), expected, **CLOSE)
+            torch.testing.assert_close(y_TH.double(), expected, rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -181,7 +181,7 @@ def test_blocks_and_groups_change_nothing(window: int | None, monkeypatch: pytes
     monkeypatch.setattr(attention, "WINDOW_QUERIES", 2)
     monkeypatch.setattr(cache, "GATHER_POSITIONS", 40)
     for got, whole in zip(run_all(layer, new_cache(case), window, inputs, seed=5), expected, strict=True):
-        torch.testing.assert_close(got, whole, **CLOSE)
+        torch.testing.assert_close(got, whole, rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -206,7 +206,7 @@ def test_released_sequence_cannot_poison_its_successor() -> None:
     store.release(handle)
     handle = store.admit(64)
     outs = [run(layer, store, 7, [(handle, x_TH[t : t + 1], t)])[0] for t in range(len(x_TH))]
-    torch.testing.assert_close(torch.cat(outs).double(), brute_force(layer, x_TH, 7), **CLOSE)
+    torch.testing.assert_close(torch.cat(outs).double(), brute_force(layer, x_TH, 7), rtol=RTOL, atol=ATOL)
 
 
 def test_attend_takes_extreme_scores() -> None:
