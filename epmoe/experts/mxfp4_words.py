@@ -1,0 +1,196 @@
+"""The layout of MXFP4 weights that the Triton kernels read, and how they turn it into numbers.
+
+Letters: L experts on this rank · N output rows · C contraction columns · G groups of 32 columns that share a scale ·
+P pairs of groups · W = 16·P words of a row.
+
+A pair of groups is 64 columns and 16 words of 16 bits. Word i holds four E2M1 codes, of the columns
+
+    j = 0: i          (first group)        j = 2: 32 + i     (second group)
+    j = 1: 16 + i                          j = 3: 48 + i
+
+so that a tile of words gives four tiles of values, whose columns of x are runs of 16 (32 bytes of bf16, one sector of
+memory): four products, and nothing is ever interleaved. Inside a word, with s the sign, a b the exponent, m the
+mantissa of code j:
+
+    bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
+    code  s0 s3 a3 s1 b3 m3 s2 a0 b0 m0 a1 b1 m1 a2 b2 m2
+
+Shifted left by 0, 3 or 6 and masked with 0x81c0, codes 0 to 2 stand where a bf16 has its sign and the lowest two bits
+of its exponent and the highest of its mantissa: that number is value · 2^−126, exactly, the subnormal code 0.5
+included. Code 3 is gathered from the bits that are left. A product with a power of two then gives value · 2^(scale −
+127), again exactly: for scale bytes up to 128 one factor 2^(scale − 1) does it, for larger ones ("wide") it would pass
+the largest bf16, so two factors are used, 2^126 and 2^(scale − 127). 255 is NaN.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+
+from epmoe.quant.mxfp4 import Mxfp4Matrix
+
+# (mask, left shift) pairs that bring the four bits of a code, sign first, to their places in a word
+_PLACES = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((12, 11), (3, 10)))
+_EXPERTS_AT_ONCE = 4  # bounds the temporary memory of a conversion
+
+
+@dataclass(frozen=True)
+class WordMatrix:
+    """One projection [L, N, C] in words. C is padded to an even number of groups: codes 0, scale bytes 127."""
+
+    shape: tuple[int, int, int]
+    word_LNW: torch.Tensor  # int16
+    scale_LPN: torch.Tensor  # int16, low byte: scale of the first group of the pair, high byte: of the second
+    wide: bool  # any scale byte is above 128
+
+    @classmethod
+    def pack(cls, matrix: Mxfp4Matrix) -> Self:
+        """Needs memory for the result and for temporaries of a few experts. Synchronises with the host once."""
+        block_LNG16, scale_LNG = matrix.blocks_LNG16, matrix.scales_LNG
+        experts, rows, groups = scale_LNG.shape
+        pairs = (groups + 1) // 2
+        word_LNP16 = torch.empty(experts, rows, pairs, 16, dtype=torch.int16, device=block_LNG16.device)
+        for some in torch.arange(experts).split(_EXPERTS_AT_ONCE):
+            part = slice(int(some[0]), int(some[-1]) + 1)
+            padded_LNG16 = _pad_groups(block_LNG16[part], 2, 0)
+            word_LNP16[part] = _words(padded_LNG16.unflatten(2, (pairs, 2)))
+        scale_LNP2 = _pad_groups(scale_LNG, 2, 127).unflatten(2, (pairs, 2))
+        scale_LPN = scale_LNP2.permute(0, 2, 1, 3).contiguous().view(torch.int16).squeeze(-1)
+        return cls((experts, rows, groups * 32), word_LNP16.flatten(2), scale_LPN, bool((scale_LNG > 128).any()))
+
+    def unpack(self) -> Mxfp4Matrix:
+        """The inverse of `pack`, exact."""
+        groups = self.shape[2] // 32
+        block_LNG16 = _blocks(self.word_LNW.unflatten(2, (-1, 16))).flatten(2, 3)[:, :, :groups].contiguous()
+        scale_LPN2 = self.scale_LPN.unsqueeze(-1).view(torch.uint8)
+        scale_LNG = scale_LPN2.permute(0, 2, 1, 3).flatten(2)[:, :, :groups].contiguous()
+        return Mxfp4Matrix(block_LNG16, scale_LNG)
+
+    @property
+    def nbytes(self) -> int:
+        return self.word_LNW.nbytes + self.scale_LPN.nbytes
+
+
+def _pad_groups(tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:
+    """One more group of `value` along `dim` where their number is odd."""
+    if tensor.shape[dim] % 2 == 0:
+        return tensor
+    return torch.cat([tensor, torch.full_like(tensor.narrow(dim, 0, 1), value)], dim)
+
+
+def _words(block_LNP2B: torch.Tensor) -> torch.Tensor:
+    """Blocks uint8 [L, N, P, 2, 16], byte b with columns 2b (low nibble) and 2b+1 → words int16 [L, N, P, 16]."""
+    byte_LNPJ8 = block_LNP2B.unflatten(-1, (2, 8)).flatten(3, 4)  # j, then the byte of words 2i and 2i+1
+    word_LNP82 = byte_LNPJ8.new_zeros((*byte_LNPJ8.shape[:3], 8, 2), dtype=torch.int16)
+    for odd in (0, 1):
+        for code, places in enumerate(_PLACES):
+            nibble = (byte_LNPJ8[..., code, :] >> (4 * odd)).to(torch.int16)
+            for mask, shift in places:
+                word_LNP82[..., odd] |= (nibble & mask) << shift
+    return word_LNP82.flatten(3)
+
+
+def _blocks(word_LNPW: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_words`."""
+    word_LNP82 = word_LNPW.unflatten(-1, (8, 2))
+    byte_LNPJ8 = word_LNPW.new_zeros((*word_LNPW.shape[:3], 4, 8), dtype=torch.uint8)
+    for odd in (0, 1):
+        for code, places in enumerate(_PLACES):
+            for mask, shift in places:
+                nibble = (word_LNP82[..., odd] >> shift) & mask
+                byte_LNPJ8[..., code, :] |= nibble.to(torch.uint8) << (4 * odd)
+    return byte_LNPJ8.unflatten(3, (2, 2)).flatten(4)
+
+
+@triton.jit
+def words_to_values(word, scale, WIDE: tl.constexpr, PTX: tl.constexpr):
+    """Words int16 and their scale pairs int16, of one shape → four bf16 tensors of that shape, codes j = 0..3."""
+    if PTX:
+        first, second = _factor(scale & 255, WIDE), _factor((scale >> 8) & 255, WIDE)
+        return _values_ptx(word, first, second, WIDE)
+    else:
+        return _values_integer(word, scale)
+
+
+@triton.jit
+def _factor(scale, WIDE: tl.constexpr):
+    """Bits, int16, of the bf16 number 2^(scale − 1), or where that is too large for bf16, 2^(scale − 127)."""
+    if WIDE:
+        bits = tl.where(scale == 0, 0x40, scale << 7)  # 2^−127 is subnormal
+        return tl.where(scale == 255, 0x7FC0, bits).to(tl.int16)
+    else:
+        return ((scale + 126) << 7).to(tl.int16)
+
+
+_PTX_CODES = """
+    .reg .b32 t, u, zero;
+    mov.b32 zero, 0x80008000;
+    and.b32 $0, $4, 0x81c081c0;
+    shl.b32 t, $4, 3;
+    and.b32 $1, t, 0x81c081c0;
+    shl.b32 t, $4, 6;
+    and.b32 $2, t, 0x81c081c0;
+    shl.b32 t, $4, 1;
+    and.b32 $3, t, 0x80008000;
+    shr.b32 t, $4, 5;
+    and.b32 t, t, 0x01000100;
+    shr.b32 u, $4, 4;
+    and.b32 u, u, 0x00c000c0;
+    or.b32 $3, $3, t;
+    or.b32 $3, $3, u;
+"""
+_PTX_LIFT = """
+    mov.b32 t, 0x7e807e80;
+    fma.rn.bf16x2 $0, $0, t, zero;
+    fma.rn.bf16x2 $1, $1, t, zero;
+    fma.rn.bf16x2 $2, $2, t, zero;
+    fma.rn.bf16x2 $3, $3, t, zero;
+"""
+_PTX_SCALE = """
+    fma.rn.bf16x2 $0, $0, $5, zero;
+    fma.rn.bf16x2 $1, $1, $5, zero;
+    fma.rn.bf16x2 $2, $2, $6, zero;
+    fma.rn.bf16x2 $3, $3, $6, zero;
+"""
+_TWO_126 = tl.constexpr(2.0**126)
+_PTX_NARROW = tl.constexpr("{" + _PTX_CODES + _PTX_SCALE + "}")
+_PTX_WIDE = tl.constexpr("{" + _PTX_CODES + _PTX_LIFT + _PTX_SCALE + "}")
+
+
+@triton.jit
+def _values_ptx(word, first, second, WIDE: tl.constexpr):
+    """Two words a register, so that each instruction serves two; 11 for the bits of eight values and 4 or 8 products.
+
+    `fma` with −0 is an exact product and, unlike `mul.bf16x2`, also runs on sm_80.
+    """
+    return tl.inline_asm_elementwise(
+        _PTX_WIDE if WIDE else _PTX_NARROW,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [word, first, second],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _values_integer(word, scale):
+    """What `_values_ptx` computes, in Triton's own operations: for the interpreter and for devices without PTX."""
+    word = word.to(tl.int32)
+    first, second = scale & 255, (scale >> 8) & 255
+    value0 = _value(word, first)
+    value1 = _value(word << 3, first)
+    value2 = _value(word << 6, second)
+    value3 = _value(((word << 1) & 0x8000) | ((word >> 5) & 0x100) | ((word >> 4) & 0xC0), second)
+    return value0, value1, value2, value3
+
+
+@triton.jit
+def _value(bits, scale):
+    """The code at bits 15 and 8 to 6, times 2^(scale − 127). In float32, whose exponent has the same width as bf16's."""
+    small = (((bits & 0x8000) << 16) | ((bits & 0x1C0) << 16)).to(tl.float32, bitcast=True)
+    scale = scale.to(tl.int32)
+    factor = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
+    return (small * _TWO_126 * factor.to(tl.float32, bitcast=True)).to(tl.bfloat16)

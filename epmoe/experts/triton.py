@@ -1,0 +1,229 @@
+"""Experts in Triton: both products run straight from the packed MXFP4 weights; nothing is dequantised to memory.
+
+Letters: T tokens · H hidden · I intermediate · E experts · K experts per token · L experts on this rank · S = T·K slots ·
+R = S rows of this rank, sorted by expert · N output rows of a matrix.
+
+Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Self
+
+import torch
+import triton
+import triton.language as tl
+
+from epmoe.errors import UserError
+from epmoe.experts import GatedActivation
+from epmoe.experts.mxfp4_words import WordMatrix
+from epmoe.experts.reference import gated
+from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
+from epmoe.quant import ExpertWeights
+from epmoe.quant.mxfp4 import Mxfp4Matrix
+from epmoe.router import Dispatch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: `weight_rows` × `tokens`, `words` of 4 columns at a time."""
+
+    weight_rows: int
+    tokens: int
+    words: int
+    warps: int
+    stages: int
+
+
+# Tiles by the mean rows of an expert, T·K/E over all ranks, up to which they serve. `words` sets the order of summation:
+# one number for all, so that a row has the same bits in a decode step and in a prefill.
+TILES: dict[torch.dtype, tuple[tuple[float, Tile], ...]] = {
+    torch.bfloat16: (
+        (12, Tile(weight_rows=64, tokens=16, words=32, warps=4, stages=4)),
+        (64, Tile(weight_rows=128, tokens=64, words=32, warps=8, stages=3)),
+        (float("inf"), Tile(weight_rows=128, tokens=128, words=32, warps=8, stages=3)),
+    ),
+    # For comparison, not for speed: float32 has no exact tensor core product.
+    torch.float32: ((float("inf"), Tile(weight_rows=64, tokens=16, words=16, warps=4, stages=2)),),
+}
+
+
+def choose_tile(dtype: torch.dtype, slots: int, num_experts: int) -> Tile:
+    """The tile for T·K slots over all E experts. What a rank holds must not enter: see triton_kernels.py, Order."""
+    return next(tile for limit, tile in TILES[dtype] if slots <= limit * num_experts)
+
+
+def max_tiles(slots: int, num_local: int, tokens: int) -> int:
+    """The most runs of at most `tokens` rows that `slots` rows over L experts can need: the grid's fixed bound."""
+    started = min(slots, num_local)
+    return started + (slots - started) // tokens
+
+
+class TritonExperts:
+    """MXFP4 experts on a GPU (and, for tests, in Triton's interpreter). Never waits for the device; fits a CUDA graph."""
+
+    formats: ClassVar[frozenset[str]] = frozenset({"mxfp4"})
+
+    def __init__(
+        self, gate_up: WordMatrix, down: WordMatrix, weights: ExpertWeights, activation: GatedActivation
+    ) -> None:
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gate_up_bias_LN = weights.gate_up_bias_LN.contiguous()
+        self.down_bias_LH = weights.down_bias_LH.contiguous()
+
+    @classmethod
+    def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:
+        """Regroups codes and scales (mxfp4_words.py): the same size, but for an odd number of 32-column groups.
+
+        Raises:
+            UserError: another format than mxfp4, or a device that Triton cannot compile for.
+        """
+        gate_up, down = weights.gate_up, weights.down
+        if not isinstance(gate_up, Mxfp4Matrix) or not isinstance(down, Mxfp4Matrix):
+            raise UserError(
+                f"experts=triton runs quant={'|'.join(sorted(cls.formats))}, not quant={gate_up.format}: "
+                "choose that, or experts=reference"
+            )
+        if gate_up.device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise UserError("experts=triton needs a GPU and these experts are on the CPU: choose experts=reference")
+        return cls(WordMatrix.pack(gate_up), WordMatrix.pack(down), weights, activation)
+
+    def unpack(self) -> ExpertWeights:
+        return ExpertWeights(self.gate_up.unpack(), self.gate_up_bias_LN, self.down.unpack(), self.down_bias_LH)
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes + self.gate_up_bias_LN.nbytes + self.down_bias_LH.nbytes
+
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
+        h_RI = gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
+        return down(h_RI, self.down, self.down_bias_LH, dispatch)
+
+
+def gate_up(
+    x_TH: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LN: torch.Tensor,
+    dispatch: Dispatch,
+    activation: GatedActivation,
+) -> torch.Tensor:
+    """h[r] = activation(x[slot[r] // K] · gate_upᵀ + bias): [T, H] → [R, I]; unused rows hold anything."""
+    (tokens, hidden), (num_local, rows, columns) = x_TH.shape, matrix.shape
+    slots = dispatch.slot_R.numel()
+    assert hidden == columns and slots == tokens * dispatch.expert_TK.shape[1]
+    _check(x_TH, matrix, bias_LN, dispatch)
+    h_RI = x_TH.new_empty(slots, rows // 2)
+    tile = choose_tile(x_TH.dtype, slots, dispatch.num_experts)
+    grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(rows, tile.weight_rows)
+    if grid:
+        gate_up_kernel[(grid,)](
+            x_TH,
+            matrix.word_LNW,
+            matrix.scale_LPN,
+            bias_LN,
+            dispatch.offset_L1,
+            dispatch.slot_R,
+            h_RI,
+            hidden,
+            rows,
+            num_local,
+            dispatch.expert_TK.shape[1],
+            activation.alpha,
+            activation.limit,
+            activation.up_offset,
+            **_constants(tile, matrix, x_TH),
+        )
+    return h_RI
+
+
+def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias): [R, I] → [T, K, H], zeros in slots of other ranks."""
+    (slots, intermediate), (num_local, hidden, columns) = h_RI.shape, matrix.shape
+    assert intermediate == columns and slots == dispatch.slot_R.numel()
+    assert dispatch.weight_TK.dtype == torch.float32 and dispatch.weight_TK.is_contiguous()
+    _check(h_RI, matrix, bias_LH, dispatch)
+    # A rank that has all experts writes every slot.
+    new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
+    y_TKH = new(*dispatch.expert_TK.shape, hidden)
+    tile = choose_tile(h_RI.dtype, slots, dispatch.num_experts)
+    grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
+    if grid:
+        down_kernel[(grid,)](
+            h_RI,
+            matrix.word_LNW,
+            matrix.scale_LPN,
+            bias_LH,
+            dispatch.offset_L1,
+            dispatch.slot_R,
+            dispatch.weight_TK,
+            y_TKH,
+            intermediate,
+            hidden,
+            num_local,
+            **_constants(tile, matrix, h_RI),
+        )
+    return y_TKH
+
+
+def gate_up_torch(
+    x_TH: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LN: torch.Tensor,
+    dispatch: Dispatch,
+    activation: GatedActivation,
+) -> torch.Tensor:
+    """What `gate_up` computes, in torch; unused rows are zero. Waits for the device."""
+    value_LNH = matrix.unpack().dequantize(torch.float32)
+    h_RI = x_TH.new_zeros(dispatch.slot_R.numel(), matrix.shape[1] // 2)
+    for expert, rows in enumerate(_expert_rows(dispatch)):
+        x_MH = x_TH[dispatch.slot_R[rows].long() // dispatch.expert_TK.shape[1]].float()
+        h_RI[rows] = gated(x_MH @ value_LNH[expert].T + bias_LN[expert].float(), activation).to(x_TH.dtype)
+    return h_RI
+
+
+def down_torch(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    """What `down` computes, in torch. Waits for the device."""
+    value_LHI = matrix.unpack().dequantize(torch.float32)
+    y_SH = h_RI.new_zeros(dispatch.slot_R.numel(), matrix.shape[1])
+    for expert, rows in enumerate(_expert_rows(dispatch)):
+        slot_M = dispatch.slot_R[rows].long()
+        y_MH = h_RI[rows].float() @ value_LHI[expert].T + bias_LH[expert].float()
+        y_SH[slot_M] = (y_MH * dispatch.weight_TK.flatten()[slot_M, None]).to(h_RI.dtype)
+    return y_SH.view(*dispatch.expert_TK.shape, -1)
+
+
+def _expert_rows(dispatch: Dispatch) -> list[slice]:
+    offsets = dispatch.offset_L1.tolist()
+    return [slice(start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _check(x: torch.Tensor, matrix: WordMatrix, bias_LN: torch.Tensor, dispatch: Dispatch) -> None:
+    """What the kernels take for granted of the tensors of either product."""
+    assert x.dtype in TILES, f"experts=triton computes in bfloat16 or float32, not {x.dtype}"
+    assert bias_LN.shape == matrix.shape[:2] and dispatch.offset_L1.shape == (matrix.shape[0] + 1,)
+    assert dispatch.offset_L1.dtype == dispatch.slot_R.dtype == torch.int32
+    tensors = (x, matrix.word_LNW, matrix.scale_LPN, bias_LN, dispatch.offset_L1, dispatch.slot_R)
+    assert all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
+
+
+def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, object]:
+    """Compile-time arguments that both kernels share."""
+    on_gpu = x.device.type != "cpu"
+    return {
+        "LOCAL": triton.next_power_of_2(matrix.shape[0]),
+        "B": tile.weight_rows,
+        "M": tile.tokens,
+        "Q": tile.words,
+        "WIDE": matrix.wide,
+        "PTX": on_gpu and _has_ptx(x.device),
+        # The interpreter multiplies the bit patterns of bf16, so there it computes in float32.
+        "DOT": tl.bfloat16 if on_gpu and x.dtype == torch.bfloat16 else tl.float32,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@cache
+def _has_ptx(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
