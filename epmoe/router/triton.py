@@ -72,8 +72,8 @@ def tile_options(experts: int) -> dict[str, int]:
     return {"BLOCK_T": tokens, "BLOCK_E": padded, "num_warps": max(4, tokens * padded // (32 * _THREAD))}
 
 
-# Below every key of a real logit: those have -inf's 0x807fffff or more in their upper half.
-_TAKEN = tl.constexpr(-(1 << 63))
+# Below the key of every logit: -inf has the lowest, 0x807fffff as int32.
+_TAKEN = tl.constexpr(-(1 << 31))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,15 +88,14 @@ def _choose(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """K rounds of "take the largest key"; a key is (logit, lower id first) in one integer: ties need no extra step."""
+    """K rounds of "take the largest, the leftmost of equals". Integer keys leave room for a mark below -inf: taken."""
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     id_E = tl.arange(0, BLOCK_E)
     real_T = token_T < tokens
     real_TE = real_T[:, None] & (id_E < E)[None, :]
     logit_TE = tl.load(logits_ptr + token_T[:, None] * E + id_E[None, :], mask=real_TE, other=0.0).to(tl.float32)
-    key_TE = (_ordered(logit_TE).to(tl.int64) << 32) | (BLOCK_E - 1 - id_E).to(tl.int64)[None, :]
-    key_TE = tl.where((id_E < E)[None, :], key_TE, _TAKEN)
+    key_TE = tl.where((id_E < E)[None, :], _ordered(logit_TE), _TAKEN)
 
     # The exponentials of later rounds need the first round's logit, and the weights need their sum: the K values of a
     # token wait in registers, addressed by comparison since a tile cannot be indexed.
@@ -106,9 +105,8 @@ def _choose(
     first_T = tl.zeros([BLOCK_T], tl.float32)
     sum_T = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
-        best_T = tl.max(key_TE, axis=1)
-        id_T = BLOCK_E - 1 - (best_T & 0xFFFFFFFF).to(tl.int32)
-        logit_T = _unordered((best_T >> 32).to(tl.int32))
+        best_T, id_T = tl.max(key_TE, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        logit_T = _unordered(best_T)
         if k == 0:
             first_T = logit_T
         exp_T = tl.exp(logit_T - first_T)
