@@ -112,7 +112,15 @@ class Tokenizer:
         return cls(checkpoint.tokenizer_file, checkpoint.chat_template, _special_tokens(checkpoint.path))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own."""
+        """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
+
+        Raises:
+            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text has a lone surrogate (character {error.start}): remove it") from error
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -136,6 +144,18 @@ def _special_tokens(path: Path) -> dict[str, str]:
         if isinstance(token, str):
             found[name] = token
     return found
+
+
+def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json."""
+    for name, config in (("generation_config", checkpoint.generation_config), ("config", checkpoint.config)):
+        value = config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(each) is int for each in ids) and value is not None:
+            raise UserError(f"{checkpoint.path}/{name}.json: eos_token_id={value!r} is neither an id nor a list of ids")
+        if value is not None:
+            return tuple(ids)
+    return ()
 
 
 class TextStream:

@@ -1,0 +1,68 @@
+"""The command, from a checkpoint to text:
+
+torchrun --nproc-per-node N -m epmoe.generate checkpoint=DIRECTORY prompt="some text"
+python -m epmoe.generate                       one rank, the embedded model
+
+config → ranks → checkpoint → tokenizer → requests → model → cache → engine → text
+"""
+
+import sys
+
+from epmoe.checkpoint import Checkpoint
+from epmoe.config import parse
+from epmoe.engine import Engine, check
+from epmoe.hub import resolve
+from epmoe.load import DTYPES, load
+from epmoe.memory import fit_cache
+from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
+from epmoe.prompts import get_requests
+from epmoe.ranks import main, start
+from epmoe.tokenizer import Tokenizer, eos_ids
+
+
+def generate() -> None:
+    config = parse(sys.argv[1:])
+    run = config.runtime
+    with start(device=run.device, expert=config.mesh.expert, timeout_s=run.timeout_s, threads=run.threads) as ranks:
+        if ranks.is_main:
+            check_writable(config.output)
+        checkpoint = Checkpoint.open(resolve(config.checkpoint))
+        tokenizer = Tokenizer.of(checkpoint)
+        requests = get_requests(config, tokenizer, ranks)
+
+        model, report = load(
+            checkpoint,
+            ranks,
+            quant=config.quant,
+            experts=config.experts,
+            router=config.router,
+            combine=config.combine,
+            placement=config.placement,
+            dtype=run.dtype,
+            progress=run.progress,
+        )
+        check(requests, model.config.vocab, model.config.max_positions)
+        cache = fit_cache(
+            model.config,
+            [request.cached(model.config.max_positions) for request in requests],
+            ranks,
+            dtype=DTYPES[report.dtype],
+            page=run.page,
+            max_batch=run.max_batch,
+            cache_tokens=run.cache_tokens,
+        )
+        limits = {"prefill_chunk": run.prefill_chunk, "max_batch": run.max_batch}
+        engine = Engine(model, cache, ranks, eos_ids=eos_ids(checkpoint), **limits)
+
+        output = Output(tokenizer, requests, standard_output(ranks))
+        results = engine.generate(requests, output.on_token, output.on_finish)
+        line = closing_line(results, report.bytes_read, ranks)
+        if ranks.is_main:
+            if config.output:
+                pairs = zip(requests, results, strict=True)
+                write_lines(config.output, [output.record(i, *pair) for i, pair in enumerate(pairs)])
+            print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(generate)
