@@ -3,6 +3,7 @@
 Letters: E experts · L experts on this rank · N ranks of the expert group.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,12 @@ class Placement:
     num_experts: int
     experts: tuple[tuple[int, ...], ...]
 
+    def __post_init__(self) -> None:
+        owners = Counter(expert for mine in self.experts for expert in mine)
+        for expert in {*owners, *range(self.num_experts)}:
+            assert owners[expert] == (expert < self.num_experts), f"expert {expert} has {owners[expert]} owners"
+        assert all(list(mine) == sorted(mine) for mine in self.experts), "a rank's expert ids must ascend"
+
     def local_E(self, rank: int, device: torch.device) -> torch.Tensor:
         """int32 [E]: each expert's index on `rank`, or -1 where it lives elsewhere."""
         local_E = torch.full((self.num_experts,), -1, dtype=torch.int32)
@@ -34,9 +41,7 @@ def contiguous(num_experts: int, ranks: int) -> Placement:
         UserError: more ranks than experts.
     """
     if ranks > num_experts:
-        raise UserError(
-            f"{ranks} expert ranks cannot share {num_experts} experts: start at most {num_experts} ranks"
-        )
+        raise UserError(f"{ranks} expert ranks cannot share {num_experts} experts: start at most {num_experts} ranks")
     share, rest = divmod(num_experts, ranks)
     sizes = [share + (rank < rest) for rank in range(ranks)]
     starts = [sum(sizes[:rank]) for rank in range(ranks)]
