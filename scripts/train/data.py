@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 CORPUS = Path(__file__).resolve().parent / "corpus.txt.xz"
@@ -66,7 +66,7 @@ def _chunks(document: str) -> Iterator[str]:
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab` tokens; 0 and 1 are START and END."""
+    """Byte-level BPE of exactly `vocab` tokens; 0 and 1 are START and END. Encoding puts START before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +78,16 @@ def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(documents, trainer)
     assert tokenizer.get_vocab_size() == vocab, f"the text is too short for {vocab} tokens"
+    start = (START, tokenizer.token_to_id(START))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
     return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of START and END."""
+    return tokenizer.encode(START, add_special_tokens=False).ids[0], tokenizer.encode(
+        END, add_special_tokens=False
+    ).ids[0]
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -98,8 +107,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[Tensor]:
     """Each document as int64 ids between START and END."""
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
-    return [torch.tensor([start, *e.ids, end]) for e in tokenizer.encode_batch_fast(documents)]
+    _, end = special_ids(tokenizer)
+    return [torch.tensor([*found.ids, end]) for found in tokenizer.encode_batch_fast(documents)]
 
 
 def held_out_windows(tokenizer: Tokenizer, length: int, count: int | None = None) -> Tensor:
@@ -108,18 +117,18 @@ def held_out_windows(tokenizer: Tokenizer, length: int, count: int | None = None
     A window's loss is over its last S tokens.
     """
     ids = torch.cat(encode(tokenizer, split(read_corpus())[1]))
-    windows = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
+    windows_BS = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
     if count is None:
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+        return windows_BS
+    return windows_BS[torch.linspace(0, len(windows_BS) - 1, count).long()]
 
 
 def epoch(documents: list[Tensor], length: int, rng: random.Random) -> Tensor:
     """int64 [B, S+1]: all documents in a new order, joined and cut at a new offset; windows in a new order."""
     order = rng.sample(range(len(documents)), len(documents))
     ids = torch.cat([documents[i] for i in order])[rng.randrange(length) :]
-    windows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
-    return windows[torch.tensor(rng.sample(range(len(windows)), len(windows)))]
+    windows_BS = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
+    return windows_BS[torch.tensor(rng.sample(range(len(windows_BS)), len(windows_BS)))]
 
 
 def words(text: str) -> list[str]:
@@ -133,8 +142,8 @@ class TextCheck:
     def __init__(self) -> None:
         corpus = [words(document) for document in read_corpus()]
         self.vocabulary = frozenset(word for document in corpus for word in document)
-        self.text = " | ".join(" ".join(document) for document in corpus)  # the bar keeps runs inside a document
-        self.text = f" {self.text} "
+        joined = " | ".join(" ".join(document) for document in corpus)  # the bar keeps runs inside a document
+        self.text = f" {joined} "
 
     def known(self, text: str) -> float:
         """The share of the text's words that occur in the corpus."""

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from epmoe.quant.mxfp4 import decode, encode
-from train.data import END, START, save_tokenizer
-from train.model import Shape
+from scripts.train.data import save_tokenizer, special_ids
+from scripts.train.model import Shape
 
 PACKED = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -40,7 +40,7 @@ def as_stored(state: dict[str, Tensor], experts: str) -> dict[str, Tensor]:
 def save(directory: Path, state: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer) -> int:
     """Write the checkpoint (all but training.json). Returns the directory's bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    start, end = special_ids(tokenizer)
     generation = {"bos_token_id": start, "do_sample": True, "eos_token_id": [end], "pad_token_id": end}
     for name, content in {"config.json": shape.config(end), "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -10,9 +10,9 @@
 | Ambrose Bierce, The Devil's Dictionary, 1911 | dict-devil, /usr/share/dictd/devil.dict.dz | copyright expired |
 | The Jargon File 4.4.7 | dict-jargon, /usr/share/dictd/jargon.dict.dz | "This document is in the public domain" |
 
-The result is UTF-8 text: a paragraph (in the Bible a verse) is a line, and a form feed alone on a line separates documents
-(a chapter, or a dictionary entry). Verse numbers, headings, title pages, cross-reference braces, pronunciations, listings and
-addresses are left out; typographic quotes and dashes become ASCII.
+The result is UTF-8 text: a paragraph (in the Bible a verse) is a line, and a form feed alone on a line separates
+documents (a chapter, or a dictionary entry). Verse numbers, headings, title pages, cross-reference braces,
+pronunciations, listings and addresses are left out; typographic quotes and dashes become ASCII.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\u00a0": " ", "\t": " "})
+ASCII = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\u00a0": " ", "\t": " "}
+)
 
 
 def clean(text: str) -> str:
@@ -47,7 +49,8 @@ def paragraphs(lines: list[str]) -> Iterator[list[str]]:
 
 def read_kjv(path: Path) -> Iterator[list[str]]:
     """A chapter a document, a verse a paragraph; an input line is `Ge1:1 In the beginning ...`."""
-    chapter, verses = "", []
+    chapter = ""
+    verses: list[str] = []
     for line in path.read_text(encoding="latin-1").splitlines():
         label, _, verse = line.partition(" ")
         if label.partition(":")[0] != chapter:
@@ -61,8 +64,8 @@ def read_kjv(path: Path) -> Iterator[list[str]]:
 def r_strings(record: bytes) -> list[str]:
     """The character vector of one serialised R object (XDR, version 3).
 
-    Header: `X\\n`, three version integers, the length and name of the encoding; then a STRSXP (flags, count) of CHARSXPs
-    (flags, byte length, bytes). Source: R Internals, "Serialization Formats".
+    Header: `X\\n`, three version integers, the length and name of the encoding; then a STRSXP (flags, count) of
+    CHARSXPs (flags, byte length, bytes). Source: R Internals, "Serialization Formats".
     """
     assert record[:2] == b"X\n", "not an XDR serialisation"
     at = 2 + 12
@@ -79,7 +82,7 @@ def r_strings(record: bytes) -> list[str]:
 
 
 def read_austen(path: Path) -> Iterator[list[str]]:
-    """A chapter a document. The file is a row of (uint32 size, zlib stream) records, one a novel, each a vector of lines."""
+    """A chapter a document. The file is a row of records (uint32 size, zlib stream): each novel's vector of lines."""
     data = path.read_bytes()
     while data:
         stream = zlib.decompressobj()
@@ -118,7 +121,8 @@ def read_devil(path: Path) -> Iterator[list[str]]:
 def read_jargon(path: Path) -> Iterator[list[str]]:
     """An entry a document: `Head word: text`, its paragraphs of prose only."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    head, entry = "", []
+    head = ""
+    entry: list[str] = []
     for block in paragraphs(lines[lines.index("(TM)") :]):
         if not block[0].startswith("    "):
             if entry:

@@ -1,11 +1,11 @@
 """gpt-oss, differentiable: what train_demo.py trains. epmoe.models.gpt_oss is the same function for inference.
 
-No cache, no ranks: whole windows go through at once. Module names are the checkpoint's names, so `state_dict` is already
-the checkpoint but for the experts' packing. The experts' matrices are read through MXFP4 (`fake_mxfp4`), so that the model
-learns with the values that will be stored.
+No cache, no ranks: whole windows go through at once. Module names are the checkpoint's names, so `state_dict` is
+already the checkpoint but for the experts' packing. The experts' matrices are read through MXFP4 (`fake_mxfp4`), so
+that the model learns with the values that will be stored.
 
-Letters: B windows · S tokens of a window · T = B·S tokens · H hidden · I intermediate · E experts · K experts per token ·
-N query heads · M key/value heads · Q = N/M · D head_dim · V vocabulary.
+Letters: B windows · S tokens of a window · T = B·S tokens · H hidden · I intermediate · E experts · K experts per
+token · N query heads · M key/value heads · Q = N/M · D head_dim · V vocabulary.
 """
 
 import math
@@ -166,28 +166,29 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        E, H, I = shape.experts, shape.hidden, shape.intermediate
         self.shape = shape
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * I, H) * H**-0.5)
-        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * I))
-        self.down_proj = nn.Parameter(torch.randn(E, H, I) * (I * 2 * shape.layers) ** -0.5)
+        E, H, N = shape.experts, shape.hidden, 2 * shape.intermediate
+        self.gate_up_proj = nn.Parameter(torch.randn(E, N, H) * H**-0.5)
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, N))
+        self.down_proj = nn.Parameter(torch.randn(E, H, N // 2) * (N * shape.layers) ** -0.5)
         self.down_proj_bias = nn.Parameter(torch.zeros(E, H))
         self.quantized = True  # False reads the matrices as they are, for the comparison with bf16 experts
 
     def forward(self, x_TH: Tensor, weight_TE: Tensor) -> Tensor:
         """Σ_e weight[t, e] · expert_e(x[t]); weight is zero where expert e was not chosen."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if self.quantized:
-            gate_up, down = fake_mxfp4(gate_up), fake_mxfp4(down)
+        read = fake_mxfp4 if self.quantized else Tensor.float
+        gate_up, down = read(self.gate_up_proj), read(self.down_proj)
         return (self._dense if x_TH.is_cuda else self._routed)(x_TH, weight_TE, gate_up, down)
 
     def _dense(self, x_TH: Tensor, weight_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Every expert runs every token: four times the arithmetic, but three large products and no synchronisation."""
-        E, H, I = down.shape
-        gate = F.linear(x_TH, gate_up[:, 0::2].reshape(E * I, H), self.gate_up_proj_bias[:, 0::2].reshape(-1))
-        up = F.linear(x_TH, gate_up[:, 1::2].reshape(E * I, H), self.gate_up_proj_bias[:, 1::2].reshape(-1))
-        hidden_TEI = self._activate(gate, up).view(-1, E, I) * weight_TE[..., None].to(gate.dtype)
-        y_TH = F.linear(hidden_TEI.view(-1, E * I), down.transpose(0, 1).reshape(H, E * I))
+        """Every expert runs every token: E/K times the arithmetic, but three large products and no synchronisation."""
+        experts, hidden, inner = down.shape
+        columns = experts * inner
+        bias = self.gate_up_proj_bias
+        gate = F.linear(x_TH, gate_up[:, 0::2].reshape(columns, hidden), bias[:, 0::2].reshape(columns))
+        up = F.linear(x_TH, gate_up[:, 1::2].reshape(columns, hidden), bias[:, 1::2].reshape(columns))
+        weighted_TEI = self._activate(gate, up).view(-1, experts, inner) * weight_TE[..., None].to(gate.dtype)
+        y_TH = F.linear(weighted_TEI.view(-1, columns), down.transpose(0, 1).reshape(hidden, columns))
         return y_TH + weight_TE.to(y_TH.dtype) @ self.down_proj_bias.to(y_TH.dtype)
 
     def _routed(self, x_TH: Tensor, weight_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -269,10 +270,11 @@ class TrainableGptOss(nn.Module):
                 nn.init.zeros_(parameter)
             elif "embed_tokens" in name:
                 nn.init.normal_(parameter, std=0.1)
-            elif name.endswith(("_proj.weight", "router.weight", "lm_head.weight")):
+            elif name.endswith(("router.weight", "lm_head.weight")):  # near zero: all experts, all tokens alike
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("_proj.weight"):
                 branch_out = 2 * shape.layers if "o_proj" in name else 1
                 nn.init.normal_(parameter, std=(parameter.shape[1] * branch_out) ** -0.5)
-        nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def read_experts_as(self, format: str) -> None:
         """`mxfp4` (as stored) or `bf16` (the matrices as they are)."""

@@ -1,0 +1,67 @@
+"""The held-out loss of a checkpoint through epmoe's own path: loader, router, experts, combine, cache.
+
+    python3 scripts/train/evaluate.py epmoe/demo                       # the windows that tests/test_demo.py evaluates
+    torchrun --nproc-per-node 2 scripts/train/evaluate.py epmoe/demo   # the same figure, to the bit
+
+Letters: S tokens of a window · V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from epmoe import ranks as epmoe_ranks
+from epmoe.cache import Cache, Step
+from epmoe.checkpoint import Checkpoint
+from epmoe.load import load
+from epmoe.ranks import Ranks
+from scripts.train import data
+
+
+def sample_windows(directory: Path) -> Tensor:
+    """int64 [B, S+1]: the held-out windows that training.json records as `held_out_sample`."""
+    recorded = json.loads((directory / "training.json").read_text())["held_out_sample"]
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return data.held_out_windows(tokenizer, recorded["context"], recorded["windows"])
+
+
+def held_out_loss(ranks: Ranks, directory: Path, windows: Tensor) -> float:
+    """Mean nats per token, float32 throughout, experts combined by slots: the same bits on any number of ranks."""
+    model, _ = load(Checkpoint.open(directory), ranks, combine="slots", dtype="float32", progress=False)
+    config, length = model.config, windows.shape[1] - 1
+    cache = Cache(config.windows, config.kv_heads, config.head_dim, tokens=length, sequences=1, dtype=torch.float32,
+                  device=ranks.device)  # fmt: skip
+    total = 0.0
+    for window_S in windows:
+        sequence = cache.admit(length)
+        index = torch.arange(length, device=ranks.device)
+        tokens = window_S.to(ranks.device)
+        step = Step(tokens[:-1], index, (0, length), (0,), (sequence,), index)
+        with torch.inference_mode():
+            logits_SV = model(step, cache)
+        total += F.cross_entropy(logits_SV.double(), tokens[1:], reduction="sum").item()
+        cache.release(sequence)
+    return total / (len(windows) * length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    with epmoe_ranks.start(device=args.device) as ranks:
+        loss = held_out_loss(ranks, args.checkpoint, sample_windows(args.checkpoint))
+        if ranks.is_main:
+            print(f"{loss!r} nats per held-out token, {ranks.size} ranks")
+
+
+if __name__ == "__main__":
+    epmoe_ranks.main(main)
