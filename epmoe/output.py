@@ -120,8 +120,9 @@ def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def closing_line(results: Sequence[Result], bytes_read: int, ranks: Ranks) -> str:
