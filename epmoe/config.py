@@ -87,7 +87,7 @@ class Config:
 
     checkpoint: str = key("directory or Hub id; empty: the embedded model", text=True)
     prompt: str | None = key("text to continue or to answer", text=True)
-    prompts: str = key("file of prompts, one a line; .jsonl: JSON lines; -: standard input", text=True)
+    prompts: str = key("file with a prompt; .jsonl: a prompt a line, as JSON; -: standard input", text=True)
     system: str | None = key("system message for the chat template", text=True)
     chat: str = key("apply the checkpoint's chat template", names=("auto", "on", "off"))
     output: str = key("write token ids, finish reasons and timings to this .jsonl file", text=True)

@@ -220,15 +220,11 @@ def test_mistake_on_two_ranks(tmp_path: Path) -> None:
     """Under torchrun the line is printed once, every rank exits with 2, and no process group was started."""
     program = tmp_path / "command.py"
     program.write_text(
-        "import sys\n"
+        "import runpy\n"
         "import torch.distributed as dist\n"
-        "from epmoe import config, ranks\n"
         "def forbidden(*a, **k): raise SystemExit('a process group was started')\n"
         "dist.init_process_group = forbidden\n"
-        "def body():\n"
-        "    chosen = config.parse(sys.argv[1:])\n"
-        "    with ranks.start(device=chosen.runtime.device): pass\n"
-        "ranks.main(body)\n"
+        "runpy.run_module('epmoe.generate', run_name='__main__', alter_sys=True)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

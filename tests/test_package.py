@@ -42,22 +42,18 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    """The installed package, not the checkout, is what runs, and it finds its own configuration."""
+    """The installed package, not the checkout, is what runs: its own configuration, its own embedded model."""
     site, folder = tmp_path / "site", tmp_path / "anywhere"
     folder.mkdir()
     pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
-    program = (
-        "import epmoe.config; print(epmoe.config.conf_dir()); epmoe.config.parse(['--cfg', 'job', 'prompt=é, ${x}'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    where, _, shown = done.stdout.partition("\n")
-    assert where == str(site / "epmoe" / "conf")
-    assert yaml.safe_load(shown)["prompt"] == "é, ${x}"
+
+    def python(*arguments: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert python("-c", "import epmoe.config as c; print(c.conf_dir())") == f"{site}/epmoe/conf\n"
+    assert yaml.safe_load(python("-m", "epmoe.generate", "--cfg", "job", "prompt=é, ${x}"))["prompt"] == "é, ${x}"
+    assert len(python("-m", "epmoe.generate", "runtime=cpu", "max_new_tokens=8", "prompt=In the").split()) > 1
     assert list(folder.iterdir()) == []
