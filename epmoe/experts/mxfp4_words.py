@@ -22,6 +22,8 @@ included. Code 3 is gathered from the bits that are left. A product with a power
 the largest bf16, so two factors are used, 2^126 and 2^(scale − 127). 255 is NaN.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from dataclasses import dataclass
 from typing import Self
 
@@ -189,7 +191,7 @@ def _values_integer(word, scale):
 
 @triton.jit
 def _value(bits, scale):
-    """The code at bits 15 and 8 to 6, times 2^(scale − 127). In float32, whose exponent has the same width as bf16's."""
+    """The code at bits 15 and 8 to 6, times 2^(scale − 127); in float32, whose exponent is as wide as bf16's."""
     small = (((bits & 0x8000) << 16) | ((bits & 0x1C0) << 16)).to(tl.float32, bitcast=True)
     scale = scale.to(tl.int32)
     factor = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))

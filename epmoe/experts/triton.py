@@ -1,13 +1,14 @@
 """Experts in Triton: both products run straight from the packed MXFP4 weights; nothing is dequantised to memory.
 
-Letters: T tokens · H hidden · I intermediate · E experts · K experts per token · L experts on this rank · S = T·K slots ·
-R = S rows of this rank, sorted by expert · N output rows of a matrix.
+Letters: T tokens · H hidden · I intermediate · E experts · K experts per token · L experts on this rank · S = T·K
+slots · R = S rows of this rank, sorted by expert · N = 2I.
 
 Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import ClassVar, Self
 
 import torch
@@ -35,13 +36,13 @@ class Tile:
     stages: int
 
 
-# Tiles by the mean rows of an expert, T·K/E over all ranks, up to which they serve. `words` sets the order of summation:
-# one number for all, so that a row has the same bits in a decode step and in a prefill.
+# Tiles by the mean rows of an expert, T·K/E over all ranks, up to which they serve. `words` sets the order of summation
+# (triton_kernels.py, Order): one number for all of a dtype, so a row has the same bits in a decode step and a prefill.
 TILES: dict[torch.dtype, tuple[tuple[float, Tile], ...]] = {
     torch.bfloat16: (
-        (12, Tile(weight_rows=64, tokens=16, words=32, warps=4, stages=4)),
-        (64, Tile(weight_rows=128, tokens=64, words=32, warps=8, stages=3)),
-        (float("inf"), Tile(weight_rows=128, tokens=128, words=32, warps=8, stages=3)),
+        (12, Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=4)),
+        (64, Tile(weight_rows=128, tokens=64, words=64, warps=8, stages=3)),
+        (float("inf"), Tile(weight_rows=128, tokens=128, words=64, warps=8, stages=2)),
     ),
     # For comparison, not for speed: float32 has no exact tensor core product.
     torch.float32: ((float("inf"), Tile(weight_rows=64, tokens=16, words=16, warps=4, stages=2)),),
@@ -60,16 +61,21 @@ def max_tiles(slots: int, num_local: int, tokens: int) -> int:
 
 
 class TritonExperts:
-    """MXFP4 experts on a GPU (and, for tests, in Triton's interpreter). Never waits for the device; fits a CUDA graph."""
+    """MXFP4 experts on a GPU; for tests also in Triton's interpreter. Never waits for the device; fits a CUDA graph."""
 
     formats: ClassVar[frozenset[str]] = frozenset({"mxfp4"})
 
     def __init__(
-        self, gate_up: WordMatrix, down: WordMatrix, weights: ExpertWeights, activation: GatedActivation
+        self,
+        gate_up: WordMatrix,
+        gate_up_bias_LN: torch.Tensor,
+        down: WordMatrix,
+        down_bias_LH: torch.Tensor,
+        activation: GatedActivation,
     ) -> None:
-        self.gate_up, self.down, self.activation = gate_up, down, activation
-        self.gate_up_bias_LN = weights.gate_up_bias_LN.contiguous()
-        self.down_bias_LH = weights.down_bias_LH.contiguous()
+        self.gate_up, self.gate_up_bias_LN = gate_up, gate_up_bias_LN.contiguous()
+        self.down, self.down_bias_LH = down, down_bias_LH.contiguous()
+        self.activation = activation
 
     @classmethod
     def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:
@@ -86,7 +92,13 @@ class TritonExperts:
             )
         if gate_up.device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise UserError("experts=triton needs a GPU and these experts are on the CPU: choose experts=reference")
-        return cls(WordMatrix.pack(gate_up), WordMatrix.pack(down), weights, activation)
+        return cls(
+            WordMatrix.pack(gate_up),
+            weights.gate_up_bias_LN,
+            WordMatrix.pack(down),
+            weights.down_bias_LH,
+            activation,
+        )
 
     def unpack(self) -> ExpertWeights:
         return ExpertWeights(self.gate_up.unpack(), self.gate_up_bias_LN, self.down.unpack(), self.down_bias_LH)
@@ -195,7 +207,7 @@ def down_torch(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, di
 
 def _expert_rows(dispatch: Dispatch) -> list[slice]:
     offsets = dispatch.offset_L1.tolist()
-    return [slice(start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [slice(start, stop) for start, stop in pairwise(offsets)]
 
 
 def _check(x: torch.Tensor, matrix: WordMatrix, bias_LN: torch.Tensor, dispatch: Dispatch) -> None:

@@ -1,8 +1,8 @@
 """Two grouped products straight from 4-bit weights, with everything around them fused: gate_up and down.
 
-Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S rows
-of this rank, sorted by expert · N output rows of a matrix · P pairs of 32-column groups (mxfp4_words.py) · in a program:
-B weight rows, M rows of R (tokens), Q words.
+Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
+rows of this rank, sorted by expert · P pairs of 32-column groups (mxfp4_words.py) · in a program: B weight rows, M rows
+of R (tokens), Q words.
 
 A program owns B weight rows of one expert and M of its rows, and computes w_BC · x_CMᵀ: weights are the left operand,
 because the tensor cores take that one from registers, where the 4-bit codes become numbers; a batch of few tokens then
@@ -16,13 +16,15 @@ and Q, like all of the tile, comes from dtype, T·K and E (triton.py), never fro
 experts' offsets, on the device; those without one end at once, and an expert that nobody chose has no tile.
 """
 
+# mypy: disallow-untyped-defs=False
+
 import triton
 import triton.language as tl
 
 from epmoe.experts.mxfp4_words import words_to_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_local", "top_k"])
 def gate_up_kernel(
     x_ptr,  # [T, H]
     word_ptr,  # int16 [L, 2I, 16·P], rows interleaved: even gate, odd up
@@ -67,7 +69,7 @@ def gate_up_kernel(
     tl.store(to_IM, h_IM.to(h_ptr.dtype.element_ty), (i_I < rows // 2)[:, None] & (row_M < stop)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_local"])
 def down_kernel(
     h_ptr,  # [R, I]
     word_ptr,  # int16 [L, H, 16·P]
