@@ -24,14 +24,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from epmoe.errors import UserError
-from epmoe.watch import Watch, leave
+from epmoe.watch import NoRankZero, Watch, leave
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
-
-
-class NoRankZero(UserError):
-    """Rank 0 cannot be reached, so whoever finds that says so itself."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,8 @@ def start(*, device: str = "auto", expert: int = 0, timeout_s: float = 60.0, thr
     except (Exception, SystemExit) as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed():
             watch.fail("closed", "", 0)
-        watch.fail("error", f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        watch.fail("error", line, 1, traceback.format_exc())
     dist.destroy_process_group()
     watch.close()
 
@@ -146,6 +143,8 @@ def main(body: Callable[[], None]) -> NoReturn:
         print("epmoe: interrupted", file=sys.stderr)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and _stdout_closed()):
             code = 1

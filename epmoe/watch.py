@@ -62,6 +62,10 @@ class Fault:
         return f"epmoe: {error}{whose}{self.text}\n"
 
 
+class NoRankZero(UserError):
+    """Rank 0 cannot be reached, so that whoever finds it says it."""
+
+
 class Peer:
     """One end of a connection. Only the watch's thread uses it."""
 
@@ -83,10 +87,7 @@ class Peer:
             messages = [json.loads(line) for line in lines]
         except TimeoutError:
             return []
-        except (
-            OSError,
-            ValueError,
-        ):  # reset, as by a killed peer with unread data; or no peer but a stranger at the port
+        except (OSError, ValueError):  # reset, as by a killed peer with unread data; or a stranger's bytes
             return None
         self.heard = time.monotonic()
         return messages if data else None
@@ -101,8 +102,10 @@ class Watch:
     def __init__(self, rank: int, size: int, store: dist.Store, host: str, timeout_s: float) -> None:
         """`host` is the name or address by which other ranks reach this one; used on rank 0.
 
+        A rank that does not come within `timeout_s` ends the process.
+
         Raises:
-            UserError: rank 0 cannot be reached. A rank that does not come within `timeout_s` ends the process.
+            NoRankZero: rank 0 has not come, or not to where this rank can reach it.
         """
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.silent_s = SILENT_SHARE * timeout_s
@@ -145,8 +148,6 @@ class Watch:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        for end in (self.woken, self.waker):
-            end.close()
 
     def _tell(self, message: Fault | str) -> None:
         self.inbox.append(message)
@@ -164,11 +165,13 @@ class Watch:
             self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
             store.set("watch", json.dumps([host, self.listener.getsockname()[1], self.token]))
         else:
-            host, port, token = json.loads(store.get("watch"))
             try:
+                host, port, token = json.loads(store.get("watch"))
                 connection = socket.create_connection((host, port), self.timeout_s)
+            except dist.DistError as error:
+                raise NoRankZero(f"rank 0 did not come within {self.timeout_s:g} s of rank {self.rank}") from error
             except OSError as error:
-                raise UserError(f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error})") from error
+                raise NoRankZero(f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error})") from error
             peer = self.peers[0] = Peer(connection, 0)
             self.selector.register(connection, selectors.EVENT_READ, partial(self._hear, peer))
             peer.send("hello", self.rank, token)
@@ -248,11 +251,15 @@ class Watch:
             answers[what](*content)
 
     def _welcome(self, peer: Peer, messages: list[list[Any]]) -> bool:
-        """Whether a new connection's first word is a rank's; the last rank to come opens the door."""
-        if not messages or messages[0][0] != "hello" or messages[0][2] != self.token:
-            return False
-        peer.rank = messages[0][1]
-        self.peers[peer.rank] = peer
+        """Whether a new connection may stay: its first word is a rank's, or still to come."""
+        match messages:
+            case []:
+                return True
+            case [["hello", int(rank), self.token], *_]:
+                peer.rank = rank
+                self.peers[rank] = peer
+            case _:
+                return False
         if len(self.peers) == self.size - 1:
             self._all("welcome")
             self.all_here.set()
@@ -309,7 +316,7 @@ class Watch:
 
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
-        text = fault.line(self.rank) + (self.details if fault.rank == self.rank else "")
+        text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
         with suppress(OSError):
             os.write(2, text.encode())
         if self.rank == 0:

@@ -135,7 +135,7 @@ class Command:
     def __init__(self, folder: Path, env: dict[str, str], fn: Callable[..., None], args: tuple[Any, ...]) -> None:
         self.stdout_path, self.stderr_path = folder / f"stdout.{env['RANK']}", folder / f"stderr.{env['RANK']}"
         for path in (self.stdout_path, self.stderr_path):
-            path.touch()
+            path.write_text("")
         self.process = FORK.Process(target=_run_command, args=(env, self.stdout_path, self.stderr_path, fn, args))
         self.process.start()
 

@@ -4,9 +4,11 @@ The ranks are started as by hand, without torchrun's agent, unless a test says o
 """
 
 import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, Signals
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def lines(command: Command) -> list[str]:
 
 @pytest.mark.parametrize("victim", range(4))
 def test_killed_rank_is_named_by_every_other(victim: int, tmp_path: Path) -> None:
-    """Issue 2, point 13: the others end within 10 s, non-zero, and each says which rank went; rank 0 is no exception."""
+    """The others end within 10 s, non-zero, and each says which rank went; rank 0 is no exception."""
     with commands(generate_for_ever, 4, "cpu", 60.0, folder=tmp_path) as started:
         wait_until_running(started)
         started[victim].signal(SIGKILL)
@@ -69,3 +71,157 @@ def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -
         for command in others:
             (line,) = lines(command)
             assert line.startswith(f"epmoe: rank {victim} has been silent for 6 s")
+
+
+def test_termination_after_a_kill_still_names_the_killed(tmp_path: Path) -> None:
+    """torchrun's agent terminates the survivors 0.1 s after a death; that must not silence them."""
+    with commands(generate_for_ever, 3, "cpu", 60.0, folder=tmp_path) as started:
+        wait_until_running(started)
+        started[1].signal(SIGKILL)
+        for rank in (0, 2):
+            started[rank].signal(SIGTERM)
+        assert end_all(started, 10) == [1, -SIGKILL, 1]
+        for rank in (0, 2):
+            assert lines(started[rank]) == [f"epmoe: rank 1 ended without a word (killed?); rank {rank} ends too"]
+
+
+def fail_on(failing: list[int], error: Exception) -> None:
+    with ranks.start(device="cpu") as mine:
+        mine.barrier()
+        if mine.rank in failing:
+            raise error
+        mine.barrier()  # the other ranks are in a collective when it happens
+
+
+def test_mistake_on_rank_3_is_told_by_rank_0(tmp_path: Path) -> None:
+    """A fault that only rank 3 can see is one line, from rank 0, and ends all at once."""
+    with commands(fail_on, 4, [3], UserError("shard 7 is missing"), folder=tmp_path) as started:
+        assert end_all(started, 30) == [2, 2, 2, 2]
+        assert lines(started[0]) == ["epmoe: error: rank 3: shard 7 is missing"]
+        assert [started[rank].stderr for rank in (1, 2, 3)] == ["", "", ""]
+
+
+def test_mistake_on_every_rank_is_told_once(tmp_path: Path) -> None:
+    """Such as a world size that cannot hold the experts: every rank finds it, rank 0 says it."""
+    with commands(fail_on, 4, [0, 1, 2, 3], UserError("5 ranks, 4 experts"), folder=tmp_path) as started:
+        assert end_all(started, 30) == [2, 2, 2, 2]
+        assert [lines(command) for command in started] == [["epmoe: error: 5 ranks, 4 experts"], [], [], []]
+
+
+def test_exception_on_rank_1_has_a_traceback_there_and_a_line_on_rank_0(tmp_path: Path) -> None:
+    with commands(fail_on, 3, [1], KeyError("x"), folder=tmp_path) as started:
+        assert end_all(started, 30) == [1, 1, 1]
+        assert lines(started[0]) == ["epmoe: rank 1: KeyError: 'x'"]
+        assert "in fail_on" in started[1].stderr and started[1].stderr.count("Traceback") == 1
+        assert started[2].stderr == ""
+
+
+def sleep_for_ever() -> None:
+    with ranks.start(device="cpu"):
+        os.write(1, b"running\n")
+        time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("body", "size", "number", "victims", "expected", "code"),
+    [
+        pytest.param(generate_for_ever, 3, SIGINT, [0, 1, 2], "interrupted", 130, id="ctrl-c-in-a-collective"),
+        pytest.param(sleep_for_ever, 2, SIGINT, [0, 1], "interrupted", 130, id="ctrl-c-elsewhere"),
+        pytest.param(sleep_for_ever, 2, SIGINT, [1], "interrupted", 130, id="ctrl-c-one-rank"),
+        pytest.param(sleep_for_ever, 1, SIGINT, [0], "interrupted", 130, id="ctrl-c-alone"),
+        pytest.param(generate_for_ever, 2, SIGTERM, [0, 1], "ended by SIGTERM", 143, id="terminated"),
+        pytest.param(generate_for_ever, 2, SIGTERM, [1], "rank 1: ended by SIGTERM", 143, id="one-rank-terminated"),
+    ],
+)
+def test_signals_end_every_rank_with_one_line(
+    body: Callable[..., None],
+    size: int,
+    number: Signals,
+    victims: list[int],
+    expected: str,
+    code: int,
+    tmp_path: Path,
+) -> None:
+    """Ctrl-C reaches every rank of a terminal's job; the user sees one line and no traceback, and nothing hangs."""
+    with commands(body, size, *(("cpu", 60.0) if body is generate_for_ever else ()), folder=tmp_path) as started:
+        wait_until_running(started)
+        for rank in victims:
+            started[rank].signal(number)
+        assert end_all(started, 10) == [code] * size
+        assert [lines(command) for command in started] == [[f"epmoe: {expected}"]] + [[]] * (size - 1)
+
+
+def write_to_a_closed_pipe() -> None:
+    with ranks.start(device="cpu") as mine:
+        if mine.is_main:
+            reader, writer = os.pipe()
+            os.dup2(writer, 1)
+            os.close(reader)
+            print("text", flush=True)
+        mine.barrier()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_reader_that_has_had_enough_is_no_error(size: int, tmp_path: Path) -> None:
+    """`... | head`: no traceback, no message, exit code 0 everywhere."""
+    with commands(write_to_a_closed_pipe, size, folder=tmp_path) as started:
+        assert end_all(started, 30) == [0] * size
+        assert [command.stderr for command in started] == [""] * size
+
+
+def finish_late() -> None:
+    with ranks.start(device="cpu", timeout_s=2.0) as mine:
+        if mine.rank == 1:
+            time.sleep(1000)
+
+
+def test_rank_that_does_not_finish_is_named(tmp_path: Path) -> None:
+    """The wait at the end is bounded, also while the missing rank is alive."""
+    with commands(finish_late, 2, folder=tmp_path) as started:
+        assert end_all(started, 30) == [1, 1]
+        assert lines(started[0]) == ["epmoe: rank 1 did not finish within 2 s of the others; rank 0 ends too"]
+
+
+def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    """The wait at the start is bounded; here two of three ranks are started."""
+    with commands(generate_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}) as started:
+        assert end_all(started, 30) == [1, 1]
+        for rank in (0, 1):
+            assert lines(started[rank]) == [f"epmoe: rank 2 did not come within 3 s; rank {rank} ends too"]
+
+
+def meet_a_stranger() -> None:
+    ports, create_server = [], socket.create_server
+
+    def remember(*args, **kwargs):
+        server = create_server(*args, **kwargs)
+        ports.append(server.getsockname()[1])
+        return server
+
+    socket.create_server = remember
+    with ranks.start(device="cpu") as mine:
+        if mine.is_main:
+            for words in (b"GET / HTTP/1.1\r\n\r\n", b'["hello", 1, "guess"]\n', b'["fault", {}]\n', b"7\n", b""):
+                with socket.create_connection(("127.0.0.1", ports[0])) as stranger:
+                    stranger.sendall(words)
+            with socket.create_connection(("127.0.0.1", ports[0])):  # says nothing
+                time.sleep(0.5)
+        mine.barrier()
+
+
+def test_strangers_at_the_port_do_no_harm(tmp_path: Path) -> None:
+    """A port scanner or another run's rank may connect to rank 0; it knows no token."""
+    with commands(meet_a_stranger, 2, folder=tmp_path) as started:
+        assert end_all(started, 30) == [0, 0]
+        assert [command.stderr for command in started] == ["", ""]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("number", [SIGKILL, SIGSTOP])
+def test_watch_over_nccl(number: Signals, tmp_path: Path) -> None:
+    """An NCCL kernel waits for a dead peer without raising; the watch ends the rank all the same."""
+    with commands(generate_for_ever, 2, "cuda", 12.0, folder=tmp_path) as started:
+        wait_until_running(started)
+        started[1].signal(number)
+        assert started[0].wait(10 if number == SIGKILL else 14) == 1  # the process needs a moment to leave the GPU
+        assert any(line.startswith("epmoe: rank 1 ") for line in lines(started[0]))
