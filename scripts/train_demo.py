@@ -39,9 +39,9 @@ PROMPTS = (
     "HOPE, n.",
     "",
 )
-SAMPLE_WINDOWS = 12  # of the held-out windows, those that tests/test_demo.py evaluates again
+SAMPLE_WINDOWS = 8  # of the held-out windows, those that tests/test_demo.py evaluates again
 QUICK_SHAPE = Shape(vocab=512, hidden=64, intermediate=64, layers=2, heads=2, kv_heads=1, window=16, context=64)
-QUICK_STEPS, QUICK_BATCH = 30, 4
+QUICK_STEPS, QUICK_BATCH, QUICK_SHARE = 30, 4, 20
 
 
 @torch.no_grad()
@@ -100,7 +100,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=float, default=400, help="seconds of training, all recipes together")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help=f"a tiny model, {QUICK_STEPS} steps")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a tiny model, {QUICK_STEPS} steps, a {QUICK_SHARE}th of the corpus"
+    )
     parser.add_argument("--steps", type=int, help="instead of the recipe's epochs")
     for name in ("vocab", "hidden", "intermediate", "layers", "experts", "heads", "kv-heads", "context", "window"):
         parser.add_argument(f"--{name}", type=int, help="of the model's shape")
@@ -138,7 +140,7 @@ def main() -> None:
     shape = replace(QUICK_SHAPE if args.quick else Shape(), **given)
     device_name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(f"{device_name}, torch {torch.__version__}", flush=True)
-    train_text, _ = data.split(data.read_corpus())
+    train_text = data.split(data.read_corpus())[0][:: QUICK_SHARE if args.quick else 1]
     tokenizer = data.train_tokenizer(train_text, shape.vocab)
     documents = data.encode(tokenizer, train_text)
     held_out_BS = data.held_out_windows(tokenizer, shape.context, 8 if args.quick else None)

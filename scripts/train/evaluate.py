@@ -9,6 +9,7 @@ Letters: S tokens of a window · V vocabulary.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,14 +34,20 @@ def sample_windows(directory: Path) -> Tensor:
     return data.held_out_windows(tokenizer, recorded["context"], recorded["windows"])
 
 
-def held_out_loss(ranks: Ranks, directory: Path, windows: Tensor) -> float:
-    """Mean nats per token, float32 throughout, experts combined by slots: the same bits on any number of ranks."""
+def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[float, Tensor]:
+    """Mean nats per token, and how many tokens chose each expert, int64 [layers, E].
+
+    float32 throughout, and experts combined by slots: the same bits on any number of ranks.
+    """
     model, _ = load(Checkpoint.open(directory), ranks, combine="slots", dtype="float32", progress=False)
-    config, length = model.config, windows.shape[1] - 1
+    config, length = model.config, windows_BS.shape[1] - 1
+    choices = torch.zeros(config.layers, config.num_experts, dtype=torch.int64, device=ranks.device)
+    for layer, count_E in zip(model.moe_layers(), choices, strict=True):
+        layer.router.register_forward_hook(partial(_count, count_E, config.top_k))
     cache = Cache(config.windows, config.kv_heads, config.head_dim, tokens=length, sequences=1, dtype=torch.float32,
                   device=ranks.device)  # fmt: skip
     total = 0.0
-    for window_S in windows:
+    for window_S in windows_BS:
         sequence = cache.admit(length)
         index = torch.arange(length, device=ranks.device)
         tokens = window_S.to(ranks.device)
@@ -49,7 +56,12 @@ def held_out_loss(ranks: Ranks, directory: Path, windows: Tensor) -> float:
             logits_SV = model(step, cache)
         total += F.cross_entropy(logits_SV.double(), tokens[1:], reduction="sum").item()
         cache.release(sequence)
-    return total / (len(windows) * length)
+    return total / (len(windows_BS) * length), choices.cpu()
+
+
+def _count(count_E: Tensor, top_k: int, router: torch.nn.Module, inputs: object, logits_TE: Tensor) -> None:
+    """A hook of a router: adds the choices of its tokens to `count_E`."""
+    count_E += torch.bincount(logits_TE.topk(top_k).indices.flatten(), minlength=len(count_E))
 
 
 def main() -> None:
@@ -58,9 +70,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     with epmoe_ranks.start(device=args.device) as ranks:
-        loss = held_out_loss(ranks, args.checkpoint, sample_windows(args.checkpoint))
+        loss, choices = held_out_loss(ranks, args.checkpoint, sample_windows(args.checkpoint))
         if ranks.is_main:
-            print(f"{loss!r} nats per held-out token, {ranks.size} ranks")
+            share = choices.min().item() / choices[0].sum().item()
+            print(f"{loss!r} nats per held-out token, {ranks.size} ranks, least used expert {share:.2%}")
 
 
 if __name__ == "__main__":
