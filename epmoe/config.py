@@ -6,8 +6,8 @@ Text keys (`prompt` and the like) are taken off the command line before Hydra se
 means anything. Every mistake is found here, before a process group starts, and is one line.
 """
 
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -60,7 +60,7 @@ class Sampling:
     top_p: float = key("draw from the smallest set of tokens with this probability", low=0, high=1)
     min_p: float = key("drop tokens less likely than this times the likeliest", low=0, high=1)
     repetition_penalty: float = key("above 1: tokens seen before become less likely", low=0.01)
-    seed: int = key("the same seed draws the same tokens, on any number of ranks", low=0, high=2**63 - 1)
+    seed: int = key("the same seed draws the same tokens, on any number of ranks", low=0)
     stop: list[str] = key("end at this text; give the key again for several, empty for none", text=True)
     logprobs: int = key("write log-probabilities of the n likeliest tokens to `output`", low=0)
     ignore_eos: bool = key("go on after the end-of-text token")
@@ -201,6 +201,7 @@ def update_sampling(base: Sampling, values: Mapping[str, Any], place: str) -> Sa
     return replace(base, **values)
 
 
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what a tensor can hold; no infinity
 _TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -278,7 +279,7 @@ def _compose(overrides: list[str]) -> Config:
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = OmegaConf.to_object(compose("config", overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         # The command line was checked before: what is left is a file in conf/, or an interpolation that leads nowhere.
         raise UserError(f"{conf_dir()}: {' '.join(str(error).split())}") from error
     assert isinstance(config, Config)
@@ -307,9 +308,10 @@ def _check(each: Key, value: Any) -> None:
     known = each.known()
     if known and value not in known:
         raise UserError(f"{each.name}={value!r} is unknown{_known(value, known)}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        low, high = (-math.inf if each.low is None else each.low), (math.inf if each.high is None else each.high)
-        if not (low <= value <= high and math.isfinite(value)):
+    if each.type in (int, float):
+        low = -_LARGEST[each.type] if each.low is None else each.low
+        high = _LARGEST[each.type] if each.high is None else each.high
+        if not low <= value <= high:  # false for nan too
             raise UserError(f"{each.name}={value} is out of range: it takes {_wanted(each)}")
 
 
@@ -324,7 +326,7 @@ def _wanted(each: Key) -> str:
 
 
 def _known(wrong: str, known: list[str], candidates: list[str] | None = None) -> str:
-    """ "; known: a, b (did you mean a?)"."""
+    """The end of a message: what would have been right, and which of it is close to what was given."""
     close = get_close_matches(wrong, candidates or known, n=1)
     return f"; known: {', '.join(known)}" + (f" (did you mean {close[0]}?)" if close else "")
 

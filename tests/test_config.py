@@ -43,9 +43,10 @@ PLAIN_TEXT_KEYS = [each.name for each in KEYS.values() if each.text and each.typ
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_text_is_literal(text: str) -> None:
     """Hydra would split, unquote, resolve or refuse most of these."""
-    assert parse([f"prompt={text}"]).prompt == text
-    assert parse([f"system={text}", "sampling=sample"]).system == text
-    assert parse([f"sampling.stop={text}"]).sampling.stop == ([text] if text else [])
+    chosen = parse([f"prompt={text}", f"system={text}", f"sampling.stop={text}", "sampling=sample"])
+    assert chosen.prompt == chosen.system == text
+    assert chosen.sampling.stop == ([text] if text else [])
+    assert chosen.sampling.temperature == 1
 
 
 @pytest.mark.parametrize("key", PLAIN_TEXT_KEYS)
@@ -119,6 +120,7 @@ MISTAKES = {
     "not a number": (["sampling.temperature=nan"], ["sampling.temperature=nan", "out of range"]),
     "infinite": (["sampling.temperature=inf"], ["sampling.temperature=inf", "out of range"]),
     "seed too large": ([f"sampling.seed={2**63}"], [f"sampling.seed={2**63}", "out of range"]),
+    "too many digits": (["max_new_tokens=1" + 400 * "0"], ["max_new_tokens=1000", "out of range"]),
     "no time": (["runtime.timeout_s=0"], ["runtime.timeout_s=0", "at least 1"]),
     "unknown format": (["quant=mxfp5"], ["quant='mxfp5'", "auto, mxfp4, bf16", "did you mean mxfp4?"]),
     "unknown experts": (["experts=trition"], ["experts='trition'", "reference", "did you mean triton?"]),
@@ -151,11 +153,12 @@ def test_wrong_value_in_a_file_names_the_file(monkeypatch: pytest.MonkeyPatch, t
         copy = tmp_path / file.relative_to(config.conf_dir())
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(file.read_text())
-    (tmp_path / "mesh" / "default.yaml").write_text("expert: 0\nfrobnicate: 1\n")
     monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
-    with pytest.raises(UserError, match="frobnicate") as caught:
-        parse([])
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    for content, says in {"expert: 0\nfrobnicate: 1\n": "frobnicate", "expert: [": "default.yaml"}.items():
+        (tmp_path / "mesh" / "default.yaml").write_text(content)
+        with pytest.raises(UserError, match=says) as caught:
+            parse([])
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixture[str]) -> None:
