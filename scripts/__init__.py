@@ -1,0 +1,1 @@
+"""Commands of the repository; a package, so that those which train can share modules. Not installed."""
