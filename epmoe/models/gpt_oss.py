@@ -128,7 +128,10 @@ class GptOss(nn.Module):
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        # The weight is given because the module would draw one, and torch's normal_ on the meta device imports all of
+        # torch._dynamo: 1.5 s of every start.
+        weight_VH = torch.empty(config.vocab, config.hidden)
+        self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=weight_VH)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.rms_eps)
         if not config.tied:
