@@ -55,7 +55,6 @@ class ExpertReader:
                 f"{matrix.wanted.format}: it and the matrices after it are converted on the host, which is slower",
                 file=sys.stderr,
             )
-            torch.accelerator.empty_cache()
         return self._convert(matrix, torch.device("cpu")).to(self.device)
 
     def _convert(self, matrix: Matrix, device: torch.device) -> ExpertMatrix:
