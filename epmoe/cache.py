@@ -196,6 +196,7 @@ class Cache:
 
     def plan(self, step: Step) -> dict[int | None, Plan]:
         """Where each window's layers read and write in this step: {window: plan}."""
+        assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
         for begin, end, cached, sequence in _spans(step):
             assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
         return {window: self._plan_window(step, window) for window in self.pools}

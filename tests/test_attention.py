@@ -3,6 +3,7 @@
 Letters: T tokens · H hidden · E query heads · J key/value heads · D head dimension · C positions attended to.
 """
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def brute_force(layer: Attention, x_TH: torch.Tensor, window: int | None) -> tor
     return linear(layer.o, torch.cat(out, dim=1))
 
 
-def new_cache(case: Case, dtype: torch.dtype = torch.float32, sequences: int = 5, tokens: int = 320) -> Cache:
+def new_cache(
+    case: Case, dtype: torch.dtype = torch.float32, sequences: int = 5, tokens: int = 320, device: str = "cpu"
+) -> Cache:
     """A cache of two layers whose memory holds NaN: what is read before it was written shows."""
     made = Cache(
         [case.window, None],
@@ -107,7 +110,7 @@ def new_cache(case: Case, dtype: torch.dtype = torch.float32, sequences: int = 5
         sequences=sequences,
         page=case.page,
         dtype=dtype,
-        device="cpu",
+        device=device,
     )
     for stored in made.layers:
         stored.fill_(torch.nan)
@@ -118,7 +121,8 @@ def run(
     layer: Attention, store: Cache, window: int | None, chunks: list[tuple[int, torch.Tensor, int]]
 ) -> list[torch.Tensor]:
     """One step: each chunk is (handle, the layer's input for its new tokens, positions cached before)."""
-    step = make_step([(handle, [0] * len(x_TH), cached) for handle, x_TH, cached in chunks])
+    counted = [(handle, [0] * len(x_TH), cached) for handle, x_TH, cached in chunks]
+    step = make_step(counted, device=store.device)
     x_TH = torch.cat([x_TH for _, x_TH, _ in chunks])
     cos_sin = Rotary(ROPE)(step.position_T)
     cos_sin = (cos_sin[0], cos_sin[1])
@@ -132,7 +136,7 @@ def run_all(
     """Sequences of unequal lengths in a random schedule: at each step some of them bring 1 or more tokens."""
     choice = random.Random(seed)
     handles = [store.admit(len(x_TH)) for x_TH in inputs]
-    done, out = [0] * len(inputs), [torch.empty(0, HIDDEN) for _ in inputs]
+    done, out = [0] * len(inputs), [x_TH[:0] for x_TH in inputs]
     while any(n < len(x_TH) for n, x_TH in zip(done, inputs, strict=True)):
         counts = [choice.choice((0, 1, 1, 2, 5, 13)) for _ in inputs]
         busy = [i for i, n in enumerate(counts) if n and done[i] < len(inputs[i])]
@@ -184,16 +188,19 @@ def test_blocks_and_groups_change_nothing(window: int | None, monkeypatch: pytes
         torch.testing.assert_close(got, whole, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("window", [None, 7])
-def test_bfloat16(window: int | None) -> None:
+def test_bfloat16(window: int | None, device: str) -> None:
     """Protects the low-precision path: products of bf16 operands, everything between them in float32."""
     case = Case("", window)
     layer, inputs = case.layer().bfloat16(), some_inputs(dtype=torch.bfloat16)
-    for x_TH, y_TH in zip(inputs, run_all(layer, new_cache(case, torch.bfloat16), window, inputs, 1), strict=True):
+    store = new_cache(case, torch.bfloat16, device=device)
+    outputs = run_all(copy.deepcopy(layer).to(device), store, window, [x_TH.to(device) for x_TH in inputs], seed=1)
+    for x_TH, y_TH in zip(inputs, outputs, strict=True):
         expected = brute_force(layer, x_TH, window)
         # bf16 rounds by up to 2^-9 relative at q, k, v, the weights, the heads' output and y; scores here reach ~30, so
         # that a rounded key moves a weight by some per cent. A wrong position is off by the size of the outputs.
-        error = (y_TH.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        error = (y_TH.cpu().double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 0.03
 
 
