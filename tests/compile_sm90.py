@@ -8,6 +8,7 @@ tests hold kernels to none.
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     arch: int = 90,
+    divisible: Sequence[str] = (),
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory}`.
 
@@ -32,6 +34,7 @@ def compile_kernel(
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
             aligned, as torch allocates them.
         constexprs: value of each `tl.constexpr` argument.
+        divisible: integer arguments that are always multiples of 16, which Triton makes use of at a launch.
     """
     names = fn.arg_names
     missing = set(names) - set(signature) - set(constexprs)
@@ -43,7 +46,7 @@ def compile_kernel(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name not in constexprs and signature[name].startswith("*")
+            if name not in constexprs and (signature[name].startswith("*") or name in divisible)
         },
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -57,7 +60,14 @@ def _assemble(ptx: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [str(_PTXAS), "-v", f"--gpu-name={target[1].rstrip(',')}", "-o", f"{folder}/kernel.cubin", str(source)]
+        command = [
+            str(_PTXAS),
+            "-v",
+            f"--gpu-name={target[1].rstrip(',')}",
+            "-o",
+            f"{folder}/kernel.cubin",
+            str(source),
+        ]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]

@@ -195,4 +195,6 @@ def _value(bits, scale):
     small = (((bits & 0x8000) << 16) | ((bits & 0x1C0) << 16)).to(tl.float32, bitcast=True)
     scale = scale.to(tl.int32)
     factor = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
-    return (small * _TWO_126 * factor.to(tl.float32, bitcast=True)).to(tl.bfloat16)
+    value = small * _TWO_126 * factor.to(tl.float32, bitcast=True)
+    # The upper half of the float32 is the bf16 number: nothing to round. (The interpreter's cast loses subnormals.)
+    return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
