@@ -24,7 +24,7 @@ from epmoe import ranks
 from epmoe.watch import leave
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "epmoe.ranks"])
+FORK.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "epmoe.generate"])
 
 
 def run_ranks(

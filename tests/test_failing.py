@@ -5,11 +5,15 @@ The ranks are started as by hand, without torchrun's agent, unless a test says o
 
 import os
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, Signals
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,10 +21,28 @@ from spawn import Command, commands
 
 from epmoe import ranks
 from epmoe.errors import UserError
+from epmoe.synthetic import make_checkpoint
+
+ENDED = "epmoe: rank {} ended without a word (killed?); rank {} ends too"
 
 
-def generate_for_ever(device: str, timeout_s: float) -> None:
-    """Stands for a generation: collectives without end; says on standard output when it is under way."""
+@pytest.fixture(scope="module")
+def long_generation(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Keys of a generation that goes on for minutes."""
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("long"), max_position=65536)
+    return [f"checkpoint={checkpoint}", "prompt=x", "max_new_tokens=60000", "sampling.ignore_eos=true"]
+
+
+def generate(*keys: str) -> None:
+    """The real command, without the seconds that a fresh interpreter takes to import torch."""
+    from epmoe.generate import generate as body
+
+    sys.argv[1:] = ["runtime.device=cpu", *keys]
+    body()
+
+
+def add_for_ever(device: str, timeout_s: float) -> None:
+    """Collectives without end; says on standard output when it is under way."""
     with ranks.start(device=device, timeout_s=timeout_s) as mine:
         x = torch.zeros(1, device=mine.device)
         for step in range(10**9):
@@ -31,8 +53,9 @@ def generate_for_ever(device: str, timeout_s: float) -> None:
 
 
 def wait_until_running(started: list[Command], seconds: float = 60) -> None:
+    """Until rank 0 has written, which takes every rank."""
     deadline = time.monotonic() + seconds
-    while not all(command.stdout for command in started):
+    while not started[0].stdout:
         assert time.monotonic() < deadline, [command.stderr for command in started]
         time.sleep(0.05)
 
@@ -48,22 +71,65 @@ def lines(command: Command) -> list[str]:
 
 
 @pytest.mark.parametrize("victim", range(4))
-def test_killed_rank_is_named_by_every_other(victim: int, tmp_path: Path) -> None:
+def test_rank_killed_in_a_generation_is_named_by_every_other(
+    victim: int, long_generation: list[str], tmp_path: Path
+) -> None:
     """The others end within 10 s, non-zero, and each says which rank went; rank 0 is no exception."""
-    with commands(generate_for_ever, 4, "cpu", 60.0, folder=tmp_path) as started:
+    with commands(generate, 4, *long_generation, folder=tmp_path) as started:
         wait_until_running(started)
         started[victim].signal(SIGKILL)
         codes = end_all(started, 10)
         assert codes == [-SIGKILL if rank == victim else 1 for rank in range(4)]
         for rank in set(range(4)) - {victim}:
-            expected = f"epmoe: rank {victim} ended without a word (killed?); rank {rank} ends too"
-            assert lines(started[rank]) == [expected]
+            assert [line for line in lines(started[rank]) if "rank" in line] == [ENDED.format(victim, rank)]
+
+
+@pytest.fixture
+def torchrun(long_generation: list[str]) -> Iterator[tuple["subprocess.Popen[str]", list[psutil.Process]]]:
+    """The real command line on 3 ranks, in mid-generation, in a process group of its own; its ranks in order."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    agent = subprocess.Popen(
+        [*command, "-m", "epmoe.generate", "runtime.device=cpu", *long_generation],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert agent.stdout is not None and agent.stdout.read(1)
+        started = [child for child in psutil.Process(agent.pid).children() if "RANK" in child.environ()]
+        yield agent, sorted(started, key=lambda child: int(child.environ()["RANK"]))
+    finally:
+        for process in (agent, *started):
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_kill_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psutil.Process]]) -> None:
+    """The agent terminates the survivors at once; they still say which rank went."""
+    agent, started = torchrun
+    started[2].kill()
+    err = agent.communicate(timeout=10)[1].splitlines()
+    assert agent.returncode != 0
+    assert sorted(line for line in err if line.startswith("epmoe: rank")) == [ENDED.format(2, rank) for rank in (0, 1)]
+
+
+def test_ctrl_c_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psutil.Process]]) -> None:
+    """A terminal's Ctrl-C goes to the agent and to every rank: one line of ours, no traceback of ours, nothing left."""
+    agent, started = torchrun
+    os.killpg(agent.pid, SIGINT)
+    err = agent.communicate(timeout=10)[1]
+    assert agent.returncode != 0
+    assert err.count("epmoe: interrupted") == 1
+    assert "KeyboardInterrupt" not in err
+    assert psutil.wait_procs(started, timeout=5)[1] == []
 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -> None:
     """A stopped process keeps its connections, so only its silence tells; the bound is timeout_s."""
-    with commands(generate_for_ever, 3, "cpu", 8.0, folder=tmp_path) as started:
+    with commands(add_for_ever, 3, "cpu", 8.0, folder=tmp_path) as started:
         wait_until_running(started)
         started[victim].signal(SIGSTOP)
         others = [command for rank, command in enumerate(started) if rank != victim]
@@ -75,14 +141,14 @@ def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -
 
 def test_termination_after_a_kill_still_names_the_killed(tmp_path: Path) -> None:
     """torchrun's agent terminates the survivors 0.1 s after a death; that must not silence them."""
-    with commands(generate_for_ever, 3, "cpu", 60.0, folder=tmp_path) as started:
+    with commands(add_for_ever, 3, "cpu", 60.0, folder=tmp_path) as started:
         wait_until_running(started)
         started[1].signal(SIGKILL)
         for rank in (0, 2):
             started[rank].signal(SIGTERM)
         assert end_all(started, 10) == [1, -SIGKILL, 1]
         for rank in (0, 2):
-            assert lines(started[rank]) == [f"epmoe: rank 1 ended without a word (killed?); rank {rank} ends too"]
+            assert lines(started[rank]) == [ENDED.format(1, rank)]
 
 
 def fail_on(failing: list[int], error: Exception) -> None:
@@ -101,11 +167,13 @@ def test_mistake_on_rank_3_is_told_by_rank_0(tmp_path: Path) -> None:
         assert [started[rank].stderr for rank in (1, 2, 3)] == ["", "", ""]
 
 
-def test_mistake_on_every_rank_is_told_once(tmp_path: Path) -> None:
-    """Such as a world size that cannot hold the experts: every rank finds it, rank 0 says it."""
-    with commands(fail_on, 4, [0, 1, 2, 3], UserError("5 ranks, 4 experts"), folder=tmp_path) as started:
+def test_more_ranks_than_experts(tmp_path: Path) -> None:
+    """Every rank finds that mistake; it is told once, and ends all of them."""
+    checkpoint = make_checkpoint(tmp_path / "tiny", experts=3)
+    with commands(generate, 4, f"checkpoint={checkpoint}", "prompt=x", folder=tmp_path) as started:
         assert end_all(started, 30) == [2, 2, 2, 2]
-        assert [lines(command) for command in started] == [["epmoe: error: 5 ranks, 4 experts"], [], [], []]
+        (line,) = [line for command in started for line in lines(command) if "error" in line]
+        assert line == "epmoe: error: 4 expert ranks cannot share 3 experts: start at most 3 ranks"
 
 
 def test_exception_on_rank_1_has_a_traceback_there_and_a_line_on_rank_0(tmp_path: Path) -> None:
@@ -125,12 +193,12 @@ def sleep_for_ever() -> None:
 @pytest.mark.parametrize(
     ("body", "size", "number", "victims", "expected", "code"),
     [
-        pytest.param(generate_for_ever, 3, SIGINT, [0, 1, 2], "interrupted", 130, id="ctrl-c-in-a-collective"),
+        pytest.param(add_for_ever, 3, SIGINT, [0, 1, 2], "interrupted", 130, id="ctrl-c-in-a-collective"),
         pytest.param(sleep_for_ever, 2, SIGINT, [0, 1], "interrupted", 130, id="ctrl-c-elsewhere"),
         pytest.param(sleep_for_ever, 2, SIGINT, [1], "interrupted", 130, id="ctrl-c-one-rank"),
         pytest.param(sleep_for_ever, 1, SIGINT, [0], "interrupted", 130, id="ctrl-c-alone"),
-        pytest.param(generate_for_ever, 2, SIGTERM, [0, 1], "ended by SIGTERM", 143, id="terminated"),
-        pytest.param(generate_for_ever, 2, SIGTERM, [1], "rank 1: ended by SIGTERM", 143, id="one-rank-terminated"),
+        pytest.param(add_for_ever, 2, SIGTERM, [0, 1], "ended by SIGTERM", 143, id="terminated"),
+        pytest.param(add_for_ever, 2, SIGTERM, [1], "rank 1: ended by SIGTERM", 143, id="one-rank-terminated"),
     ],
 )
 def test_signals_end_every_rank_with_one_line(
@@ -143,7 +211,7 @@ def test_signals_end_every_rank_with_one_line(
     tmp_path: Path,
 ) -> None:
     """Ctrl-C reaches every rank of a terminal's job; the user sees one line and no traceback, and nothing hangs."""
-    with commands(body, size, *(("cpu", 60.0) if body is generate_for_ever else ()), folder=tmp_path) as started:
+    with commands(body, size, *(("cpu", 60.0) if body is add_for_ever else ()), folder=tmp_path) as started:
         wait_until_running(started)
         for rank in victims:
             started[rank].signal(number)
@@ -184,7 +252,7 @@ def test_rank_that_does_not_finish_is_named(tmp_path: Path) -> None:
 
 def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     """The wait at the start is bounded; here two of three ranks are started."""
-    with commands(generate_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}) as started:
+    with commands(add_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}) as started:
         assert end_all(started, 30) == [1, 1]
         for rank in (0, 1):
             assert lines(started[rank]) == [f"epmoe: rank 2 did not come within 3 s; rank {rank} ends too"]
@@ -220,7 +288,7 @@ def test_strangers_at_the_port_do_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [SIGKILL, SIGSTOP])
 def test_watch_over_nccl(number: Signals, tmp_path: Path) -> None:
     """An NCCL kernel waits for a dead peer without raising; the watch ends the rank all the same."""
-    with commands(generate_for_ever, 2, "cuda", 12.0, folder=tmp_path) as started:
+    with commands(add_for_ever, 2, "cuda", 12.0, folder=tmp_path) as started:
         wait_until_running(started)
         started[1].signal(number)
         assert started[0].wait(10 if number == SIGKILL else 14) == 1  # the process needs a moment to leave the GPU

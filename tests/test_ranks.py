@@ -1,6 +1,8 @@
 """Ranks: coordinates from the environment, group and mesh; restarts and early ends under torchrun; a clean end."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from spawn import commands, run_ranks
 from epmoe import ranks
 from epmoe.errors import UserError
 from epmoe.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def coordinates(mine: Ranks) -> tuple[tuple[int, int, int, int, str], float, int]:
@@ -158,6 +162,45 @@ def test_early_mistake_of_another_rank_is_told(tmp_path: Path) -> None:
     mistake = 'if rank == 1: raise UserError("no such file")'
     code, out, lines = torchrun(tmp_path, before="ranks.TOLD_S = 1", early=mistake)
     assert (code != 0, out, lines[0]) == (True, "", "epmoe: error: rank 1: no such file")
+
+
+def test_two_agents_give_the_tokens_of_one_rank(tmp_path: Path) -> None:
+    """The two-node case, by the script for it: LOCAL_RANK is not the expert rank, and each node counts from 0."""
+    keys = ["runtime.device=cpu", "combine=slots", "prompt=In the beginning", "max_new_tokens=24"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    node = {"NNODES": "2", "NPROC_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "multi_node.sh"), *keys, f"output={tmp_path}/two.jsonl"],
+            env=os.environ | node | {"NODE_RANK": str(rank), "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        with commands(generate, 1, *keys, f"output={tmp_path}/one.jsonl", folder=tmp_path) as (one,):
+            assert one.wait(60) == 0, one.stderr
+        outputs = [each.communicate(timeout=100) for each in nodes]
+    finally:
+        for each in nodes:
+            each.terminate()
+    assert [each.returncode for each in nodes] == [0, 0], outputs
+    assert [out for out, _ in outputs] == [one.stdout, ""]
+    two, one_rank = (json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("two", "one"))
+    ids = [key for key in two if key.endswith("ids")]
+    assert ids and all(two[key] == one_rank[key] for key in ids)
+
+
+def generate(*keys: str) -> None:
+    from epmoe.generate import generate as body
+
+    sys.argv[1:] = keys
+    body()
 
 
 # The end of the process
