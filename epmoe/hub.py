@@ -28,6 +28,8 @@ FILES = (
     INDEX,
     "model*.safetensors",
 )
+# A snapshot in the cache does without the rest.
+NEEDED = ("config.json", "tokenizer.json", INDEX, "model*.safetensors")
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 
@@ -59,7 +61,7 @@ def _cached(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, local_files_only=True, allow_patterns=list(FILES))
+        found = snapshot_download(name, local_files_only=True, allow_patterns=list(NEEDED))
     except LocalEntryNotFoundError:
         return None
     return Path(found) if is_complete(Path(found)) else None

@@ -1,68 +1,22 @@
-"""Load: every rank reads its share and no more, holds what the checkpoint says, and refuses a checkpoint that lies.
+"""Load: every rank holds what the checkpoint says, in the wanted format, on any device."""
 
-Letters: L experts on a rank.
-"""
-
-import ctypes
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from spawn import run_ranks
+from loading import EXPERTS, load_rank, rewrite_config, same, share_of, stored, weights_of
+from safetensors.torch import save_file
 
 from epmoe import convert, manifest
-from epmoe.checkpoint import INDEX, SINGLE, Checkpoint
+from epmoe.checkpoint import SINGLE, Checkpoint
 from epmoe.convert import ExpertReader
 from epmoe.errors import UserError
-from epmoe.load import LoadReport, load
 from epmoe.placement import contiguous
-from epmoe.quant import ExpertWeights
 from epmoe.quant.bf16 import Bf16Matrix
 from epmoe.quant.mxfp4 import Mxfp4Matrix
-from epmoe.ranks import Ranks
 from epmoe.synthetic import make_checkpoint
-
-EXPERTS = "model.layers.{}.mlp.experts."
-
-
-def rank_of(rank: int, size: int, device: str = "cpu") -> Ranks:
-    """A rank without its peers: loading needs no collective."""
-    return Ranks(
-        rank=rank, size=size, local_rank=rank, nodes=1, device=torch.device(device),
-        expert_rank=rank, expert_size=size, expert_group=None,
-    )  # fmt: skip
-
-
-def load_rank(path: Path, rank: int = 0, size: int = 1, device: str = "cpu", **options: Any) -> tuple[Any, LoadReport]:
-    return load(Checkpoint.open(path), rank_of(rank, size, device), **options)
-
-
-def weights_of(model: Any) -> list[ExpertWeights]:
-    return [layer.experts.unpack() for layer in model.moe_layers()]
-
-
-def stored(path: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def rewrite_config(path: Path, **changes: Any) -> None:
-    """Change config.json; a key that becomes None is removed."""
-    config = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def rewrite_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(path / SINGLE)
-    change(tensors)
-    save_file(tensors, path / SINGLE)
-
-
-# --- what is loaded ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype_experts", ["mxfp4", "bf16"])
@@ -137,111 +91,7 @@ def test_the_bar_is_for_terminals_and_counts_this_ranks_bytes(
     assert "%" not in capsys.readouterr().err
 
 
-# --- bytes and memory, seen from outside the loader -------------------------------------------------------------------
-
-
-def read_so_far() -> int:
-    """Bytes that this process has asked the system for, by the system's count."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
-
-
-def bytes_of_loads(ranks: Ranks, warm: Path, loads: Sequence[tuple[Path, str]]) -> list[tuple[int, int]]:
-    """(bytes by the system's count, bytes by the report) of each (checkpoint, quant)."""
-    for path, quant in ((warm, "mxfp4"), (warm, "bf16")):  # imports are read from files, too
-        load(Checkpoint.open(path), ranks, quant=quant)
-    result = []
-    for path, quant in loads:
-        before = read_so_far()
-        _, report = load(Checkpoint.open(path), ranks, quant=quant)
-        result.append((read_so_far() - before, report.bytes_read))
-    return result
-
-
-def share_of(path: Path, local: int, experts: int) -> int:
-    """What a rank with `local` experts has to read, from the files themselves."""
-    expert_bytes = sum(value.nbytes for name, value in stored(path).items() if ".experts." in name)
-    everything = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return everything - expert_bytes + expert_bytes // experts * local
-
-
-# JSON files, /proc itself, /sys: far less than one expert of one layer (0.8 MB in MXFP4).
-IO_SLACK = 100_000
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints of 7 experts, each larger than what else a process reads, in both formats; `warm` is a tiny one."""
-    path, sizes = tmp_path_factory.mktemp("large"), {"experts": 7, "hidden": 512, "intermediate": 1024, "layers": 1}
-    return {
-        "warm": make_checkpoint(path / "warm", layers=1),
-        "mxfp4": make_checkpoint(path / "mxfp4", "tiny", **sizes, shards=2),
-        "bf16": make_checkpoint(path / "bf16", "tiny", **sizes, dtype_experts="bf16"),
-    }
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_a_rank_reads_its_share_by_the_systems_count(size: int, large: dict[str, Path]) -> None:
-    """Its experts, the shared tensors and the headers: on real ranks, without and with conversion, by /proc/self/io."""
-    loads = [(large[stored], quant) for stored in ("mxfp4", "bf16") for quant in ("mxfp4", "bf16")]
-    results = run_ranks(bytes_of_loads, size, large["warm"], loads)
-    for rank, local in enumerate(map(len, contiguous(7, size).experts)):
-        for (path, _), (by_system, by_report) in zip(loads, results[rank], strict=True):
-            assert by_report == share_of(path, local, 7)
-            assert by_report <= by_system <= by_report + IO_SLACK
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
-
-
-def peak_of_load(ranks: Ranks, warm: Path, path: Path, quant: str) -> tuple[int, int]:
-    """(growth of the resident memory's peak during a load, bytes of the loaded weights), with small chunks."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed leaves the resident memory at once
-    convert.CHUNK_BYTES = 4 << 20
-    for name, value in (("epmoe.quant.mxfp4.CHUNK_VALUES", 1 << 18), ("epmoe.checkpoint._CAST_BYTES", 4 << 20)):
-        module, _, attribute = name.rpartition(".")
-        setattr(__import__(module, fromlist=[attribute]), attribute, value)
-    load(Checkpoint.open(warm), ranks, quant=quant)  # what libraries allocate once
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-    before = memory("VmRSS")
-    model, _ = load(Checkpoint.open(path), ranks, quant=quant)
-    growth = memory("VmHWM") - before
-    weights = sum(value.nbytes for value in model.parameters()) + sum(
-        layer.experts.nbytes for layer in model.moe_layers()
-    )
-    return growth, weights
-
-
-@pytest.mark.parametrize(
-    ("dtype_experts", "quant"), [("mxfp4", "mxfp4"), ("bf16", "mxfp4"), ("bf16", "bf16"), ("mxfp4", "bf16")]
-)
-def test_host_memory_in_flight_is_bounded(
-    dtype_experts: str, quant: str, large: dict[str, Path], tmp_path: Path
-) -> None:
-    """Beside the weights: chunks; and where chunks were converted, the last matrix again while they are joined.
-
-    Without chunks, bf16 → MXFP4 takes 52 MiB more; a whole gate_up read before it is transposed or cast, 64 MiB.
-    """
-    path = make_checkpoint(
-        tmp_path, layers=2, experts=16, hidden=1024, intermediate=1024, vocab=20000, dtype_experts=dtype_experts
-    )
-    values = 16 * 1024 * 1024
-    joined = 0 if dtype_experts == quant else 2 * values if quant == "bf16" else values * 17 // 32
-    [(growth, weights)] = run_ranks(peak_of_load, 1, large["warm"], path, quant)
-    assert growth <= weights + joined + (20 << 20)
-
-
 # --- formats ----------------------------------------------------------------------------------------------------------
-
-
-def same(a: ExpertWeights, b: ExpertWeights) -> bool:
-    pairs = [(a.gate_up_bias_LN, b.gate_up_bias_LN), (a.down_bias_LH, b.down_bias_LH)]
-    for x, y in ((a.gate_up, b.gate_up), (a.down, b.down)):
-        assert x.format == y.format
-        pairs += [(getattr(x, field.name), getattr(y, field.name)) for field in fields(x)]  # type: ignore[arg-type]
-    return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)
 
 
 @pytest.mark.parametrize(("dtype_experts", "quant"), [("bf16", "mxfp4"), ("mxfp4", "bf16")])
@@ -351,163 +201,6 @@ def test_a_full_device_converts_on_the_host(
     said = capsys.readouterr().err
     assert said.count("converted on the host") == 1 and EXPERTS.format(0) + "down_proj" in said
     assert len(tries) == 5  # the second twice
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    spoil: Callable[[Path], object]
-    says: str  # a regular expression of the message
-
-
-def config(**changes: Any) -> Callable[[Path], object]:
-    return lambda path: rewrite_config(path, **changes)
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    return lambda path: rewrite_tensors(path, change)
-
-
-ROUTER, BLOCKS = "model.layers.1.mlp.router.weight", EXPERTS.format(1) + "down_proj_blocks"
-CASES = [
-    Case(
-        "model_type unknown", config(model_type="llama"), "config.json: model_type='llama' is unknown; known: gpt_oss"
-    ),
-    Case("model_type missing", config(model_type=None), "has no model_type"),
-    Case(
-        "more experts",
-        config(num_local_experts=7),
-        r"router.weight has shape \[5, 96\], .*num_local_experts=7.* gives \[7, 96\]",
-    ),
-    Case(
-        "fewer experts",
-        config(num_local_experts=4),
-        r"router.weight has shape \[5, 96\], .*num_local_experts=4.* gives \[4, 96\]",
-    ),
-    Case(
-        "more layers",
-        config(num_hidden_layers=3, layer_types=["full_attention"] * 3),
-        r"lacks model.layers.2\..* and \d+ more",
-    ),
-    Case(
-        "fewer layers",
-        config(num_hidden_layers=1, layer_types=["full_attention"]),
-        r"holds model.layers.1\..* and \d+ more",
-    ),
-    Case(
-        "other vocabulary",
-        config(vocab_size=321),
-        r"embed_tokens.weight has shape \[320, 96\].*vocab_size=321.*\[321, 96\]",
-    ),
-    Case("other hidden", config(hidden_size=128), r"has shape \[320, 96\].*hidden_size=128"),
-    Case(
-        "other intermediate",
-        config(intermediate_size=96),
-        r"gate_up_proj_blocks has shape \[5, 128, 3, 16\].*\[5, 192, 3, 16\]",
-    ),
-    Case("hidden no multiple of 32", config(hidden_size=100), "gate_up_proj: 100 columns cannot be stored in mxfp4"),
-    Case(
-        "tied although not",
-        config(tie_word_embeddings=True),
-        "holds lm_head.weight, which a model of its config.json does not have",
-    ),
-    Case("tensor missing", tensors(lambda t: t.pop(ROUTER)), f"lacks {ROUTER}, which"),
-    Case("expert tensor missing", tensors(lambda t: t.pop(BLOCKS)), f"lacks {BLOCKS}, which"),
-    Case("tensor too many", tensors(lambda t: t.update(more=torch.zeros(1))), "model.safetensors holds more, which"),
-    Case(
-        "wrong rank",
-        tensors(lambda t: t.update({ROUTER: t[ROUTER][None].clone()})),
-        r"has shape \[1, 5, 96\].*gives \[5, 96\]",
-    ),
-    Case(
-        "wrong dtype",
-        tensors(lambda t: t.update({ROUTER: t[ROUTER].to(torch.int64)})),
-        f"{ROUTER} has dtype int64, expected bfloat16 or",
-    ),
-    Case(
-        "wrong dtype of blocks",
-        tensors(lambda t: t.update({BLOCKS: t[BLOCKS].view(torch.int8)})),
-        f"{BLOCKS} has dtype int8, expected uint8",
-    ),
-    Case(
-        "no quantization_config",
-        config(quantization_config=None),
-        "gate_up_proj_blocks, so mxfp4 experts, but .* says bf16",
-    ),
-    Case(
-        "quant_method unknown",
-        config(quantization_config={"quant_method": "awq"}),
-        "quant_method='awq' is unknown; known: mxfp4, bf16",
-    ),
-    Case("quantization_config is text", config(quantization_config="mxfp4"), "quantization_config must be an object"),
-    Case(
-        "list of modules is text",
-        config(quantization_config={"modules_to_not_convert": "a"}),
-        "modules_to_not_convert a list",
-    ),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_contradiction_is_refused_before_any_weight_is_read(case: Case, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path)
-    case.spoil(tmp_path)
-    checkpoint = Checkpoint.open(tmp_path)
-    headers = checkpoint.bytes_read
-    with pytest.raises(UserError, match=case.says) as caught:
-        load(checkpoint, rank_of(0, 1))
-    assert "\n" not in str(caught.value) and checkpoint.bytes_read == headers
-
-
-def test_bf16_experts_under_an_mxfp4_config(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, dtype_experts="bf16")
-    rewrite_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(UserError, match=r"gate_up_proj, so bf16 experts, but .* says mxfp4"):
-        load_rank(tmp_path)
-
-
-@pytest.mark.parametrize("key", ["quant", "experts", "router", "combine", "placement", "dtype"])
-def test_an_unknown_name_lists_the_known_ones(key: str, tmp_path: Path) -> None:
-    make_checkpoint(tmp_path)
-    with pytest.raises(UserError, match=f"{key}='nope' is unknown; known: "):
-        load(Checkpoint.open(tmp_path), rank_of(0, 1), **{key: "nope"})  # type: ignore[arg-type]
-
-
-def test_more_ranks_than_experts(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="6 expert ranks cannot share 5 experts"):
-        load_rank(tmp_path, rank=0, size=6)
-
-
-def test_quantising_sizes_that_mxfp4_cannot_hold(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, dtype_experts="bf16", intermediate=40)
-    load_rank(tmp_path)
-    with pytest.raises(UserError, match="down_proj: 40 columns"):
-        load_rank(tmp_path, quant="mxfp4")
-
-
-def test_too_little_memory_names_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_checkpoint(tmp_path)
-    monkeypatch.setattr("epmoe.load.free_bytes", lambda device: 1000)
-    checkpoint = Checkpoint.open(tmp_path)
-    headers = checkpoint.bytes_read
-    with pytest.raises(
-        UserError, match=r"too little memory on cpu: this rank's weights need [\d,]{7} bytes .* 1,000 are free"
-    ):
-        load(checkpoint, rank_of(0, 1))
-    assert checkpoint.bytes_read == headers
-
-
-def test_a_shard_lost_after_opening(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, shards=2)
-    checkpoint = Checkpoint.open(tmp_path)
-    assert (tmp_path / INDEX).exists()
-    checkpoint.files[1].unlink()
-    with pytest.raises(UserError, match="cannot be opened: No such file"):
-        load(checkpoint, rank_of(0, 1))
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
