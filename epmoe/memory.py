@@ -51,7 +51,8 @@ def fit_cache(
     """The cache for requests that need `needs[i]` positions each; a collective.
 
     `config` is a model's (windows, kv_heads, head_dim). `cache_tokens` fixes the capacity; 0 takes what the requests
-    need when as many as possible run at a time, and no more than CACHE_SHARE of the free memory.
+    need when as many as possible run at a time, and no more than CACHE_SHARE of the free memory. Where memory is the
+    bound, batches and with them the last bits of logits depend on the machine; a fixed capacity does not.
 
     Raises:
         UserError: a request does not fit the capacity; the message names the key to change.
