@@ -1,0 +1,159 @@
+"""Expert backends on a GPU: every case, gpt-oss's real shapes, bits, memory, graphs, and the inline PTX."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from expert_cases import CASES, Case, dispatched, of_experts, random_input, random_weights, relative_error
+from test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, run_placements
+
+from epmoe.experts import EXPERTS
+from epmoe.experts.reference import ReferenceExperts
+from epmoe.experts.triton import TILES, TritonExperts, choose_tile, down, down_torch, gate_up, gate_up_torch
+from epmoe.router import Dispatch
+
+pytestmark = pytest.mark.gpu
+
+GPT_OSS_20B = Case("gpt-oss-20b", tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4)
+# T·K/E of 1/2 (alone), 175 (half) and 350 (all): a row passes through every bf16 tile
+ACROSS_TILES = Case("across tiles", tokens=700, hidden=288, intermediate=416, experts=8, top_k=4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", EXPERTS)
+def test_forward(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """Every backend computes the layer's equations, at every edge of shape and routing."""
+    run_case(backend, "mxfp4", case, "cuda", dtype)
+
+
+def test_nan_scales_reach_the_output() -> None:
+    """A NaN weight is seen in the rows of its expert: minima and clamps must not swallow it."""
+    run_nan("cuda")
+
+
+@pytest.mark.parametrize("ptx", [True, False])
+@pytest.mark.parametrize("wide", [False, True])
+def test_decoding(wide: bool, ptx: bool) -> None:
+    """PTX and its integer twin, on all bytes × all scale bytes, equal quant.mxfp4 bit by bit; so each other."""
+    run_decode("cuda", wide, ptx)
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[TritonExperts, ReferenceExperts]:
+    """One layer of gpt-oss-20b in both backends."""
+    weights = random_weights(GPT_OSS_20B, "mxfp4", torch.bfloat16, "cuda")
+    activation = GPT_OSS_20B.activation
+    return TritonExperts.pack(weights, activation), ReferenceExperts.pack(weights, activation)
+
+
+def real_input(tokens: int) -> tuple[torch.Tensor, Dispatch]:
+    x_TH, logits_TE = random_input(replace(GPT_OSS_20B, tokens=tokens), torch.bfloat16, "cuda")
+    return x_TH, dispatched(GPT_OSS_20B, logits_TE)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 600, 1500])
+def test_real_shapes(tokens: int, real: tuple[TritonExperts, ReferenceExperts]) -> None:
+    """gpt-oss-20b's layer in bfloat16 against the float32 reference; h and the result are rounded to 8 bits each."""
+    fast, reference = real
+    x_TH, dispatch = real_input(tokens)
+    actual_TKH, wanted_TKH = fast.forward(x_TH, dispatch), reference.forward(x_TH.float(), dispatch)
+    assert relative_error(actual_TKH, wanted_TKH) <= TOLERANCE[torch.bfloat16]
+    rows = (actual_TKH - wanted_TKH).norm(dim=-1) / wanted_TKH.norm(dim=-1)
+    assert rows.max() <= 2 * TOLERANCE[torch.bfloat16], f"slot {int(rows.argmax())} is off by {rows.max():.1e}"
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_each_product_has_a_torch_twin(tokens: int, real: tuple[TritonExperts, ReferenceExperts]) -> None:
+    """The two products apart, so that a failure of the layer names its half."""
+    fast, _ = real
+    x_TH, dispatch = real_input(tokens)
+    arguments = (x_TH, fast.gate_up, fast.gate_up_bias_LN, dispatch, fast.activation)
+    h_RI, wanted_RI = gate_up(*arguments), gate_up_torch(*arguments)
+    # both round once, so they differ where float32 sums fall on two sides of a bf16 midpoint
+    assert relative_error(h_RI, wanted_RI) <= 1e-3
+    arguments = (wanted_RI, fast.down, fast.down_bias_LH, dispatch)
+    assert relative_error(down(*arguments), down_torch(*arguments)) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [2, 40, 300])
+def test_bits_do_not_follow_the_placement(tokens: int, dtype: torch.dtype) -> None:
+    """A slot's row has the same bits whichever other experts live on the rank, at each tile size."""
+    case = Case("placement", tokens=tokens, hidden=672, intermediate=352, experts=8, top_k=4)
+    run_placements("triton", case, "cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
+    """A token alone (a decode step) has the bits that it has in a large batch (a prefill), at any place in it."""
+    case = ACROSS_TILES
+    halves = (case.tokens, case.tokens // 2, 40, 1)
+    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts) for t in halves} == {
+        tile for _, tile in TILES[torch.bfloat16]
+    }
+    run_batches("triton", case, "cuda", dtype)
+
+
+def test_offsets_beyond_31_bits() -> None:
+    """Rows whose offset in the output passes 2^31 are right: the last tokens have the bits that they have alone."""
+    case = Case("large", tokens=190_000, hidden=2880, intermediate=32, experts=4, top_k=4)
+    experts = TritonExperts.pack(random_weights(case, "mxfp4", torch.bfloat16, "cuda"), case.activation)
+    x_TH, logits_TE = random_input(case, torch.bfloat16, "cuda")
+    y_TKH = experts.forward(x_TH, dispatched(case, logits_TE))
+    assert y_TKH.numel() > 2**31
+    few_TKH = experts.forward(x_TH[-5:], dispatched(case, logits_TE[-5:]))
+    assert few_TKH.any() and torch.equal(y_TKH[-5:], few_TKH)
+
+
+def test_memory_is_packed_bytes_and_workspace() -> None:
+    """No dequantised copy, ever: a layer's memory is its packed bytes; a forward adds h and y and nothing else."""
+    case = replace(GPT_OSS_20B, tokens=600, experts=8)
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    stored = torch.cuda.memory_allocated() - start
+    torch.cuda.reset_peak_memory_stats()
+    experts = TritonExperts.pack(weights, case.activation)
+    # the packed copy, and temporaries of four experts' gate_up: at most 3 bytes a byte of it
+    temporary = 3 * weights.gate_up.nbytes // case.experts * 4
+    assert torch.cuda.max_memory_allocated() - start <= stored + experts.nbytes + temporary
+    assert experts.nbytes <= 1.01 * stored
+    del weights
+    x_TH, logits_TE = random_input(case, torch.bfloat16, "cuda")
+    dispatch = dispatched(case, logits_TE)
+    experts.forward(x_TH, dispatch)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    assert before - start <= 1.01 * experts.nbytes + 2 * (x_TH.nbytes + logits_TE.nbytes) + (1 << 20)
+    torch.cuda.reset_peak_memory_stats()
+    experts.forward(x_TH, dispatch)
+    workspace = case.tokens * case.top_k * (case.intermediate + case.hidden) * 2
+    assert torch.cuda.max_memory_allocated() - before <= workspace + (1 << 20)
+
+
+@pytest.mark.parametrize("ids", [tuple(range(8)), (1, 4, 6)], ids=["all local", "some local"])
+def test_no_host_synchronisation_and_graphs(ids: tuple[int, ...]) -> None:
+    """A captured forward follows new tokens and a new routing: the schedule is made on the device."""
+    case = Case("graph", tokens=24, hidden=288, intermediate=160, experts=8, top_k=4, local=ids)
+    weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    experts = TritonExperts.pack(of_experts(weights, ids), case.activation)
+    x_TH, logits_TE = random_input(case, torch.bfloat16, "cuda")
+    dispatch = dispatched(case, logits_TE)
+    experts.forward(x_TH, dispatch)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts.forward(x_TH, dispatch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_TKH = experts.forward(x_TH, dispatch)
+    for shift in range(1, 4):
+        other = dispatched(case, logits_TE.roll(shift, 1))
+        for name in ("expert_TK", "weight_TK", "offset_L1", "slot_R", "row_S"):
+            getattr(dispatch, name).copy_(getattr(other, name))
+        x_TH.copy_(x_TH.roll(1, 0))
+        graph.replay()
+        assert torch.equal(y_TKH, experts.forward(x_TH, other))
