@@ -15,7 +15,7 @@ from epmoe.router import Dispatch
 pytestmark = pytest.mark.gpu
 
 GPT_OSS_20B = Case("gpt-oss-20b", tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4)
-# T·K/E of 1/2 (alone), 175 (half) and 350 (all): a row passes through every bf16 tile
+# T·K/E of 1/2 (alone), 21 (a 16th), 175 (half) and 350 (all): a row passes through every bf16 tile
 ACROSS_TILES = Case("across tiles", tokens=700, hidden=288, intermediate=416, experts=8, top_k=4)
 
 
@@ -68,12 +68,12 @@ def test_each_product_has_a_torch_twin(tokens: int, real: tuple[TritonExperts, R
     """The two products apart, so that a failure of the layer names its half."""
     fast, _ = real
     x_TH, dispatch = real_input(tokens)
-    arguments = (x_TH, fast.gate_up, fast.gate_up_bias_LN, dispatch, fast.activation)
-    h_RI, wanted_RI = gate_up(*arguments), gate_up_torch(*arguments)
+    first = (x_TH, fast.gate_up, fast.gate_up_bias_LN, dispatch, fast.activation)
+    h_RI, wanted_RI = gate_up(*first), gate_up_torch(*first)
     # both round once, so they differ where float32 sums fall on two sides of a bf16 midpoint
     assert relative_error(h_RI, wanted_RI) <= 1e-3
-    arguments = (wanted_RI, fast.down, fast.down_bias_LH, dispatch)
-    assert relative_error(down(*arguments), down_torch(*arguments)) <= 1e-3
+    second = (wanted_RI, fast.down, fast.down_bias_LH, dispatch)
+    assert relative_error(down(*second), down_torch(*second)) <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -88,8 +88,8 @@ def test_bits_do_not_follow_the_placement(tokens: int, dtype: torch.dtype) -> No
 def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     """A token alone (a decode step) has the bits that it has in a large batch (a prefill), at any place in it."""
     case = ACROSS_TILES
-    halves = (case.tokens, case.tokens // 2, 40, 1)
-    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts) for t in halves} == {
+    batches = (case.tokens, case.tokens // 2, case.tokens // 16, 1)
+    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts) for t in batches} == {
         tile for _, tile in TILES[torch.bfloat16]
     }
     run_batches("triton", case, "cuda", dtype)
