@@ -36,7 +36,7 @@ class Recorder:
 
 
 def requests(vocab: int) -> list[Request]:
-    """Greedy and sampled; prompts of one token, within and beyond the window, a prefill chunk and YaRN's original 64."""
+    """Greedy, sampled; prompts of one token, within and beyond the window, a prefill chunk and YaRN's original 64."""
     rng = random.Random(8)
     kinds: list[dict[str, Any]] = [
         {},

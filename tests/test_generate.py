@@ -1,0 +1,204 @@
+"""The command as users start it: what goes to standard output, standard error and the file; mistakes are one line."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmoe import generate
+from epmoe.checkpoint import Checkpoint
+from epmoe.errors import UserError
+from epmoe.synthetic import make_checkpoint
+from epmoe.tokenizer import Tokenizer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+CPU = "runtime.device=cpu"
+
+
+def command(*keys: str, ranks: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`ranks` 0 is without torchrun."""
+    start = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
+    return subprocess.run(
+        [*start, "-m", "epmoe.generate", CPU, *keys], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> str:
+    return f"checkpoint={tiny_checkpoint}"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run the command in this process, on one rank: (standard output, standard error)."""
+
+    def run(*keys: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate", CPU, *keys])
+        generate.generate()
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: str
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A run through torchrun: the prompt from standard input, sampled, written to a file too."""
+    file = tmp_path_factory.mktemp("output") / "o.jsonl"
+    keys = ["prompts=-", "sampling=sample", "sampling.logprobs=3", "max_new_tokens=20", f"output={file}"]
+    return command(checkpoint, *keys, ranks=2, stdin="What is\n東京?\n"), file
+
+
+def test_standard_output_has_the_text_alone(two_ranks: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, file = two_ranks
+    assert done.returncode == 0, done.stderr
+    (line,) = lines(file)
+    assert done.stdout == line["text"] + "\n" and line["text"]
+
+
+def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], checkpoint: str) -> None:
+    done, file = two_ranks
+    (line,) = lines(file)
+    last = done.stderr.splitlines()[-1]
+    for part in (f"{len(line['ids'])} tokens in ", "tokens/s", "first token after", "2 ranks, each read ", "of memory"):
+        assert part in last
+    low, high = sorted(float(word) for word in last.split("read ")[1].split(" MB")[0].split(" to "))
+    size = sum(file.stat().st_size for file in Checkpoint.open(checkpoint.removeprefix("checkpoint=")).files) / 1e6
+    assert low < high < size  # five experts: one rank has three of them, none has all
+
+
+def test_the_file_has_everything(two_ranks: tuple[subprocess.CompletedProcess[str], Path], checkpoint: str) -> None:
+    (line,) = lines(two_ranks[1])
+    tokenizer = Tokenizer.of(Checkpoint.open(checkpoint.removeprefix("checkpoint=")))
+    asked = "<|start|>user<|message|>What is\n東京?<|end|><|start|>assistant<|message|>"
+    assert line["prompt_tokens"] == len(tokenizer.encode(asked, special=False))
+    assert line["finish_reason"] in ("length", "eos") and 0 < len(line["ids"]) <= 20
+    assert 0 < line["first_token_s"] <= line["total_s"]
+    assert len(line["logprobs"]) == len(line["ids"])
+    for token in line["logprobs"]:
+        best = [value for _, value in token["top"]]
+        assert len(best) == 3 and best == sorted(best, reverse=True) and token["logprob"] <= best[0] < 0
+
+
+def test_one_rank_without_torchrun_writes_the_same(
+    two_ranks: tuple[subprocess.CompletedProcess[str], Path], checkpoint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("What is\n東京?\n", encoding="utf-8")
+    keys = [f"prompts={tmp_path / 'p.txt'}", "sampling=sample", "sampling.logprobs=3", "max_new_tokens=20"]
+    done = command(checkpoint, *keys, f"output={tmp_path / 'o.jsonl'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == two_ranks[0].stdout
+    timeless = [
+        {name: value for name, value in line.items() if not name.endswith("_s")}
+        for file in (tmp_path / "o.jsonl", two_ranks[1])
+        for line in lines(file)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_mistake_is_one_line_from_all_ranks(checkpoint: str) -> None:
+    done = command(checkpoint, "prompt=", ranks=2)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("epmoe: error: prompt is empty") == 1 and done.stderr.count("error: ") == 1
+    assert "epmoe/" not in done.stderr  # no traceback of ours; torchrun's own report is beyond us
+
+
+def test_json_lines_with_stop_strings(here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path) -> None:
+    """Texts in order, each with its own settings; a stop string cuts the text and ends its request alone."""
+    free = {"max_new_tokens": 30, "temperature": 1.0, "ignore_eos": True}
+    prompts = [{"prompt": "a", **free, "seed": seed} for seed in range(4)]
+    keys = [checkpoint, f"prompts={tmp_path / 'p.jsonl'}", f"output={tmp_path / 'o.jsonl'}"]
+
+    def run(asked: list[dict[str, object]], *more: str) -> tuple[str, list[dict[str, Any]]]:
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+        out, _ = here(*keys, *more)
+        return out, lines(tmp_path / "o.jsonl")
+
+    out, before = run(prompts)
+    assert out == "\n\n".join(line["text"] for line in before) + "\n"
+    assert [line["index"] for line in before] == [0, 1, 2, 3]
+    letters = before[2]["text"]
+    stop = letters[len(letters) // 2 :][:2]
+    prompts[2]["stop"] = [stop]
+    out, after = run(prompts, "runtime.max_batch=2", "runtime.prefill_chunk=3")
+    assert after[2]["text"] == letters[: letters.index(stop)] and after[2]["finish_reason"] == "stop"
+    assert len(after[2]["ids"]) < 30
+    assert [line["ids"] for line in after if line["index"] != 2] == [b["ids"] for b in before if b["index"] != 2]
+    assert out == "\n\n".join(line["text"] for line in after) + "\n"
+
+
+def test_end_of_text_comes_from_generation_config(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    """Make the second greedy token an end-of-text one: the text ends there, unless it is ignored."""
+    own = make_checkpoint(tmp_path / "own")
+    keys = [f"checkpoint={own}", "prompt=a", "max_new_tokens=9", f"output={tmp_path / 'o.jsonl'}"]
+    here(*keys, "sampling.ignore_eos=true")
+    (whole,) = lines(tmp_path / "o.jsonl")
+    assert whole["finish_reason"] == "length"
+    end = whole["ids"][1]
+    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 300]}))
+    here(*keys)
+    (cut,) = lines(tmp_path / "o.jsonl")
+    assert cut["finish_reason"] == "eos"
+    assert cut["ids"] == whole["ids"][: whole["ids"].index(end) + 1]
+
+
+MISTAKES = {
+    "no prompt": ([], "no prompt: give prompt="),
+    "output's directory": (["prompt=a", "output=/nowhere/o.jsonl"], "/nowhere does not exist"),
+    "no such file": (["prompts=/nowhere.txt"], "No such file"),
+    "longer than the model's positions": (["prompt=" + "a" * 600], "model has 512 positions"),
+    "larger than the set cache": (["prompt=aaaaaaaaaa", "runtime.cache_tokens=16"], "raise runtime.cache_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(here: Callable[..., tuple[str, str]], checkpoint: str, case: str) -> None:
+    keys, message = MISTAKES[case]
+    with pytest.raises(UserError) as error:
+        here(checkpoint, *keys)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_tokenizer(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        here(f"checkpoint={tmp_path}", "prompt=a")
+
+
+def test_no_file_is_left_when_the_run_fails(
+    here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        here(checkpoint, "prompt=a", f"output={tmp_path / 'o.jsonl'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_no_key_the_embedded_model_writes_at_once() -> None:
+    """Streamed: the first character is there while the model still writes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epmoe.generate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    running = process.poll() is None
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert first and running and len(rest) > 50
+    assert "no prompt given" in errors
