@@ -14,6 +14,7 @@ What the interpreter cannot do: bf16 arithmetic (`tl.dot` on bf16 is silently wr
 """
 
 import os
+import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import get_context
@@ -32,6 +33,14 @@ def _start() -> None:
     torch.set_num_threads(1)
 
 
+def _call(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    try:
+        return function(*args)
+    except Exception:
+        # As text: the pool waits for ever for an exception that cannot be unpickled.
+        raise RuntimeError(f"in the interpreting worker:\n{traceback.format_exc()}") from None
+
+
 @cache
 def _worker() -> Pool:
     return get_context("spawn").Pool(1, initializer=_start)
@@ -41,7 +50,7 @@ def interpreted(function: Callable[..., T], *args: Any, timeout: float = 120) ->
     """`function(*args)` in the interpreting worker; arguments and result are plain Python or small CPU tensors.
 
     Raises:
-        whatever `function` raised, with the worker's traceback; TimeoutError after `timeout` seconds, also if the
-            worker died.
+        RuntimeError with the worker's traceback when `function` raised; TimeoutError after `timeout` seconds, also if
+            the worker died.
     """
-    return _worker().apply_async(function, args).get(timeout)
+    return _worker().apply_async(_call, (function, args)).get(timeout)
