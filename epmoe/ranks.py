@@ -158,19 +158,20 @@ def _tell_once(error: UserError) -> None:
     torchrun's agent terminates rank 0 as soon as another rank ends, perhaps before rank 0 got as far. So the others
     stay until rank 0 has left a note in the agent's store.
     """
-    rank = os.environ.get("RANK", "0")
-    several_under_agent = (
-        os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )
+    rank, agent = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == "0" or isinstance(error, NoRankZero):
         print(f"epmoe: error: {error}", file=sys.stderr, flush=True)
-    if several_under_agent and not isinstance(error, NoRankZero):
-        with suppress(UserError):
-            store, _ = _store(Launch.read(), TOLD_S)
-            try:
-                store.set("told", "") if rank == "0" else store.wait(["told"], timedelta(seconds=TOLD_S))
-            except dist.DistStoreError:
-                print(f"epmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    if not agent or isinstance(error, NoRankZero):
+        return
+    with suppress(UserError):
+        store, _ = _store(Launch.read(), TOLD_S)
+        if rank == "0":
+            store.set("told", "")
+            return
+        try:
+            store.wait(["told"], timedelta(seconds=TOLD_S))
+        except dist.DistError:
+            print(f"epmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def _number(name: str, default: int) -> int:
