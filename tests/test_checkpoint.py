@@ -1,10 +1,12 @@
 """Checkpoint: every defect of a directory is refused on opening by one line that names it; reads are exact."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from epmoe.checkpoint import INDEX, SINGLE, Checkpoint
 from epmoe.errors import UserError
-from epmoe.reader import Reader, Span
+from epmoe.reader import Reader, Span, _PinnedRing
 from epmoe.synthetic import make_checkpoint
 
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -255,6 +257,45 @@ def test_text_files_are_found(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     checkpoint = Checkpoint.open(tmp_path)
     assert (checkpoint.tokenizer_file, checkpoint.chat_template, checkpoint.generation_config) == (None, None, {})
+
+
+class HostDevice:
+    """Stands for torch.cuda where there is none: streams that run at once. It shows the ring's bookkeeping alone."""
+
+    @staticmethod
+    def Stream(device: torch.device) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+
+    current_stream = Stream
+
+    @staticmethod
+    def Event() -> Any:
+        return SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
+
+    stream = staticmethod(contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("buffer_bytes", [64, 1001, 1 << 20])
+def test_the_ring_fills_every_byte_once_and_survives_errors(
+    buffer_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More chunks than buffers, more threads than buffers, spans in any order; a short read gives its buffer back."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "get_device_module", lambda device: HostDevice)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    data = torch.arange(30_011).to(torch.uint8)
+    (tmp_path / "file").write_bytes(bytes(data.tolist()))
+    ring = _PinnedRing(torch.device("cpu"), threads=4, buffers=3, buffer_bytes=buffer_bytes)
+    spans = [(20_000, 10_011), (0, 1), (5, 7000), (1, 4)]
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    for _ in range(2):
+        out = torch.full((sum(size for _, size in spans),), 77, dtype=torch.uint8)
+        ring.read(fd, tmp_path / "file", spans, out)
+        assert torch.equal(out, torch.cat([data[a : a + n] for a, n in spans]))
+        with pytest.raises(UserError, match="bytes early"):
+            ring.read(fd, tmp_path / "file", [(0, 40_000)], torch.zeros(40_000, dtype=torch.uint8))
+    os.close(fd)
+    ring.close()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""How long loading takes, against the time that the same bytes take by plain read and copy.
+
+    scripts/bench/load.py /tmp/20b --size 20b --ranks 1,2        (the checkpoint is made when it is not there)
+    scripts/bench/load.py /tmp/20b --ranks 1 --variants          (which threads and buffers are best)
+
+Measured for each number of ranks, every rank a process with its own device, all at the same time, files in the page
+cache (a read of all of them comes first), the slowest rank counts, the median of --repeat runs:
+
+    plain   read 32 MiB into one pinned buffer, copy it to the device, wait, again, until this rank's bytes are through:
+            one thread, no overlap, into one device buffer. The bytes are exactly those that the rank loads.
+    read    the same without the copy            copy    the same without the read
+    ring    epmoe.reader alone: all tensors that the rank loads, into their own memory, none packed
+    load    epmoe.load: checks, ring, packing, everything up to a model that can run
+
+One load of a tiny checkpoint comes first, so that imports, the device's start and the pinning of the ring's buffers
+(`pin`, once a process) are not in `load`.
+
+The aim is load ≤ 1.5 × plain. On a CPU plain and ring have no copy.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmoe import ranks
+from epmoe.checkpoint import Checkpoint
+from epmoe.load import load
+from epmoe.models import MODELS
+from epmoe.placement import contiguous
+from epmoe.reader import Reader, Span
+from epmoe.synthetic import SIZES, make_checkpoint
+from epmoe.tables import lookup
+
+PLAIN_BYTES = 32 << 20
+THREADS = (1, 2, 4, 8, 12)
+BUFFER_MIB = (2, 4, 8, 16, 32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="20b", help="of the checkpoint, when it has to be made")
+    parser.add_argument("--ranks", default="1", help="numbers of ranks, with commas")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--variants", action="store_true", help="time the ring with several threads and buffers")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this process is a rank; results go there
+    options = parser.parse_args()
+    if options.worker:
+        ranks.main(lambda: work(options))
+    if not (options.checkpoint / "config.json").exists():
+        begin = time.perf_counter()
+        make_checkpoint(options.checkpoint, options.size)
+        print(f"made {options.checkpoint} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    rows = [measure(size, options) for size in map(int, options.ranks.split(","))]
+    report(rows, options)
+
+
+def measure(size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run `size` ranks of this script; their results, the slowest rank's time of each kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
+        subprocess.run([*command, *sys.argv[1:], "--worker", folder], check=True, timeout=3600)
+        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+    row = {
+        key: max(result[key] for result in results) for key in ("bytes", "pin", "plain", "read", "copy", "ring", "load")
+    }
+    first = results[0]
+    variants = {name: max(r["variants"][name] for r in results) for name in first["variants"]}
+    return row | {"ranks": size, "device": first["device"], "cores": first["cores"], "variants": variants}
+
+
+def work(options: argparse.Namespace) -> None:
+    """One rank: measure and write the seconds of each kind to a file."""
+    with ranks.start(device=options.device, timeout_s=600) as mine, tempfile.TemporaryDirectory() as tiny:
+        accelerated = mine.device.type != "cpu"
+        synchronize(mine.device)
+        begin = time.perf_counter()
+        reader = Reader()
+        [torch.empty(reader.buffer_bytes, dtype=torch.uint8, pin_memory=accelerated) for _ in range(reader.buffers)]
+        result: dict[str, Any] = {"pin": time.perf_counter() - begin}
+        load(Checkpoint.open(make_checkpoint(tiny, experts=max(8, mine.size))), mine)
+        checkpoint = Checkpoint.open(options.checkpoint)
+        share = list(share_of(checkpoint, mine))
+        for _ in plain(share, mine.device, read=True, copy=False):  # into the page cache
+            pass
+
+        def timed(run: Callable[[], object]) -> float:
+            seconds = []
+            for _ in range(options.repeat):
+                gc.collect()
+                if accelerated:
+                    torch.accelerator.empty_cache()  # every run pays for its memory, as the first in a process does
+                mine.barrier()
+                begin = time.perf_counter()
+                kept = run()
+                synchronize(mine.device)
+                seconds.append(time.perf_counter() - begin)
+                del kept
+            return statistics.median(seconds)
+
+        result["bytes"] = sum(size for _, spans, _, _ in share for _, size in spans)
+        for name, read, copy in (("plain", True, True), ("read", True, False), ("copy", False, True)):
+            result[name] = timed(lambda r=read, c=copy: list(plain(share, mine.device, r, c)))  # type: ignore[misc]
+        result["ring"] = timed(lambda: ring(share, mine.device, Reader()))
+        result["load"] = timed(lambda: load(Checkpoint.open(options.checkpoint), mine, progress=False))
+        result["variants"] = {}
+        for threads, mib in [(t, m) for t in THREADS for m in BUFFER_MIB] if options.variants and accelerated else []:
+            reader = Reader(threads, buffers=2 * threads, buffer_bytes=mib << 20)
+            result["variants"][f"{threads}x{mib}"] = timed(lambda reader=reader: ring(share, mine.device, reader))  # type: ignore[misc]
+        result["device"] = torch.get_device_module(mine.device).get_device_name(mine.device) if accelerated else "cpu"
+        result["cores"] = len(os.sched_getaffinity(0))
+        (options.worker / f"{mine.rank}.json").write_text(json.dumps(result))
+
+
+Tensor = tuple[Path, list[Span], tuple[int, ...], torch.dtype]
+
+
+def share_of(checkpoint: Checkpoint, mine: ranks.Ranks) -> Iterator[Tensor]:
+    """What this rank reads: (file, spans, shape, dtype) of each tensor."""
+    model_class = lookup("model_type", MODELS, checkpoint.config["model_type"])
+    config = model_class.Config.from_json(checkpoint.config)
+    ids = contiguous(config.num_experts, mine.expert_size).experts[mine.expert_rank]
+    for name, info in checkpoint.tensors.items():
+        first, count = (ids[0], len(ids)) if ".experts." in name else (0, info.shape[0])
+        span = (info.offset + first * info.row_bytes, count * info.row_bytes)
+        yield info.file, [span], (count, *info.shape[1:]), info.dtype
+
+
+def plain(share: list[Tensor], device: torch.device, read: bool, copy: bool) -> Iterator[None]:
+    """The baseline; `read` and `copy` leave a half out."""
+    accelerated = device.type != "cpu"
+    buffer = torch.empty(PLAIN_BYTES, dtype=torch.uint8, pin_memory=accelerated)
+    target = torch.empty(PLAIN_BYTES, dtype=torch.uint8, device=device)
+    view = buffer.numpy().data
+    for file, spans, _, _ in share:
+        fd = os.open(file, os.O_RDONLY)
+        for offset, size in spans:
+            for at in range(0, size, PLAIN_BYTES):
+                count = min(PLAIN_BYTES, size - at)
+                if read:
+                    got = os.preadv(fd, [view[:count]], offset + at)
+                    assert got == count, "a file in the page cache is read at once"
+                if copy and accelerated:
+                    target[:count].copy_(buffer[:count], non_blocking=True)
+                    synchronize(device)
+                yield
+        os.close(fd)
+
+
+def ring(share: list[Tensor], device: torch.device, reader: Reader) -> list[torch.Tensor]:
+    """All of the share through `reader`."""
+    kept = []
+    for file, spans, shape, dtype in share:
+        kept.append(torch.empty(shape, dtype=dtype, device=device))
+        reader.read(file, spans, kept[-1])
+    reader.close()
+    return kept
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    print(f"{options.checkpoint}, {rows[0]['device']}, {rows[0]['cores']} cores, torch {torch.__version__}; seconds")
+    print(
+        f"{'ranks':>5} {'GB a rank':>9} {'plain':>7} {'read':>7} {'copy':>7} {'ring':>7} {'load':>7} {'load/plain':>10}"
+    )
+    for row in rows:
+        seconds = "".join(f" {row[key]:7.3f}" for key in ("plain", "read", "copy", "ring", "load"))
+        print(f"{row['ranks']:5} {row['bytes'] / 1e9:9.2f}{seconds} {row['load'] / row['plain']:10.2f}")
+    for row in rows:
+        speed = {key: row["bytes"] / 1e9 / row[key] for key in ("read", "copy", "ring", "load")}
+        rest = row["load"] - row["ring"]
+        limit = "the ring" if row["ring"] > rest else "what comes after reading (allocation, packing)"
+        row["limit"] = limit
+        print(
+            f"{row['ranks']} ranks: one thread reads {speed['read']:.1f} GB/s, the link copies {speed['copy']:.1f}, "
+            f"the ring does both at {speed['ring']:.1f}, load at {speed['load']:.1f} GB/s a rank; {limit} limits load"
+        )
+        for name, took in sorted(row["variants"].items(), key=lambda item: item[1]):
+            threads, mib = name.split("x")
+            print(f"  {threads:>2} threads, {2 * int(threads):>2} buffers of {mib:>2} MiB: {took:.3f} s")
+    print(
+        json.dumps({"bench": "load", "checkpoint": options.checkpoint.name, "torch": torch.__version__, "rows": rows})
+    )
+
+
+if __name__ == "__main__":
+    main()
