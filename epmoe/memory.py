@@ -4,6 +4,7 @@ Every rank must build the same cache, since all of them schedule the same steps:
 first, and the least counts.
 """
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ def gather(ranks: Ranks, values: Sequence[int]) -> list[list[int]]:
 def peak_bytes(ranks: Ranks) -> int:
     """The most bytes that this rank held: tensors on its device, or the resident memory of a CPU rank."""
     if ranks.device.type == "cpu":
-        lines = Path("/proc/self/status").read_text().splitlines()
+        try:
+            # Not getrusage, whose maximum a process inherits from the one that started it.
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except FileNotFoundError:  # macOS, where getrusage counts bytes
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
     return torch.accelerator.max_memory_allocated(ranks.device)
 

@@ -127,6 +127,7 @@ def argmax_lowest(scores_BV: torch.Tensor) -> torch.Tensor:
 def gumbel(seeds: Sequence[int], positions: Sequence[int], token_V: torch.Tensor) -> torch.Tensor:
     """float64 [B, V] of standard Gumbel noise; an element is a function of (seed, position, token id) alone.
 
+    The hash bits are the same on every device, the logarithms' last bits on devices of one type.
     uniform = (52 hash bits + ½) / 2^52 lies strictly between 0 and 1, so that noise = -log(-log(uniform)) is finite.
     """
     seed_B = torch.tensor(seeds, dtype=torch.int64, device=token_V.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from spawn import run_ranks
 
 from epmoe.cache import Cache, CacheFull, Step
 from epmoe.engine import Engine, Request, Result
@@ -243,6 +244,23 @@ BAD = {
 def test_bad_prompts_are_named(message: str) -> None:
     with pytest.raises(UserError, match=f"prompt 2 .*{message}"):
         engine().generate([Request((1,), SamplingParams()), BAD[message]])
+
+
+def disagreeing_rank(ranks: Ranks) -> list[tuple[tuple[int, ...], str]]:
+    """The model of rank 1 would choose other tokens than that of rank 0."""
+
+    class Own(FakeModel):
+        def __call__(self, step: Step, cache: Any) -> torch.Tensor:
+            return super().__call__(step, cache).roll(ranks.rank, 1)
+
+    held: Any = FakeCache()
+    return outputs(Engine(Own(), held, ranks, eos_ids=[EOS], max_batch=3).generate(some_requests(6)))
+
+
+def test_all_ranks_take_rank_zeros_tokens() -> None:
+    """Ranks that chose for themselves would soon call the model with different steps, and hang."""
+    zero, one = run_ranks(disagreeing_rank, 2)
+    assert zero == one == [expected(request) for request in some_requests(6)]
 
 
 def test_nan_logits_are_an_error() -> None:
