@@ -27,7 +27,7 @@ from epmoe.sampler import SamplingParams
 from epmoe.tokenizer import Tokenizer
 
 # What the embedded model continues when nothing is asked.
-DEFAULT_PROMPT = "In the beginning"
+DEFAULT_PROMPT = "It was a fine morning, and"
 
 Message = Mapping[str, Any]
 

@@ -5,7 +5,7 @@
 
 The directory gets a complete checkpoint at every evaluation that is the best so far, so that a run that is cut leaves
 one, and at the end training.json: settings, times, the held-out losses with bf16 and with MXFP4 experts, samples and
-their checks. The epochs fix the number of steps; only where a step is so slow that they would not fit into --limit
+their checks. The epochs fix the number of steps; only where a step is so slow that they would not fit into --seconds
 seconds is the schedule shortened, which the log and training.json say.
 """
 
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", nargs="+", choices=RECIPES, default=["default"], help="several: the best one is kept"
     )
-    parser.add_argument("--limit", type=float, default=400, help="seconds of training, all recipes together")
+    parser.add_argument("--seconds", type=float, default=400, help="seconds of training, all recipes together")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--quick", action="store_true", help=f"a tiny model, {QUICK_STEPS} steps, a {QUICK_SHARE}th of the corpus"
@@ -126,7 +126,7 @@ def run_recipes(
             save(args.out, result.state, shape, tokenizer)
 
     for index, key in enumerate(args.recipe):
-        left_s = (args.limit - sum(result.seconds for result in results)) / (len(args.recipe) - index)
+        left_s = (args.seconds - sum(result.seconds for result in results)) / (len(args.recipe) - index)
         recipe = replace(RECIPES[key], **override)
         device = torch.device(args.device)
         result = train(recipe, shape, documents, held_out_BS, device, steps=args.steps, limit_s=left_s, on_best=on_best)
