@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from epmoe.checkpoint import Checkpoint
 from epmoe.combine import COMBINES
 from epmoe.convert import ExpertReader
 from epmoe.errors import UserError
 from epmoe.experts import EXPERTS
-from epmoe.manifest import Manifest, assign
+from epmoe.manifest import Manifest
 from epmoe.models import MODELS
 from epmoe.placement import PLACEMENTS
 from epmoe.ranks import Ranks
@@ -78,12 +79,12 @@ def load(
     with torch.device("meta"):
         model = model_class(config)
     manifest = Manifest.of(checkpoint, model, config, quant)
+    manifest.check()
+    owners = lookup("placement", PLACEMENTS, placement)(config.num_experts, ranks.expert_size)
+    ids = owners.experts[ranks.expert_rank]
     chosen = _choose(
         manifest, ranks, {"quant": quant, "experts": experts, "router": router, "combine": combine, "dtype": dtype}
     )
-    owners = lookup("placement", PLACEMENTS, placement)(config.num_experts, ranks.expert_size)
-    ids = owners.experts[ranks.expert_rank]
-    manifest.check()
     backend, route = lookup("experts", EXPERTS, chosen["experts"]), lookup("router", ROUTERS, chosen["router"])
     combiner, compute = lookup("combine", COMBINES, chosen["combine"])(ranks), DTYPES[chosen["dtype"]]
 
@@ -95,7 +96,7 @@ def load(
         _bar(manifest.bytes_to_read(len(ids)), checkpoint, shown) as advance,
     ):
         for name, parameter in manifest.shared.items():
-            assign(model, parameter, checkpoint.read(name, device, compute))
+            _assign(model, parameter, checkpoint.read(name, device, compute))
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
@@ -107,6 +108,14 @@ def load(
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
     report = LoadReport(bytes_read=checkpoint.bytes_read, seconds=time.perf_counter() - begin, **chosen)
     return model.eval().requires_grad_(False), report
+
+
+def _assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of a parameter that is on meta."""
+    owner, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    assert getattr(module, leaf).shape == value.shape, parameter
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
@@ -124,7 +133,7 @@ def _choose(manifest: Manifest, ranks: Ranks, asked: dict[str, str]) -> dict[str
     """
     accelerated = ranks.device.type != "cpu"
     formats = {matrix.wanted.format for matrix in manifest.matrices()}
-    fast = accelerated and formats <= lookup("experts", EXPERTS, "triton").formats
+    fast = accelerated and asked["experts"] == "auto" and formats <= lookup("experts", EXPERTS, "triton").formats
     auto = {
         # A layer that modules_to_not_convert leaves in bf16 does not make it a bf16 model.
         "quant": next((name for name in sorted(formats) if name != "bf16"), "bf16"),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from epmoe.checkpoint import Checkpoint
 from epmoe.errors import UserError
@@ -190,11 +189,3 @@ def _first(names: list[str]) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
-    """Put `value` in the place of a parameter that is on meta."""
-    owner, _, leaf = parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    assert getattr(module, leaf).shape == value.shape, parameter
-    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
