@@ -28,7 +28,8 @@ def compile_kernel(
     arch: int = 90,
     divisible: Sequence[str] = (),
 ) -> dict[str, int]:
-    """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory}`.
+    """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
+    "wgmma": Hopper's tensor core instructions in the code}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -51,7 +52,8 @@ def compile_kernel(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared}
+    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+    return {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
 
 
 def _assemble(ptx: str) -> dict[str, int]:

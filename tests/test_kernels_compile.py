@@ -37,6 +37,8 @@ def test_no_spills(kernel, dtype: torch.dtype, tile: Tile) -> None:
         print(f"{kernel.__name__} {dtype} {tile} L={local} wide={wide}: {cost}")
         assert cost["spills"] == 0
         assert cost["shared"] <= 227 << 10, "more shared memory than a Hopper block may have"
+        # With 8 tokens or fewer weight rows Triton takes an older instruction, whose sums may round otherwise.
+        assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
 
 
 def test_compiles_without_ptx() -> None:
