@@ -216,6 +216,15 @@ def test_output_ends_where_the_models_positions_end() -> None:
     assert len(result.ids) == 6 and result.finish_reason == "length"
 
 
+def test_repetition_penalty_knows_prompt_and_output() -> None:
+    """So large a penalty forbids every token that was there before, also one that was just chosen."""
+    prompt = tuple(range(10))
+    params = SamplingParams(max_new_tokens=50, repetition_penalty=1e6, ignore_eos=True)
+    for result in engine().generate([Request(prompt, params), Request(prompt[:1], params)]):
+        assert len({*result.ids, 0}) == 51
+    assert not set(engine().generate([Request(prompt, params)])[0].ids) & set(prompt)
+
+
 def test_times_are_ordered() -> None:
     for result in engine(max_batch=2).generate(some_requests(6)):
         assert 0 < result.first_token_s <= result.total_s

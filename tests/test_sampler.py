@@ -207,6 +207,11 @@ def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
     assert kept(torch.zeros(20), SamplingParams(temperature=1.0, top_k=3)).nonzero()[:, 0].tolist() == [0, 1, 2]
 
 
+def test_top_p_keeps_no_token_beyond_p() -> None:
+    """Four equal tokens are exact in integers: half of the probability is two of them."""
+    assert kept(torch.zeros(4), SamplingParams(temperature=1.0, top_p=0.5)).tolist() == [True, True, False, False]
+
+
 def test_filtered_tokens_are_never_drawn() -> None:
     row = logits(1, 100)
     params = SamplingParams(temperature=3.0, top_k=4)
