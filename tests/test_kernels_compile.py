@@ -21,7 +21,7 @@ def compiled(kernel, dtype: torch.dtype, tile: Tile, *, local: int, wide: bool, 
         **dict.fromkeys(("alpha", "limit", "up_offset", "weight_ptr"), "fp32"),
         "weight_ptr": "*fp32",
     }
-    constants = {"LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
+    constants = {"COLUMNS": 2880, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
     constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     sizes = ("hidden", "intermediate", "rows")  # multiples of 32, as MXFP4 demands

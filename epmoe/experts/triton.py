@@ -137,7 +137,6 @@ def gate_up(
             dispatch.offset_L1,
             dispatch.slot_R,
             h_RI,
-            hidden,
             rows,
             num_local,
             dispatch.expert_TK.shape[1],
@@ -170,7 +169,6 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
             dispatch.slot_R,
             dispatch.weight_TK,
             y_TKH,
-            intermediate,
             hidden,
             num_local,
             **_constants(tile, matrix, h_RI),
@@ -223,6 +221,7 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
     """Compile-time arguments that both kernels share."""
     on_gpu = x.device.type != "cpu"
     return {
+        "COLUMNS": matrix.shape[2],
         "LOCAL": triton.next_power_of_2(matrix.shape[0]),
         "B": tile.weight_rows,
         "M": tile.tokens,

@@ -33,13 +33,13 @@ def gate_up_kernel(
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
     h_ptr,  # out [R, I], x's dtype
-    hidden,
     rows,  # 2I
     num_local,
     top_k,
     alpha,
     limit,
     up_offset,
+    COLUMNS: tl.constexpr,  # H
     LOCAL: tl.constexpr,  # the power of two from L upwards
     B: tl.constexpr,
     M: tl.constexpr,
@@ -55,7 +55,7 @@ def gate_up_kernel(
         return
     n_B = tl.program_id(0) % tiles_n * B + tl.arange(0, B)
     token_M = tl.load(slot_ptr + row_M, row_M < stop, other=0) // top_k
-    acc_BM = _product(x_ptr, token_M, row_M < stop, word_ptr, scale_ptr, expert, n_B, hidden, rows, Q, WIDE, PTX, DOT)
+    acc_BM = _product(x_ptr, token_M, row_M < stop, word_ptr, scale_ptr, expert, n_B, rows, COLUMNS, Q, WIDE, PTX, DOT)
     acc_BM += tl.load(bias_ptr + expert.to(tl.int64) * rows + n_B, n_B < rows, other=0).to(tl.float32)[:, None]
 
     gate_IM, up_IM = tl.permute(tl.reshape(acc_BM, (B // 2, 2, M)), (0, 2, 1)).split()
@@ -79,9 +79,9 @@ def down_kernel(
     slot_ptr,  # int32 [R]
     weight_ptr,  # float32 [S], the gate weights
     y_ptr,  # out [S, H], h's dtype; only slots of this rank are written
-    intermediate,
     rows,  # H
     num_local,
+    COLUMNS: tl.constexpr,  # I
     LOCAL: tl.constexpr,
     B: tl.constexpr,
     M: tl.constexpr,
@@ -96,9 +96,7 @@ def down_kernel(
     if expert >= num_local:
         return
     n_B = tl.program_id(0) % tiles_n * B + tl.arange(0, B)
-    acc_BM = _product(
-        h_ptr, row_M, row_M < stop, word_ptr, scale_ptr, expert, n_B, intermediate, rows, Q, WIDE, PTX, DOT
-    )
+    acc_BM = _product(h_ptr, row_M, row_M < stop, word_ptr, scale_ptr, expert, n_B, rows, COLUMNS, Q, WIDE, PTX, DOT)
     acc_BM += tl.load(bias_ptr + expert.to(tl.int64) * rows + n_B, n_B < rows, other=0).to(tl.float32)[:, None]
 
     slot_M = tl.load(slot_ptr + row_M, row_M < stop, other=0)
@@ -134,8 +132,8 @@ def _product(
     scale_ptr,
     expert,
     n_B,
-    columns,
     rows,
+    COLUMNS: tl.constexpr,
     Q: tl.constexpr,
     WIDE: tl.constexpr,
     PTX: tl.constexpr,
@@ -145,14 +143,14 @@ def _product(
     B: tl.constexpr = n_B.shape[0]
     M: tl.constexpr = x_row_M.shape[0]
     PAIRS: tl.constexpr = Q // 16
-    pairs = (columns + 63) // 64
+    pairs: tl.constexpr = (COLUMNS + 63) // 64
     q_Q = tl.arange(0, Q)
     p_P = tl.arange(0, PAIRS)
     column_Q = q_Q // 16 * 64 + q_Q % 16  # of code 0; codes 1 to 3 follow at 16, 32, 48
     expert_row_B = expert.to(tl.int64) * rows + n_B
     word_BQ = word_ptr + expert_row_B[:, None] * (pairs * 16) + q_Q[None, :]
     scale_BP = scale_ptr + (expert.to(tl.int64) * pairs + p_P)[None, :] * rows + n_B[:, None]
-    x_QM = x_ptr + x_row_M.to(tl.int64)[None, :] * columns + column_Q[:, None]
+    x_QM = x_ptr + x_row_M.to(tl.int64)[None, :] * COLUMNS + column_Q[:, None]
     real_B = (n_B < rows)[:, None]
 
     acc_BM = tl.zeros((B, M), tl.float32)
@@ -162,7 +160,7 @@ def _product(
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (B, PAIRS, 16)), (B, Q))
         values = words_to_values(word, scale, WIDE, PTX)
         for j in tl.static_range(4):
-            inside_Q = pair * 64 + 16 * j + column_Q < columns
+            inside_Q = pair * 64 + 16 * j + column_Q < COLUMNS
             x = tl.load(x_QM + 16 * j, inside_Q[:, None] & used_M[None, :], other=0)
             acc_BM = tl.dot(values[j].to(DOT), x.to(DOT), acc_BM, input_precision="ieee")
         word_BQ += Q
