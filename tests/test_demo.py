@@ -4,6 +4,7 @@ And the code that trained it: that its forward pass is epmoe's, and that the che
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -64,12 +65,14 @@ def test_held_out_loss_is_the_recorded_one_with_the_same_bits_at_1_2_and_4_ranks
     """The recorded figure is what was trained, the loaded model is as good, and the ranks change nothing.
 
     Training recorded its own forward pass in float32, maybe on another device. Products summed in another order differ
-    in the last bits, and where two experts nearly tie a token may go to the other one: 0.001 nats cover that.
+    in the last bits, and where two experts nearly tie a token may go to the other one. So the figure that this holds
+    is the recorded one, rounded up to three decimals.
     """
     results = {size: run_ranks(held_out, size) for size in (1, 2, 4)}
     losses = {loss for ranks in results.values() for loss, _ in ranks}
     assert len(losses) == 1, losses
-    assert losses.pop() <= record["held_out_sample"]["nats_per_token"]["mxfp4"] + 0.001
+    figure = math.ceil(1000 * record["held_out_sample"]["nats_per_token"]["mxfp4"]) / 1000
+    assert figure - 0.01 < losses.pop() <= figure
     choices = results[1][0][1]
     assert choices.min() > 0, f"experts that no token chose: {(choices == 0).nonzero().tolist()}"
 
