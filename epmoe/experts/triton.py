@@ -40,8 +40,8 @@ class Tile:
 # (triton_kernels.py, Order): one number for all of a dtype, so a row has the same bits in a decode step and a prefill.
 TILES: dict[torch.dtype, tuple[tuple[float, Tile], ...]] = {
     torch.bfloat16: (
-        (12, Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=4)),
-        (64, Tile(weight_rows=128, tokens=64, words=64, warps=8, stages=3)),
+        (12, Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=3)),
+        (64, Tile(weight_rows=128, tokens=32, words=64, warps=4, stages=3)),
         (float("inf"), Tile(weight_rows=128, tokens=128, words=64, warps=8, stages=2)),
     ),
     # For comparison, not for speed: float32 has no exact tensor core product.
