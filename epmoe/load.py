@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from epmoe.convert import ExpertReader
 from epmoe.errors import UserError
 from epmoe.experts import EXPERTS
 from epmoe.manifest import Manifest
+from epmoe.memory import free_bytes
 from epmoe.models import MODELS
 from epmoe.placement import PLACEMENTS
 from epmoe.ranks import Ranks
@@ -157,18 +157,6 @@ def _choose(manifest: Manifest, ranks: Ranks, asked: dict[str, str]) -> dict[str
     if said and ranks.is_main:
         print(f"epmoe: auto chose {', '.join(said)}", file=sys.stderr)
     return chosen
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated, with what torch's allocator holds in reserve."""
-    if device.type != "cpu":
-        free, _ = torch.accelerator.get_memory_info(device)
-        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:  # not Linux: allocations will tell
-        return sys.maxsize
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 @contextmanager

@@ -1,34 +1,35 @@
-"""Memory of a rank: how much was used, and the key/value cache that fits into what is free.
+"""Memory of a rank: how much is free, how much was used, and the key/value cache that fits into what is free.
 
 Every rank must build the same cache, since all of them schedule the same steps: what differs between ranks is gathered
 first, and the least counts.
 """
 
 import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from epmoe.cache import Cache
 from epmoe.errors import UserError
-from epmoe.load import free_bytes
 from epmoe.ranks import Ranks
 
 # Of what is free once the weights are loaded, the cache may take this much; the rest is for activations and logits.
 CACHE_SHARE = 0.7
 
 
-def gather(ranks: Ranks, values: Sequence[int]) -> list[list[int]]:
-    """Each rank's values, by expert rank; a collective."""
-    mine = torch.tensor(values, dtype=torch.int64, device=ranks.device)
-    if ranks.expert_group is None:
-        return [mine.tolist()]
-    everyone = torch.empty(ranks.expert_size * len(values), dtype=torch.int64, device=ranks.device)
-    dist.all_gather_into_tensor(everyone, mine, group=ranks.expert_group)
-    return everyone.view(ranks.expert_size, len(values)).tolist()
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, with what torch's allocator holds in reserve."""
+    if device.type != "cpu":
+        free, _ = torch.accelerator.get_memory_info(device)
+        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:  # not Linux: allocations will tell
+        return sys.maxsize
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def peak_bytes(ranks: Ranks) -> int:
@@ -79,7 +80,7 @@ def fit_cache(
         wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
         fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
         neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
-        least = min(free for (free,) in gather(ranks, [free_bytes(ranks.device) // neighbours]))
+        least = min(free for (free,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
         budget = int(least * CACHE_SHARE)
         capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
         remedy = (

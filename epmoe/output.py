@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from epmoe.engine import Request, Result
 from epmoe.errors import UserError
-from epmoe.memory import gather, peak_bytes
+from epmoe.memory import peak_bytes
 from epmoe.ranks import Ranks
 from epmoe.tokenizer import StopStrings, TextStream, Tokenizer
 
@@ -127,7 +127,7 @@ def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
 
 def closing_line(results: Sequence[Result], bytes_read: int, ranks: Ranks) -> str:
     """What the run took, over all ranks; a collective."""
-    values = gather(ranks, [bytes_read, peak_bytes(ranks)])
+    values = ranks.gather([bytes_read, peak_bytes(ranks)])
     tokens = sum(len(result.ids) for result in results)
     seconds = max(result.total_s for result in results)
     each = "each " if len(values) > 1 else ""

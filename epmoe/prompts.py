@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from epmoe.config import Config, Sampling, update_sampling
 from epmoe.engine import Request
 from epmoe.errors import UserError
@@ -48,11 +46,11 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
         UserError: no prompt, an unreadable file, a bad line (with its number), a template that refuses the messages.
     """
     if not ranks.is_main:
-        shared = broadcast(ranks, None)
+        shared = ranks.broadcast_json(None)
     else:
         found = read(config)
         ids = [encode(prompt, tokenizer, config.chat, config.system) for prompt in found]
-        shared = broadcast(ranks, [[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)])
+        shared = ranks.broadcast_json([[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)])
     return [Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])})) for ids, params in shared]
 
 
@@ -101,21 +99,6 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) 
         return tokenizer.encode(tokenizer.chat.render(messages), special=False)
     except UserError as error:
         raise UserError(f"{prompt.place}: {error}") from None
-
-
-def broadcast(ranks: Ranks, value: Any) -> Any:
-    """`value` of expert rank 0, anything that JSON can hold, on every rank; a collective."""
-    if ranks.expert_group is None:
-        return value
-    data = json.dumps(value).encode() if ranks.expert_rank == 0 else b""
-    size = torch.tensor([len(data)], device=ranks.device)
-    ranks.broadcast(size)
-    content = torch.zeros(int(size), dtype=torch.uint8)
-    if ranks.expert_rank == 0:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    content = content.to(ranks.device)
-    ranks.broadcast(content)
-    return json.loads(bytes(content.tolist()))
 
 
 def _user(text: str) -> Message:

@@ -8,16 +8,18 @@ process group. Only this file knows how a device type is spelt.
 """
 
 import ipaddress
+import json
 import os
 import select
+import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,29 @@ class Ranks:
         """Overwrite `tensor` with expert rank 0's; a collective of the expert group."""
         if self.expert_group is not None:
             dist.broadcast(tensor, group=self.expert_group, group_src=0)
+
+    def broadcast_json(self, value: Any) -> Any:
+        """`value` of expert rank 0, anything that JSON can hold, on every rank; a collective of the expert group."""
+        if self.expert_group is None:
+            return value
+        data = json.dumps(value).encode() if self.expert_rank == 0 else b""
+        size = torch.tensor([len(data)], device=self.device)
+        self.broadcast(size)
+        content = torch.zeros(int(size), dtype=torch.uint8)
+        if self.expert_rank == 0:
+            content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        content = content.to(self.device)
+        self.broadcast(content)
+        return json.loads(bytes(content.tolist()))
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """Each rank's values, by expert rank; a collective of the expert group."""
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        if self.expert_group is None:
+            return [mine.tolist()]
+        everyone = torch.empty(self.expert_size * len(values), dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(everyone, mine, group=self.expert_group)
+        return everyone.view(self.expert_size, len(values)).tolist()
 
     def barrier(self) -> None:
         """Wait for every rank of the expert group, at most the group's timeout."""
@@ -133,6 +158,7 @@ def main(body: Callable[[], None]) -> NoReturn:
     """
     code = 0
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         body()
         sys.stdout.flush()
     except UserError as error:
@@ -140,7 +166,8 @@ def main(body: Callable[[], None]) -> NoReturn:
         _tell_once(error)
     except KeyboardInterrupt:
         code = 130
-        print("epmoe: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all of them
+            print("epmoe: interrupted", file=sys.stderr)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):

@@ -14,7 +14,7 @@ from epmoe.checkpoint import Checkpoint
 from epmoe.config import Config, parse
 from epmoe.engine import Request
 from epmoe.errors import UserError
-from epmoe.prompts import DEFAULT_PROMPT, broadcast, encode, get_requests, read
+from epmoe.prompts import DEFAULT_PROMPT, encode, get_requests, read
 from epmoe.ranks import Ranks
 from epmoe.sampler import SamplingParams
 from epmoe.tokenizer import Tokenizer
@@ -167,11 +167,3 @@ def test_all_ranks_get_rank_zeros_requests(tiny_checkpoint: Path, file: Callable
     assert first == second
     assert [len(request.ids) > 3 for request in first] == [True, True]
     assert asdict(first[0].params)["stop"] == ("\n", "é") and first[1].params.seed == 2**62
-
-
-def share(ranks: Ranks) -> object:
-    return broadcast(ranks, {"é": [1, None, 0.1, "\ud800"]} if ranks.is_main else None), broadcast(ranks, [])
-
-
-def test_broadcast_of_any_json() -> None:
-    assert run_ranks(share, 2) == [({"é": [1, None, 0.1, "\ud800"]}, [])] * 2

@@ -36,6 +36,18 @@ def test_group_and_mesh(size: int) -> None:
     assert run_ranks(coordinates, size) == expected
 
 
+def share(mine: Ranks) -> tuple[object, object, list[list[int]]]:
+    value = {"é": [1, None, 0.1, "\ud800"]} if mine.is_main else None
+    return mine.broadcast_json(value), mine.broadcast_json([]), mine.gather([mine.rank, 2**40])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_values_travel_between_ranks(size: int) -> None:
+    """Anything that JSON can hold goes from rank 0 to all; numbers of all ranks come to each, in their order."""
+    gathered = [[rank, 2**40] for rank in range(size)]
+    assert run_ranks(share, size) == [({"é": [1, None, 0.1, "\ud800"]}, [], gathered)] * size
+
+
 def fail_on_rank_1(mine: Ranks) -> None:
     if mine.rank == 1:
         raise KeyError("x")
