@@ -56,7 +56,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `open` makes one; `read` and `read_experts` bring tensors to a device."""
+    """An opened checkpoint. `open` makes one; `read` and `read_rows` bring tensors to a device."""
 
     path: Path
     config: Mapping[str, Any]
@@ -110,11 +110,11 @@ class Checkpoint:
         rows = max(1, _CAST_BYTES // info.row_bytes)
         for start in range(0, info.shape[0], rows):
             ids = range(start, min(start + rows, info.shape[0]))
-            out[start : ids.stop].copy_(self.read_experts(name, ids, device))
+            out[start : ids.stop].copy_(self.read_rows(name, ids, device))
         return out
 
-    def read_experts(self, name: str, ids: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
-        """The rows `ids` of tensor `name` along its first dimension: [len(ids), ...], dtype as stored.
+    def read_rows(self, name: str, ids: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """The rows `ids` of tensor `name` along its first dimension (experts, say): [len(ids), ...], dtype as stored.
 
         Neighbouring ids are read as one span.
         """

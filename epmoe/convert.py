@@ -67,4 +67,4 @@ class ExpertReader:
         return parts[0] if len(parts) == 1 else matrix.wanted.cat(parts)
 
     def _to(self, device: torch.device) -> ReadExperts:
-        return lambda name, ids: self.checkpoint.read_experts(name, ids, device)
+        return lambda name, ids: self.checkpoint.read_rows(name, ids, device)

@@ -88,10 +88,8 @@ class Manifest:
         """
         self._check_formats()
         promised, found = self.tensors(), self.checkpoint.tensors
-        missing, extra = (
-            [name for name in promised if name not in found],
-            [name for name in found if name not in promised],
-        )
+        missing = [name for name in promised if name not in found]
+        extra = [name for name in found if name not in promised]
         if missing:
             raise UserError(
                 f"checkpoint {self.checkpoint.path} lacks {_first(missing)}, which its config.json calls for: "

@@ -1,7 +1,7 @@
 """Tables of interchangeable parts: a name in the configuration → the class or function that it stands for.
 
-FORMATS, ROUTERS, EXPERTS, COMBINES and MODELS are plain dictionaries `{name: "module:attribute"}`. The module is imported
-when its name is chosen, so that a CPU machine never imports Triton.
+FORMATS, PLACEMENTS, ROUTERS, EXPERTS, COMBINES and MODELS are plain dictionaries `{name: "module:attribute"}`. The
+module is imported when its name is chosen, so that a CPU machine never imports Triton.
 """
 
 from collections.abc import Mapping

@@ -225,7 +225,7 @@ def test_rows_are_read_by_runs(ids: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
     name = "model.layers.1.mlp.experts.down_proj_blocks"
     whole, before = checkpoint.read(name), checkpoint.bytes_read
-    assert torch.equal(checkpoint.read_experts(name, ids), whole[list(ids)])
+    assert torch.equal(checkpoint.read_rows(name, ids), whole[list(ids)])
     assert checkpoint.bytes_read - before == len(ids) * whole[0].nbytes
 
 
@@ -314,7 +314,7 @@ def test_the_ring_delivers_the_same_bytes(buffer_bytes: int, tmp_path: Path) -> 
             assert value.dtype == host.tensors[name].dtype and torch.equal(value.cpu(), host.read(name))
         name = "model.layers.2.mlp.experts.gate_up_proj_blocks"
         ids = (8, 0, 1, 2, 5)
-        assert torch.equal(checkpoint.read_experts(name, ids, "cuda").cpu(), host.read_experts(name, ids))
+        assert torch.equal(checkpoint.read_rows(name, ids, "cuda").cpu(), host.read_rows(name, ids))
 
 
 @pytest.mark.gpu

@@ -17,5 +17,8 @@ class Combine(Protocol):
     """Constructed once with the rank's `Ranks`; called once per MoE layer by every rank of the expert group."""
 
     def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
-        """Sum over K and over the ranks: [T, H] in y's dtype. `y_TKH` has zeros in slots of other ranks; may be overwritten."""
+        """Sum over K and over the ranks: [T, H] in y's dtype.
+
+        `y_TKH` has zeros in the slots of other ranks, and may be overwritten.
+        """
         ...
