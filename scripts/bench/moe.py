@@ -11,8 +11,8 @@ replays, divided by CALLS. Of "L/E" experts, L live here; tokens choose K of all
 The router, and the sum over a token's K rows, are not in it (the peer sums those rows inside its second product).
 
 floor: the larger of (bytes of the chosen experts, x, h and y, each once) / bandwidth and products / FLOP/s, meaned over
-the calls. Both limits are measured at the start (an elementwise kernel over 2 GiB, read and written bytes; an 8192³ bf16 product) unless
-given. The last line is one JSON object.
+the calls. Both limits are measured at the start (an elementwise kernel over 2 GiB, read and written
+bytes; an 8192³ bf16 product) unless given. The last line is one JSON object.
 """
 
 import argparse
