@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from epmoe.attention import Attention, Rope, Rotary, product_f32
-from epmoe.cache import Cache, Step
+from epmoe.cache import Cache, Plan, Step
 from epmoe.experts import GatedActivation
 from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
@@ -119,6 +119,17 @@ class Block(nn.Module):
         self.moe_norm = RMSNorm(config.hidden, config.rms_eps)
         self.moe = MoE(config.hidden, config.num_experts, config.top_k)
 
+    def forward(
+        self,
+        x_TH: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, torch.Tensor],
+        plan: Plan,
+    ) -> torch.Tensor:
+        """[T, H] → [T, H]; the last three arguments are those of `Attention.forward`."""
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_sin, cached, plan)
+        return x_TH + self.moe(self.moe_norm(x_TH))
+
 
 class GptOss(nn.Module):
     """The whole model; see epmoe/models/__init__.py for what a model offers."""
@@ -147,14 +158,9 @@ class GptOss(nn.Module):
         plans = cache.plan(step)
         cos_sin = self.rotary(step.position_T)
         x_TH = self.embedding(step.token_T)
-        for index, block in enumerate(self._blocks()):
-            plan = plans[self.config.windows[index]]
-            x_TH = x_TH + block.attention(block.attention_norm(x_TH), cos_sin, cache.layer(index), plan)
-            x_TH = x_TH + block.moe(block.moe_norm(x_TH))
+        for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
+            x_TH = block(x_TH, cos_sin, cache.layer(index), plans[window])
         return self._logits(self.norm(x_TH[step.output_O]))
-
-    def _blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
 
     def _logits(self, x_OH: torch.Tensor) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
@@ -166,7 +172,7 @@ class GptOss(nn.Module):
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
-        return [block.moe for block in self._blocks()]
+        return [block.moe for block in cast(list[Block], list(self.blocks))]
 
     @staticmethod
     def shared_tensors(config: GptOssConfig) -> dict[str, str]:
