@@ -61,7 +61,7 @@ def fit_cache(
     bound, batches and with them the last bits of logits depend on the machine; a fixed capacity does not.
 
     Raises:
-        UserError: a request does not fit the capacity; the message names the key to change.
+        UserError: a request does not fit the capacity, or a fixed capacity the memory; the message names the key.
     """
     sequences = min(max_batch, len(needs))
 
@@ -73,14 +73,19 @@ def fit_cache(
         return -(-tokens // page)
 
     largest = max(pages(need) for need in needs)
+    fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
+    neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
+    least = min(free for (free,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
     if cache_tokens:
         capacity = pages(cache_tokens)
+        if fixed + capacity * per_page > least:
+            raise UserError(
+                f"runtime.cache_tokens={cache_tokens} needs {(fixed + capacity * per_page) / 1e9:.1f} GB on "
+                f"{ranks.device}, of which {least / 1e9:.1f} GB are free: lower it, or leave it at 0"
+            )
         remedy = "raise runtime.cache_tokens, shorten the prompt or lower max_new_tokens"
     else:
         wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
-        fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
-        neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
-        least = min(free for (free,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
         budget = int(least * CACHE_SHARE)
         capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
         remedy = (

@@ -308,6 +308,12 @@ def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         fit([10, 500] + [10] * 8)
 
 
+def test_a_set_capacity_beyond_the_memory_names_the_key() -> None:
+    """Before anything of that size is made: the list of its pages alone would fill the memory."""
+    with pytest.raises(UserError, match=r"runtime\.cache_tokens=\d+ needs .* GB are free: lower it"):
+        fit([10], cache_tokens=10**12)
+
+
 def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
     with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
         fit([10, 10, 200], cache_tokens=100)
