@@ -1,12 +1,17 @@
 """The command, from a checkpoint to text:
 
-torchrun --nproc-per-node N -m epmoe.generate checkpoint=DIRECTORY prompt="some text"
-python -m epmoe.generate                       one rank, the embedded model
+    torchrun --nproc-per-node N -m epmoe.generate checkpoint=DIRECTORY prompt="some text"
+    python -m epmoe.generate                       one rank, the embedded model
 
 config → ranks → checkpoint → tokenizer → requests → model → cache → engine → text
 """
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    # The imports below take seconds, in which Ctrl-C ends the process without a traceback; then `main` answers it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from epmoe.checkpoint import Checkpoint
 from epmoe.config import parse
@@ -51,8 +56,14 @@ def generate() -> None:
             max_batch=run.max_batch,
             cache_tokens=run.cache_tokens,
         )
-        limits = {"prefill_chunk": run.prefill_chunk, "max_batch": run.max_batch}
-        engine = Engine(model, cache, ranks, eos_ids=eos_ids(checkpoint), **limits)
+        engine = Engine(
+            model,
+            cache,
+            ranks,
+            eos_ids=eos_ids(checkpoint),
+            prefill_chunk=run.prefill_chunk,
+            max_batch=run.max_batch,
+        )
 
         output = Output(tokenizer, requests, standard_output(ranks))
         results = engine.generate(requests, output.on_token, output.on_finish)

@@ -74,8 +74,7 @@ class Output:
                 self.turn += 1
                 text += "\n" if self.turn == len(self.answers) else "\n\n"
             if text:
-                self.stdout.write(text)
-                self.stdout.flush()
+                _write(self.stdout, text)
             if not answer.finished:
                 return
 
@@ -95,13 +94,31 @@ class Output:
         return line
 
 
+def _write(stdout: TextIO, text: str) -> None:
+    """Write at once. Raises UserError when the disk is full; BrokenPipeError, no mistake, for `ranks.main` to judge."""
+    try:
+        stdout.write(text)
+        stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
+
+
+def _file(name: str) -> Path:
+    """Where `output` is written: behind a link, so that the link stays."""
+    return Path(name).expanduser().resolve()
+
+
 def check_writable(name: str) -> None:
     """Raises UserError now for an output file that could not be written at the end."""
     if not name:
         return
-    path = Path(name).expanduser()
+    path = _file(name)
     if path.is_dir():
         raise UserError(f"output={name} is a directory: give a file name")
+    if path.exists() and not path.is_file():  # a device or a pipe; the file would take its place
+        raise UserError(f"output={name} is no plain file: give a file name")
     if not path.parent.is_dir():
         raise UserError(f"output={name}: the directory {path.parent} does not exist: make it first")
     if not os.access(path.parent, os.W_OK):
@@ -110,7 +127,7 @@ def check_writable(name: str) -> None:
 
 def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
     """Write a JSON-lines file; it appears under its name when it is whole, or not at all."""
-    path = Path(name).expanduser()
+    path = _file(name)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("w", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -44,6 +44,8 @@ class Ranks:
     expert_rank: int = 0
     expert_size: int = 1
     expert_group: dist.ProcessGroup | None = None  # None when expert_size is 1
+    watch: Watch | None = None  # None when size is 1
+    start_timeout_s: float = 3600.0
 
     @property
     def is_main(self) -> bool:
@@ -73,9 +75,18 @@ class Ranks:
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         if self.expert_group is None:
             return [mine.tolist()]
-        everyone = torch.empty(self.expert_size * len(values), dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(everyone, mine, group=self.expert_group)
-        return everyone.view(self.expert_size, len(values)).tolist()
+        everyone = [torch.empty_like(mine) for _ in range(self.expert_size)]
+        dist.all_gather(everyone, mine, group=self.expert_group)
+        return [each.tolist() for each in everyone]
+
+    def meet(self) -> None:
+        """Wait for every rank, at most start_timeout_s: between a work that takes some ranks much longer (a download,
+        reading weights or standard input) and a collective, in which ranks wait for each other for timeout_s only.
+
+        The watch goes on: a rank that dies or stops meanwhile is noticed as soon as ever.
+        """
+        if self.watch is not None:
+            self.watch.meet(self.start_timeout_s, "runtime.start_timeout_s")
 
     def barrier(self) -> None:
         """Wait for every rank of the expert group, at most the group's timeout."""
@@ -117,7 +128,14 @@ class Launch:
 
 
 @contextmanager
-def start(*, device: str = "auto", expert: int = 0, timeout_s: float = 60.0, threads: int = 1) -> Iterator[Ranks]:
+def start(
+    *,
+    device: str = "auto",
+    expert: int = 0,
+    timeout_s: float = 60.0,
+    start_timeout_s: float = 3600.0,
+    threads: int = 1,
+) -> Iterator[Ranks]:
     """Join the other ranks; leave them, all together, at the end of the block.
 
     Within the block of several ranks a watch ends this process when another rank dies, stops or fails, and no exception
@@ -137,7 +155,8 @@ def start(*, device: str = "auto", expert: int = 0, timeout_s: float = 60.0, thr
     store, host = _store(launch, timeout_s)
     watch = Watch(launch.rank, launch.size, store, host, timeout_s)
     try:
-        yield _group(launch, _device(device, launch), store, timeout_s)
+        ranks = _group(launch, _device(device, launch), store, timeout_s)
+        yield replace(ranks, watch=watch, start_timeout_s=start_timeout_s)
         watch.finish()
     except UserError as error:
         watch.fail("mistake", str(error), 2)

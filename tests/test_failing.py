@@ -126,6 +126,19 @@ def test_ctrl_c_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psu
     assert psutil.wait_procs(started, timeout=5)[1] == []
 
 
+def test_ctrl_c_while_modules_are_imported() -> None:
+    """Importing torch takes seconds, in which a user who mistyped a key is likely to press it."""
+    process = subprocess.Popen([sys.executable, "-m", "epmoe.generate"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any("libtorch" in each.path for each in psutil.Process(process.pid).memory_maps()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(SIGINT)
+    err = process.communicate(timeout=10)[1]
+    assert process.returncode in (-SIGINT, 130)  # 130: it was fast, and `main` had begun
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -> None:
     """A stopped process keeps its connections, so only its silence tells; the bound is timeout_s."""

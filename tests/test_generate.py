@@ -65,6 +65,7 @@ def test_standard_output_has_the_text_alone(two_ranks: tuple[subprocess.Complete
     assert done.returncode == 0, done.stderr
     (line,) = lines(file)
     assert done.stdout == line["text"] + "\n" and line["text"]
+    assert "Warning" not in done.stderr
 
 
 def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], checkpoint: str) -> None:

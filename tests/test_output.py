@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,35 @@ def test_places_that_cannot_be_written_are_found_early(tmp_path: Path) -> None:
     for name, message in {str(tmp_path): "is a directory", str(tmp_path / "no" / "o.jsonl"): "does not exist"}.items():
         with pytest.raises(UserError, match=message):
             check_writable(name)
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """Who may write to /dev would lose /dev/stdout to a file of that name."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path / "pipe"), os.devnull):
+        with pytest.raises(UserError, match="is no plain file"):
+            check_writable(name)
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    file, link = tmp_path / "file.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    check_writable(str(link))
+    write_lines(str(link), [{"a": 1}])
+    assert link.is_symlink() and file.read_text() == '{"a": 1}\n'
+
+
+def test_full_disk_is_one_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under standard output as under the file, of which nothing is left."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = output(tokenizer, 1)
+    monkeypatch.setattr(out.stdout, "flush", fail)
+    with pytest.raises(UserError, match=r"standard output cannot be written \(No space left on device\)"):
+        out.on_token(0, ord("a"))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"o\.jsonl cannot be written \(No space left on device\)"):
+        write_lines(str(tmp_path / "o.jsonl"), [{"a": 1}])
+    assert list(tmp_path.iterdir()) == []
