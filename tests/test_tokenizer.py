@@ -207,7 +207,8 @@ def test_streamed_pieces_add_up_to_the_whole_text(tokenizer: Tokenizer, ids: lis
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@given(text=st.text(max_size=40))
+# hypothesis tries the strings of this file too, and a special token is no text
+@given(text=st.text(max_size=40).filter(lambda text: not any(name in text for name in SPECIAL)))
 @settings(max_examples=200, deadline=None)
 def test_streamed_text_never_shows_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     pieces = streamed(tokenizer, tokenizer.encode(text, special=False))
