@@ -7,7 +7,6 @@ process that dies. Whoever gets it next finds the files there.
 import fcntl
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -46,13 +45,24 @@ def resolve(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path  # that it is a good checkpoint is for Checkpoint.open to say
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", checkpoint):
+    if not _is_hub_id(checkpoint):
         raise UserError(f"checkpoint={checkpoint} is no directory on this machine and no Hub id of the form owner/name")
     found = _cached(checkpoint)
     if found is not None:
         return found
     with _one_per_node(checkpoint):
         return _cached(checkpoint) or _download(checkpoint)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether the Hub would accept `name` as owner/name (it also knows names without an owner; models have one)."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def _cached(name: str) -> Path | None:

@@ -81,7 +81,8 @@ def test_a_directory_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "name", ["/no/such/place", "./owner/name", "name", "a/b/c", "owner/na me", "~/nothing", "../x", "-a/b"]
+    "name",
+    ["/no/such/place", "./owner/name", "name", "a/b/c", "owner/na me", "~/nothing", "../x", "-a/b", "a/b..c", "a/b--c"],
 )
 def test_what_is_neither_a_directory_nor_an_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
