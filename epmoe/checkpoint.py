@@ -61,6 +61,7 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]  # empty when there is none
+    tokenizer_config: Mapping[str, Any]  # likewise
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]  # the safetensors files
     tokenizer_file: Path | None
@@ -81,16 +82,18 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise UserError(f"checkpoint {path} has no config.json: it is no Hugging Face checkpoint directory")
         config = _json_object(path / "config.json")
+        tokenizer_config = _json_object(path / "tokenizer_config.json", missing={})
         tensors = _read_tensors(path, reader)
         tokenizer = path / "tokenizer.json"
         return cls(
             path=path,
             config=config,
             generation_config=_json_object(path / "generation_config.json", missing={}),
+            tokenizer_config=tokenizer_config,
             tensors=tensors,
             files=tuple(dict.fromkeys(info.file for info in tensors.values())),
             tokenizer_file=tokenizer if tokenizer.is_file() else None,
-            chat_template=_chat_template(path),
+            chat_template=_chat_template(path, tokenizer_config),
             reader=reader,
         )
 
@@ -150,7 +153,7 @@ def _json_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str,
     return value
 
 
-def _chat_template(path: Path) -> str | None:
+def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or the entry of tokenizer_config.json that older checkpoints carry."""
     file = path / "chat_template.jinja"
     if file.is_file():
@@ -158,7 +161,7 @@ def _chat_template(path: Path) -> str | None:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read as UTF-8 text ({error}): download it again") from error
-    template = _json_object(path / "tokenizer_config.json", missing={}).get("chat_template")
+    template = tokenizer_config.get("chat_template")
     return template if isinstance(template, str) else None
 
 

@@ -109,7 +109,7 @@ class Tokenizer:
         """The tokenizer of a checkpoint."""
         if checkpoint.tokenizer_file is None:
             raise UserError(f"checkpoint {checkpoint.path} has no tokenizer.json: download it beside the weights")
-        return cls(checkpoint.tokenizer_file, checkpoint.chat_template, _special_tokens(checkpoint.path))
+        return cls(checkpoint.tokenizer_file, checkpoint.chat_template, _special_tokens(checkpoint.tokenizer_config))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
@@ -128,15 +128,8 @@ class Tokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def _special_tokens(path: Path) -> dict[str, str]:
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """{bos_token: text, …} of tokenizer_config.json; a token stands there as text or as an object with `content`."""
-    file = path / "tokenizer_config.json"
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}): download it again") from error
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
         token = config.get(name)

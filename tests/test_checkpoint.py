@@ -259,6 +259,16 @@ def test_text_files_are_found(tmp_path: Path) -> None:
     assert (checkpoint.tokenizer_file, checkpoint.chat_template, checkpoint.generation_config) == (None, None, {})
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_broken_text_file_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    """Also tokenizer_config.json beside a chat_template.jinja, where its template is not looked for."""
+    make_checkpoint(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} .*download it again"):
+        Checkpoint.open(tmp_path)
+
+
 class HostDevice:
     """Stands for torch.cuda where there is none: streams that run at once. It shows the ring's bookkeeping alone."""
 
