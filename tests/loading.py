@@ -44,9 +44,10 @@ def rewrite_config(path: Path, **changes: Any) -> None:
 
 
 def rewrite_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(path / SINGLE)
+    """Change tensors of a one-file checkpoint."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / SINGLE).items()}  # load_file maps the file
     change(tensors)
-    save_file(tensors, path / SINGLE)
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})  # transformers insists on the format
 
 
 def share_of(path: Path, local: int, experts: int) -> int:

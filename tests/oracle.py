@@ -4,20 +4,18 @@ Letters: P positions of a sequence (prompt and generated) · V vocabulary · B s
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from loading import load_rank
 from steps import make_step
 
 from epmoe.cache import Cache
 from epmoe.checkpoint import Checkpoint
-from epmoe.load import load
 from epmoe.models.gpt_oss import GptOss
-from epmoe.ranks import Ranks
 
 Trace = tuple[list[int], torch.Tensor]  # the greedy tokens, and the logits_PV of every position that was fed
 
@@ -38,18 +36,9 @@ def load_oracle(path: Path, dtype: torch.dtype = torch.float32, device: str = "c
     return model.eval().requires_grad_(False)
 
 
-def load_ours(path: Path, device: str = "cpu", **names: str) -> GptOss:
+def load_ours(path: Path, device: str = "cpu", **names: Any) -> GptOss:
     """Our model on one rank, through the loader that everybody uses."""
-    ranks = Ranks(rank=0, size=1, local_rank=0, nodes=1, device=torch.device(device))
-    return load(Checkpoint.open(path), ranks, progress=False, **names)[0]
-
-
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change tensors of a one-file checkpoint."""
-    file = path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    return load_rank(path, device=device, progress=False, **names)[0]
 
 
 def sharpen(tensors: dict[str, torch.Tensor]) -> None:

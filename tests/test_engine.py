@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache import Cache, CacheFull, Step
@@ -21,7 +22,7 @@ from epmoe.sampler import SamplingParams
 
 VOCAB = 97
 EOS = 96
-ONE = Ranks(rank=0, size=1, local_rank=0, nodes=1, device=torch.device("cpu"))
+ONE = rank_of(0, 1)
 
 
 class FakeCache:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Parity, Trace, compare, load_oracle, load_ours, rewrite, sharpen, trace_oracle, trace_ours
+from loading import rewrite_tensors
+from oracle import Parity, Trace, compare, load_oracle, load_ours, sharpen, trace_oracle, trace_ours
 
 from epmoe import attention
 from epmoe.attention import Rotary
@@ -74,7 +75,7 @@ class Pair:
 
 def make_pair(path: Path, change: Callable[[dict[str, torch.Tensor]], None] = sharpen, **overrides: Any) -> Pair:
     make_checkpoint(path, norm_std=0.3, **overrides)
-    rewrite(path, change)
+    rewrite_tensors(path, change)
     oracle, ours = load_oracle(path), load_ours(path, dtype="float32", experts="reference")
     generator = torch.Generator().manual_seed(0)
     vocab = ours.config.vocab
