@@ -72,9 +72,10 @@ class Runtime:
 
     device: str = key("where to run", names=("auto", "cpu", "cuda"))
     dtype: str = key("of activations and of weights outside the experts", names=("auto", "bfloat16", "float32"))
-    threads: int = key("CPU threads of one rank", low=1)
-    timeout_s: float = key("a rank that does not answer for this many seconds is given up", low=1)
-    page: int = key("positions in one page of the key/value cache", low=1)
+    threads: int = key("CPU threads of one rank", low=1, high=1024)
+    timeout_s: float = key("a rank that does not answer for this many seconds is given up", low=1, high=10**6)
+    start_timeout_s: float = key("a rank may be ready to run this many seconds after the first one", low=1, high=10**6)
+    page: int = key("positions in one page of the key/value cache", low=1, high=65536)
     prefill_chunk: int = key("most tokens of prompts in one step", low=1)
     max_batch: int = key("most sequences at a time", low=1)
     cache_tokens: int = key("positions in the key/value cache; 0: what the requests and the memory allow", low=0)
@@ -268,9 +269,15 @@ def _checked(name: str, value: str) -> str:
         raise UserError(f"{name}={value!r} holds several values: it takes {_wanted(KEYS[name])}")
     try:
         group, _, leaf = name.rpartition(".")
-        OmegaConf.structured(GROUPS[group].type if group else Config)[leaf] = override.value()
+        typed = OmegaConf.structured(GROUPS[group].type if group else Config)
+        typed[leaf] = override.value()
+        # OmegaConf also takes ${...} and ???, which are for files, and any number for a truth value.
+        fits = not OmegaConf.is_missing(typed, leaf) and not OmegaConf.is_interpolation(typed, leaf)
+        fits = fits and (KEYS[name].type is not bool or isinstance(override.value(), bool))
     except OmegaConfBaseException:
-        raise UserError(f"{name}={value!r} is not {_TYPES[KEYS[name].type]}: it takes {_wanted(KEYS[name])}") from None
+        fits = False
+    if not fits:
+        raise UserError(f"{name}={value!r} is not {_TYPES[KEYS[name].type]}: it takes {_wanted(KEYS[name])}")
     return f"{name}={value}"
 
 
@@ -280,7 +287,7 @@ def _compose(overrides: list[str]) -> Config:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = OmegaConf.to_object(compose("config", overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        # The command line was checked before: what is left is a file in conf/, or an interpolation that leads nowhere.
+        # The command line was checked before: what is left is a file in conf/.
         raise UserError(f"{conf_dir()}: {' '.join(str(error).split())}") from error
     assert isinstance(config, Config)
     return config

@@ -28,7 +28,13 @@ from epmoe.tokenizer import Tokenizer, eos_ids
 def generate() -> None:
     config = parse(sys.argv[1:])
     run = config.runtime
-    with start(device=run.device, expert=config.mesh.expert, timeout_s=run.timeout_s, threads=run.threads) as ranks:
+    with start(
+        device=run.device,
+        expert=config.mesh.expert,
+        timeout_s=run.timeout_s,
+        start_timeout_s=run.start_timeout_s,
+        threads=run.threads,
+    ) as ranks:
         if ranks.is_main:
             check_writable(config.output)
         checkpoint = Checkpoint.open(resolve(config.checkpoint))
@@ -46,6 +52,7 @@ def generate() -> None:
             dtype=run.dtype,
             progress=run.progress,
         )
+        ranks.meet()  # another node's disk may be slower
         check(requests, model.config.vocab, model.config.max_positions)
         cache = fit_cache(
             model.config,

@@ -7,7 +7,7 @@
     prompts=-             all of standard input is one prompt
 
 Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for
-the date. They wait for the requests in a collective, so standard input must end within runtime.timeout_s.
+the date. They wait for the requests, so standard input must end within runtime.start_timeout_s.
 """
 
 import json
@@ -45,12 +45,13 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
     Raises:
         UserError: no prompt, an unreadable file, a bad line (with its number), a template that refuses the messages.
     """
-    if not ranks.is_main:
-        shared = ranks.broadcast_json(None)
-    else:
+    requests = None
+    if ranks.is_main:
         found = read(config)
         ids = [encode(prompt, tokenizer, config.chat, config.system) for prompt in found]
-        shared = ranks.broadcast_json([[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)])
+        requests = [[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)]
+    ranks.meet()  # standard input, or another node's download, may have taken its time
+    shared = ranks.broadcast_json(requests)
     return [Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])})) for ids, params in shared]
 
 

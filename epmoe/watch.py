@@ -62,6 +62,19 @@ class Fault:
         return f"epmoe: {error}{whose}{self.text}\n"
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """A point that every rank passes; rank 0 counts who has arrived."""
+
+    within_s: float = 0.0  # of the first arrival
+    remedy: str = ""
+    last: bool = False
+
+    def missed(self) -> str:
+        what = "did not finish" if self.last else "was not ready"
+        return f"{what} within {self.within_s:g} s of the others" + (f" ({self.remedy})" if self.remedy else "")
+
+
 class NoRankZero(UserError):
     """Rank 0 cannot be reached, so that whoever finds it says it."""
 
@@ -94,7 +107,7 @@ class Peer:
 
 
 class Watch:
-    """The constructor waits until every rank has come; `finish` until every rank has finished.
+    """The constructor waits until every rank has come, `meet` and `finish` until every rank calls them.
 
     In between a thread ends the process as soon as any rank has failed. Main thread only, because of the signals.
     """
@@ -111,12 +124,14 @@ class Watch:
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
-        self.finished: set[int] = set()
+        self.arrived: set[int] = set()  # at `meet` or `finish`, on rank 0
+        self.meeting = Meeting()
         self.faults: list[Fault] = []
         self.details = ""  # the traceback of this rank's own fault
-        self.inbox: deque[Fault | str] = deque()  # from the main thread
-        self.all_here, self.all_finished, self.closing = threading.Event(), threading.Event(), False
-        self.begin = self.first_fault = self.first_finish = time.monotonic()
+        self.inbox: deque[Fault | Meeting | None] = deque()  # from the main thread
+        self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
+        self.closing = False
+        self.begin = self.first_fault = self.first_arrival = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self._join(store, host)
         self._catch_signals()
@@ -133,14 +148,20 @@ class Watch:
         self.thread.join(30)  # the thread ends the process
         os._exit(code)
 
+    def meet(self, within_s: float, remedy: str) -> None:
+        """Wait until every rank calls this. A rank that comes `within_s` after the first one is a fault."""
+        self.all_met.clear()
+        self._tell(Meeting(within_s, remedy))
+        self.all_met.wait()
+
     def finish(self) -> None:
-        """Wait until every rank calls this. A rank that comes `timeout_s` after the first one is a fault."""
-        self._tell("finish")
+        """The last meeting: after it a connection may end without a word."""
+        self._tell(Meeting(self.timeout_s, last=True))
         self.all_finished.wait()
 
     def close(self) -> None:
         """Leave, after `finish`. Rank 0 goes last, since it may host the store."""
-        self._tell("close")
+        self._tell(None)
         if self.rank != 0:
             self.thread.join()
             self.peers[0].connection.close()
@@ -149,7 +170,7 @@ class Watch:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
 
-    def _tell(self, message: Fault | str) -> None:
+    def _tell(self, message: Fault | Meeting | None) -> None:
         self.inbox.append(message)
         self.waker.send(b"\0")
 
@@ -219,12 +240,12 @@ class Watch:
             message = self.inbox.popleft()
             if isinstance(message, Fault):
                 self._fault(message)
-            elif message == "close":
+            elif message is None:
                 self.closing = True
             elif self.rank == 0:
-                self._finish(0)
+                self._arrive(0, message)
             else:
-                self._all("finish")
+                self._all("arrive", asdict(message))
 
     def _accept(self) -> None:
         peer = Peer(self.listener.accept()[0], -1)  # a stranger until its hello
@@ -243,8 +264,9 @@ class Watch:
             "beat": lambda: None,
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
-            "finish": lambda: self._finish(peer.rank),
+            "arrive": lambda meeting: self._arrive(peer.rank, Meeting(**meeting)),
             "welcome": self.all_here.set,
+            "met": self.all_met.set,
             "bye": self.all_finished.set,
         }
         for what, *content in messages:
@@ -265,13 +287,14 @@ class Watch:
             self.all_here.set()
         return True
 
-    def _finish(self, rank: int) -> None:
-        if not self.finished:
-            self.first_finish = time.monotonic()
-        self.finished.add(rank)
-        if len(self.finished) == self.size:
-            self._all("bye")
-            self.all_finished.set()
+    def _arrive(self, rank: int, meeting: Meeting) -> None:
+        if not self.arrived:
+            self.first_arrival, self.meeting = time.monotonic(), meeting
+        self.arrived.add(rank)
+        if len(self.arrived) == self.size:
+            self.arrived.clear()
+            self._all("bye" if meeting.last else "met")
+            (self.all_finished if meeting.last else self.all_met).set()
 
     def _all(self, *message: Any) -> None:
         for peer in self.peers.values():
@@ -309,9 +332,9 @@ class Watch:
             for peer in self.peers.values()
             if now - peer.heard > self.silent_s
         ]
-        if self.finished and now - self.first_finish > self.timeout_s:
-            late = sorted(set(range(self.size)) - self.finished)
-            overdue += [(rank, f"did not finish within {self.timeout_s:g} s of the others") for rank in late]
+        if self.arrived and now - self.first_arrival > self.meeting.within_s:
+            late = sorted(set(range(self.size)) - self.arrived)
+            overdue += [(rank, self.meeting.missed()) for rank in late]
         return overdue
 
     def _end(self, fault: Fault) -> NoReturn:

@@ -121,7 +121,11 @@ MISTAKES = {
     "infinite": (["sampling.temperature=inf"], ["sampling.temperature=inf", "out of range"]),
     "seed too large": ([f"sampling.seed={2**63}"], [f"sampling.seed={2**63}", "out of range"]),
     "too many digits": (["max_new_tokens=1" + 400 * "0"], ["max_new_tokens=1000", "out of range"]),
-    "no time": (["runtime.timeout_s=0"], ["runtime.timeout_s=0", "at least 1"]),
+    "number for truth": (["sampling.ignore_eos=2"], ["sampling.ignore_eos='2'", "true or false"]),
+    "no time": (["runtime.timeout_s=0"], ["runtime.timeout_s=0", "from 1 to 1000000"]),
+    "more time than a clock holds": (["runtime.timeout_s=1e308"], ["runtime.timeout_s=1e+308", "from 1 to 1000000"]),
+    "more threads than a machine": ([f"runtime.threads={2**40}"], ["runtime.threads=", "from 1 to 1024"]),
+    "a page larger than memory": ([f"runtime.page={2**62}"], ["runtime.page=", "from 1 to 65536"]),
     "unknown format": (["quant=mxfp5"], ["quant='mxfp5'", "auto, mxfp4, bf16", "did you mean mxfp4?"]),
     "unknown experts": (["experts=trition"], ["experts='trition'", "reference", "did you mean triton?"]),
     "unknown router": (["router=x"], ["router='x'", "reference"]),
@@ -132,7 +136,9 @@ MISTAKES = {
     "two sources of prompts": (["prompt=x", "prompts=y"], ["prompts='y'", "exclude each other"]),
     "empty prompt and a file": (["prompt=", "prompts=y"], ["exclude each other"]),
     "not UTF-8": (["prompt=caf\udce9"], ["prompt='caf\\udce9'", "UTF-8"]),
-    "dangling interpolation": (["runtime.page=${nowhere}"], ["nowhere"]),
+    "interpolation": (["runtime.page=${nowhere}"], ["runtime.page='${nowhere}'", "a whole number from 1"]),
+    "interpolated name": (["quant=${experts}"], ["quant='${experts}'", "one of auto, mxfp4"]),
+    "missing value": (["runtime.page=???"], ["runtime.page='???'", "a whole number from 1"]),
     "newline in a name": (["experts=tri\nton"], ["experts="]),
 }
 
