@@ -61,7 +61,7 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, "add_generation_prompt": True, **self.special, **variables}
         try:
             return self.template.render(messages=list(messages), **values)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise UserError(f"the checkpoint's chat template refuses the messages: {error}") from error
 
 

@@ -172,6 +172,12 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{{ range(10**9) | list }}", "{{ 'x' + 1 }}", "{{ [][0].x }}"])
+def test_whatever_a_template_raises_is_one_line(source: str) -> None:
+    with pytest.raises(UserError, match="chat template refuses the messages"):
+        ChatTemplate(source, {}).render([])
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_template_cannot_leave_its_sandbox(attack: str) -> None:
     with pytest.raises(UserError):
