@@ -24,6 +24,8 @@ from epmoe.errors import UserError
 # positions a gather. 8 key/value heads of 64 in bf16 make it 1 GiB of keys and as much of values.
 GATHER_POSITIONS = 2**20
 
+Span = tuple[int, int, int, int]  # of one sequence in a step: begin, end, cached, sequence
+
 
 class CacheFull(Exception):
     """The sequence does not fit now; it will when others were released."""
@@ -210,7 +212,7 @@ class Cache:
             tuple(self._prefill(*span, window) for span in spans if span[1] - span[0] > 1),
         )
 
-    def _decode(self, spans: list["Span"], columns: int, window: int | None) -> Decode:
+    def _decode(self, spans: list[Span], columns: int, window: int | None) -> Decode:
         pool = self.pools[window]
         token_B, _, position_B, sequence_B = torch.tensor(spans, dtype=torch.int64).T.contiguous().to(self.device)
         position_B1, sequence_B1 = position_B[:, None], sequence_B[:, None]
@@ -229,9 +231,6 @@ class Cache:
         sequence_11 = torch.full((1, 1), sequence, device=self.device)
         row_C = self.pools[window].row(sequence_11, position_C[None])[0]
         return Prefill(begin, end, row_C[:past], row_C[past + count - keep :])
-
-
-Span = tuple[int, int, int, int]  # begin, end, cached, sequence
 
 
 def _spans(step: Step) -> list[Span]:

@@ -9,8 +9,8 @@ A model class is an `nn.Module` that knows neither ranks nor collectives nor bac
     shared_tensors(config) -> dict             {name in the checkpoint: parameter name} of all but the experts
     expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes
 
-Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `top_k`, `vocab`, `kv_heads`, `head_dim`,
-`windows`, `max_positions`, `activation` to the loader and the engine.
+Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `activation` to the loader, `windows`, `kv_heads`,
+`head_dim` to the cache, `vocab`, `max_positions` to the engine.
 """
 
 MODELS = {"gpt_oss": "epmoe.models.gpt_oss:GptOss"}
