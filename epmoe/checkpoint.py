@@ -75,7 +75,7 @@ class Checkpoint:
         Raises:
             UserError: what is wrong, where, and what to do; one line.
         """
-        path, reader = Path(path).expanduser(), reader or Reader()
+        path, reader = Path(os.path.expanduser(path)), reader or Reader()
         if not path.is_dir():
             what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
             raise UserError(f"checkpoint {path} {what}: give a directory with config.json and safetensors files")
@@ -183,7 +183,7 @@ def _read_tensors(path: Path, reader: Reader) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(f"{index}: {name} is in {shard!r}, which is no plain file name: download it again")
-        if not (path / shard).is_file():
+        if not os.path.isfile(path / shard):  # Path.is_file raises for a name that is too long
             raise UserError(f"{index} names {shard} for {name}, but {path} has no such file: download it again")
     tensors: dict[str, TensorInfo] = {}
     for shard in dict.fromkeys(weight_map.values()):

@@ -42,8 +42,8 @@ def resolve(checkpoint: str) -> Path:
     """
     if not checkpoint:
         return DEMO
-    path = Path(checkpoint).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(checkpoint))  # Path's own raises for an unknown user, its exists for a long name
+    if os.path.exists(path):
         return path  # that it is a good checkpoint is for Checkpoint.open to say
     if not _is_hub_id(checkpoint):
         raise UserError(f"checkpoint={checkpoint} is no directory on this machine and no Hub id of the form owner/name")

@@ -107,7 +107,7 @@ def _write(stdout: TextIO, text: str) -> None:
 
 def _file(name: str) -> Path:
     """Where `output` is written: behind a link, so that the link stays."""
-    return Path(name).expanduser().resolve()
+    return Path(os.path.realpath(os.path.expanduser(name)))
 
 
 def check_writable(name: str) -> None:
@@ -115,6 +115,12 @@ def check_writable(name: str) -> None:
     if not name:
         return
     path = _file(name)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the name is too long, or goes through a file
+        raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
     if path.is_dir():
         raise UserError(f"output={name} is a directory: give a file name")
     if path.exists() and not path.is_file():  # a device or a pipe; the file would take its place

@@ -11,6 +11,7 @@ the date. They wait for the requests, so standard input must end within runtime.
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -116,7 +117,7 @@ def _params(sampling: Sampling, max_new_tokens: int, place: str) -> SamplingPara
 
 def _read_file(name: str) -> str:
     try:
-        return _decoded(Path(name).expanduser().read_bytes(), f"prompts={name}")
+        return _decoded(Path(os.path.expanduser(name)).read_bytes(), f"prompts={name}")
     except OSError as error:
         raise UserError(f"prompts={name} cannot be read ({error.strerror}): give a file, or - for stdin") from error
 

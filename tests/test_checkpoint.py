@@ -113,6 +113,8 @@ CASES = [
     Case("index is no JSON", lambda p: (p / INDEX).write_text("nope"), "index.json is not valid JSON"),
     Case("index without weight_map", lambda p: (p / INDEX).write_text("{}"), "no weight_map"),
     Case("index leads outside", weight_map(lambda m: m.update({NORM: "../x.safetensors"})), "no plain file name"),
+    Case("index with a long name", weight_map(lambda m: m.update({NORM: "x" * 5000})), "no such file"),
+    Case("index with a name of two lines", weight_map(lambda m: m.update({NORM: "a\nb"})), r"names a.nb for"),
     Case("index with a number for a file", weight_map(lambda m: m.update({NORM: 3})), "no plain file name"),
     Case("missing shard", lambda p: (p / LAST).unlink(), f"names {LAST} .* no such file"),
     Case(

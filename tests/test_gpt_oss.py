@@ -173,6 +173,8 @@ WRONG = [
     ({"hidden_size": "2880"}, "hidden_size='2880'"),
     ({"hidden_size": True}, "hidden_size=True"),
     ({"vocab_size": 0}, "vocab_size=0"),
+    ({"vocab_size": 2**62}, "vocab_size=4611686018427387904 must be a whole number above 0 and below 2^31"),
+    ({"rms_norm_eps": 10**400}, "must be a number above 0"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
     ({"swiglu_limit": -7.0}, "swiglu_limit=-7.0"),
     ({"attention_bias": "yes"}, "attention_bias='yes'"),

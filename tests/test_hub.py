@@ -82,12 +82,27 @@ def test_a_directory_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "name",
-    ["/no/such/place", "./owner/name", "name", "a/b/c", "owner/na me", "~/nothing", "../x", "-a/b", "a/b..c", "a/b--c"],
+    [
+        "/no/such/place",
+        "~nobody-of-this-name/x",
+        "a" * 5000,
+        "new\nline",
+        "./owner/name",
+        "name",
+        "a/b/c",
+        "owner/na me",
+        "~/nothing",
+        "../x",
+        "-a/b",
+        "a/b..c",
+        "a/b--c",
+    ],
 )
 def test_what_is_neither_a_directory_nor_an_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(UserError, match="is no directory on this machine and no Hub id"):
+    with pytest.raises(UserError, match="is no directory on this machine and no Hub id") as caught:
         resolve(name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

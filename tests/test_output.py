@@ -120,6 +120,16 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
             check_writable(name)
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/o.jsonl", "a" * 300, "loop/o.jsonl", "file/o.jsonl"])
+def test_a_strange_place_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the generation, not after it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output=.*: "):
+        check_writable(name)
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     file, link = tmp_path / "file.jsonl", tmp_path / "link.jsonl"
     link.symlink_to(file)

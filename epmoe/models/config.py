@@ -1,6 +1,7 @@
 """Reading a checkpoint's config.json: typed values, and an error that names the key."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,14 +35,14 @@ class Keys:
 
     def positive(self, name: str) -> int:
         value = self._get(name, _REQUIRED)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "must be a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise self.error(name, "must be a whole number above 0 and below 2^31")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A finite number above 0."""
         value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "must be a number above 0")
         return float(value)
 
