@@ -1,8 +1,11 @@
 """The wheel: a non-editable install holds conf/ and the embedded model, and works from any folder."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -24,6 +27,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(folder), str(ROOT))
     (file,) = folder.glob("epmoe-*.whl")
     return file
+
+
+def test_dependencies_are_the_imports() -> None:
+    """What epmoe imports it declares, also where another dependency happens to bring it along; and nothing else."""
+    nodes = [node for file in (ROOT / "epmoe").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"epmoe"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", each)[0].lower().replace("-", "_") for each in project["dependencies"]}
+    name = {"hydra": "hydra_core", "yaml": "pyyaml"}
+    assert {name.get(module, module) for module in imported} == declared - {"numpy"}  # Tensor.numpy() needs it
 
 
 def test_contents(wheel: Path) -> None:
