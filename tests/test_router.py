@@ -12,6 +12,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from epmoe.errors import UserError
 from epmoe.placement import contiguous
 from epmoe.router import ROUTERS, Dispatch, Route
 from epmoe.router.reference import route as reference
@@ -194,6 +195,11 @@ def test_more_choices_than_experts_is_refused() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_interpreted(case: Case) -> None:
     interpreted(_compare, "triton", case, "cpu", torch.float32)
+
+
+def test_triton_without_a_gpu_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="router=triton needs a GPU .*: choose router=reference"):
+        lookup("router", ROUTERS, "triton")(torch.zeros(1, 2), 1, torch.arange(2, dtype=torch.int32), 2)
 
 
 def _compare(name: str, case: Case, device: str, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from epmoe.errors import UserError
 from epmoe.router import Dispatch
 
 # A tile [BLOCK_T, E] has at most 8192 elements, 16 to a thread: compiled for sm_90 that spills nothing (32 to a thread
@@ -41,9 +42,14 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         top_k: K, at most E.
         local_E: int32 [E], index of each expert on this rank or -1, ascending, as `Placement.local_E` gives it.
         num_local: L.
+
+    Raises:
+        UserError: a device that Triton cannot compile for.
     """
     tokens, experts = logits_TE.shape
     device = logits_TE.device
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise UserError("router=triton needs a GPU and this rank runs on the CPU: choose router=reference")
     assert 1 <= top_k <= experts, f"top_k={top_k} of {experts} experts"
     assert logits_TE.is_contiguous() and logits_TE.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert local_E.shape == (experts,) and local_E.dtype == torch.int32 and local_E.is_contiguous()
