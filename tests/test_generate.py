@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], 
     for part in (f"{len(line['ids'])} tokens in ", "tokens/s", "first token after", "2 ranks, each read ", "of memory"):
         assert part in last
     low, high = sorted(float(word) for word in last.split("read ")[1].split(" MB")[0].split(" to "))
+    held = float(last.split("held ")[1].split(" MB")[0].split(" to ")[0].replace(",", ""))
+    assert 100 < held < 10_000  # a process that has imported torch
     size = sum(file.stat().st_size for file in Checkpoint.open(checkpoint.removeprefix("checkpoint=")).files) / 1e6
     assert low < high < size  # five experts: one rank has three of them, none has all
 
@@ -191,15 +194,20 @@ def test_no_file_is_left_when_the_run_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_with_no_key_the_embedded_model_writes_at_once() -> None:
-    """Streamed: the first character is there while the model still writes."""
+@pytest.mark.parametrize("start", [[sys.executable], [*TORCHRUN, "2"]], ids=["python", "torchrun"])
+def test_with_no_key_the_embedded_model_writes_at_once(start: list[str]) -> None:
+    """Streamed, also into a pipe: the text comes in about as many pieces as it has tokens."""
+    keys = [] if len(start) == 1 else [CPU]
     process = subprocess.Popen(
-        [sys.executable, "-m", "epmoe.generate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*start, "-m", "epmoe.generate", *keys],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     assert process.stdout is not None
-    first = process.stdout.read(1)
-    running = process.poll() is None
-    rest, errors = process.communicate(timeout=120)
+    pipe = process.stdout.fileno()
+    pieces = list(iter(lambda: os.read(pipe, 65536), b""))
+    errors = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 0, errors
-    assert first and running and len(rest) > 50
+    assert len(pieces) > 30 and len(b"".join(pieces)) > 50
     assert "no prompt given" in errors

@@ -154,9 +154,13 @@ def torchrun(
 
 
 def test_restart_recovers(tmp_path: Path) -> None:
-    """`--max-restarts`: keys that the first attempt left in the agent's store must not mislead the second."""
+    """`--max-restarts`: keys that the first attempt left in the agent's store must not mislead the second.
+
+    There rank 0 comes late, so that rank 1 would find the old keys.
+    """
     death = 'if attempt == "0" and rank == 1: os.kill(os.getpid(), 9)'
-    code, out, lines = torchrun(tmp_path, "--max-restarts=1", late=death)
+    delay = 'if attempt == "1" and rank == 0: time.sleep(1)'
+    code, out, lines = torchrun(tmp_path, "--max-restarts=1", early=delay, late=death)
     assert (code, out) == (0, "sum 4.0\n")
     assert lines == ["epmoe: rank 1 ended without a word (killed?); rank 0 ends too"]
 
