@@ -198,7 +198,7 @@ def test_triton_interpreted(case: Case) -> None:
 
 
 def test_triton_without_a_gpu_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="router=triton needs a GPU .*: choose router=reference"):
+    with pytest.raises(UserError, match=r"router=triton needs a GPU .*: choose router=reference"):
         lookup("router", ROUTERS, "triton")(torch.zeros(1, 2), 1, torch.arange(2, dtype=torch.int32), 2)
 
 
