@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from epmoe.checkpoint import INDEX, Checkpoint
 from epmoe.errors import UserError
 from epmoe.load import load
 from epmoe.synthetic import make_checkpoint
+from epmoe.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,30 @@ def test_a_contradiction_is_refused_before_any_weight_is_read(case: Case, tmp_pa
     with pytest.raises(UserError, match=case.says) as caught:
         load(checkpoint, rank_of(0, 1))
     assert "\n" not in str(caught.value) and checkpoint.bytes_read == headers
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Bytes changed, lost, inserted in a JSON file or a header: one line or nothing, never another exception."""
+    make_checkpoint(tmp_path, shards=2)
+    whole = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
+    rng, refused = Random(0), 0
+    for _ in range(300):
+        file = rng.choice(list(whole))
+        data = bytearray(whole[file])
+        at = rng.randrange(min(len(data), 3000))
+        data[at : at + rng.choice([0, 1, 30])] = rng.choice(
+            [b"", b"\xff", b'"', b"[", b"null", b"-", 30 * b"9", b"1e999"]
+        )
+        file.write_bytes(data)
+        try:
+            checkpoint = Checkpoint.open(tmp_path)
+            Tokenizer.of(checkpoint)
+            load(checkpoint, rank_of(0, 1))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        file.write_bytes(whole[file])
+    assert refused > 200
 
 
 def test_bf16_experts_under_an_mxfp4_config(tmp_path: Path) -> None:
