@@ -17,7 +17,7 @@ from epmoe.checkpoint import Checkpoint
 from epmoe.config import parse
 from epmoe.engine import Engine, check
 from epmoe.hub import resolve
-from epmoe.load import DTYPES, load
+from epmoe.load import DTYPES, load, model_of
 from epmoe.memory import fit_cache
 from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
 from epmoe.prompts import get_requests
@@ -40,6 +40,8 @@ def generate() -> None:
         checkpoint = Checkpoint.open(resolve(config.checkpoint))
         tokenizer = Tokenizer.of(checkpoint)
         requests = get_requests(config, tokenizer, ranks)
+        _, architecture = model_of(checkpoint)
+        check(requests, architecture.vocab, architecture.max_positions)  # before minutes of loading, not after
 
         model, report = load(
             checkpoint,
@@ -53,7 +55,6 @@ def generate() -> None:
             progress=run.progress,
         )
         ranks.meet()  # another node's disk may be slower
-        check(requests, model.config.vocab, model.config.max_positions)
         cache = fit_cache(
             model.config,
             [request.cached(model.config.max_positions) for request in requests],

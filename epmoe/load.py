@@ -74,8 +74,7 @@ def load(
     """
     begin = time.perf_counter()
     device = ranks.device
-    model_class = lookup(f"{checkpoint.path / 'config.json'}: model_type", MODELS, _model_type(checkpoint))
-    config = model_class.Config.from_json(checkpoint.config)
+    model_class, config = model_of(checkpoint)
     with torch.device("meta"):
         model = model_class(config)
     manifest = Manifest.of(checkpoint, model, config, quant)
@@ -118,11 +117,17 @@ def _assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _model_type(checkpoint: Checkpoint) -> str:
-    name = checkpoint.config.get("model_type")
+def model_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The model class that config.json asks for, and its config.
+
+    Raises:
+        UserError: an unknown model_type, or a config.json that the model cannot be built from; it names the key.
+    """
+    place, name = checkpoint.path / "config.json", checkpoint.config.get("model_type")
     if not isinstance(name, str):
-        raise UserError(f"{checkpoint.path / 'config.json'} has no model_type; known: {', '.join(MODELS)}")
-    return name
+        raise UserError(f"{place} has no model_type; known: {', '.join(MODELS)}")
+    model_class = lookup(f"{place}: model_type", MODELS, name)
+    return model_class, model_class.Config.from_json(checkpoint.config)
 
 
 def _choose(manifest: Manifest, ranks: Ranks, asked: dict[str, str]) -> dict[str, str]:

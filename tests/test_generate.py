@@ -174,6 +174,15 @@ def test_mistakes(here: Callable[..., tuple[str, str]], checkpoint: str, case: s
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_prompt_is_refused_before_the_weights_are_read(
+    here: Callable[..., tuple[str, str]], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading takes minutes on a big checkpoint."""
+    monkeypatch.setattr("epmoe.generate.load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    with pytest.raises(UserError, match="model has 512 positions"):
+        here(checkpoint, "prompt=" + "a" * 600)
+
+
 def test_a_checkpoint_without_tokenizer(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").unlink()

@@ -36,12 +36,10 @@ import torch
 
 from epmoe import ranks
 from epmoe.checkpoint import Checkpoint
-from epmoe.load import load
-from epmoe.models import MODELS
+from epmoe.load import load, model_of
 from epmoe.placement import contiguous
 from epmoe.reader import Reader, Span
 from epmoe.synthetic import SIZES, make_checkpoint
-from epmoe.tables import lookup
 
 PLAIN_BYTES = 32 << 20
 THREADS = (1, 2, 4, 8, 12)
@@ -130,8 +128,7 @@ Tensor = tuple[Path, list[Span], tuple[int, ...], torch.dtype]
 
 def share_of(checkpoint: Checkpoint, mine: ranks.Ranks) -> Iterator[Tensor]:
     """What this rank reads: (file, spans, shape, dtype) of each tensor."""
-    model_class = lookup("model_type", MODELS, checkpoint.config["model_type"])
-    config = model_class.Config.from_json(checkpoint.config)
+    _, config = model_of(checkpoint)
     ids = contiguous(config.num_experts, mine.expert_size).experts[mine.expert_rank]
     for name, info in checkpoint.tensors.items():
         first, count = (ids[0], len(ids)) if ".experts." in name else (0, info.shape[0])
