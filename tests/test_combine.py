@@ -84,6 +84,12 @@ def test_slots_add_in_order_of_k() -> None:
     assert not y_TH.signbit().any()
 
 
+def test_slots_round_once() -> None:
+    """1 + 3·2^-9 is nearer to bf16's 1 + 2^-7 than to 1; rounded after each addition it would stay 1."""
+    y_TKH = torch.tensor([1.0, 2**-9, 2**-9, 2**-9]).bfloat16().view(1, 4, 1)
+    assert add_slots(y_TKH).item() == 1 + 2**-7
+
+
 @pytest.mark.parametrize("name", COMBINES)
 def test_every_combine_is_near_the_exact_sum(name: str) -> None:
     """Any entry of the table gives Σ_k within the rounding of K slots and N ranks, on every rank the same."""

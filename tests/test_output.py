@@ -99,7 +99,9 @@ def test_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_lines(str(file), [{"a": 1}, {"b": object()}])  # fails half-way
     assert file.read_text() == "old\n" and list(tmp_path.iterdir()) == [file]
-    write_lines(str(file), [{"a": "é"}, {"b": 2}])
+    with file.open() as old:
+        write_lines(str(file), [{"a": "é"}, {"b": 2}])
+        assert old.read() == "old\n"  # replaced in one step, not written over
     assert file.read_text(encoding="utf-8") == '{"a": "é"}\n{"b": 2}\n'
     assert list(tmp_path.iterdir()) == [file]
 
