@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from epmoe.cache import Decode, Plan, Prefill
+from epmoe.cache import Gather, Plan, Prefill
 
 # A prefill's float32 scores are made in blocks of queries of at most this many elements (256 MiB; about three times
 # that is alive at once), however long the prompt and the chunk are.
@@ -135,8 +135,8 @@ class Attention(nn.Module):
         k_TJD = rotate(self.k(x_TH).unflatten(-1, (self.kv_heads, self.head_dim)), *cos_sin)
         v_TJD = self.v(x_TH).unflatten(-1, (self.kv_heads, self.head_dim))
         out_TED = torch.empty_like(q_TED)
-        for decode in plan.decodes:
-            self._decode(q_TED, k_TJD, v_TJD, cached, decode, out_TED)
+        for gather in plan.decode.gathers if plan.decode else ():
+            self._decode(q_TED, k_TJD, v_TJD, cached, gather, out_TED)
         for prefill in plan.prefills:
             self._prefill(q_TED, k_TJD, v_TJD, cached, prefill, plan.window, out_TED)
         return self.o(out_TED.flatten(1))
@@ -147,27 +147,27 @@ class Attention(nn.Module):
         k_TJD: torch.Tensor,
         v_TJD: torch.Tensor,
         cached: tuple[torch.Tensor, torch.Tensor],
-        decode: Decode,
+        gather: Gather,
         out_TED: torch.Tensor,
     ) -> None:
-        """All sequences of `decode` at once: write each one's token, gather what it sees, attend."""
-        sequences, columns = decode.row_BC.shape
+        """All sequences of `gather` at once: write each one's token, gather what it sees, attend."""
+        sequences, columns = gather.row_BC.shape
         gathered: list[torch.Tensor] = []
         for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
-            store_JRD.index_copy_(1, decode.row_B, new_TJD[decode.token_B].transpose(0, 1))
-            picked_JBCD = store_JRD.index_select(1, decode.row_BC.flatten())
+            store_JRD.index_copy_(1, gather.row_B, new_TJD[gather.token_B].transpose(0, 1))
+            picked_JBCD = store_JRD.index_select(1, gather.row_BC.flatten())
             gathered.append(picked_JBCD.view(self.kv_heads * sequences, columns, self.head_dim))
-        q_BJGD = q_TED[decode.token_B].unflatten(1, (self.kv_heads, -1))
+        q_BJGD = q_TED[gather.token_B].unflatten(1, (self.kv_heads, -1))
         sink_JBG = self.sinks.view(self.kv_heads, 1, -1).expand(-1, sequences, -1)
         out = attend(
             q_BJGD.transpose(0, 1).flatten(0, 1),
             gathered[0],
             gathered[1],
-            decode.valid_BC.repeat(self.kv_heads, 1)[:, None],
+            gather.valid_BC.repeat(self.kv_heads, 1)[:, None],
             sink_JBG.flatten(0, 1),
         )
         out_BJGD = out.unflatten(0, (self.kv_heads, sequences)).transpose(0, 1)
-        out_TED.index_copy_(0, decode.token_B, out_BJGD.flatten(1, 2))
+        out_TED.index_copy_(0, gather.token_B, out_BJGD.flatten(1, 2))
 
     def _prefill(
         self,

@@ -79,6 +79,7 @@ class Runtime:
     max_batch: int = key("most sequences at a time", low=1)
     cache_tokens: int = key("positions in the key/value cache; 0: what the requests and the memory allow", low=0)
     progress: bool = key("progress bars on a terminal")
+    profile: str = key("write a trace of every rank into this directory; empty: none", text=True)
 
 
 @dataclass

@@ -20,6 +20,7 @@ import torch
 
 from epmoe.cache import Cache, CacheFull, Step
 from epmoe.errors import UserError
+from epmoe.profile import named
 from epmoe.ranks import Ranks
 from epmoe.sampler import SamplingParams, TokenLogprobs, log_probabilities, sample
 
@@ -206,7 +207,8 @@ class Engine:
     def _choose(self, sequences: list[_Sequence], logits_OV: torch.Tensor) -> list[int]:
         """The sampler's ids, those of expert rank 0 on every rank, and the log-probabilities that were asked for."""
         params = [sequence.request.params for sequence in sequences]
-        id_O = sample(logits_OV, params, [len(sequence.ids) for sequence in sequences], _seen(sequences))
+        with named("sample"):
+            id_O = sample(logits_OV, params, [len(sequence.ids) for sequence in sequences], _seen(sequences))
         self.ranks.broadcast(id_O)
         ids = id_O.tolist()
         for sequence, token in zip(sequences, ids, strict=True):

@@ -15,6 +15,7 @@ from epmoe.hub import resolve
 from epmoe.load import DTYPES, load
 from epmoe.memory import fit_cache
 from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
+from epmoe.profile import profiled
 from epmoe.prompts import get_requests
 from epmoe.ranks import main, start
 from epmoe.tokenizer import Tokenizer, eos_ids
@@ -55,7 +56,8 @@ def generate() -> None:
         engine = Engine(model, cache, ranks, eos_ids=eos_ids(checkpoint), **limits)
 
         output = Output(tokenizer, requests, standard_output(ranks))
-        results = engine.generate(requests, output.on_token, output.on_finish)
+        with profiled(run.profile, ranks):
+            results = engine.generate(requests, output.on_token, output.on_finish)
         line = closing_line(results, report.bytes_read, ranks)
         if ranks.is_main:
             if config.output:

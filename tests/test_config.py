@@ -52,11 +52,11 @@ def test_text_is_literal(text: str) -> None:
 @pytest.mark.parametrize("key", PLAIN_TEXT_KEYS)
 def test_every_text_key_is_literal(key: str) -> None:
     text = "a, ${b}='{c}\"\n"
-    assert getattr(parse([f"{key}={text}"]), key) == text
+    assert config._get(parse([f"{key}={text}"]), key) == text
 
 
 def test_text_keys_are_those_of_the_design() -> None:
-    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output"}
+    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"}
 
 
 def test_last_value_wins_and_stop_collects() -> None:
