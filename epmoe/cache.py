@@ -74,11 +74,13 @@ class Decode:
     position_B: torch.Tensor  # int64
     sequence_B: torch.Tensor  # int64
     pool: "PagedRows | RingRows"
+    positions: tuple[int, ...] | None  # position_B on the host, if it is known there
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:
-        """The rows of neighbours together, GATHER_POSITIONS at most. Their sizes come from values: waits for those."""
-        columns_B = [self.pool.columns(position) for position in self.position_B.tolist()]
+        """The rows of neighbours together, up to GATHER_POSITIONS. Sizes come from the positions: may wait for them."""
+        positions = self.position_B.tolist() if self.positions is None else self.positions
+        columns_B = [self.pool.columns(position) for position in positions]
         return tuple(self._gather(slice(begin, end), max(columns_B[begin:end])) for begin, end in _groups(columns_B))
 
     def _gather(self, part: slice, columns: int) -> Gather:
@@ -271,19 +273,24 @@ class Cache:
         """Where each window's layers read and write in this step: {window: plan}."""
         if isinstance(step, DecodeStep):
             token_B = torch.arange(len(step.token_B), device=self.device)
-            single_B = (token_B, step.position_B, step.sequence_B)
-            return {window: Plan(window, Decode(*single_B, pool), ()) for window, pool in self.pools.items()}
+            return {
+                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool, None), ())
+                for window, pool in self.pools.items()
+            }
         assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
         spans = _spans(step)
         for begin, end, cached, sequence in spans:
             assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
         singles = [(begin, cached, sequence) for begin, end, cached, sequence in spans if end - begin == 1]
         longer = [span for span in spans if span[1] - span[0] > 1]
-        single_3B = torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
+        token_B, position_B, sequence_B = (
+            torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
+        )
+        cached_B = tuple(cached for _, cached, _ in singles)
         return {
             window: Plan(
                 window,
-                Decode(single_3B[0], single_3B[1], single_3B[2], pool) if singles else None,
+                Decode(token_B, position_B, sequence_B, pool, cached_B) if singles else None,
                 tuple(Prefill(*span, pool) for span in longer),
             )
             for window, pool in self.pools.items()
