@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from scripts.bench import plot
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # scripts/ is no part of the package
+
+from scripts.bench import plot  # noqa: E402
 
 
 def run(model: str, ranks: int, factor: float = 1.0) -> dict[str, Any]:
