@@ -3,7 +3,7 @@
 torchrun --nproc-per-node N -m epmoe.generate checkpoint=DIRECTORY prompt="some text"
 python -m epmoe.generate                       one rank, the embedded model
 
-config → ranks → checkpoint → tokenizer → requests → model → cache → engine → text
+config → ranks → checkpoint → tokenizer → requests → model → cache → engine (ready) → text
 """
 
 import sys
@@ -11,6 +11,7 @@ import sys
 from epmoe.checkpoint import Checkpoint
 from epmoe.config import parse
 from epmoe.engine import Engine, check
+from epmoe.graphs import choose_graphs
 from epmoe.hub import resolve
 from epmoe.load import DTYPES, load
 from epmoe.memory import fit_cache
@@ -52,8 +53,18 @@ def generate() -> None:
             max_batch=run.max_batch,
             cache_tokens=run.cache_tokens,
         )
-        limits = {"prefill_chunk": run.prefill_chunk, "max_batch": run.max_batch}
-        engine = Engine(model, cache, ranks, eos_ids=eos_ids(checkpoint), **limits)
+        engine = Engine(
+            model,
+            cache,
+            ranks,
+            eos_ids=eos_ids(checkpoint),
+            prefill_chunk=run.prefill_chunk,
+            max_batch=run.max_batch,
+            graphs=choose_graphs(run.graphs, ranks, report),
+            timeout_s=run.timeout_s,
+            progress=run.progress,
+        )
+        engine.prepare(requests)
 
         output = Output(tokenizer, requests, standard_output(ranks))
         with profiled(run.profile, ranks):

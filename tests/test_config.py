@@ -68,6 +68,12 @@ def test_last_value_wins_and_stop_collects() -> None:
     assert parse(["sampling.stop=a", "sampling.stop=", "sampling.stop=b"]).sampling.stop == ["b"]
 
 
+@pytest.mark.parametrize("value", ["auto", "true", "false"])
+def test_graphs_takes_words(value: str) -> None:
+    """Two of which are truths in YAML."""
+    assert parse([f"runtime.graphs={value}"]).runtime.graphs == value
+
+
 def test_absent_text_differs_from_empty_text() -> None:
     assert parse([]).prompt is None
     assert parse(["prompt="]).prompt == ""
@@ -129,6 +135,7 @@ MISTAKES = {
     "unknown placement": (["placement=auto"], ["placement='auto'", "contiguous"]),
     "unknown device": (["runtime.device=gpu"], ["runtime.device='gpu'", "auto, cpu, cuda"]),
     "unknown dtype": (["runtime.dtype=fp16"], ["runtime.dtype='fp16'", "float32"]),
+    "unknown graphs": (["runtime.graphs=True"], ["runtime.graphs='True'", "auto, true, false"]),
     "two sources of prompts": (["prompt=x", "prompts=y"], ["prompts='y'", "exclude each other"]),
     "empty prompt and a file": (["prompt=", "prompts=y"], ["exclude each other"]),
     "not UTF-8": (["prompt=caf\udce9"], ["prompt='caf\\udce9'", "UTF-8"]),
