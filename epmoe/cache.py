@@ -128,6 +128,7 @@ class Plan:
     window: int | None
     decode: Decode | None
     prefills: tuple[Prefill, ...]
+    span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
 
 
 class PagedRows:
@@ -274,7 +275,7 @@ class Cache:
         if isinstance(step, DecodeStep):
             token_B = torch.arange(len(step.token_B), device=self.device)
             return {
-                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool, None), ())
+                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool, None), (), None)
                 for window, pool in self.pools.items()
             }
         assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
@@ -287,11 +288,13 @@ class Cache:
             torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
         )
         cached_B = tuple(cached for _, cached, _ in singles)
+        span_P4 = torch.tensor(longer, dtype=torch.int32).to(self.device) if longer else None
         return {
             window: Plan(
                 window,
                 Decode(token_B, position_B, sequence_B, pool, cached_B) if singles else None,
                 tuple(Prefill(*span, pool) for span in longer),
+                span_P4,
             )
             for window, pool in self.pools.items()
         }
