@@ -24,8 +24,10 @@ from epmoe.models.gpt_oss import GptOss
 from epmoe.placement import contiguous
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.ranks import Ranks
+from epmoe.router import ROUTERS
 from epmoe.synthetic import SIZES
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["batches=1,3", "prompt_tokens=5", "lengths=4,12", "prefill=2x16", "repeat=2"]
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 # What a step of the tiny size must read in float32, counted by hand: 2 layers, hidden 96, 4 heads and 2 key/value heads
@@ -173,6 +175,37 @@ def test_20b_is_made_in_seconds() -> None:
     model, report = load(RandomCheckpoint.of("20b"), ranks)
     assert report.bytes_read == 0 and report.seconds < 20
     assert len(model.moe_layers()) == 24
+
+
+def on_devices(ranks: int) -> None:
+    done = command("size=tiny", "bandwidth=1", *SMALL, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["device"] == torch.cuda.get_device_name() and record["ranks"] == ranks
+    assert (record["dtype"], record["experts"], record["router"]) == ("bfloat16", "triton", "triton")
+    assert all(row["ms"] > 0 for row in record["decode"]) and record["prefill"]["s"] > 0
+    assert record["flops"] > 1e13 and len(record["peak_bytes"]) == ranks
+
+
+@pytest.mark.gpu
+def test_on_a_device() -> None:
+    on_devices(1)
+
+
+@pytest.mark.multigpu
+def test_on_two_devices() -> None:
+    on_devices(2)
+
+
+@pytest.mark.gpu
+def test_benchmark_of_the_routers() -> None:
+    script = ROOT / "scripts" / "bench" / "router.py"
+    command = [sys.executable, str(script), "--experts", "8/32", "--tokens", "1,300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["experts"], row["tokens"]) for row in record["rows"]] == [("8/32", 1), ("8/32", 300)]
+    assert all(set(row["us"]) == set(ROUTERS) and min(row["us"].values()) > 0 for row in record["rows"])
 
 
 def test_the_peer_runs_the_same_checkpoint(

@@ -5,8 +5,8 @@
     scripts/bench/router.py --experts 32/128 --tokens 1,64
 
 A CUDA graph holds calls with different logits, as in moe.py; time: the median of its replays / calls. Of "L/E" experts,
-L live here. The logits' own product is not in it. `floor` is what an empty kernel takes in the same graph: a router of
-two kernels cannot be faster than two of those. The last line is one JSON object.
+L live here. The logits' own product is not in it. An empty kernel is timed in the same way: a router of two kernels
+cannot be faster than two of those. The last line is one JSON object.
 """
 
 import argparse
