@@ -80,7 +80,7 @@ class Runtime:
     cache_tokens: int = key("positions in the key/value cache; 0: what the requests and the memory allow", low=0)
     graphs: str = key("decode steps as CUDA graphs; auto: where possible", names=("auto", "true", "false"))
     progress: bool = key("progress bars on a terminal")
-    profile: str = key("write a trace of every rank into this directory; empty: none", text=True)
+    profile: str = key("write a trace of every rank into this directory; graphs=false names its steps", text=True)
 
 
 @dataclass

@@ -7,7 +7,7 @@
     sample                  logits → the next tokens' ids
 
 The files open in chrome://tracing or ui.perfetto.dev; on an accelerator a name spans the kernels launched under it too.
-A CUDA graph replays kernels alone: names show where a step is captured, and in eager steps, not where it is replayed.
+A CUDA graph replays kernels alone, so runtime.graphs=false is what shows the names of a decode step's parts.
 """
 
 from collections.abc import Iterator

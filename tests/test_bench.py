@@ -65,6 +65,7 @@ def test_conditions_are_told(run: tuple[int, list[str], dict[str, Any]]) -> None
     assert record["torch"] == torch.__version__ and torch.__version__ in told
     assert (record["model"], record["dtype"], record["quant"]) == ("random-tiny", "float32", "mxfp4")
     assert record["experts"] == record["router"] == "reference" and record["combine"] == "slots"
+    assert record["graphs"] is False
     assert record["prompt_tokens"] == 5 and record["lengths"] == [4, 12]
     assert record["bandwidth"] == 1e9 and record["measured"] == ["flops"] and record["flops"] > 0
     assert record["runtime"]["max_batch"] == 3
@@ -184,7 +185,7 @@ def on_devices(ranks: int) -> None:
     assert record["device"] == torch.cuda.get_device_name() and record["ranks"] == ranks
     assert (record["dtype"], record["experts"], record["router"]) == ("bfloat16", "triton", "triton")
     assert all(row["ms"] > 0 for row in record["decode"]) and record["prefill"]["s"] > 0
-    assert record["flops"] > 1e13 and len(record["peak_bytes"]) == ranks
+    assert record["graphs"] is True and record["flops"] > 1e13 and len(record["peak_bytes"]) == ranks
 
 
 @pytest.mark.gpu

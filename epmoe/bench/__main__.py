@@ -33,6 +33,7 @@ from epmoe.checkpoint import Checkpoint
 from epmoe.config import Config
 from epmoe.engine import Engine, Request
 from epmoe.errors import UserError
+from epmoe.graphs import choose_graphs
 from epmoe.hub import resolve
 from epmoe.load import DTYPES, LoadReport, load
 from epmoe.manifest import Manifest
@@ -125,12 +126,23 @@ def measure(options: Options, config: Config, ranks: Ranks, checkpoint: Checkpoi
     progress = run.progress and not isinstance(checkpoint, RandomCheckpoint)  # which reads no bytes to show
     model, report = load(checkpoint, ranks, dtype=run.dtype, progress=progress, **names)
     cache = make_cache(model.config, report, options, config, ranks)
-    begin = time.perf_counter()
-    engine = Engine(model, cache, ranks, prefill_chunk=run.prefill_chunk, max_batch=most_sequences(options))
-    ready_s = time.perf_counter() - begin
-
     vocab = model.config.vocab
     batches = [Batch.of(size, options.prompt_tokens, vocab) for size in options.batches]
+    graphs = choose_graphs(run.graphs, ranks, report)
+    begin = time.perf_counter()
+    engine = Engine(
+        model,
+        cache,
+        ranks,
+        prefill_chunk=run.prefill_chunk,
+        max_batch=most_sequences(options),
+        graphs=graphs,
+        timeout_s=run.timeout_s,
+        progress=run.progress,
+    )
+    engine.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(options.lengths[1]))
+    ready_s = time.perf_counter() - begin
+
     decode = [measure_decode(engine, ranks, batch, options) for batch in batches]
     prefill = None
     if options.prefill:
@@ -152,7 +164,7 @@ def measure(options: Options, config: Config, ranks: Ranks, checkpoint: Checkpoi
     chosen = {key: getattr(report, key) for key in ("dtype", "quant", "experts", "router", "combine")}
     seconds = {"load_s": max(load_us) / 1e6, "ready_s": ready_s}
     memory = {"peak_bytes": list(peak), "cache_bytes": list(cached)}
-    return floor, chosen | seconds | memory | {"decode": decode, "prefill": prefill}
+    return floor, chosen | {"graphs": graphs} | seconds | memory | {"decode": decode, "prefill": prefill}
 
 
 def make_cache(model: Any, report: LoadReport, options: Options, config: Config, ranks: Ranks) -> Cache:
@@ -282,12 +294,13 @@ def table(record: Record) -> str:
     lines = [
         f"{record['model']} on {record['ranks']} x {record['device']} (nodes: {record['nodes']}), {record['dtype']}, "
         f"quant {record['quant']}, experts {record['experts']}, router {record['router']}, "
-        f"combine {record['combine']}; torch {record['torch']}, triton {record['triton']}",
+        f"combine {record['combine']}, graphs {'on' if record['graphs'] else 'off'}; "
+        f"torch {record['torch']}, triton {record['triton']}",
         f"prompts of {record['prompt_tokens']} random tokens, a step = (t({long}) - t({short})) / {long - short}, "
         f"median of {record['repeat']}, prefill in chunks of {record['runtime']['prefill_chunk']}",
         f"limits: {record['bandwidth'] / 1e12:.3g} TB/s ({source['bandwidth']}), "
         f"{record['flops'] / 1e12:.3g} TFLOP/s ({source['flops']})",
-        f"load {record['load_s']:.2f} s, engine {record['ready_s']:.2f} s; memory of a rank at most "
+        f"load {record['load_s']:.2f} s, then ready in {record['ready_s']:.2f} s; memory of a rank at most "
         f"{max(record['peak_bytes']) / 1e9:.2f} GB, cache {max(record['cache_bytes']) / 1e9:.2f} GB of it",
     ]
     if compared := "peer" in record:
