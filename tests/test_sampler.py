@@ -172,7 +172,14 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 def test_levels_are_the_least_that_serve() -> None:
     """And a higher level, which a neighbour in the batch may ask for, chooses the same tokens."""
-    assert [params.level.name for params in MIXED] == ["GREEDY", "SAMPLE", "FILTER", "FILTER", "SAMPLE", *["FILTER"] * 2]
+    assert [params.level.name for params in MIXED] == [
+        "GREEDY",
+        "SAMPLE",
+        "FILTER",
+        "FILTER",
+        "SAMPLE",
+        *["FILTER"] * 2,
+    ]
     rows = logits(len(MIXED), 777).bfloat16().float()  # with equal logits
     seen = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3)) < 0.3
     found = sample(rows, MIXED, [9] * len(MIXED), seen)
