@@ -10,11 +10,13 @@ A pool serves all layers that have the same window, and turns (sequence, positio
     window W          a ring of ⌈W/page⌉ + 1 pages a sequence:
                       row = sequence · ring + position % ring
 
-so that a layer's cache is [J, R, D] keys and as many values, and attention only ever sees rows.
+so that a layer's cache is [J, R, D] keys and as many values, and attention only ever sees rows. The last page and the
+last ring belong to no request: rows that fill a decode step up to a fixed batch go there (Cache.spare).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -44,8 +46,21 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Sequences that bring one token each. Its row is written first, and is the last of the C rows attended to."""
+class DecodeStep:
+    """One token for each of B rows; the logits of all rows are wanted, [B, V].
+
+    Nothing of it is on the host and no size depends on its values, so the step fits a CUDA graph. Rows that fill a
+    batch up have the sequence `Cache.spare`, any token and position 0; what comes of them means nothing.
+    """
+
+    token_B: torch.Tensor  # int64
+    position_B: torch.Tensor  # int64, the token's; as many positions are cached before it
+    sequence_B: torch.Tensor  # int64, the cache's handles
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Some of a Decode's rows, spelled out. The last of the C rows attended to is the token's own."""
 
     token_B: torch.Tensor  # int64, the token's index in T
     row_B: torch.Tensor  # int64, the row of the token
@@ -54,13 +69,58 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Sequences that bring one token each. Its row is written, and then attended to like the cached ones."""
+
+    token_B: torch.Tensor  # int64, the token's index in T
+    position_B: torch.Tensor  # int64
+    sequence_B: torch.Tensor  # int64
+    pool: "PagedRows | RingRows"
+    positions: tuple[int, ...] | None  # position_B on the host, if it is known there
+
+    @cached_property
+    def gathers(self) -> tuple[Gather, ...]:
+        """The rows of neighbours together, up to GATHER_POSITIONS. Sizes come from the positions: may wait for them."""
+        positions = self.position_B.tolist() if self.positions is None else self.positions
+        columns_B = [self.pool.columns(position) for position in positions]
+        return tuple(self._gather(slice(begin, end), max(columns_B[begin:end])) for begin, end in _groups(columns_B))
+
+    def _gather(self, part: slice, columns: int) -> Gather:
+        position_B1, sequence_B1 = self.position_B[part, None], self.sequence_B[part, None]
+        position_BC = position_B1 + torch.arange(1 - columns, 1, device=position_B1.device)
+        return Gather(
+            self.token_B[part],
+            self.pool.row(sequence_B1, position_B1).squeeze(1),
+            self.pool.row(sequence_B1, position_BC.clamp(min=0)),
+            position_BC >= 0,
+        )
+
+
+@dataclass(frozen=True)
 class Prefill:
     """A sequence that brings several tokens: they attend to what is cached and to each other, and are written last."""
 
     begin: int  # its tokens are begin : end of T
     end: int
-    past_C: torch.Tensor  # int64, rows of the cached positions that its first token attends to, ascending
-    row_R: torch.Tensor  # int64, rows of its last R tokens; a ring keeps no more than the window
+    cached: int
+    sequence: int
+    pool: "PagedRows | RingRows"
+
+    @cached_property
+    def past_C(self) -> torch.Tensor:
+        """int64, rows of the cached positions that its first token attends to, ascending."""
+        return self._rows(self.cached - self.pool.columns(self.cached) + 1, self.cached)
+
+    @cached_property
+    def row_R(self) -> torch.Tensor:
+        """int64, rows of its last R tokens; a ring keeps no more than the window."""
+        end = self.cached + self.end - self.begin
+        return self._rows(max(self.cached, end - self.pool.columns(end - 1)), end)
+
+    def _rows(self, begin: int, end: int) -> torch.Tensor:
+        device = self.pool.device
+        position_1C = torch.arange(begin, end, device=device)[None]
+        return self.pool.row(torch.full((1, 1), self.sequence, device=device), position_1C)[0]
 
 
 @dataclass(frozen=True)
@@ -68,19 +128,21 @@ class Plan:
     """Where the layers of one window read and write in one step."""
 
     window: int | None
-    decodes: tuple[Decode, ...]
+    decode: Decode | None
     prefills: tuple[Prefill, ...]
+    span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
 
 
 class PagedRows:
     """Rows of full-attention layers: pages from a common stock, reserved when a sequence is admitted."""
 
     def __init__(self, tokens: int, sequences: int, page: int, device: torch.device) -> None:
-        self.page, self.pages = page, -(-tokens // page)
-        self.rows = self.pages * page
+        self.page, self.pages, self.device = page, -(-tokens // page), device
+        self.rows = (self.pages + 1) * page
         self.free = list(range(self.pages))[::-1]
         self.held: dict[int, list[int]] = {}
-        self.table = torch.zeros(sequences, self.pages, dtype=torch.int32, device=device)
+        self.table = torch.zeros(sequences + 1, self.pages, dtype=torch.int32, device=device)
+        self.table[sequences] = self.pages  # the spare sequence: all its positions share the last page
 
     def needs(self, max_tokens: int) -> int:
         return -(-max_tokens // self.page)
@@ -93,6 +155,10 @@ class PagedRows:
     def release(self, sequence: int) -> None:
         self.free.extend(reversed(self.held.pop(sequence)))
 
+    def columns(self, position: int) -> int:
+        """How many positions a token attends to, its own included."""
+        return position + 1
+
     def row(self, sequence_B1: torch.Tensor, position_BC: torch.Tensor) -> torch.Tensor:
         """int64 [B, C]: the row of each position; sequences as a column [B, 1]."""
         page_BC = self.table[sequence_B1, position_BC // self.page]
@@ -102,9 +168,13 @@ class PagedRows:
 class RingRows:
     """Rows of layers with a window: a ring a sequence, in which position p overwrites position p − ring."""
 
-    def __init__(self, window: int, sequences: int, page: int) -> None:
-        self.ring = (-(-window // page) + 1) * page
-        self.rows = sequences * self.ring
+    def __init__(self, window: int, sequences: int, page: int, device: torch.device) -> None:
+        self.window, self.ring, self.device = window, (-(-window // page) + 1) * page, device
+        self.rows = (sequences + 1) * self.ring
+
+    def columns(self, position: int) -> int:
+        """How many positions a token attends to, its own included."""
+        return min(position + 1, self.window)
 
     def row(self, sequence_B1: torch.Tensor, position_BC: torch.Tensor) -> torch.Tensor:
         """int64 [B, C]: the row of each position; sequences as a column [B, 1]."""
@@ -139,7 +209,8 @@ class Cache:
         self.device = torch.device(device)
         self.paged = PagedRows(tokens, sequences, page, self.device)
         self.pools: dict[int | None, PagedRows | RingRows] = {
-            window: self.paged if window is None else RingRows(window, sequences, page) for window in self.windows
+            window: self.paged if window is None else RingRows(window, sequences, page, self.device)
+            for window in self.windows
         }
         self.free = list(range(sequences))[::-1]
         self.reserved: dict[int, int] = {}  # handle → max_tokens
@@ -196,57 +267,52 @@ class Cache:
         key_JRD, value_JRD = self.layers[index]
         return key_JRD, value_JRD
 
-    def plan(self, step: Step) -> dict[int | None, Plan]:
+    @property
+    def spare(self) -> int:
+        """The handle of rows that only fill a batch up. It has rows of its own, is never admitted and never full."""
+        return self.sequences
+
+    def plan(self, step: Step | DecodeStep) -> dict[int | None, Plan]:
         """Where each window's layers read and write in this step: {window: plan}."""
+        if isinstance(step, DecodeStep):
+            token_B = torch.arange(len(step.token_B), device=self.device)
+            return {
+                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool, None), (), None)
+                for window, pool in self.pools.items()
+            }
         assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
-        for begin, end, cached, sequence in _spans(step):
-            assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
-        return {window: self._plan_window(step, window) for window in self.pools}
-
-    def _plan_window(self, step: Step, window: int | None) -> Plan:
         spans = _spans(step)
-        singles = [span for span in spans if span[1] - span[0] == 1]
-        return Plan(
-            window,
-            tuple(self._decode(group, columns, window) for group, columns in _groups(singles, window)),
-            tuple(self._prefill(*span, window) for span in spans if span[1] - span[0] > 1),
+        for begin, end, cached, sequence in spans:
+            assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
+        singles = [(begin, cached, sequence) for begin, end, cached, sequence in spans if end - begin == 1]
+        longer = [span for span in spans if span[1] - span[0] > 1]
+        token_B, position_B, sequence_B = (
+            torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
         )
-
-    def _decode(self, spans: list[Span], columns: int, window: int | None) -> Decode:
-        pool = self.pools[window]
-        token_B, _, position_B, sequence_B = torch.tensor(spans, dtype=torch.int64).T.contiguous().to(self.device)
-        position_B1, sequence_B1 = position_B[:, None], sequence_B[:, None]
-        position_BC = position_B1 + torch.arange(1 - columns, 1, device=self.device)
-        return Decode(
-            token_B,
-            pool.row(sequence_B1, position_B1).squeeze(1),
-            pool.row(sequence_B1, position_BC.clamp(min=0)),
-            position_BC >= 0,
-        )
-
-    def _prefill(self, begin: int, end: int, cached: int, sequence: int, window: int | None) -> Prefill:
-        count = end - begin
-        past, keep = (cached, count) if window is None else (min(cached, window - 1), min(count, window))
-        position_C = torch.arange(cached - past, cached + count, device=self.device)
-        sequence_11 = torch.full((1, 1), sequence, device=self.device)
-        row_C = self.pools[window].row(sequence_11, position_C[None])[0]
-        return Prefill(begin, end, row_C[:past], row_C[past + count - keep :])
+        cached_B = tuple(cached for _, cached, _ in singles)
+        span_P4 = torch.tensor(longer, dtype=torch.int32).to(self.device) if longer else None
+        return {
+            window: Plan(
+                window,
+                Decode(token_B, position_B, sequence_B, pool, cached_B) if singles else None,
+                tuple(Prefill(*span, pool) for span in longer),
+                span_P4,
+            )
+            for window, pool in self.pools.items()
+        }
 
 
 def _spans(step: Step) -> list[Span]:
     return list(zip(step.start_B1[:-1], step.start_B1[1:], step.cached_B, step.sequence_B, strict=True))
 
 
-def _groups(spans: list[Span], window: int | None) -> list[tuple[list[Span], int]]:
-    """Neighbouring sequences whose gathers stay below GATHER_POSITIONS together, and the columns of each gather."""
-    groups: list[tuple[list[Span], int]] = []
-    group: list[Span] = []
-    widest = 0
-    for span in spans:
-        columns = span[2] + 1 if window is None else min(span[2] + 1, window)
-        if group and (len(group) + 1) * max(columns, widest) > GATHER_POSITIONS:
-            groups.append((group, widest))
-            group, widest = [], 0
-        group.append(span)
-        widest = max(columns, widest)
-    return [*groups, (group, widest)] if group else groups
+def _groups(columns_B: list[int]) -> list[tuple[int, int]]:
+    """(begin, end) of neighbouring sequences whose gathers stay below GATHER_POSITIONS together."""
+    groups: list[tuple[int, int]] = []
+    begin, widest = 0, 0
+    for index, columns in enumerate(columns_B):
+        widest = max(widest, columns)
+        if index > begin and (index + 1 - begin) * widest > GATHER_POSITIONS:
+            groups.append((begin, index))
+            begin, widest = index, columns
+    return [*groups, (begin, len(columns_B))]

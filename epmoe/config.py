@@ -79,7 +79,9 @@ class Runtime:
     prefill_chunk: int = key("most tokens of prompts in one step", low=1)
     max_batch: int = key("most sequences at a time", low=1)
     cache_tokens: int = key("positions in the key/value cache; 0: what the requests and the memory allow", low=0)
+    graphs: str = key("decode steps as CUDA graphs; auto: where possible", names=("auto", "true", "false"))
     progress: bool = key("progress bars on a terminal")
+    profile: str = key("write a trace of every rank into this directory; graphs=false names its steps", text=True)
 
 
 @dataclass
@@ -278,7 +280,8 @@ def _checked(name: str, value: str) -> str:
         fits = False
     if not fits:
         raise UserError(f"{name}={value!r} is not {_TYPES[KEYS[name].type]}: it takes {_wanted(KEYS[name])}")
-    return f"{name}={value}"
+    quoted = KEYS[name].type is str and value in ("true", "false")  # words here; Hydra would make them True and False
+    return f"{name}='{value}'" if quoted else f"{name}={value}"
 
 
 def _compose(overrides: list[str]) -> Config:

@@ -1,8 +1,14 @@
 """Engine: requests → token ids, several sequences in one forward pass, each entering and leaving when it can.
 
-    waiting ──admit──▶ running ──▶ step: one token of each that decodes, chunks of prompts for the rest
-                          ▲            │ model → logits of the rows that end their prompt or decode
-                          └──── ids ◀──┘ sampler → broadcast from expert rank 0
+    waiting ──admit──▶ running ──▶ prefill: chunks of prompts; those that end choose their first token
+                          │           │
+                          └──────▶ decode: one token of each sequence whose prompt is cached (epmoe/graphs.py)
+                                      │
+                     flights ◀────────┘ ids on their way to the host, read one launch later
+
+The next decode step is launched before the last one's ids are read: the device feeds them back itself
+(epmoe/decode.py). So the host learns one step late that a sequence has ended; the token of the step that was launched
+meanwhile is dropped. It never exceeds what the sequence reserved, since an end by length is known beforehand.
 
 Every rank runs this loop with the same requests and makes the same choices, so that all of them call the model with the
 same step; no choice depends on a clock. It knows token ids only; text listens through two callbacks.
@@ -11,17 +17,21 @@ Letters: T tokens of a step · B sequences of a step · O of them whose logits a
 """
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import accumulate, product
 
 import torch
 
 from epmoe.cache import Cache, CacheFull, Step
+from epmoe.decode import Decoder, Model, State, Variant
 from epmoe.errors import UserError
+from epmoe.graphs import Graphs
 from epmoe.ranks import Ranks
-from epmoe.sampler import SamplingParams, TokenLogprobs, log_probabilities, sample
+from epmoe.sampler import SamplingParams, TokenLogprobs, to_logprobs, top_logprobs
+from epmoe.transfer import Arrival, to_device
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,6 @@ OnToken = Callable[[int, int], bool]
 OnFinish = Callable[[int, Result], None]
 
 
-class Model(Protocol):
-    """What the engine needs of a model (epmoe/models/__init__.py)."""
-
-    config: Any  # vocab, max_positions
-
-    def __call__(self, step: Step, cache: Cache, /) -> torch.Tensor: ...
-
-
 def check(requests: Sequence[Request], vocab: int, max_positions: int) -> None:
     """Raises UserError for a prompt that is empty, too long for the model or not of its vocabulary."""
     for index, request in enumerate(requests):
@@ -90,16 +92,47 @@ class _Sequence:
     request: Request
     handle: int
     end: int  # length at which it must stop
-    seen_V: torch.Tensor | None  # bool, ids of prompt and output; only kept for a repetition penalty
-    ids: list[int]  # prompt and output
-    cached: int = 0
+    cached: int = 0  # tokens of the prompt that were fed
+    launched: int = 0  # new tokens whose step was launched
+    ids: list[int] = field(default_factory=list)  # new tokens that the host has read
+    finished: bool = False
     first_token_s: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def pending(self) -> int:
-        """Tokens that the model has not seen yet; one when it decodes."""
-        return len(self.ids) - self.cached
+        """Tokens of the prompt that the model has not seen yet."""
+        return len(self.request.ids) - self.cached
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next decode step is to have it."""
+        return not self.pending and len(self.request.ids) + self.launched < self.end
+
+
+class _Flight:
+    """New ids of some sequences on their way to the host, with the log-probabilities that were asked for."""
+
+    def __init__(self, sequences: list[_Sequence], id_B: torch.Tensor, logits_BV: torch.Tensor | None) -> None:
+        self.sequences = sequences
+        self.asked = [row for row, each in enumerate(sequences) if each.request.params.logprobs]
+        tensors = [id_B]
+        if self.asked:
+            assert logits_BV is not None
+            row_O = to_device(self.asked, torch.int64, id_B.device)
+            top = max(sequences[row].request.params.logprobs for row in self.asked)
+            chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # NaN logits have chosen no token
+            tensors += top_logprobs(logits_BV[row_O], chosen_O, top)
+        self.arrival = Arrival(tensors)
+        for sequence in sequences:
+            sequence.launched += 1
+
+    def land(self, timeout_s: float) -> Iterator[tuple[_Sequence, int, TokenLogprobs | None]]:
+        """Each sequence's new id and its log-probabilities."""
+        id_B, *found = self.arrival.wait(timeout_s)
+        logprobs = dict(zip(self.asked, to_logprobs(*found), strict=True)) if found else {}
+        for row, (sequence, token) in enumerate(zip(self.sequences, id_B.tolist(), strict=True)):
+            yield sequence, token, logprobs.get(row)
 
 
 class Engine:
@@ -109,6 +142,9 @@ class Engine:
         eos_ids: ids that end a text, unless a request ignores them.
         prefill_chunk: prompt tokens in a step at most, of all sequences together.
         max_batch: sequences at a time at most.
+        graphs: decode steps are CUDA graphs; the tokens are the same without.
+        timeout_s: how long the host waits for a step.
+        progress: say on standard error what is prepared.
     """
 
     def __init__(
@@ -120,13 +156,39 @@ class Engine:
         eos_ids: Sequence[int] = (),
         prefill_chunk: int = 2048,
         max_batch: int = 64,
+        graphs: bool = False,
+        timeout_s: float = 60.0,
+        progress: bool = False,
     ) -> None:
         assert prefill_chunk > 0 and max_batch > 0
         self.model, self.cache, self.ranks = model, cache, ranks
         self.eos_ids = frozenset(eos_ids)
-        self.prefill_chunk, self.max_batch = prefill_chunk, max_batch
+        self.prefill_chunk, self.max_batch, self.timeout_s = prefill_chunk, min(max_batch, cache.sequences), timeout_s
         self.vocab: int = model.config.vocab
         self.max_positions: int = model.config.max_positions
+        with torch.inference_mode():
+            self.state = State(cache, self.vocab, ranks)
+            self.decoder = Decoder(model, cache, self.state, self.max_batch)
+        self.graphs = Graphs(self.decoder, ranks, capture=graphs, progress=progress)
+        self.warm: set[int] = set()  # sizes of prefills that were run
+
+    @torch.inference_mode()
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Whatever compiles or is captured for such requests is, now: `generate` does neither after it. A collective.
+
+        Raises:
+            UserError: see `check`; a request that the whole cache cannot hold.
+        """
+        check(requests, self.vocab, self.max_positions)
+        if any(request.params.repetition_penalty != 1 for request in requests) and self.state.seen_SV is None:
+            self.state.keep_seen()
+            self.graphs.close()
+        levels = {request.params.level for request in requests}
+        logits = {bool(request.params.logprobs) for request in requests}
+        if True in logits:
+            self.decoder.keep_logits()
+        self._warm_prefills(requests)
+        self.graphs.prepare(min(self.max_batch, len(requests)), [Variant(*each) for each in product(levels, logits)])
 
     @torch.inference_mode()
     def generate(
@@ -137,26 +199,37 @@ class Engine:
     ) -> list[Result]:
         """Run all requests to their end; results in their order. A collective of the expert group.
 
+        Times in the results count from the moment when everything is prepared.
+
         Raises:
-            UserError: see `check`; a request that the whole cache cannot hold; logits that are NaN.
+            UserError: see `prepare`; logits that are NaN.
+            NoArrival: a step did not end in time.
         """
-        check(requests, self.vocab, self.max_positions)
+        self.prepare(requests)
         started = time.perf_counter()
         waiting = deque(enumerate(requests))
         running: list[_Sequence] = []
+        flights: deque[_Flight] = deque()
         results: dict[int, Result] = {}
         try:
             while waiting or running:
                 self._admit(waiting, running)
-                for sequence, token in self._step(running):
-                    now = time.perf_counter() - started
-                    sequence.first_token_s = sequence.first_token_s or now
-                    reason = self._append(sequence, token, on_token)
-                    if reason:
-                        running.remove(sequence)
-                        self.cache.release(sequence.handle)
-                        results[sequence.index] = _result(sequence, reason, now)
-                        on_finish(sequence.index, results[sequence.index])
+                launches = (self._prefill(running, self.prefill_chunk), self._decode(running))
+                launched = [flight for flight in launches if flight]
+                flights.extend(launched)
+                while len(flights) > bool(launched):  # the newest stays in the air while the host reads the others
+                    for sequence, token, logprobs in flights.popleft().land(self.timeout_s):
+                        if sequence.finished:
+                            continue  # it ended while this step was under way
+                        now = time.perf_counter() - started
+                        sequence.first_token_s = sequence.first_token_s or now
+                        reason = self._append(sequence, token, logprobs, on_token)
+                        if reason:
+                            sequence.finished = True
+                            running.remove(sequence)
+                            self.cache.release(sequence.handle)
+                            results[sequence.index] = _result(sequence, reason, now)
+                            on_finish(sequence.index, results[sequence.index])
         finally:
             for sequence in running:
                 self.cache.release(sequence.handle)
@@ -165,7 +238,8 @@ class Engine:
     def _admit(self, waiting: deque[tuple[int, Request]], running: list[_Sequence]) -> None:
         """Move requests from `waiting` to `running`, in their order, while there are places and pages.
 
-        All pages that a request can ever need are reserved now: a running sequence is never put back.
+        All pages that a request can ever need are reserved now: a running sequence is never put back. A step that is
+        under way may still write to pages whose sequence has ended; their new owner's steps come after it.
         """
         while waiting and len(running) < self.max_batch:
             index, request = waiting[0]
@@ -175,65 +249,87 @@ class Engine:
                 assert running, "an empty cache refused a request"
                 return
             waiting.popleft()
-            seen_V = None
-            if request.params.repetition_penalty != 1:
-                seen_V = torch.zeros(self.vocab, dtype=torch.bool, device=self.ranks.device)
-                seen_V[torch.tensor(request.ids, device=self.ranks.device)] = True
-            end = request.length(self.max_positions)
-            running.append(_Sequence(index, request, handle, end, seen_V, list(request.ids)))
+            self.state.admit(handle, request.ids, request.params)
+            running.append(_Sequence(index, request, handle, request.length(self.max_positions)))
 
-    def _step(self, running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
-        """One forward pass; the next token of each sequence whose tokens are all cached after it."""
-        work = self._schedule(running)
+    def _prefill(self, running: list[_Sequence], most: int) -> _Flight | None:
+        """One forward pass over up to `most` tokens of prompts; the first tokens of those that end with it."""
+        work = _schedule(running, most)
+        if not work:
+            return None
         logits_OV = self.model(_build(work, self.ranks.device), self.cache)
         for sequence, count in work:
             sequence.cached += count
-        done = [sequence for sequence, _ in work if sequence.pending == 0]
-        return list(zip(done, self._choose(done, logits_OV), strict=True)) if done else []
+        done = [sequence for sequence, _ in work if not sequence.pending]
+        if not done:
+            return None
+        sequence_O = to_device([each.handle for each in done], torch.int64, self.ranks.device)
+        position_O = to_device([len(each.request.ids) for each in done], torch.int64, self.ranks.device)
+        id_O = self.state.choose(logits_OV, sequence_O, position_O, _variant(done).level)
+        return _Flight(done, id_O, logits_OV)
 
-    def _schedule(self, running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
-        """(sequence, how many of its pending tokens): first those that decode, then prompts in order of admission."""
-        work = [(sequence, 1) for sequence in running if sequence.cached and sequence.pending == 1]
-        decoding = {sequence.index for sequence, _ in work}
-        left = self.prefill_chunk
-        for sequence in running:
-            count = min(sequence.pending, left)
-            if sequence.index not in decoding and count:
-                work.append((sequence, count))
-                left -= count
-        return work
+    def _decode(self, running: list[_Sequence]) -> _Flight | None:
+        """One decode step of all sequences that have begun and may go on."""
+        rows = [sequence for sequence in running if sequence.decodes]
+        if not rows:
+            return None
+        variant = _variant(rows)
+        id_B = self.graphs.launch([each.handle for each in rows], variant)
+        return _Flight(rows, id_B, self.decoder.logits_MV if variant.logits else None)
 
-    def _choose(self, sequences: list[_Sequence], logits_OV: torch.Tensor) -> list[int]:
-        """The sampler's ids, those of expert rank 0 on every rank, and the log-probabilities that were asked for."""
-        params = [sequence.request.params for sequence in sequences]
-        id_O = sample(logits_OV, params, [len(sequence.ids) for sequence in sequences], _seen(sequences))
-        self.ranks.broadcast(id_O)
-        ids = id_O.tolist()
-        for sequence, token in zip(sequences, ids, strict=True):
-            if token == self.vocab:
-                raise UserError(
-                    f"the model's logits are NaN at position {len(sequence.ids) - 1} of prompt {sequence.index + 1}: "
-                    "the checkpoint's weights hold NaN, or overflow in this runtime.dtype"
-                )
-        wanted = [row for row, each in enumerate(params) if each.logprobs]
-        if wanted:
-            top = max(params[row].logprobs for row in wanted)
-            row_O = torch.tensor(wanted, device=logits_OV.device)
-            for row, found in zip(wanted, log_probabilities(logits_OV[row_O], id_O[row_O], top), strict=True):
-                own = found.top[: params[row].logprobs]
-                sequences[row].logprobs.append(TokenLogprobs(found.chosen, own))
-        return ids
-
-    def _append(self, sequence: _Sequence, token: int, on_token: OnToken) -> str:
+    def _append(self, sequence: _Sequence, token: int, logprobs: TokenLogprobs | None, on_token: OnToken) -> str:
         """Add a chosen token; the reason when it ends the sequence, else ""."""
+        length = len(sequence.request.ids) + len(sequence.ids)
+        if token == self.vocab:
+            raise UserError(
+                f"the model's logits are NaN at position {length - 1} of prompt {sequence.index + 1}: "
+                "the checkpoint's weights hold NaN, or overflow in this runtime.dtype"
+            )
         sequence.ids.append(token)
-        if sequence.seen_V is not None:
-            sequence.seen_V[token] = True
+        if logprobs is not None:
+            own = logprobs.top[: sequence.request.params.logprobs]
+            sequence.logprobs.append(TokenLogprobs(logprobs.chosen, own))
         if token in self.eos_ids and not sequence.request.params.ignore_eos:
             return "eos"
         if on_token(sequence.index, token):
             return "stop"
-        return "length" if len(sequence.ids) >= sequence.end else ""
+        return "length" if length + 1 >= sequence.end else ""
+
+    def _warm_prefills(self, requests: Sequence[Request]) -> None:
+        """Run prefills of all sizes that these requests can lead to, so that each kernel they need is compiled.
+
+        Kernels choose their tiles by powers of two of the tokens, and are compiled anew for sizes that 16 divides.
+        """
+        if self.ranks.device.type == "cpu":
+            return
+        total = min(self.prefill_chunk, sum(len(request.ids) for request in requests))
+        powers = [2**power for power in range(total.bit_length())]
+        for size in sorted({*powers, *(power - 1 for power in powers[1:]), total} - self.warm):
+            running: list[_Sequence] = []
+            ends = list(accumulate(len(request.ids) for request in requests))
+            self._admit(deque(enumerate(requests[: bisect_left(ends, size) + 1])), running)
+            flight = self._prefill(running, size)
+            if flight:
+                list(flight.land(self.timeout_s))
+            for sequence in running:
+                self.cache.release(sequence.handle)
+            self.warm.add(size)
+
+
+def _schedule(running: list[_Sequence], most: int) -> list[tuple[_Sequence, int]]:
+    """(sequence, how many tokens of its prompt): up to `most` together, in order of admission."""
+    work = []
+    for sequence in running:
+        count = min(sequence.pending, most)
+        if count:
+            work.append((sequence, count))
+            most -= count
+    return work
+
+
+def _variant(sequences: list[_Sequence]) -> Variant:
+    params = [sequence.request.params for sequence in sequences]
+    return Variant(max(each.level for each in params), any(each.logprobs for each in params))
 
 
 def _build(work: list[tuple[_Sequence, int]], device: torch.device) -> Step:
@@ -242,30 +338,20 @@ def _build(work: list[tuple[_Sequence, int]], device: torch.device) -> Step:
     starts, outputs = [0], []
     for sequence, count in work:
         span = range(sequence.cached, sequence.cached + count)
-        tokens += sequence.ids[span.start : span.stop]
+        tokens += sequence.request.ids[span.start : span.stop]
         positions += span
         starts.append(len(tokens))
         if count == sequence.pending:
             outputs.append(len(tokens) - 1)
     return Step(
-        token_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        position_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        token_T=to_device(tokens, torch.int64, device),
+        position_T=to_device(positions, torch.int64, device),
         start_B1=tuple(starts),
         cached_B=tuple(sequence.cached for sequence, _ in work),
         sequence_B=tuple(sequence.handle for sequence, _ in work),
-        output_O=torch.tensor(outputs, dtype=torch.int64, device=device),
+        output_O=to_device(outputs, torch.int64, device),
     )
 
 
-def _seen(sequences: list[_Sequence]) -> torch.Tensor | None:
-    """bool [O, V]; rows of sequences without a penalty are not read."""
-    kept = [sequence.seen_V for sequence in sequences]
-    some = next((seen_V for seen_V in kept if seen_V is not None), None)
-    if some is None:
-        return None
-    return torch.stack([some if seen_V is None else seen_V for seen_V in kept])
-
-
 def _result(sequence: _Sequence, reason: str, now: float) -> Result:
-    new = sequence.ids[len(sequence.request.ids) :]
-    return Result(tuple(new), reason, sequence.first_token_s, now, tuple(sequence.logprobs))
+    return Result(tuple(sequence.ids), reason, sequence.first_token_s, now, tuple(sequence.logprobs))

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N -m epmoe.generate checkpoint=DIRECTORY prompt="some text"
     python -m epmoe.generate                       one rank, the embedded model
 
-config → ranks → checkpoint → tokenizer → requests → model → cache → engine → text
+config → ranks → checkpoint → tokenizer → requests → model → cache → engine (ready) → text
 """
 
 import signal
@@ -16,10 +16,12 @@ if __name__ == "__main__":
 from epmoe.checkpoint import Checkpoint
 from epmoe.config import parse
 from epmoe.engine import Engine, check
+from epmoe.graphs import choose_graphs
 from epmoe.hub import resolve
 from epmoe.load import DTYPES, load, model_of
 from epmoe.memory import fit_cache
 from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
+from epmoe.profile import profiled
 from epmoe.prompts import get_requests
 from epmoe.ranks import main, start
 from epmoe.tokenizer import Tokenizer, eos_ids
@@ -71,10 +73,15 @@ def generate() -> None:
             eos_ids=eos_ids(checkpoint),
             prefill_chunk=run.prefill_chunk,
             max_batch=run.max_batch,
+            graphs=choose_graphs(run.graphs, ranks, report),
+            timeout_s=run.timeout_s,
+            progress=run.progress,
         )
+        engine.prepare(requests)
 
         output = Output(tokenizer, requests, standard_output(ranks))
-        results = engine.generate(requests, output.on_token, output.on_finish)
+        with profiled(run.profile, ranks):
+            results = engine.generate(requests, output.on_token, output.on_finish)
         line = closing_line(results, report.bytes_read, ranks)
         if ranks.is_main:
             if config.output:

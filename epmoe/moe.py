@@ -8,6 +8,7 @@ from torch import nn
 
 from epmoe.combine import Combine
 from epmoe.experts import Experts
+from epmoe.profile import named
 from epmoe.router import Route
 
 
@@ -35,5 +36,8 @@ class MoE(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]; a collective: every rank of the expert group calls it with the same tokens."""
         assert self.experts is not None, "MoE.install was not called"
-        dispatch = self.route(self.router(x_TH), self.top_k, self.local_E, self.num_local)
-        return self.combine(self.experts.forward(x_TH, dispatch))
+        with named("route"):
+            dispatch = self.route(self.router(x_TH), self.top_k, self.local_E, self.num_local)
+        y_TKH = self.experts.forward(x_TH, dispatch)
+        with named("combine"):
+            return self.combine(y_TKH)

@@ -17,9 +17,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,10 @@ from epmoe.watch import NoRankZero, Watch, leave
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Ranks:
     expert_group: dist.ProcessGroup | None = None  # None when expert_size is 1
     watch: Watch | None = None  # None when size is 1
     start_timeout_s: float = 3600.0
+    # What must let go of the group's collectives before the group can end: CUDA graphs that hold some.
+    at_end: WeakSet[Closable] = field(default_factory=WeakSet, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -157,6 +164,8 @@ def start(
     try:
         ranks = _group(launch, _device(device, launch), store, timeout_s)
         yield replace(ranks, watch=watch, start_timeout_s=start_timeout_s)
+        for holder in list(ranks.at_end):
+            holder.close()
         watch.finish()
     except UserError as error:
         watch.fail("mistake", str(error), 2)

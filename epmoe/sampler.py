@@ -8,12 +8,16 @@ Sums over the vocabulary (the normaliser, the cumulated probability of top-p) ar
 units of 2^-40 of the largest one. Integer sums are exact in any order, so no kernel, thread count or batch shape and no
 later split over ranks can move a token across a threshold.
 
-Letters: B rows (sequences) · V vocabulary · C rows that are sampled · Q log-probabilities asked for.
+    sample             rows with parameters on the host
+      choose           the same with all parameters on the device; never waits for it, so it fits a CUDA graph
+
+Letters: B rows (sequences) · V vocabulary · P parameters of a row · Q log-probabilities asked for.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
@@ -23,6 +27,17 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of SplitMix64 (Stee
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 UNIT = 2.0**40  # weight of the most likely token; 2^40 · 2^22 tokens still fits int64
 MIN_TEMPERATURE = 1e-6
+# Filters work in float64 and int64: this many rows at a time, so that a batch of 256 rows and 200 000 tokens takes no
+# more than a few hundred megabytes.
+FILTER_ROWS = 32
+
+
+class Level(IntEnum):
+    """How much work a row's parameters ask for; a batch takes the highest of its rows, which changes no row's bits."""
+
+    GREEDY = 0  # the largest logit
+    SAMPLE = 1  # temperature and min-p: no order needed
+    FILTER = 2  # all: repetition penalty, top-k and top-p, which sort the vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,18 @@ class SamplingParams:
         check("logprobs", 0 <= self.logprobs <= 100, "0 to 100")
         check("stop", all(self.stop), "strings that are not empty")
 
+    @property
+    def level(self) -> Level:
+        """The least level at which a batch with this row may be chosen."""
+        warm = self.temperature > 0
+        if self.repetition_penalty != 1 or (warm and (self.top_k or self.top_p < 1)):
+            return Level.FILTER
+        return Level.SAMPLE if warm else Level.GREEDY
+
+    def row(self) -> tuple[float, ...]:
+        """What `Knobs.value_BP` holds of these."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -67,6 +94,27 @@ class TokenLogprobs:
 
     chosen: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The parameters of B rows as tensors."""
+
+    value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, repetition penalty
+    seed_B: torch.Tensor  # int64
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], device: torch.device) -> "Knobs":
+        value_BP = torch.tensor([each.row() for each in params], dtype=torch.float64)
+        seed_B = torch.tensor([each.seed for each in params], dtype=torch.int64)
+        return Knobs(value_BP.to(device), seed_B.to(device))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> "Knobs":
+        return Knobs(self.value_BP[rows], self.seed_B[rows])
+
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """Five float64 [B, 1]."""
+        return self.value_BP.split(1, dim=1)
 
 
 def sample(
@@ -80,18 +128,40 @@ def sample(
     `positions[b]` is the index that the chosen token will have in its sequence. `seen_BV` (bool) marks the ids of
     prompt and output so far; it is needed where a row has a repetition penalty. Does not change its arguments.
     """
-    assert logits_BV.dtype == torch.float32 and len(params) == len(positions) == logits_BV.shape[0]
-    scores_BV = _penalise(logits_BV, params, seen_BV)
-    id_B = argmax_lowest(scores_BV)
-    rows = [b for b, p in enumerate(params) if p.temperature > 0]
-    if rows:
-        row_C = torch.tensor(rows, device=logits_BV.device)
-        warm = [params[b] for b in rows]
-        scores_CV = _filter(scores_BV[row_C], warm)
-        token_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
-        scores_CV += gumbel([p.seed for p in warm], [positions[b] for b in rows], token_V)
-        id_B[row_C] = argmax_lowest(scores_CV)
-    return id_B
+    assert len(params) == len(positions) == logits_BV.shape[0]
+    assert seen_BV is not None or all(each.repetition_penalty == 1 for each in params), "a penalty needs the ids seen"
+    level = max((each.level for each in params), default=Level.GREEDY)
+    position_B = torch.tensor(positions, dtype=torch.int64, device=logits_BV.device)
+    return choose(logits_BV, Knobs.of(params, logits_BV.device), position_B, seen_BV, level)
+
+
+def choose(
+    logits_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
+) -> torch.Tensor:
+    """`sample`, with everything on the device; `level` is at least that of every row.
+
+    Without `seen_BV` no row is penalised.
+    """
+    assert logits_BV.dtype == torch.float32
+    if level == Level.GREEDY:
+        return argmax_lowest(logits_BV)
+    chunks = [slice(begin, begin + FILTER_ROWS) for begin in range(0, len(logits_BV), FILTER_ROWS)]
+    chosen = [
+        _choose(logits_BV[rows], knobs[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
+        for rows in chunks
+    ]
+    return torch.cat(chosen)
+
+
+def _choose(
+    scores_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
+) -> torch.Tensor:
+    if level == Level.FILTER and seen_BV is not None:
+        scores_BV = _penalise(scores_BV, knobs, seen_BV)
+    token_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
+    noisy_BV = _filter(scores_BV, knobs, level) + gumbel(knobs.seed_B, position_B, token_V)
+    warm_B = knobs.value_BP[:, 0] > 0
+    return torch.where(warm_B, argmax_lowest(noisy_BV), argmax_lowest(scores_BV))
 
 
 def log_probabilities(logits_BV: torch.Tensor, id_B: torch.Tensor, top: int) -> list[TokenLogprobs]:
@@ -99,39 +169,44 @@ def log_probabilities(logits_BV: torch.Tensor, id_B: torch.Tensor, top: int) -> 
 
     Ties go to the lower id.
     """
+    return to_logprobs(*top_logprobs(logits_BV, id_B, top))
+
+
+def top_logprobs(
+    logits_BV: torch.Tensor, id_B: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`log_probabilities` on the device: chosen_B (float64), id_BQ (int64), logprob_BQ (float64)."""
     logits_BV = logits_BV.double()
     max_B1 = logits_BV.amax(1, keepdim=True)
     total_B1 = _weights(logits_BV).sum(1, keepdim=True)
     logprob_BV = logits_BV - max_B1 - torch.log(total_B1.double() / UNIT)
-    chosen_B = logprob_BV.gather(1, id_B[:, None])[:, 0].tolist()
     id_BQ = logits_BV.sort(dim=1, descending=True, stable=True).indices[:, :top]
-    logprob_BQ = logprob_BV.gather(1, id_BQ)
+    return logprob_BV.gather(1, id_B[:, None])[:, 0], id_BQ, logprob_BV.gather(1, id_BQ)
+
+
+def to_logprobs(chosen_B: torch.Tensor, id_BQ: torch.Tensor, logprob_BQ: torch.Tensor) -> list[TokenLogprobs]:
     tops = zip(id_BQ.tolist(), logprob_BQ.tolist(), strict=True)
     return [
         TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
-        for chosen, (ids, values) in zip(chosen_B, tops, strict=True)
+        for chosen, (ids, values) in zip(chosen_B.tolist(), tops, strict=True)
     ]
 
 
 def argmax_lowest(scores_BV: torch.Tensor) -> torch.Tensor:
     """int64 [B]: the index of each row's largest value, the lowest where several are equal; V where the row has NaN.
 
-    torch.argmax leaves the choice among equal values open, and bf16 logits are equal often.
+    torch.argmax promises the first of equal values (bf16 logits are equal often), and takes NaN for the largest.
     """
-    vocab = scores_BV.shape[1]
-    token_V = torch.arange(vocab, device=scores_BV.device)
-    largest_BV = scores_BV == scores_BV.amax(1, keepdim=True)
-    return torch.where(largest_BV, token_V, vocab).amin(1)
+    id_B1 = scores_BV.argmax(1, keepdim=True)
+    return torch.where(scores_BV.gather(1, id_B1).isnan(), scores_BV.shape[1], id_B1)[:, 0]
 
 
-def gumbel(seeds: Sequence[int], positions: Sequence[int], token_V: torch.Tensor) -> torch.Tensor:
+def gumbel(seed_B: torch.Tensor, position_B: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
     """float64 [B, V] of standard Gumbel noise; an element is a function of (seed, position, token id) alone.
 
     The hash bits are the same on every device, the logarithms' last bits on devices of one type.
     uniform = (52 hash bits + ½) / 2^52 lies strictly between 0 and 1, so that noise = -log(-log(uniform)) is finite.
     """
-    seed_B = torch.tensor(seeds, dtype=torch.int64, device=token_V.device)
-    position_B = torch.tensor(positions, dtype=torch.int64, device=token_V.device)
     bits_BV = hash_bits(seed_B, position_B, token_V)
     uniform_BV = (_shift_right(bits_BV, 12).double() + 0.5) * 2.0**-52
     return uniform_BV.log_().neg_().log_().neg_()
@@ -160,13 +235,9 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
 
 
-def _penalise(logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen_BV: torch.Tensor | None) -> torch.Tensor:
+def _penalise(logits_BV: torch.Tensor, knobs: Knobs, seen_BV: torch.Tensor) -> torch.Tensor:
     """Divide seen tokens' logits by the penalty, multiply the negative ones (Keskar et al. 2019, as transformers)."""
-    if all(p.repetition_penalty == 1 for p in params):
-        return logits_BV
-    assert seen_BV is not None, "a repetition penalty needs the ids seen so far"
-    penalty_B = [p.repetition_penalty for p in params]
-    penalty_B1 = torch.tensor(penalty_B, dtype=torch.float32, device=logits_BV.device)[:, None]
+    penalty_B1 = knobs.columns()[4].float()
     penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return torch.where(seen_BV, penalised_BV, logits_BV)
 
@@ -176,28 +247,24 @@ def _weights(scores_BV: torch.Tensor) -> torch.Tensor:
     return ((scores_BV - scores_BV.amax(1, keepdim=True)).exp() * UNIT).round().long()
 
 
-def _filter(scores_CV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """float64 [C, V]: score / temperature, and -inf for what top-k, top-p and min-p exclude.
+def _filter(scores_BV: torch.Tensor, knobs: Knobs, level: Level) -> torch.Tensor:
+    """float64 [B, V]: score / temperature, and -inf for what min-p and, at level FILTER, top-k and top-p exclude.
 
     top-k keeps exactly k tokens and breaks ties to the lower id (transformers keeps all that equal the k-th). top-p
     keeps the fewest tokens, most likely first, whose share of what top-k left reaches p. min-p keeps tokens at least
-    min_p times as likely as the most likely one, which always stays.
+    min_p times as likely as the most likely one, which always stays. A greedy row (temperature 0) keeps its scores.
     """
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scores_CV.device)[:, None]
-
-    vocab = scores_CV.shape[1]
-    scores_CV = scores_CV / column([p.temperature for p in params])  # float64, since the column is
-    keep_CV = (scores_CV - scores_CV.amax(1, keepdim=True)).exp() >= column([p.min_p for p in params])
-    if any(p.top_k or p.top_p < 1 for p in params):
-        top_k_C1 = column([min(p.top_k or vocab, vocab) for p in params])
-        top_p_C1 = column([p.top_p for p in params])
-        order_CV = scores_CV.sort(dim=1, descending=True, stable=True).indices
-        among_k_CV = torch.arange(vocab, device=scores_CV.device) < top_k_C1
-        weight_CV = _weights(scores_CV).gather(1, order_CV) * among_k_CV
-        before_CV = weight_CV.cumsum(1) - weight_CV
-        among_p_CV = (before_CV < top_p_C1 * weight_CV.sum(1, keepdim=True)) | (top_p_C1 == 1)
-        keep_CV &= torch.empty_like(keep_CV).scatter_(1, order_CV, among_k_CV & among_p_CV)
-    nan_C1 = scores_CV.isnan().any(1, keepdim=True)
-    return scores_CV.masked_fill(~keep_CV & ~nan_C1, -math.inf)
+    vocab = scores_BV.shape[1]
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1, _ = knobs.columns()
+    scores_BV = scores_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)  # float64, since the column is
+    keep_BV = (scores_BV - scores_BV.amax(1, keepdim=True)).exp() >= min_p_B1
+    if level == Level.FILTER:
+        top_k_B1 = torch.where(top_k_B1 > 0, top_k_B1, vocab)
+        order_BV = scores_BV.sort(dim=1, descending=True, stable=True).indices
+        among_k_BV = torch.arange(vocab, device=scores_BV.device) < top_k_B1
+        weight_BV = _weights(scores_BV).gather(1, order_BV) * among_k_BV
+        before_BV = weight_BV.cumsum(1) - weight_BV
+        among_p_BV = (before_BV < top_p_B1 * weight_BV.sum(1, keepdim=True)) | (top_p_B1 == 1)
+        keep_BV &= torch.empty_like(keep_BV).scatter_(1, order_BV, among_k_BV & among_p_BV)
+    nan_B1 = scores_BV.isnan().any(1, keepdim=True)
+    return scores_BV.masked_fill(~keep_BV & ~nan_B1, -math.inf)

@@ -187,7 +187,9 @@ def config_of(spec: Synthetic) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Drawn:
+    """A tensor of a synthetic checkpoint: normal with this mean and deviation, or bytes."""
+
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
@@ -199,40 +201,40 @@ class _Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def tensors_of(spec: Synthetic) -> Iterator[_Tensor]:
+def tensors_of(spec: Synthetic) -> Iterator[Drawn]:
     """All tensors of the checkpoint, in the order of the model."""
     hidden, inner, experts = spec.hidden, spec.intermediate, spec.experts
-    yield _Tensor("model.embed_tokens.weight", (spec.vocab, hidden), std=1.0)
+    yield Drawn("model.embed_tokens.weight", (spec.vocab, hidden), std=1.0)
     for layer in range(spec.layers):
         prefix = f"model.layers.{layer}."
-        yield _Tensor(prefix + "input_layernorm.weight", (hidden,), std=spec.norm_std, mean=1.0)
+        yield Drawn(prefix + "input_layernorm.weight", (hidden,), std=spec.norm_std, mean=1.0)
         for name, rows, columns in (
             ("q_proj", spec.heads * spec.head_dim, hidden),
             ("k_proj", spec.kv_heads * spec.head_dim, hidden),
             ("v_proj", spec.kv_heads * spec.head_dim, hidden),
             ("o_proj", hidden, spec.heads * spec.head_dim),
         ):
-            yield _Tensor(f"{prefix}self_attn.{name}.weight", (rows, columns))
+            yield Drawn(f"{prefix}self_attn.{name}.weight", (rows, columns))
             if spec.attention_bias:
-                yield _Tensor(f"{prefix}self_attn.{name}.bias", (rows,), std=0.1)
-        yield _Tensor(prefix + "self_attn.sinks", (spec.heads,), std=1.0)
-        yield _Tensor(prefix + "post_attention_layernorm.weight", (hidden,), std=spec.norm_std, mean=1.0)
-        yield _Tensor(prefix + "mlp.router.weight", (experts, hidden))
-        yield _Tensor(prefix + "mlp.router.bias", (experts,), std=0.1)
+                yield Drawn(f"{prefix}self_attn.{name}.bias", (rows,), std=0.1)
+        yield Drawn(prefix + "self_attn.sinks", (spec.heads,), std=1.0)
+        yield Drawn(prefix + "post_attention_layernorm.weight", (hidden,), std=spec.norm_std, mean=1.0)
+        yield Drawn(prefix + "mlp.router.weight", (experts, hidden))
+        yield Drawn(prefix + "mlp.router.bias", (experts,), std=0.1)
         for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             matrix = f"{prefix}mlp.experts.{name}"
             if spec.dtype_experts == "mxfp4":
-                yield _Tensor(matrix + "_blocks", (experts, rows, columns // 32, 16), torch.uint8)
-                yield _Tensor(matrix + "_scales", (experts, rows, columns // 32), torch.uint8)
+                yield Drawn(matrix + "_blocks", (experts, rows, columns // 32, 16), torch.uint8)
+                yield Drawn(matrix + "_scales", (experts, rows, columns // 32), torch.uint8)
             else:
-                yield _Tensor(matrix, (experts, columns, rows))
-            yield _Tensor(matrix + "_bias", (experts, rows), std=0.1)
-    yield _Tensor("model.norm.weight", (hidden,), std=spec.norm_std, mean=1.0)
+                yield Drawn(matrix, (experts, columns, rows))
+            yield Drawn(matrix + "_bias", (experts, rows), std=0.1)
+    yield Drawn("model.norm.weight", (hidden,), std=spec.norm_std, mean=1.0)
     if not spec.tied:
-        yield _Tensor("lm_head.weight", (spec.vocab, hidden))
+        yield Drawn("lm_head.weight", (spec.vocab, hidden))
 
 
-def _draw(tensor: _Tensor, seed: int) -> torch.Tensor:
+def _draw(tensor: Drawn, seed: int) -> torch.Tensor:
     """The tensor's first PERIOD values, flat."""
     digest = hashlib.sha256(f"{seed} {tensor.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -250,7 +252,7 @@ def _write_weights(path: Path, spec: Synthetic) -> None:
         old.unlink()
     tensors = list(tensors_of(spec))
     total = sum(tensor.nbytes for tensor in tensors)
-    files: list[list[_Tensor]] = [[] for _ in range(spec.shards)]
+    files: list[list[Drawn]] = [[] for _ in range(spec.shards)]
     done = 0
     for tensor in tensors:
         files[(2 * done + tensor.nbytes) * spec.shards // (2 * total)].append(tensor)  # where its middle falls
@@ -274,7 +276,7 @@ def _write_weights(path: Path, spec: Synthetic) -> None:
             job.result()
 
 
-def _write_header(file: Path, tensors: list[_Tensor]) -> list[tuple[_Tensor, int]]:
+def _write_header(file: Path, tensors: list[Drawn]) -> list[tuple[Drawn, int]]:
     """Start a safetensors file; each tensor with its place in it. Wide dtypes come first, so that all are aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place, offset = [], 0
@@ -291,7 +293,7 @@ def _write_header(file: Path, tensors: list[_Tensor]) -> list[tuple[_Tensor, int
     return [(tensor, 8 + len(text) + at) for tensor, at in place]
 
 
-def _write_tensor(file: Path, offset: int, tensor: _Tensor, seed: int) -> None:
+def _write_tensor(file: Path, offset: int, tensor: Drawn, seed: int) -> None:
     data = _draw(tensor, seed).view(torch.uint8).numpy().data
     end = offset + tensor.nbytes
     fd = os.open(file, os.O_WRONLY)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from epmoe import ranks
-from epmoe.cache import Cache, Step
+from epmoe.cache import Cache, DecodeStep, Step
 from epmoe.checkpoint import Checkpoint
 from epmoe.engine import Engine, Request
 from epmoe.load import DTYPES, load
@@ -23,15 +23,16 @@ Run = tuple[list[tuple[int, ...]], torch.Tensor]  # new ids of each request, all
 
 
 class Recorder:
-    """A model that remembers the logits it gave."""
+    """A model that remembers the logits it gave, but those of rows that only fill up a batch."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
         self.logits: list[torch.Tensor] = []
 
-    def __call__(self, step: Step, cache: Cache, /) -> torch.Tensor:
+    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
         logits_OV = self.model(step, cache)
-        self.logits.append(logits_OV.cpu().clone())
+        rows = step.sequence_B != cache.spare if isinstance(step, DecodeStep) else slice(None)
+        self.logits.append(logits_OV[rows].cpu().clone())
         return logits_OV
 
 

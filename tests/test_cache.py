@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import make_step
 
-from epmoe.cache import Cache, CacheFull, Plan
+from epmoe.cache import Cache, CacheFull, DecodeStep, Gather, Plan
 from epmoe.errors import UserError
 
 
@@ -25,19 +25,20 @@ def rows_of(cache: Cache, window: int | None, handle: int, count: int) -> list[i
 def test_bytes_follow_the_windows() -> None:
     """Protects memory: a sliding layer takes ⌈window/page⌉ + 1 pages a sequence however long the sequences are."""
     row = 2 * 2 * 8 * 4  # key and value, 2 heads, 8 dimensions, float32
-    full, ring = 64 * row, 4 * (2 + 1) * 4 * row  # window 7: 2 pages of 4, and 1
-    assert new_cache([None]).nbytes == full
+    spare = 4 * row  # the page that fills up batches
+    full, ring = 64 * row, (4 + 1) * (2 + 1) * 4 * row  # window 7: 2 pages of 4, and 1; 4 sequences and the spare one
+    assert new_cache([None]).nbytes == full + spare
     assert new_cache([7]).nbytes == ring
-    assert new_cache([7, None, 7, None, 9]).nbytes == 2 * ring + 2 * full + 4 * (3 + 1) * 4 * row
-    assert new_cache([7, None], tokens=6400).nbytes == ring + 100 * full
-    assert new_cache([None], tokens=61).nbytes == full  # whole pages
+    assert new_cache([7, None, 7, None, 9]).nbytes == 2 * ring + 2 * (full + spare) + (4 + 1) * (3 + 1) * 4 * row
+    assert new_cache([7, None], tokens=6400).nbytes == ring + 100 * full + spare
+    assert new_cache([None], tokens=61).nbytes == full + spare  # whole pages
 
 
 def test_gpt_oss_20b_bytes() -> None:
     """Protects the figure people plan with: a token of context costs the full-attention half of the layers only."""
     cache = Cache([128, None] * 12, 8, 64, tokens=16384, sequences=8, page=16, dtype=torch.bfloat16, device="meta")
     token = 2 * 8 * 64 * 2
-    assert cache.nbytes == 12 * 16384 * token + 12 * 8 * 144 * token
+    assert cache.nbytes == 12 * (16384 + 16) * token + 12 * (8 + 1) * 144 * token
 
 
 def test_nothing_is_allocated_after_the_constructor() -> None:
@@ -64,6 +65,7 @@ def test_ring_holds_the_window_and_overwrites_the_rest(window: int) -> None:
         ring = set(rows)
         assert len(ring) == (-(-window // 4) + 1) * 4 and not ring & seen
         seen |= ring
+    seen |= set(rows_of(cache, window, cache.spare, 1000))
     assert seen == set(range(cache.pools[window].rows))
 
 
@@ -164,6 +166,11 @@ def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]
     return cache.plan(make_step([(handle, [0] * new, cached) for handle, new, cached in chunks]))[window]
 
 
+def gathers_of(plan: Plan) -> tuple[Gather, ...]:
+    assert plan.decode is not None
+    return plan.decode.gathers
+
+
 def test_plan_of_a_window() -> None:
     """Protects the traffic: a sliding layer reads window − 1 cached rows at most and writes `window` at most."""
     cache = new_cache([7, None])
@@ -173,7 +180,7 @@ def test_plan_of_a_window() -> None:
     assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[43:50]
     (prefill,) = plan_of(cache, 7, [(a, 3, 2)]).prefills
     assert prefill.past_C.tolist() == rows[0:2] and prefill.row_R.tolist() == rows[2:5]
-    (decode,) = plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]).decodes
+    (decode,) = gathers_of(plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]))
     assert decode.row_BC[0].tolist() == rows[34:41] and decode.row_B[0] == rows[40]
     assert decode.valid_BC.sum(1).tolist() == [7, 1]
     assert set(decode.row_BC[1].tolist()) == {rows_of(cache, 7, b, 1)[0]}  # masked columns stay with their sequence
@@ -187,4 +194,31 @@ def test_plan_of_full_attention() -> None:
     plan = plan_of(cache, None, [(b, 1, 5), (a, 20, 12)])
     assert plan.prefills[0].past_C.tolist() == rows[:12] and plan.prefills[0].row_R.tolist() == rows[12:32]
     assert (plan.prefills[0].begin, plan.prefills[0].end) == (1, 21)
-    assert plan.decodes[0].row_BC.tolist() == [rows_of(cache, None, b, 6)] and plan.decodes[0].token_B.tolist() == [0]
+    (decode,) = gathers_of(plan)
+    assert decode.row_BC.tolist() == [rows_of(cache, None, b, 6)] and decode.token_B.tolist() == [0]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_plan_of_a_decode_step(window: int | None) -> None:
+    """Protects the fixed batch: the same rows as a Step's, and filling rows read and write rows of their own."""
+    cache = new_cache([window])
+    a, b = cache.admit(40), cache.admit(20)
+    rows = {row for handle, count in ((a, 40), (b, 20)) for row in rows_of(cache, window, handle, count)}
+    spare, zero = cache.spare, torch.zeros(4, dtype=torch.int64)
+    step = DecodeStep(zero, torch.tensor([30, 0, 4, 0]), torch.tensor([a, spare, b, spare]))
+    (got,) = gathers_of(cache.plan(step)[window])
+    (wanted,) = gathers_of(plan_of(cache, window, [(a, 1, 30), (b, 1, 4)]))
+    assert got.token_B.tolist() == [0, 1, 2, 3]
+    for name in ("row_B", "row_BC", "valid_BC"):
+        assert torch.equal(getattr(got, name)[[0, 2]], getattr(wanted, name))
+    assert not rows & set(got.row_BC[[1, 3]].flatten().tolist()) and got.valid_BC.sum(1).tolist()[1::2] == [1, 1]
+
+
+def test_the_spare_sequence_is_nobodys() -> None:
+    """Protects the requests' rows: the spare handle is never admitted, and its page never reserved."""
+    cache = new_cache([None, 7])
+    handles = [cache.admit(16) for _ in range(4)]
+    assert cache.spare not in handles and not cache.paged.free
+    spare = set(rows_of(cache, None, cache.spare, 64))
+    assert not spare & {row for handle in handles for row in rows_of(cache, None, handle, 16)}
+    assert max(spare) < cache.paged.rows

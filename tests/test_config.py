@@ -52,11 +52,11 @@ def test_text_is_literal(text: str) -> None:
 @pytest.mark.parametrize("key", PLAIN_TEXT_KEYS)
 def test_every_text_key_is_literal(key: str) -> None:
     text = "a, ${b}='{c}\"\n"
-    assert getattr(parse([f"{key}={text}"]), key) == text
+    assert config._get(parse([f"{key}={text}"]), key) == text
 
 
 def test_text_keys_are_those_of_the_design() -> None:
-    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output"}
+    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"}
 
 
 def test_last_value_wins_and_stop_collects() -> None:
@@ -66,6 +66,12 @@ def test_last_value_wins_and_stop_collects() -> None:
     )
     assert parse(["sampling.stop=a,b", "sampling.stop=\n"]).sampling.stop == ["a,b", "\n"]
     assert parse(["sampling.stop=a", "sampling.stop=", "sampling.stop=b"]).sampling.stop == ["b"]
+
+
+@pytest.mark.parametrize("value", ["auto", "true", "false"])
+def test_graphs_takes_words(value: str) -> None:
+    """Two of which are truths in YAML."""
+    assert parse([f"runtime.graphs={value}"]).runtime.graphs == value
 
 
 def test_absent_text_differs_from_empty_text() -> None:
@@ -135,6 +141,7 @@ MISTAKES = {
     "unknown placement": (["placement=auto"], ["placement='auto'", "contiguous"]),
     "unknown device": (["runtime.device=gpu"], ["runtime.device='gpu'", "auto, cpu, cuda"]),
     "unknown dtype": (["runtime.dtype=fp16"], ["runtime.dtype='fp16'", "float32"]),
+    "unknown graphs": (["runtime.graphs=True"], ["runtime.graphs='True'", "auto, true, false"]),
     "two sources of prompts": (["prompt=x", "prompts=y"], ["prompts='y'", "exclude each other"]),
     "empty prompt and a file": (["prompt=", "prompts=y"], ["exclude each other"]),
     "not UTF-8": (["prompt=caf\udce9"], ["prompt='caf\\udce9'", "UTF-8"]),

@@ -13,7 +13,7 @@ import torch
 from loading import rank_of
 from spawn import run_ranks
 
-from epmoe.cache import Cache, CacheFull, Step
+from epmoe.cache import Cache, CacheFull, DecodeStep, Step
 from epmoe.engine import Engine, Request, Result
 from epmoe.errors import UserError
 from epmoe.memory import fit_cache
@@ -22,23 +22,26 @@ from epmoe.sampler import SamplingParams
 
 VOCAB = 97
 EOS = 96
+SEQUENCES = 64
 ONE = rank_of(0, 1)
 
 
 class FakeCache:
     """Counts pages of `page` positions, as the real cache does; holds the tokens that the model was fed."""
 
-    def __init__(self, tokens: int = 10_000, sequences: int = 64, page: int = 4) -> None:
+    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
         self.page, self.pages, self.sequences = page, tokens // page, sequences
+        self.spare = sequences
         self.reserved: dict[int, int] = {}
         self.fed: dict[int, list[int]] = {}
 
     def admit(self, max_tokens: int) -> int:
         need = -(-max_tokens // self.page)
-        if len(self.reserved) == self.sequences or sum(self.reserved.values()) + need > self.pages:
+        held = sum(-(-each // self.page) for each in self.reserved.values())
+        if len(self.reserved) == self.sequences or held + need > self.pages:
             raise CacheFull
         handle = next(handle for handle in range(self.sequences) if handle not in self.reserved)
-        self.reserved[handle], self.fed[handle] = need, []
+        self.reserved[handle], self.fed[handle] = max_tokens, []
         return handle
 
     def release(self, handle: int) -> None:
@@ -56,26 +59,45 @@ class FakeModel:
 
     def __init__(self, **config: int) -> None:
         self.config = FakeConfig(**config)
-        self.steps: list[Step] = []
+        self.steps: list[Step | DecodeStep] = []
 
-    def __call__(self, step: Step, cache: Any) -> torch.Tensor:
+    def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
         self.steps.append(step)
+        if isinstance(step, DecodeStep):
+            return self.decode(step, cache)
         tokens, positions = step.token_T.tolist(), step.position_T.tolist()
         last: dict[int, list[int]] = {}
         assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
         assert len(set(step.sequence_B)) == len(step.sequence_B)
         for b, handle in enumerate(step.sequence_B):
             begin, end = step.start_B1[b : b + 2]
-            assert end > begin
-            fed = cache.fed[handle]
-            assert step.cached_B[b] == len(fed)
-            assert positions[begin:end] == list(range(len(fed), len(fed) + end - begin))
-            fed += tokens[begin:end]
-            assert len(fed) <= cache.reserved[handle] * cache.page
-            last[end - 1] = fed
-        return torch.stack([logits_of(last[row]) for row in step.output_O.tolist()] or [torch.empty(VOCAB)])[
-            : len(step.output_O)
-        ]
+            assert end > begin and step.cached_B[b] == len(cache.fed[handle])
+            last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
+        logits = [logits_of(last[row]) for row in step.output_O.tolist()]
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+
+    def decode(self, step: DecodeStep, cache: Any) -> torch.Tensor:
+        rows = list(zip(step.sequence_B.tolist(), step.token_B.tolist(), step.position_B.tolist(), strict=True))
+        handles = [handle for handle, _, _ in rows if handle != cache.spare]
+        assert handles and len(set(handles)) == len(handles)
+        assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
+        fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
+        return torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
+
+    def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
+        fed: list[int] = cache.fed[handle]
+        assert positions == list(range(len(fed), len(fed) + len(tokens)))
+        fed += tokens
+        assert len(fed) <= cache.reserved[handle]
+        return list(fed)
+
+    def prefills(self) -> list[Step]:
+        return [step for step in self.steps if isinstance(step, Step)]
+
+    def batches(self) -> list[int]:
+        """Rows of each decode step that belong to a sequence; the fake cache's spare handle is the highest."""
+        found = [step.sequence_B.tolist() for step in self.steps if isinstance(step, DecodeStep)]
+        return [sum(handle < SEQUENCES for handle in handles) for handles in found]
 
 
 def logits_of(tokens: list[int]) -> torch.Tensor:
@@ -86,7 +108,7 @@ def logits_of(tokens: list[int]) -> torch.Tensor:
     return logits_V
 
 
-def engine(model: FakeModel | None = None, cache: Any = None, **limits: int) -> Engine:
+def engine(model: FakeModel | None = None, cache: Any = None, **limits: Any) -> Engine:
     held: Any = cache or FakeCache()
     return Engine(model or FakeModel(), held, ONE, eos_ids=[EOS], **limits)
 
@@ -133,12 +155,10 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
     results = engine(model, None, **LIMITS[case]).generate(requests)
     assert outputs(results) == [expected(request) for request in requests]
     assert {reason for _, reason in outputs(results)} == {"eos", "length"}  # the cases cover both
-    for step in model.steps:
-        prompts = sum(
-            b - a for a, b in zip(step.start_B1, step.start_B1[1:], strict=False) if b - a > 1
-        )  # a span of one may be a decode
-        assert prompts <= LIMITS[case].get("prefill_chunk", 2048)
+    for step in model.prefills():
+        assert len(step.token_T) <= LIMITS[case].get("prefill_chunk", 2048)
         assert len(step.sequence_B) <= LIMITS[case].get("max_batch", 64)
+    assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
@@ -156,17 +176,42 @@ def test_sequences_join_a_running_batch() -> None:
     lengths = [40, 2, 2, 2, 2]
     requests = [Request((1, 2, n), SamplingParams(max_new_tokens=k, ignore_eos=True)) for n, k in enumerate(lengths)]
     engine(model, max_batch=2).generate(requests)
-    assert len(model.steps) == 40  # one after the other it would be 40 + 2 + 2
-    assert max(len(step.sequence_B) for step in model.steps) == 2
+    # A place is free one step after its sequence's last one was launched, when the host has read its token.
+    assert model.batches() == [2, 1] * 4 + [1] * 31
+    assert len(model.prefills()) == 4  # the first two share one
 
 
-def test_prompts_and_decodes_share_a_step() -> None:
+def test_prompts_and_decodes_take_turns() -> None:
     """A long prompt does not stop those that decode."""
     model = FakeModel()
     short = Request((5,), SamplingParams(max_new_tokens=12, ignore_eos=True))
     long = Request(tuple(range(60)), SamplingParams(max_new_tokens=1))
     engine(model, prefill_chunk=10).generate([short, long])
-    assert [len(step.output_O) for step in model.steps[:7]] == [1, 1, 1, 1, 1, 1, 2]
+    kinds = ["decode" if isinstance(step, DecodeStep) else len(step.token_T) for step in model.steps]
+    assert kinds == [10, "decode"] * 6 + [1] + ["decode"] * 5
+
+
+def test_the_next_step_is_launched_before_the_last_ids_are_read() -> None:
+    """The step after an end-of-text has been launched when it is read; its token is neither shown nor counted."""
+    model = FakeModel()
+    request = next(each for each in some_requests(40) if expected(each)[1] == "eos" and len(expected(each)[0]) > 4)
+    shown: list[tuple[int, int]] = []  # token, steps that had been launched
+
+    def on_token(index: int, token: int) -> bool:
+        shown.append((token, len(model.steps)))
+        return False
+
+    (result,) = engine(model).generate([request], on_token)
+    ids = expected(request)[0]
+    assert result.ids == ids and shown == [(token, number + 2) for number, token in enumerate(ids[:-1])]
+    assert len(model.steps) == len(ids) + 1
+
+
+def test_no_step_is_launched_beyond_the_length() -> None:
+    """It would need a position that the sequence has not reserved; FakeModel.feed holds every step to that."""
+    model = FakeModel()
+    engine(model).generate([Request((1, 2), SamplingParams(max_new_tokens=7, ignore_eos=True))])
+    assert len(model.steps) == 7
 
 
 def test_full_cache_lets_requests_wait_in_order() -> None:
@@ -260,7 +305,7 @@ def disagreeing_rank(ranks: Ranks) -> list[tuple[tuple[int, ...], str]]:
     """The model of rank 1 would choose other tokens than that of rank 0."""
 
     class Own(FakeModel):
-        def __call__(self, step: Step, cache: Any) -> torch.Tensor:
+        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
             return super().__call__(step, cache).roll(ranks.rank, 1)
 
     held: Any = FakeCache()
@@ -273,13 +318,16 @@ def test_all_ranks_take_rank_zeros_tokens() -> None:
     assert zero == one == [expected(request) for request in some_requests(6)]
 
 
-def test_nan_logits_are_an_error() -> None:
-    class Broken(FakeModel):
-        def __call__(self, step: Step, cache: Any) -> torch.Tensor:
-            return super().__call__(step, cache) * float("nan")
+@pytest.mark.parametrize("good", [0, 1, 3])
+def test_nan_logits_are_an_error(good: int) -> None:
+    """At the position that had them, though another step was launched meanwhile; with log-probabilities asked for."""
 
-    with pytest.raises(UserError, match="NaN at position 2 of prompt 1"):
-        engine(Broken()).generate([Request((1, 2, 3), SamplingParams())])
+    class Broken(FakeModel):
+        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+            return super().__call__(step, cache) * (float("nan") if len(self.steps) > good else 1)
+
+    with pytest.raises(UserError, match=f"NaN at position {2 + good} of prompt 1"):
+        engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])
 
 
 @dataclass
@@ -302,8 +350,9 @@ def test_cache_takes_what_the_requests_need() -> None:
 
 
 def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    ring, page = 2 * 2 * 4 * 4 * 32 * 10, 2 * 2 * 4 * 4 * 16  # ten rings of two pages; a page of the full layer
-    monkeypatch.setattr("epmoe.memory.free_bytes", lambda device: int((ring + 25 * page) / 0.7) + 1)
+    # Rings of two pages for ten sequences and the spare one; pages of the full layer, one of them spare.
+    ring, page = 2 * 2 * 4 * 4 * 32 * 11, 2 * 2 * 4 * 4 * 16
+    monkeypatch.setattr("epmoe.memory.free_bytes", lambda device: int((ring + 26 * page) / 0.7) + 1)
     assert fit([160] * 10).tokens == 25 * 16
     with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
         fit([10, 500] + [10] * 8)

@@ -182,9 +182,9 @@ def decode_kernel(word_ptr, scale_ptr, value_ptr, WIDE: tl.constexpr, PTX: tl.co
     pair, pairs = tl.program_id(0), tl.num_programs(0)
     word = tl.load(word_ptr + n_N * pairs * 16 + pair * 16 + i_16)
     scale = tl.broadcast_to(tl.load(scale_ptr + pair * N + n_N), (N, 16))
-    values = words_to_values(word, scale, WIDE, PTX)
     for j in tl.static_range(4):
-        tl.store(value_ptr + n_N * pairs * 64 + pair * 64 + 16 * j + i_16, values[j])
+        values = words_to_values(word, scale, j, WIDE, PTX)
+        tl.store(value_ptr + n_N * pairs * 64 + pair * 64 + 16 * j + i_16, values)
 
 
 def run_decode(device: str, wide: bool, ptx: bool) -> None:

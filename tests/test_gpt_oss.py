@@ -11,7 +11,7 @@ from steps import make_step
 
 from epmoe import models
 from epmoe.attention import Rope
-from epmoe.cache import Cache
+from epmoe.cache import Cache, DecodeStep
 from epmoe.errors import UserError
 from epmoe.experts import ExpertWeights
 from epmoe.experts.reference import ReferenceExperts
@@ -348,3 +348,27 @@ def test_the_table_names_it() -> None:
     assert model is GptOss and model.Config is GptOssConfig
     for part in ("forward", "moe_layers", "shared_tensors", "expert_names"):
         assert hasattr(model, part) and part in (models.__doc__ or "")
+
+
+def test_decode_step_equals_step() -> None:
+    """Protects the step that fits a CUDA graph: the logits of a Step bit for bit, with and without filling rows."""
+    config = small()
+    model = build(config)
+    both: list[list[torch.Tensor]] = []
+    for filled in (None, 0, 1):
+        cache = cache_of(config)
+        a, b, out = cache.admit(20), cache.admit(20), []
+        model(make_step([(a, list(range(9)), 0), (b, [5, 3], 0)]), cache)
+        for turn in range(5):
+            if filled is None:
+                out.append(model(make_step([(a, [turn], 9 + turn), (b, [7], 2 + turn)]), cache))
+                continue
+            spare = [cache.spare] * filled
+            token_B, position_B = torch.tensor([turn, 7, *spare]), torch.tensor([9 + turn, 2 + turn, *[0] * filled])
+            logits_BV = model(DecodeStep(token_B, position_B, torch.tensor([a, b, *spare])), cache)
+            assert logits_BV.shape == (2 + filled, config.vocab) and logits_BV.dtype == torch.float32
+            out.append(logits_BV[:2])
+        both.append(out)
+    for step, decode, filled_up in zip(*both, strict=True):
+        assert torch.equal(step, decode)
+        torch.testing.assert_close(filled_up, step)  # torch's products may sum another batch in another order

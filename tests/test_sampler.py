@@ -37,7 +37,8 @@ def logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 
 def kept(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """bool [V]: what the filters leave."""
-    return sampler._filter(logits_V[None], [params])[0].isfinite()
+    knobs = sampler.Knobs.of([params], logits_V.device)
+    return sampler._filter(logits_V[None], knobs, sampler.Level.FILTER)[0].isfinite()
 
 
 def test_greedy_takes_the_lowest_of_equal_logits() -> None:
@@ -86,20 +87,22 @@ def diagonal(key_3n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 @settings(max_examples=60, deadline=None)
 def test_noise_is_the_same_for_any_slice_of_the_vocabulary(vocab: int, cuts: list[int], seed: int) -> None:
     """Ranks that each hold a slice of the vocabulary must see the bits that one rank sees."""
-    whole = sampler.gumbel([seed, 5], [3, 4], torch.arange(vocab))
+    seed_B, position_B = torch.tensor([seed, 5]), torch.tensor([3, 4])
+    whole = sampler.gumbel(seed_B, position_B, torch.arange(vocab))
     edges = sorted({0, vocab, *(c for c in cuts if c < vocab)})
-    parts = [sampler.gumbel([seed, 5], [3, 4], torch.arange(a, b)) for a, b in pairwise(edges)]
+    parts = [sampler.gumbel(seed_B, position_B, torch.arange(a, b)) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts, 1), whole)
-    assert torch.equal(sampler.gumbel([5], [4], torch.arange(vocab))[0], whole[1])
+    assert torch.equal(sampler.gumbel(seed_B[1:], position_B[1:], torch.arange(vocab))[0], whole[1])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_noise_and_choice_do_not_depend_on_threads(threads: int) -> None:
     before = torch.get_num_threads()
-    whole = sampler.gumbel([1], [2], torch.arange(120_000))
+    one, two = torch.tensor([1]), torch.tensor([2])
+    whole = sampler.gumbel(one, two, torch.arange(120_000))
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(sampler.gumbel([1], [2], torch.arange(120_000)), whole)
+        assert torch.equal(sampler.gumbel(one, two, torch.arange(120_000)), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -148,6 +151,9 @@ MIXED = [
 ]
 
 
+RECORDED = [1040, 1373, 2257, 491, 4586, 1933, 924]
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     """Rows of different parameters in one call equal each row alone and any order of rows."""
     rows = logits(len(MIXED), 777)
@@ -162,6 +168,62 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     shuffled = sample(rows[order], [MIXED[b] for b in order], [positions[b] for b in order], seen[order]).tolist()
     assert together == alone
     assert shuffled == [together[b] for b in order]
+
+
+def test_levels_are_the_least_that_serve() -> None:
+    """And a higher level, which a neighbour in the batch may ask for, chooses the same tokens."""
+    assert [params.level.name for params in MIXED] == [
+        "GREEDY",
+        "SAMPLE",
+        "FILTER",
+        "FILTER",
+        "SAMPLE",
+        *["FILTER"] * 2,
+    ]
+    rows = logits(len(MIXED), 777).bfloat16().float()  # with equal logits
+    seen = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    found = sample(rows, MIXED, [9] * len(MIXED), seen)
+    for b, params in enumerate(MIXED):
+        for level in sampler.Level:
+            if level >= params.level:
+                knobs, one = sampler.Knobs.of([params], rows.device), slice(b, b + 1)
+                assert sampler.choose(rows[one], knobs, torch.tensor([9]), seen[one], level) == found[b]
+
+
+def test_more_rows_than_are_filtered_at_a_time() -> None:
+    count = sampler.FILTER_ROWS * 2 + 3
+    rows = logits(count, 60)
+    params = [dataclasses.replace(MIXED[b % 7], seed=b) for b in range(count)]
+    seen = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    alone = [sample(rows[b : b + 1], [params[b]], [b], seen[b : b + 1]).item() for b in range(count)]
+    assert sample(rows, params, list(range(count)), seen).tolist() == alone
+
+
+def test_recorded_tokens() -> None:
+    """Other tokens for the same seed would be another sampler: texts that people kept could not be made again."""
+    token_V, row_B1 = torch.arange(5000), torch.arange(len(MIXED))[:, None]
+    rows = ((token_V * 7919 + row_B1 * 104729) % 10007).float() / 1000  # no generator whose stream could change
+    seen = token_V % 3 == row_B1 % 3
+    assert sample(rows, MIXED, list(range(40, 40 + len(MIXED))), seen).tolist() == RECORDED
+
+
+@pytest.mark.gpu
+def test_greedy_on_a_gpu_takes_the_lowest_of_equal_logits() -> None:
+    """torch.argmax promises it; its reduction there is another one, over several blocks a row."""
+    tied = torch.randn(3, 201_088, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    tied[1, [7, 100_000, 201_087]] = 40.0
+    tied[2, [150_000, 9]] = float("nan")
+    found = sample(tied.cuda(), [SamplingParams()] * 3, [0] * 3).tolist()
+    assert found == [int((tied[0] == tied[0].max()).nonzero()[0]), 7, 201_088]
+
+
+@pytest.mark.gpu
+def test_tokens_on_a_gpu() -> None:
+    """The hash and the integer sums are the same on every device; only a logarithm's last bit could differ."""
+    rows = logits(len(MIXED), 20_000)
+    seen = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    positions = list(range(len(MIXED)))
+    assert sample(rows.cuda(), MIXED, positions, seen.cuda()).tolist() == sample(rows, MIXED, positions, seen).tolist()
 
 
 CASES = {
@@ -199,7 +261,8 @@ def test_penalty_as_transformers() -> None:
     rows = logits(3, 200)
     ids = torch.randint(0, 200, (3, 40), generator=torch.Generator().manual_seed(5))
     seen = torch.zeros(3, 200, dtype=torch.bool).scatter_(1, ids, True)
-    found = sampler._penalise(rows, [SamplingParams(repetition_penalty=1.7)] * 3, seen)
+    knobs = sampler.Knobs.of([SamplingParams(repetition_penalty=1.7)] * 3, rows.device)
+    found = sampler._penalise(rows, knobs, seen)
     assert torch.equal(found, RepetitionPenaltyLogitsProcessor(1.7)(ids, rows))
 
 

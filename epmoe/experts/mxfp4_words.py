@@ -107,13 +107,16 @@ def _blocks(word_LNPW: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def words_to_values(word, scale, WIDE: tl.constexpr, PTX: tl.constexpr):
-    """Words int16 and their scale pairs int16, of one shape → four bf16 tensors of that shape, codes j = 0..3."""
+def words_to_values(word, scale, J: tl.constexpr, WIDE: tl.constexpr, PTX: tl.constexpr):
+    """Words int16 and their scale pairs int16, of one shape → the bf16 values of code J (0 to 3), of that shape.
+
+    One code at a time, so that a large tile never holds more than a quarter of its values in registers.
+    """
+    scale = (scale >> (8 * (J // 2))) & 255
     if PTX:
-        first, second = _factor(scale & 255, WIDE), _factor((scale >> 8) & 255, WIDE)
-        return _values_ptx(word, first, second, WIDE)
+        return _value_ptx(word, _factor(scale, WIDE), J, WIDE)
     else:
-        return _values_integer(word, scale)
+        return _value_integer(word, scale, J)
 
 
 @triton.jit
@@ -126,72 +129,47 @@ def _factor(scale, WIDE: tl.constexpr):
         return ((scale + 126) << 7).to(tl.int16)
 
 
-_PTX_CODES = """
-    .reg .b32 t, u, zero;
-    mov.b32 zero, 0x80008000;
-    and.b32 $0, $4, 0x81c081c0;
-    shl.b32 t, $4, 3;
-    and.b32 $1, t, 0x81c081c0;
-    shl.b32 t, $4, 6;
-    and.b32 $2, t, 0x81c081c0;
-    shl.b32 t, $4, 1;
-    and.b32 $3, t, 0x80008000;
-    shr.b32 t, $4, 5;
-    and.b32 t, t, 0x01000100;
-    shr.b32 u, $4, 4;
-    and.b32 u, u, 0x00c000c0;
-    or.b32 $3, $3, t;
-    or.b32 $3, $3, u;
-"""
-_PTX_LIFT = """
-    mov.b32 t, 0x7e807e80;
-    fma.rn.bf16x2 $0, $0, t, zero;
-    fma.rn.bf16x2 $1, $1, t, zero;
-    fma.rn.bf16x2 $2, $2, t, zero;
-    fma.rn.bf16x2 $3, $3, t, zero;
-"""
-_PTX_SCALE = """
-    fma.rn.bf16x2 $0, $0, $5, zero;
-    fma.rn.bf16x2 $1, $1, $5, zero;
-    fma.rn.bf16x2 $2, $2, $6, zero;
-    fma.rn.bf16x2 $3, $3, $6, zero;
-"""
+# $1 holds two words, $2 two factors; the code's bits come to their places in $0
+_PTX_BITS = (
+    "and.b32 $0, $1, 0x81c081c0;",
+    "shl.b32 $0, $1, 3; and.b32 $0, $0, 0x81c081c0;",
+    "shl.b32 $0, $1, 6; and.b32 $0, $0, 0x81c081c0;",
+    "shl.b32 $0, $1, 1; and.b32 $0, $0, 0x80008000;"
+    "shr.b32 t, $1, 5; and.b32 t, t, 0x01000100; or.b32 $0, $0, t;"
+    "shr.b32 t, $1, 4; and.b32 t, t, 0x00c000c0; or.b32 $0, $0, t;",
+)
+# An exact product: fma with −0, since mul.bf16x2 does not exist on sm_80
+_PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
+_PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
+_PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
+_PTX_SCALE = _PTX_TIMES.format(factor="$2") + "}"
+_PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
+_PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
-_PTX_NARROW = tl.constexpr("{" + _PTX_CODES + _PTX_SCALE + "}")
-_PTX_WIDE = tl.constexpr("{" + _PTX_CODES + _PTX_LIFT + _PTX_SCALE + "}")
 
 
 @triton.jit
-def _values_ptx(word, first, second, WIDE: tl.constexpr):
-    """Two words a register, so that each instruction serves two; 11 for the bits of eight values and 4 or 8 products.
-
-    `fma` with −0 is an exact product and, unlike `mul.bf16x2`, also runs on sm_80.
-    """
+def _value_ptx(word, factor, J: tl.constexpr, WIDE: tl.constexpr):
+    """Two words a register, so that each instruction serves two: 2 to 9 for the bits and one or two products."""
     return tl.inline_asm_elementwise(
-        _PTX_WIDE if WIDE else _PTX_NARROW,
-        "=&r,=&r,=&r,=&r,r,r,r",
-        [word, first, second],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        _PTX_WIDE[J] if WIDE else _PTX_NARROW[J],
+        "=&r,r,r",
+        [word, factor],
+        dtype=tl.bfloat16,
         is_pure=True,
         pack=2,
     )
 
 
 @triton.jit
-def _values_integer(word, scale):
-    """What `_values_ptx` computes, in Triton's own operations: for the interpreter and for devices without PTX."""
+def _value_integer(word, scale, J: tl.constexpr):
+    """What `_value_ptx` computes, in Triton's own operations: for the interpreter and for devices without PTX.
+
+    In float32, whose exponent has the same width as bf16's.
+    """
     word = word.to(tl.int32)
-    first, second = scale & 255, (scale >> 8) & 255
-    value0 = _value(word, first)
-    value1 = _value(word << 3, first)
-    value2 = _value(word << 6, second)
-    value3 = _value(((word << 1) & 0x8000) | ((word >> 5) & 0x100) | ((word >> 4) & 0xC0), second)
-    return value0, value1, value2, value3
-
-
-@triton.jit
-def _value(bits, scale):
-    """The code at bits 15 and 8 to 6, times 2^(scale − 127); in float32, whose exponent is as wide as bf16's."""
+    fourth = ((word << 1) & 0x8000) | ((word >> 5) & 0x100) | ((word >> 4) & 0xC0)
+    bits = word << (3 * J) if J < 3 else fourth
     small = (((bits & 0x8000) << 16) | ((bits & 0x1C0) << 16)).to(tl.float32, bitcast=True)
     scale = scale.to(tl.int32)
     factor = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))

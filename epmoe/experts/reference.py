@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 
 from epmoe.experts import GatedActivation
+from epmoe.profile import named
 from epmoe.quant import FORMATS, ExpertMatrix, ExpertWeights
 from epmoe.router import Dispatch
 
@@ -69,10 +70,12 @@ class ReferenceExperts:
             gate_up_NH, down_HI = self._values(expert)
             for slot_M in dispatch.slot_R[start:stop].long().split(TILE):
                 x_MH = _padded(x_TH[slot_M // top_k].float())
-                gate_up_MN = x_MH @ gate_up_NH.T + self.weights.gate_up_bias_LN[expert].float()
-                h_MI = gated(gate_up_MN, self.activation)
-                y_MH = (h_MI @ down_HI.T + self.weights.down_bias_LH[expert].float())[: len(slot_M)]
-                y_SH[slot_M] = (y_MH * weight_S[slot_M, None]).to(x_TH.dtype)
+                with named("gate_up"):
+                    gate_up_MN = x_MH @ gate_up_NH.T + self.weights.gate_up_bias_LN[expert].float()
+                    h_MI = gated(gate_up_MN, self.activation)
+                with named("down"):
+                    y_MH = (h_MI @ down_HI.T + self.weights.down_bias_LH[expert].float())[: len(slot_M)]
+                    y_SH[slot_M] = (y_MH * weight_S[slot_M, None]).to(x_TH.dtype)
         return y_SH.view(tokens, top_k, hidden)
 
     def _values(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

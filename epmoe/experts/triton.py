@@ -20,6 +20,7 @@ from epmoe.experts import GatedActivation
 from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
+from epmoe.profile import named
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
@@ -109,8 +110,10 @@ class TritonExperts:
 
     def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
-        h_RI = gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
-        return down(h_RI, self.down, self.down_bias_LH, dispatch)
+        with named("gate_up"):
+            h_RI = gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
+        with named("down"):
+            return down(h_RI, self.down, self.down_bias_LH, dispatch)
 
 
 def gate_up(

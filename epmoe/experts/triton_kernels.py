@@ -158,11 +158,11 @@ def _product(
         word = tl.load(word_BQ, real_B & (pair * 16 + q_Q < pairs * 16)[None, :], other=0)
         scale = tl.load(scale_BP, real_B & (pair + p_P < pairs)[None, :], other=0)
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (B, PAIRS, 16)), (B, Q))
-        values = words_to_values(word, scale, WIDE, PTX)
         for j in tl.static_range(4):
+            values = words_to_values(word, scale, j, WIDE, PTX)
             inside_Q = pair * 64 + 16 * j + column_Q < COLUMNS
             x = tl.load(x_QM + 16 * j, inside_Q[:, None] & used_M[None, :], other=0)
-            acc_BM = tl.dot(values[j].to(DOT), x.to(DOT), acc_BM, input_precision="ieee")
+            acc_BM = tl.dot(values.to(DOT), x.to(DOT), acc_BM, input_precision="ieee")
         word_BQ += Q
         scale_BP += PAIRS * rows
         x_QM += PAIRS * 64

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from epmoe.attention import Attention, Rope, Rotary, product_f32
-from epmoe.cache import Cache, Plan, Step
+from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
 from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
+from epmoe.profile import named
 
 # Columns of the vocabulary projection that are multiplied at a time.
 VOCAB_CHUNK = 32768
@@ -127,7 +128,8 @@ class Block(nn.Module):
         plan: Plan,
     ) -> torch.Tensor:
         """[T, H] → [T, H]; the last three arguments are those of `Attention.forward`."""
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_sin, cached, plan)
+        with named("attention"):
+            x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_sin, cached, plan)
         return x_TH + self.moe(self.moe_norm(x_TH))
 
 
@@ -149,18 +151,24 @@ class GptOss(nn.Module):
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
 
-    def forward(self, step: Step, cache: Cache) -> torch.Tensor:
+    def forward(self, step: Step | DecodeStep, cache: Cache) -> torch.Tensor:
         """Logits of the rows `step.output_O`, [O, V] float32; the step's keys and values are in `cache` afterwards.
+
+        A DecodeStep gives the logits of all its rows, [B, V]; on a GPU nothing of it waits, so it can be captured.
 
         A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
         same bits.
         """
         plans = cache.plan(step)
-        cos_sin = self.rotary(step.position_T)
-        x_TH = self.embedding(step.token_T)
+        if isinstance(step, DecodeStep):
+            token_T, position_T, output_O = step.token_B, step.position_B, None
+        else:
+            token_T, position_T, output_O = step.token_T, step.position_T, step.output_O
+        cos_sin = self.rotary(position_T)
+        x_TH = self.embedding(token_T)
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             x_TH = block(x_TH, cos_sin, cache.layer(index), plans[window])
-        return self._logits(self.norm(x_TH[step.output_O]))
+        return self._logits(self.norm(x_TH if output_O is None else x_TH[output_O]))
 
     def _logits(self, x_OH: torch.Tensor) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight

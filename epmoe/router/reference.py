@@ -13,6 +13,7 @@ An example: T = 2, K = 2, experts 2 and 3 live here as local 0 and 1 (L = 2).
 
 import torch
 
+from epmoe.profile import named
 from epmoe.router import Dispatch
 
 
@@ -30,7 +31,13 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         num_local: L.
     """
     expert_TK, weight_TK = choose(logits_TE, top_k)
-    local_S = local_E[expert_TK.flatten().long()]
+    with named("dispatch"):
+        offset_L1, slot_R, row_S = index(local_E[expert_TK.flatten().long()], num_local)
+    return Dispatch(expert_TK, weight_TK, offset_L1, slot_R, row_S, num_experts=logits_TE.shape[1])
+
+
+def index(local_S: torch.Tensor, num_local: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`Dispatch`'s offset_L1, slot_R and row_S, from the local expert of each slot (-1: another rank's)."""
     # Other ranks' slots get key L, so that a stable sort puts them last and keeps slots in order within an expert.
     key_S = torch.where(local_S < 0, num_local, local_S)
     sorted_R, slot_R = key_S.sort(stable=True)
@@ -41,14 +48,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     rank_R = torch.arange(slots, device=key_S.device)
     used_R = sorted_R < num_local
     row_S = torch.empty_like(slot_R).scatter_(0, slot_R, torch.where(used_R, rank_R, -1))
-    return Dispatch(
-        expert_TK=expert_TK,
-        weight_TK=weight_TK,
-        offset_L1=offset_L1,
-        slot_R=torch.where(used_R, slot_R, slots).int(),
-        row_S=row_S.int(),
-        num_experts=logits_TE.shape[1],
-    )
+    return offset_L1, torch.where(used_R, slot_R, slots).int(), row_S.int()
 
 
 def choose(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from epmoe.errors import UserError
+from epmoe.profile import named
 from epmoe.router import Dispatch
 
 # A tile [BLOCK_T, E] has at most 8192 elements, 16 to a thread: compiled for sm_90 that spills nothing (32 to a thread
@@ -67,7 +68,8 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     slot_R = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
     row_S = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
     index = (offset_L1, slot_R, row_S)
-    _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, E=experts, K=top_k, **tile)
+    with named("dispatch"):
+        _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, E=experts, K=top_k, **tile)
     return Dispatch(expert_TK, weight_TK, *index, num_experts=experts)
 
 

@@ -1,0 +1,255 @@
+"""Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
+
+Letters: T tokens of a step · B sequences that decode · P spans, sequences that bring several tokens · E query heads ·
+J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a layer's cache.
+
+A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for
+every SPLIT positions that the sequences can have together. Nothing waits for the device, and the grids of a decode
+follow B and the cache's capacity only: it fits a CUDA graph. A row's result does not depend on the batch
+(attention_kernels.py, Order).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from epmoe.attention_kernels import combine_kernel, decode_kernel, prefill_kernel, rotate_kernel, store_kernel
+from epmoe.cache import Decode, PagedRows, Plan, RingRows
+
+# Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
+# again, are few. It sets the order of summation, so it is one number for all batches and lengths.
+SPLIT = 256
+# Splits that the combining kernel adds at a time.
+SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`queries` (tokens × heads of a group, padded) × `positions` a block."""
+
+    queries: int
+    positions: int
+    warps: int
+    stages: int
+    programs: int = 0  # a multiprocessor; only a decode's grid follows it
+
+
+DECODE: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=16, positions=64, warps=4, stages=3, programs=4),
+    torch.float32: Tile(queries=16, positions=32, warps=4, stages=2, programs=4),
+}
+PREFILL: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=128, positions=64, warps=8, stages=3),
+    # For comparison, not for speed: float32 has no exact tensor core product.
+    torch.float32: Tile(queries=32, positions=32, warps=4, stages=2),
+}
+
+
+def cached_attention(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    sink_E: torch.Tensor,
+) -> torch.Tensor:
+    """As `attention.cached_attention`: rotate, attend to [cached | new], write keys and values; [T, E, D].
+
+    bfloat16 or float32, the cache in the same dtype; the tokens of q, k and v may stand apart by any stride.
+    """
+    _check(q_TED, k_TJD, v_TJD, cos_sin, cached, sink_E)
+    out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
+    if plan.decode is not None:
+        _decode(q_TED, k_TJD, v_TJD, cos_sin, cached, plan.decode, sink_E, out_TED)
+    if plan.prefills:
+        _prefill(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, sink_E, out_TED)
+    return out_TED
+
+
+def _decode(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    decode: Decode,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
+) -> None:
+    """One launch for a window within SPLIT, else two."""
+    (_, heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
+    tile, layout = DECODE[q_TED.dtype], _layout(decode.pool)
+    tiles = most_tiles(decode.pool, rows)
+    single = tiles == rows  # no sequence has more than one split
+    part = torch.empty(0 if single else tiles * heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
+    parts = part.split([tiles * heads * head_dim, tiles * heads, tiles * heads]) if not single else (part,) * 3
+    shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
+        q_TED,
+        k_TJD,
+        v_TJD,
+        *cos_sin,
+        decode.token_B,
+        decode.position_B,
+        decode.sequence_B,
+        layout.table,
+        *cached,
+        sink_E,
+        out_TED,
+        *parts,
+        rows,
+        q_TED.stride(0),
+        k_TJD.stride(0),
+        v_TJD.stride(0),
+        layout.table_stride,
+        cached[0].shape[1],
+        _scale(head_dim),
+        J=kv_heads,
+        G=heads // kv_heads,
+        PAGE=layout.page,
+        M=max(tile.queries, triton.next_power_of_2(heads // kv_heads)),
+        N=tile.positions,
+        **shared,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if not single:
+        combine_kernel[(rows, heads)](
+            decode.token_B, decode.position_B, sink_E, *parts, out_TED, rows, E=heads, S=SPLITS, **shared, num_warps=2
+        )
+
+
+def _prefill(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
+) -> None:
+    """All spans in three launches: rotate the keys, attend, and write only then, since a ring forgets."""
+    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    tile, layout, span_P4 = PREFILL[q_TED.dtype], _layout(plan.prefills[0].pool), plan.span_P4
+    group = triton.next_power_of_2(heads // kv_heads)
+    queries = max(tile.queries, group)
+    counts = [prefill.end - prefill.begin for prefill in plan.prefills]
+    sizes = {"J": kv_heads, "D": head_dim, "DP": _padded(head_dim)}
+    spans = {"SPANS": _bucket(len(counts)), "PAGE": layout.page, "WINDOW": layout.window}
+
+    turned_TJD = torch.empty(k_TJD.shape, dtype=k_TJD.dtype, device=k_TJD.device)
+    grid = (triton.cdiv(tokens * kv_heads, 64),)
+    rotate_kernel[grid](k_TJD, *cos_sin, turned_TJD, tokens, k_TJD.stride(0), M=64, **sizes)
+    prefill_kernel[(sum(triton.cdiv(count, queries // group) for count in counts), kv_heads)](
+        q_TED,
+        turned_TJD,
+        v_TJD,
+        *cos_sin,
+        span_P4,
+        layout.table,
+        *cached,
+        sink_E,
+        out_TED,
+        len(counts),
+        q_TED.stride(0),
+        v_TJD.stride(0),
+        layout.table_stride,
+        cached[0].shape[1],
+        _scale(head_dim),
+        G=heads // kv_heads,
+        M=queries,
+        GP=group,
+        N=tile.positions,
+        **sizes,
+        **spans,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    store_kernel[(sum(triton.cdiv(count, 64) for count in counts), kv_heads)](
+        turned_TJD,
+        v_TJD,
+        span_P4,
+        layout.table,
+        *cached,
+        len(counts),
+        v_TJD.stride(0),
+        layout.table_stride,
+        cached[0].shape[1],
+        M=64,
+        **sizes,
+        **spans,
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the kernels turn (sequence, position) into a row."""
+
+    table: torch.Tensor | None  # int32 [sequences, pages]
+    table_stride: int
+    page: int  # rows of a page, or of a ring
+    window: int  # 0: none
+
+
+def _layout(pool: PagedRows | RingRows) -> _Layout:
+    if isinstance(pool, RingRows):
+        return _Layout(None, 0, pool.ring, pool.window)
+    return _Layout(pool.table, pool.table.stride(0), pool.page, 0)
+
+
+def most_tiles(pool: PagedRows | RingRows, rows: int) -> int:
+    """The most splits that `rows` sequences can have together, whatever their lengths."""
+    if isinstance(pool, RingRows):
+        return rows * triton.cdiv(pool.window, SPLIT)
+    whole = pool.pages * pool.page
+    # Sequences share the pages, and each may have one split that is not full; the spare one has one position.
+    return min(rows * triton.cdiv(whole, SPLIT), whole // SPLIT + rows)
+
+
+def _check(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    sink_E: torch.Tensor,
+) -> None:
+    """What the kernels take for granted."""
+    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    assert q_TED.dtype in DECODE, f"attention's kernels compute in bfloat16 or float32, not {q_TED.dtype}"
+    assert k_TJD.shape == v_TJD.shape == (tokens, kv_heads, head_dim) and heads % kv_heads == 0 and head_dim % 2 == 0
+    for x in (q_TED, k_TJD, v_TJD):
+        assert x.dtype == q_TED.dtype and x.stride()[1:] == (head_dim, 1)
+    for store_JRD in cached:
+        assert store_JRD.dtype == q_TED.dtype and store_JRD.is_contiguous()
+        assert store_JRD.shape[0] == kv_heads and store_JRD.shape[2] == head_dim
+    for turn_TF in cos_sin:
+        assert turn_TF.dtype == torch.float32 and turn_TF.is_contiguous() and turn_TF.shape == (tokens, head_dim // 2)
+    assert sink_E.shape == (heads,) and sink_E.is_contiguous()
+
+
+def _scale(head_dim: int) -> float:
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _bucket(count: int) -> int:
+    """A length of the kernels' vectors: 64, 256, 1024 ...; few, since each compiles a kernel."""
+    length = 64
+    while length < count:
+        length *= 4
+    return length
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # In the interpreter, few enough that a program does several splits.
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

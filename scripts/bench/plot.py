@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Time of a decode step against the batch, a curve for each number of ranks, each with its floor as a dashed line.
+
+    python -m epmoe.bench size=20b | tee -a runs.log
+    torchrun --nproc-per-node 2 -m epmoe.bench size=20b | tee -a runs.log
+    scripts/bench/plot.py steps.svg runs.log ...           (or steps.png)
+
+Reads the lines of JSON that epmoe.bench ends in and passes over everything else, so logs can be given as they are. A
+panel for each model; where runs of a model on as many ranks repeat, the last one counts. Needs matplotlib
+(`pip install 'epmoe[bench]'`).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path, help="written; its name ends in .svg or .png")
+    parser.add_argument("logs", type=Path, nargs="+", help="output of epmoe.bench")
+    options = parser.parse_args()
+    if options.picture.suffix not in (".svg", ".png"):
+        sys.exit(f"scripts/bench/plot.py: {options.picture} must end in .svg or .png")
+    try:
+        text = [line for file in options.logs for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        sys.exit(f"scripts/bench/plot.py: {error.filename} cannot be read: {error.strerror}")
+    panels = group(records(text))
+    if not panels:
+        sys.exit(f"scripts/bench/plot.py: no line of epmoe.bench in {', '.join(map(str, options.logs))}")
+    draw(panels, options.picture)
+
+
+def records(lines: Iterable[str]) -> list[Record]:
+    """The results of epmoe.bench among the lines of its output."""
+    found = []
+    for line in lines:
+        if line.startswith("{"):
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:  # another program's output
+                continue
+            if value.get("bench") == "model":
+                found.append(value)
+    return found
+
+
+def group(runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """{model: {number of ranks: its last run}}, ranks ascending."""
+    panels: dict[str, dict[int, Record]] = {}
+    for run in runs:
+        panels.setdefault(run["model"], {})[run["ranks"]] = run
+    return {model: dict(sorted(panel.items())) for model, panel in panels.items()}
+
+
+def draw(panels: dict[str, dict[int, Record]], picture: Path) -> None:
+    """Both axes are logarithmic, so that equal distances to the floor are equal ratios."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "epmoe"  # the same runs give the same bytes
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, (model, panel) in zip(axes[0], panels.items(), strict=True):
+        for index, (ranks, run) in enumerate(panel.items()):
+            rows = sorted(run["decode"], key=lambda row: row["batch"])
+            batches, color = [row["batch"] for row in rows], f"C{index}"
+            label = f"{ranks} rank{'s' if ranks > 1 else ''}"
+            axis.plot(batches, [row["ms"] for row in rows], "o-", color=color, label=label)
+            axis.plot(batches, [row["floor_ms"] for row in rows], "--", color=color, linewidth=1)
+        ticks = sorted({row["batch"] for run in panel.values() for row in run["decode"]})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(which="both", alpha=0.25)
+        axis.set_xlabel("sequences that decode together")
+        axis.set_ylabel("ms a step")
+        handles, labels = axis.get_legend_handles_labels()
+        floor = Line2D([], [], linestyle="--", color="gray", linewidth=1)
+        axis.legend([*handles, floor], [*labels, "floor: bytes to read"], loc="upper left")
+        last = list(panel.values())[-1]
+        axis.set_title(
+            f"{model}, {last['device']}, {last['dtype']}, prompt {last['prompt_tokens']}\n"
+            f"torch {last['torch']}, triton {last['triton']}",
+            fontsize="medium",
+        )
+    figure.tight_layout()
+    figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Decode steps in static buffers, as CUDA graphs or not: same tokens, nothing compiled late, no wait without a bound.
+
+On the CPU the step is called where a GPU replays it: the same function, with the same buckets and spare rows.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from signal import SIGKILL, SIGSTOP, Signals
+from typing import Any
+
+import pytest
+import torch
+from bitwise_run import requests as bitwise_requests
+from spawn import commands, run_ranks
+from steps import make_step
+
+from epmoe import attention, sampler
+from epmoe.checkpoint import Checkpoint
+from epmoe.engine import Engine, Request, Result
+from epmoe.errors import UserError
+from epmoe.graphs import buckets, choose_graphs
+from epmoe.load import DTYPES, LoadReport, load
+from epmoe.memory import fit_cache
+from epmoe.ranks import Ranks
+from epmoe.sampler import SamplingParams
+from epmoe.synthetic import make_checkpoint
+from epmoe.transfer import Arrival, NoArrival
+
+EOS = range(40, 60)  # a random model seldom says the checkpoint's own
+STOP = 7  # the text layer's stop strings are this, to the engine: a token at which the callback says stop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Small, with the head dimension of the published models."""
+    shape: dict[str, Any] = {"hidden": 192, "heads": 6, "head_dim": 64, "experts": 8, "top_k": 3}
+    return str(make_checkpoint(tmp_path_factory.mktemp("graphs"), **shape))
+
+
+def rank_on(device: str) -> Ranks:
+    return Ranks(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+
+
+def build(mine: Ranks, checkpoint: str, asked: Sequence[Request], **limits: Any) -> Engine:
+    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine="slots")
+    needs = [request.cached(model.config.max_positions) for request in asked]
+    settings: dict[str, Any] = {"max_batch": 5, "prefill_chunk": 16, **limits}
+    cache = fit_cache(
+        model.config, needs, mine, dtype=DTYPES[report.dtype], page=4, max_batch=int(settings["max_batch"])
+    )
+    return Engine(model, cache, mine, eos_ids=EOS, **settings)
+
+
+def mixed() -> list[Request]:
+    """Greedy and sampled, short and beyond the window, more than run at a time; some end by eos, some by length."""
+    found = []
+    for index, request in enumerate(bitwise_requests(300) * 2):
+        kind = request.params
+        changed = {"max_new_tokens": 4 + 5 * (index % 5), "logprobs": index % 3, "ignore_eos": index % 4 == 3}
+        params = SamplingParams(**{**vars(kind), **changed, "seed": kind.seed + index})
+        found.append(Request(request.ids[index // 6 :] or (index,), params))
+    return found
+
+
+def stop_at(shown: dict[int, list[int]]) -> Any:
+    """A callback that records, and stops some requests as a stop string does."""
+
+    def on_token(index: int, token: int) -> bool:
+        shown.setdefault(index, []).append(token)
+        return index % 2 == 0 and token % 16 == STOP
+
+    return on_token
+
+
+def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ...], str]:
+    """A request alone, a Step a token, the sampler with parameters on the host: what the engine did before."""
+    cache, params, ids = engine.cache, request.params, list(request.ids)
+    handle = cache.admit(request.cached(engine.max_positions))
+    new, cached = list(request.ids), 0
+    seen = torch.zeros(1, engine.vocab, dtype=torch.bool)
+    while True:
+        with torch.inference_mode():
+            logits = engine.model(make_step([(handle, new, cached)], every=False), cache)
+        seen[0, ids] = True
+        token = int(sampler.sample(logits, [params], [len(ids)], seen))
+        cached, new = len(ids), [token]
+        ids.append(token)
+        reason = "length" if len(ids) == request.length(engine.max_positions) else ""
+        if token in EOS and not params.ignore_eos:
+            reason = "eos"
+        elif index % 2 == 0 and token % 16 == STOP:
+            reason = "stop"
+        if reason:
+            cache.release(handle)
+            return tuple(ids[len(request.ids) :]), reason
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch": 1}, {"max_batch": 12, "prefill_chunk": 500}], ids=str)
+def test_same_tokens_as_one_request_after_the_other(checkpoint: str, limits: dict[str, int]) -> None:
+    """Requests join and leave, batches are filled up to buckets, ids are read a step late: no token changes."""
+    asked = mixed()
+    engine = build(rank_on("cpu"), checkpoint, asked, **limits)
+    shown: dict[int, list[int]] = {}
+    results = engine.generate(asked, stop_at(shown))
+    expected = [by_hand(engine, index, request) for index, request in enumerate(asked)]
+    assert [(result.ids, result.finish_reason) for result in results] == expected
+    assert {reason for _, reason in expected} == {"eos", "stop", "length"}
+    for index, result in enumerate(results):  # not even a callback sees the token of the step after the end
+        assert tuple(shown.get(index, ())) == (result.ids[:-1] if result.finish_reason == "eos" else result.ids)
+        assert len(result.logprobs) == (len(result.ids) if asked[index].params.logprobs else 0)
+    assert not engine.cache.reserved
+    again = engine.generate(asked, stop_at({}))  # the same buffers, with what the first run left in them
+    assert [(each.ids, each.logprobs) for each in again] == [(each.ids, each.logprobs) for each in results]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 64, 65, 100, 256, 1000])
+def test_buckets(most: int) -> None:
+    sizes = buckets(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most
+    assert all(larger <= max(2 * size, size + size // 4 + 8) for size, larger in pairwise(sizes))
+    assert {1, 2, 4, 8, 16, 24, 64} & set(range(most)) <= set(sizes)
+
+
+@pytest.mark.parametrize("level", sampler.Level)
+def test_the_sampler_never_looks_at_values(level: sampler.Level) -> None:
+    """On the meta device there are none: whatever would wait for a GPU fails here."""
+    meta = torch.device("meta")
+    knobs = sampler.Knobs(
+        torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
+    )
+    seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
+    position = torch.empty(40, dtype=torch.int64, device=meta)
+    assert sampler.choose(torch.empty(40, 300, device=meta), knobs, position, seen, level).shape == (40,)
+
+
+def report(**names: str) -> LoadReport:
+    chosen = {"quant": "mxfp4", "experts": "triton", "router": "triton", "combine": "slots", "dtype": "bfloat16"}
+    return LoadReport(bytes_read=0, seconds=0.0, **(chosen | names))
+
+
+def test_graphs_are_chosen_where_they_can_be(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    cuda, cpu = Ranks(0, 1, 0, 1, torch.device("cuda", 0)), rank_on("cpu")
+    assert choose_graphs("auto", cuda, report()) and choose_graphs("true", cuda, report())
+    assert not choose_graphs("false", cuda, report()) and not choose_graphs("false", cpu, report())
+    assert not choose_graphs("auto", cpu, report())
+    assert not choose_graphs("auto", cuda, report(experts="reference"))
+    assert capsys.readouterr().err.splitlines() == [
+        "epmoe: graphs=true (auto)",
+        "epmoe: graphs=false (auto: experts=reference)",
+    ]
+    with pytest.raises(UserError, match=r"runtime\.graphs=true is not possible with router=reference"):
+        choose_graphs("true", cuda, report(router="reference"))
+    with pytest.raises(UserError, match=r"with runtime\.device=cpu"):
+        choose_graphs("true", cpu, report())
+    monkeypatch.setattr(attention, "REFERENCE_ONLY", True)
+    assert not choose_graphs("auto", cuda, report())
+
+
+def test_a_wait_has_a_bound() -> None:
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    arrival = Arrival([torch.zeros(1)])
+    never: Any = Never()
+    arrival.event = never
+    begin = time.monotonic()
+    with pytest.raises(NoArrival, match=r"within 0\.2 s \(runtime\.timeout_s\)"):
+        arrival.wait(0.2)
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
+# On GPUs
+
+
+def outcome(results: Sequence[Result]) -> list[Any]:
+    return [(each.ids, each.finish_reason, each.logprobs) for each in results]
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token(checkpoint: str) -> None:
+    """Nor a log-probability's last bit: both run the same kernels on the same shapes. Twice, for what is left over."""
+    asked = mixed()
+    eager = build(rank_on("cuda"), checkpoint, asked)
+    expected = outcome(eager.generate(asked, stop_at({})))
+    assert {reason for _, reason, _ in expected} == {"eos", "stop", "length"}
+    graphs = build(rank_on("cuda"), checkpoint, asked, graphs=True)
+    for _ in range(2):
+        assert outcome(graphs.generate(asked, stop_at({}))) == expected
+    assert graphs.graphs.graphs and not eager.graphs.graphs
+    graphs.graphs.close()  # as at the end of a group; the next run captures anew
+    assert outcome(graphs.generate(asked, stop_at({}))) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_nothing_compiles_and_nothing_is_captured_after_prepare(
+    checkpoint: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts kernels that Triton compiles or loads from its cache; another prompt length, batch or end brings none."""
+    import triton
+
+    compiled: list[str] = []
+    captured: list[str] = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def count(*args: Any, **keys: Any) -> None:
+        captured.append(str(keys))
+        begin(*args, **keys)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", count)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *args, **keys: compiled.append(str(keys)))
+    asked = mixed()
+    engine = build(rank_on("cuda"), checkpoint, asked, graphs=graphs)
+    engine.prepare(asked)
+    assert bool(captured) == graphs
+    compiled.clear()
+    captured.clear()
+    engine.generate(asked, stop_at({}))
+    engine.generate(asked[::-1])
+    engine.generate(asked[3:9])
+    assert not compiled and not captured
+
+
+@pytest.mark.gpu
+def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
+    """The host may not wait for the device between two steps, with another batch neither."""
+    asked = mixed()
+    engine = build(rank_on("cuda"), checkpoint, asked, graphs=True)
+    engine.prepare(asked)
+    with torch.inference_mode():
+        handles = [engine.cache.admit(30) for _ in range(3)]
+        for handle, request in zip(handles, asked, strict=False):
+            engine.state.admit(handle, request.ids, request.params)
+        variants = sorted({variant for _, variant in engine.graphs.ready})
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            arrivals = [Arrival([engine.graphs.launch(handles[:n], v)]) for v in variants for n in (3, 2, 1)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for arrival in arrivals:
+            assert int(arrival.wait(10)[0].max()) < engine.vocab
+
+
+@pytest.mark.gpu
+def test_a_step_that_does_not_end_is_given_up() -> None:
+    arrival_of = torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # about two seconds
+    arrival = Arrival([arrival_of])
+    with pytest.raises(NoArrival):
+        arrival.wait(0.3)
+    assert arrival.wait(60)[0].tolist() == [1]
+
+
+def run(mine: Ranks, checkpoint: str, graphs: bool) -> list[Any]:
+    asked = mixed()
+    return outcome(build(mine, checkpoint, asked, graphs=graphs).generate(asked, stop_at({})))
+
+
+@pytest.mark.multigpu
+def test_graphs_on_two_gpus_give_the_bits_of_one(checkpoint: str) -> None:
+    """Ids and log-probabilities; the group also ends, which it would not while a graph holds its collectives."""
+    (one,) = run_ranks(run, 1, checkpoint, True, timeout=240, device="cuda")
+    for graphs in (True, False):
+        found = run_ranks(run, 2, checkpoint, graphs, timeout=240, device="cuda")
+        assert found[0] == found[1] == one
+
+
+def generate(*keys: str) -> None:
+    from epmoe.generate import generate as body
+
+    sys.argv[1:] = list(keys)
+    body()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("number", [SIGKILL, SIGSTOP])
+def test_lost_rank_is_named_while_graphs_run(number: Signals, tmp_path: Path) -> None:
+    """The collectives in a graph wait for ever; the watch ends the other rank within the bound."""
+    place = make_checkpoint(tmp_path / "long", max_position=65536)
+    keys = [f"checkpoint={place}", "prompt=x", "max_new_tokens=60000", "sampling.ignore_eos=true"]
+    keys += ["runtime.device=cuda", "runtime.graphs=true", "runtime.timeout_s=20"]
+    with commands(generate, 2, *keys, folder=tmp_path, env={"PYTHONUNBUFFERED": "1"}) as started:
+        deadline = time.monotonic() + 120
+        while len(started[0].stdout) < 20:
+            assert time.monotonic() < deadline and started[0].process.is_alive(), started[0].stderr
+            time.sleep(0.05)
+        assert "decode steps captured" in started[0].stderr
+        begin = time.monotonic()
+        started[1].signal(number)
+        assert started[0].wait(25) == 1
+        assert time.monotonic() - begin < (10 if number == SIGKILL else 20)
+        assert any(line.startswith("epmoe: rank 1 ") for line in started[0].stderr.splitlines())
+
+
+@pytest.mark.gpu
+def test_the_command_gives_the_same_text_with_and_without_graphs(checkpoint: str, tmp_path: Path) -> None:
+    texts = []
+    for graphs in ("true", "false"):
+        output = tmp_path / f"{graphs}.jsonl"
+        keys = [f"checkpoint={checkpoint}", "prompt=some text", f"output={output}", f"runtime.graphs={graphs}"]
+        with commands(generate, 1, *keys, "max_new_tokens=20", folder=tmp_path) as started:
+            assert started[0].wait(120) == 0, started[0].stderr
+            texts.append(started[0].stdout)
+        assert os.path.getsize(output)
+    assert texts[0] == texts[1]
