@@ -56,6 +56,7 @@ class DecodeStep:
     token_B: torch.Tensor  # int64
     position_B: torch.Tensor  # int64, the token's; as many positions are cached before it
     sequence_B: torch.Tensor  # int64, the cache's handles
+    part: tuple[int, int] | None = None  # first and last + 1 of the vocabulary's ids whose logits are wanted; None: all
 
 
 @dataclass(frozen=True)

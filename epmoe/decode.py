@@ -18,7 +18,7 @@ import torch
 from epmoe.cache import Cache, DecodeStep, Step
 from epmoe.profile import named
 from epmoe.ranks import Ranks
-from epmoe.sampler import Knobs, Level, SamplingParams, choose
+from epmoe.sampler import Knobs, Level, SamplingParams, choose, join_largest, largest
 from epmoe.transfer import to_device
 
 
@@ -26,6 +26,7 @@ class Model(Protocol):
     """What the engine needs of a model (epmoe/models/__init__.py)."""
 
     config: Any  # vocab, max_positions
+    vocab_chunk: int
 
     def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor: ...
 
@@ -59,17 +60,27 @@ class State:
             self.seen_SV[handle].index_fill_(0, to_device(ids, torch.int64, device), True)
 
     def choose(
-        self, logits_BV: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor, level: Level
+        self,
+        logits_BV: torch.Tensor,
+        sequence_B: torch.Tensor,
+        position_B: torch.Tensor,
+        level: Level,
+        part: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """The next ids [B], at `position_B` of the sequences, and the state after them; a collective.
 
-        They are expert rank 0's on every rank. V, where the logits are NaN, is for the host to see; the state gets an
+        They are the same on every rank: those of expert rank 0, or what all ranks find together when each has the
+        logits of its `part` of the vocabulary. V, where the logits are NaN, is for the host to see; the state gets an
         id that the model can take until then.
         """
         with named("sample"):
-            seen_BV = None if self.seen_SV is None or level < Level.FILTER else self.seen_SV[sequence_B]
-            id_B = choose(logits_BV, self.knobs_S[sequence_B], position_B, seen_BV, level)
-            self.ranks.broadcast(id_B)
+            if part:
+                assert level == Level.GREEDY
+                id_B = join_largest(self.ranks.stack(largest(logits_BV, part[0])), self.vocab)
+            else:
+                seen_BV = None if self.seen_SV is None or level < Level.FILTER else self.seen_SV[sequence_B]
+                id_B = choose(logits_BV, self.knobs_S[sequence_B], position_B, seen_BV, level)
+                self.ranks.broadcast(id_B)
         token_B = id_B.clamp(max=self.vocab - 1)
         if self.seen_SV is not None:
             self.seen_SV.index_put_((sequence_B, token_B), self.true)
@@ -86,8 +97,22 @@ class Variant(NamedTuple):
     logits: bool  # keep them for log-probabilities
 
 
+def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
+    """A rank's run of whole chunks of the vocabulary; None when there is nothing to share, or too little.
+
+    >>> [vocabulary_part(100, 16, rank, 3) for rank in range(3)]
+    [(0, 32), (32, 64), (64, 100)]
+    """
+    chunks = -(-vocab // chunk)
+    if size == 1 or chunks < size:
+        return None
+    return chunks * rank // size * chunk, min(chunks * (rank + 1) // size * chunk, vocab)
+
+
 class Decoder:
     """The decode step over buffers that stay where they are: rows in `sequence_M`, ids and logits out.
+
+    Where all rows are greedy and nobody wants logits, each rank projects to its part of the vocabulary only.
 
     Args:
         rows: M, the most rows of a step.
@@ -95,7 +120,8 @@ class Decoder:
 
     def __init__(self, model: Model, cache: Cache, state: State, rows: int) -> None:
         self.model, self.cache, self.state = model, cache, state
-        device = state.ranks.device
+        device, ranks = state.ranks.device, state.ranks
+        self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)
         self.id_M = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits_MV: torch.Tensor | None = None
@@ -112,8 +138,9 @@ class Decoder:
         sequence_B = self.sequence_M[:rows]
         position_B = self.state.position_S[sequence_B]
         token_B = self.state.token_S[sequence_B]
-        logits_BV = self.model(DecodeStep(token_B, position_B, sequence_B), self.cache)
-        self.id_M[:rows] = self.state.choose(logits_BV, sequence_B, position_B + 1, variant.level)
+        part = None if variant.logits or variant.level > Level.GREEDY else self.part
+        logits_BV = self.model(DecodeStep(token_B, position_B, sequence_B, part), self.cache)
+        self.id_M[:rows] = self.state.choose(logits_BV, sequence_B, position_B + 1, variant.level, part)
         if variant.logits:
             assert self.logits_MV is not None, "Decoder.keep_logits was not called"
             self.logits_MV[:rows] = logits_BV

@@ -95,6 +95,15 @@ class Ranks:
         if self.watch is not None:
             self.watch.meet(self.start_timeout_s, "runtime.start_timeout_s")
 
+    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Each rank's tensor of one shape, by expert rank: [N, *shape]; a collective of the expert group."""
+        if self.expert_group is None:
+            return tensor[None]
+        everyone = tensor.new_zeros(self.expert_size, *tensor.shape)
+        everyone[self.expert_rank] = tensor
+        dist.all_reduce(everyone, group=self.expert_group)  # exact: every other rank adds zero
+        return everyone
+
     def barrier(self) -> None:
         """Wait for every rank of the expert group, at most the group's timeout."""
         if self.expert_group is not None:

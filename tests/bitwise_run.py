@@ -6,6 +6,7 @@ As a program (`python bitwise_run.py CHECKPOINT FILE`, also under torchrun) it w
 import hashlib
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ class Recorder:
     """A model that remembers the logits it gave, but those of rows that only fill up a batch."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
-        logits_OV = self.model(step, cache)
-        rows = step.sequence_B != cache.spare if isinstance(step, DecodeStep) else slice(None)
-        self.logits.append(logits_OV[rows].cpu().clone())
-        return logits_OV
+        if not isinstance(step, DecodeStep):
+            logits_OV = self.model(step, cache)
+            self.logits.append(logits_OV.cpu().clone())
+            return logits_OV
+        logits_BV = self.model(replace(step, part=None), cache)
+        self.logits.append(logits_BV[step.sequence_B != cache.spare].cpu().clone())
+        return logits_BV[:, slice(*step.part)] if step.part else logits_BV
 
 
 def requests(vocab: int) -> list[Request]:

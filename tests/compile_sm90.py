@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def compile_kernel(
@@ -62,8 +62,10 @@ def _assemble(ptx: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
+        # Triton's own choice: the wheel's ptxas for older devices does not know Blackwell.
+        blackwell = int(re.findall(r"\d+", target[1])[0]) >= 100
         command = [
-            str(_PTXAS),
+            str(_BIN / ("ptxas-blackwell" if blackwell else "ptxas")),
             "-v",
             f"--gpu-name={target[1].rstrip(',')}",
             "-o",

@@ -59,6 +59,7 @@ class FakeModel:
 
     def __init__(self, **config: int) -> None:
         self.config = FakeConfig(**config)
+        self.vocab_chunk = 10  # so that several ranks share the vocabulary
         self.steps: list[Step | DecodeStep] = []
 
     def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
@@ -82,7 +83,8 @@ class FakeModel:
         assert handles and len(set(handles)) == len(handles)
         assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
         fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
-        return torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
+        logits = torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
+        return logits[:, slice(*step.part)] if step.part else logits
 
     def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
         fed: list[int] = cache.fed[handle]
@@ -301,7 +303,7 @@ def test_bad_prompts_are_named(message: str) -> None:
         engine().generate([Request((1,), SamplingParams()), BAD[message]])
 
 
-def disagreeing_rank(ranks: Ranks) -> list[tuple[tuple[int, ...], str]]:
+def disagreeing_rank(ranks: Ranks, chunk: int) -> list[tuple[tuple[int, ...], str]]:
     """The model of rank 1 would choose other tokens than that of rank 0."""
 
     class Own(FakeModel):
@@ -309,13 +311,17 @@ def disagreeing_rank(ranks: Ranks) -> list[tuple[tuple[int, ...], str]]:
             return super().__call__(step, cache).roll(ranks.rank, 1)
 
     held: Any = FakeCache()
-    return outputs(Engine(Own(), held, ranks, eos_ids=[EOS], max_batch=3).generate(some_requests(6)))
+    model = Own()
+    model.vocab_chunk = chunk
+    return outputs(Engine(model, held, ranks, eos_ids=[EOS], max_batch=3).generate(some_requests(6)))
 
 
 def test_all_ranks_take_rank_zeros_tokens() -> None:
     """Ranks that chose for themselves would soon call the model with different steps, and hang."""
-    zero, one = run_ranks(disagreeing_rank, 2)
+    zero, one = run_ranks(disagreeing_rank, 2, VOCAB)
     assert zero == one == [expected(request) for request in some_requests(6)]
+    zero, one = run_ranks(disagreeing_rank, 2, 10)  # here each has a part of the vocabulary
+    assert zero == one
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, Signals
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,12 +19,15 @@ from spawn import commands, run_ranks
 from steps import make_step
 
 from epmoe import attention, sampler
+from epmoe.cache import DecodeStep
 from epmoe.checkpoint import Checkpoint
+from epmoe.decode import vocabulary_part
 from epmoe.engine import Engine, Request, Result
 from epmoe.errors import UserError
 from epmoe.graphs import buckets, choose_graphs
 from epmoe.load import DTYPES, LoadReport, load
 from epmoe.memory import fit_cache
+from epmoe.models import gpt_oss
 from epmoe.ranks import Ranks
 from epmoe.sampler import SamplingParams
 from epmoe.synthetic import make_checkpoint
@@ -135,6 +138,48 @@ def test_the_sampler_never_looks_at_values(level: sampler.Level) -> None:
     seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
     position = torch.empty(40, dtype=torch.int64, device=meta)
     assert sampler.choose(torch.empty(40, 300, device=meta), knobs, position, seen, level).shape == (40,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
+def test_parts_of_the_vocabulary(size: int) -> None:
+    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
+    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
+    if size in (1, 14):
+        assert parts == [None] * size
+        return
+    edges = [0, *(part[1] for part in parts if part)]
+    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
+    assert all(edge % 16384 == 0 for edge in edges[:-1])
+    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1
+
+
+def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set[Any]]:
+    """All greedy, then with others among them; also the parts of the vocabulary that were asked for."""
+    gpt_oss.VOCAB_CHUNK = chunk
+    greedy = [Request(each.ids, SamplingParams(max_new_tokens=12)) for each in mixed()]
+    engine = build(mine, checkpoint, greedy, **({"graphs": True} if mine.device.type != "cpu" else {}))
+    parts: set[Any] = set()
+    model = engine.model
+
+    def spy(step: Any, cache: Any) -> torch.Tensor:
+        if isinstance(step, DecodeStep):
+            parts.add(step.part)
+        return model(step, cache)
+
+    engine.decoder.model = cast(Any, spy)
+    first = outcome(engine.generate(greedy))
+    alone = set(parts)
+    return [first, outcome(engine.generate([*greedy[:6], *mixed()[6:]]))], alone
+
+
+def test_ranks_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
+    """Each projects to its chunks where all rows are greedy; the tokens are those of one rank."""
+    ((one, parts),) = run_ranks(run_greedy, 1, checkpoint, 64)
+    assert parts == {None}
+    found = run_ranks(run_greedy, 3, checkpoint, 64)
+    assert [parts for _, parts in found] == [{(0, 64)}, {(64, 192)}, {(192, 320)}]
+    assert all(results == one for results, _ in found)
 
 
 def report(**names: str) -> LoadReport:
@@ -277,6 +322,14 @@ def generate(*keys: str) -> None:
 
     sys.argv[1:] = list(keys)
     body()
+
+
+@pytest.mark.multigpu
+def test_gpus_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
+    ((one, _),) = run_ranks(run_greedy, 1, checkpoint, 64, timeout=240, device="cuda")
+    found = run_ranks(run_greedy, 2, checkpoint, 64, timeout=240, device="cuda")
+    assert [parts for _, parts in found] == [{(0, 128)}, {(128, 320)}]
+    assert all(results == one for results, _ in found)
 
 
 @pytest.mark.multigpu

@@ -224,6 +224,8 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, options: Options)
         steps.append((whole - less) / (long - short))
         first.append(first_token)
     step, size = statistics.median(steps), len(batch.ids_BP)
+    if ranks.is_main:  # a run that is cut short has not been for nothing
+        print(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step", file=sys.stderr)
     return {
         "batch": size,
         "ms": 1e3 * step,

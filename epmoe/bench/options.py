@@ -177,7 +177,7 @@ def _help() -> str:
         "The table goes to standard output and ends in one line of JSON.",
         "",
         "Keys, each with its default:",
-        *(f"  {f'{name}={own.default}':<28} {own.about}: {own.wanted}" for name, own in OWN.items()),
+        *(f"  {f'{name}={own.default}':<28} {own.about} ({own.wanted})" for name, own in OWN.items()),
         "",
         "and those of epmoe.generate (see its --help):",
         f"  {', '.join(_shared())}, and presets of mesh and runtime",

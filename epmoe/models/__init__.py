@@ -5,6 +5,7 @@ A model class is an `nn.Module` that knows neither ranks nor collectives nor bac
     Config.from_json(dict) -> its config       of a parsed config.json; raises UserError that names the key
     __init__(config)                           built under `torch.device("meta")`; the loader assigns every parameter
     forward(step, cache: Cache)                logits_OV in float32 of the rows a Step wants, or all of a DecodeStep
+    vocab_chunk                                a DecodeStep may ask for ids from and up to multiples of this only
     moe_layers() -> list[MoE]                  in layer order; the loader installs their experts
     shared_tensors(config) -> dict             {name in the checkpoint: parameter name} of all but the experts
     expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes

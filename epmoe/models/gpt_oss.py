@@ -17,8 +17,9 @@ from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
 from epmoe.profile import named
 
-# Columns of the vocabulary projection that are multiplied at a time.
-VOCAB_CHUNK = 32768
+# Columns of the vocabulary projection that are multiplied at a time. Ranks share whole chunks, so that a logit has the
+# same bits on any number of them: small enough that they share evenly, large enough to be read at full speed (94 MB).
+VOCAB_CHUNK = 16384
 
 
 @dataclass(frozen=True)
@@ -154,24 +155,33 @@ class GptOss(nn.Module):
     def forward(self, step: Step | DecodeStep, cache: Cache) -> torch.Tensor:
         """Logits of the rows `step.output_O`, [O, V] float32; the step's keys and values are in `cache` afterwards.
 
-        A DecodeStep gives the logits of all its rows, [B, V]; on a GPU nothing of it waits, so it can be captured.
+        A DecodeStep gives the logits of all its rows, [B, V] or the part of V that it asks for, which begins at a
+        multiple of `vocab_chunk`; on a GPU nothing of it waits, so it can be captured.
 
         A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
         same bits.
         """
         plans = cache.plan(step)
         if isinstance(step, DecodeStep):
-            token_T, position_T, output_O = step.token_B, step.position_B, None
+            token_T, position_T, output_O, part = step.token_B, step.position_B, None, step.part
         else:
-            token_T, position_T, output_O = step.token_T, step.position_T, step.output_O
+            token_T, position_T, output_O, part = step.token_T, step.position_T, step.output_O, None
         cos_sin = self.rotary(position_T)
         x_TH = self.embedding(token_T)
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             x_TH = block(x_TH, cos_sin, cache.layer(index), plans[window])
-        return self._logits(self.norm(x_TH if output_O is None else x_TH[output_O]))
+        return self._logits(self.norm(x_TH if output_O is None else x_TH[output_O]), part)
 
-    def _logits(self, x_OH: torch.Tensor) -> torch.Tensor:
+    @property
+    def vocab_chunk(self) -> int:
+        """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
+        return VOCAB_CHUNK
+
+    def _logits(self, x_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
+        if part:
+            assert part[0] % VOCAB_CHUNK == 0 and (part[1] % VOCAB_CHUNK == 0 or part[1] == len(weight_VH))
+            weight_VH = weight_VH[part[0] : part[1]]
         logits_OV = torch.empty(len(x_OH), len(weight_VH), dtype=torch.float32, device=x_OH.device)
         for begin in range(0, len(weight_VH), VOCAB_CHUNK):
             chunk = weight_VH[begin : begin + VOCAB_CHUNK]
