@@ -90,11 +90,11 @@ class Config:
 
     checkpoint: str = key("directory or Hub id; empty: the embedded model", text=True)
     prompt: str | None = key("text to continue or to answer", text=True)
-    prompts: str = key("file with a prompt; .jsonl: a prompt a line, as JSON; -: standard input", text=True)
+    prompts: str = key("a file is one prompt, so is standard input (-); .jsonl: one a line, as JSON", text=True)
     system: str | None = key("system message for the chat template", text=True)
     chat: str = key("apply the checkpoint's chat template", names=("auto", "on", "off"))
     output: str = key("write token ids, finish reasons and timings to this .jsonl file", text=True)
-    max_new_tokens: int = key("most tokens to write for a prompt", low=1)
+    max_new_tokens: int = key("most tokens to write for a prompt; the model's positions may allow fewer", low=1)
     quant: str = key("format of the experts in memory", names=("auto",), table="epmoe.quant:FORMATS")
     experts: str = key("backend of the experts' products", names=("auto",), table="epmoe.experts:EXPERTS")
     router: str = key("backend of the router", names=("auto",), table="epmoe.router:ROUTERS")
@@ -364,9 +364,16 @@ def _help() -> str:
     lines += [_help_line(each, defaults) for each in KEYS.values() if "." not in each.name]
     for group, item in GROUPS.items():
         lines += ["", f"Group {group}, {item.metadata['about']}; its presets and its keys:"]
-        lines += [f"  {f'{group}={name}':<32} {about}" for name, about in presets(group).items()]
+        for name, about in presets(group).items():
+            default = " (default)" if name == _default_preset(group) else ""
+            lines.append(f"  {f'{group}={name}':<32} {about}{default}")
         lines += [_help_line(each, defaults) for each in KEYS.values() if each.name.startswith(f"{group}.")]
     return "\n".join(lines)
+
+
+def _default_preset(group: str) -> str:
+    chosen = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
+    return next(entry[group] for entry in chosen if not isinstance(entry, str) and group in entry)
 
 
 def _help_line(each: Key, defaults: Config) -> str:

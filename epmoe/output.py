@@ -158,7 +158,7 @@ def closing_line(results: Sequence[Result], bytes_read: int, ranks: Ranks) -> st
         f"epmoe: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, "
         f"first token after {min(result.first_token_s for result in results):.3f} s; "
         f"{len(values)} rank{'s' if len(values) > 1 else ''}, {each}read {_span([read for read, _ in values])} "
-        f"and held {_span([held for _, held in values])} of memory"
+        f"and used {_span([used for _, used in values])} of memory at the peak"
     )
 
 

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Write a synthetic gpt-oss checkpoint (random weights) for tests and benchmarks.
 
     scripts/make_checkpoint.py OUT --size 20b

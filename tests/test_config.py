@@ -187,6 +187,8 @@ def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixtu
         assert all(name in line for name in each.known())
     for group in GROUPS:
         assert all(f"  {group}={name}" in shown for name in presets(group))
+    assert [line.split()[0] for line in shown.splitlines() if line.endswith("(default)")] == [
+        "mesh=default", "sampling=greedy", "runtime=default"]  # fmt: skip
 
 
 def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,8 +76,8 @@ def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], 
     for part in (f"{len(line['ids'])} tokens in ", "tokens/s", "first token after", "2 ranks, each read ", "of memory"):
         assert part in last
     low, high = sorted(float(word) for word in last.split("read ")[1].split(" MB")[0].split(" to "))
-    held = float(last.split("held ")[1].split(" MB")[0].split(" to ")[0].replace(",", ""))
-    assert 100 < held < 10_000  # a process that has imported torch
+    used = float(last.split("used ")[1].split(" MB")[0].split(" to ")[0].replace(",", ""))
+    assert 100 < used < 10_000  # a process that has imported torch
     size = sum(file.stat().st_size for file in Checkpoint.open(checkpoint.removeprefix("checkpoint=")).files) / 1e6
     assert low < high < size  # five experts: one rank has three of them, none has all
 

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """One layer's attention over the paged cache on one GPU: µs a call, against the machine's limits.
 
     scripts/bench/attention.py                                 (the tables)

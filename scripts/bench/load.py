@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """How long loading takes, against the time that the same bytes take by plain read and copy.
 
     scripts/bench/load.py /tmp/20b --size 20b --ranks 1,2        (the checkpoint is made when it is not there)

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """One MoE layer's two expert products on one GPU: µs a call, against the machine's limits and the community kernels.
 
     scripts/bench/moe.py                                     (the table)

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Time of a decode step against the batch, a curve for each number of ranks, each with its floor as a dashed line.
 
     python -m epmoe.bench size=20b | tee -a runs.log

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """The router on one GPU, logits → experts, weights, gather and scatter index: µs a call of every entry of ROUTERS.
 
     scripts/bench/router.py                                    (the table)
