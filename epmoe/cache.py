@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 
 from epmoe.errors import UserError
+from epmoe.transfer import to_device
 
 # A decode step gathers the keys and values of several sequences at once, padded to the longest: at most this many
 # positions a gather. 8 key/value heads of 64 in bf16 make it 1 GiB of keys and as much of values.
@@ -151,7 +152,7 @@ class PagedRows:
     def admit(self, sequence: int, max_tokens: int) -> None:
         held = [self.free.pop() for _ in range(self.needs(max_tokens))]
         self.held[sequence] = held
-        self.table[sequence, : len(held)] = torch.tensor(held, dtype=torch.int32, device=self.table.device)
+        self.table[sequence, : len(held)] = to_device(held, torch.int32, self.table.device)
 
     def release(self, sequence: int) -> None:
         self.free.extend(reversed(self.held.pop(sequence)))
@@ -287,11 +288,11 @@ class Cache:
             assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
         singles = [(begin, cached, sequence) for begin, end, cached, sequence in spans if end - begin == 1]
         longer = [span for span in spans if span[1] - span[0] > 1]
-        token_B, position_B, sequence_B = (
-            torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous().to(self.device)
-        )
+        # A tensor each, not rows of one: kernels are compiled anew for addresses that 16 does not divide.
+        columns = list(zip(*singles, strict=True)) or [(), (), ()]
+        token_B, position_B, sequence_B = (to_device(column, torch.int64, self.device) for column in columns)
         cached_B = tuple(cached for _, cached, _ in singles)
-        span_P4 = torch.tensor(longer, dtype=torch.int32).to(self.device) if longer else None
+        span_P4 = to_device(longer, torch.int32, self.device) if longer else None
         return {
             window: Plan(
                 window,

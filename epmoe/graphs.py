@@ -129,3 +129,5 @@ class Graphs:
             graph.reset()
         self.graphs.clear()
         self.ready.clear()
+        if self.capture:
+            self.pool = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone takes no new ones

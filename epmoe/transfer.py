@@ -6,6 +6,7 @@ watchdog, and a host that waited in the driver could not say what it waited for.
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,10 +18,10 @@ class NoArrival(RuntimeError):
     """The device did not finish a step within the bound."""
 
 
-def to_device(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of `values` on the device; later work on the current stream sees it."""
-    tensor = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu" or not values:
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of `values` (numbers, or rows of them) on the device; later work on the current stream sees it."""
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type in ("cpu", "meta") or not values:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -40,7 +40,7 @@ STOP = 7  # the text layer's stop strings are this, to the engine: a token at wh
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Small, with the head dimension of the published models."""
-    shape: dict[str, Any] = {"hidden": 192, "heads": 6, "head_dim": 64, "experts": 8, "top_k": 3}
+    shape: dict[str, Any] = {"hidden": 192, "heads": 8, "head_dim": 64, "experts": 8, "top_k": 3}
     return str(make_checkpoint(tmp_path_factory.mktemp("graphs"), **shape))
 
 
