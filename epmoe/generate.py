@@ -19,7 +19,7 @@ from epmoe.engine import Engine, check
 from epmoe.graphs import choose_graphs
 from epmoe.hub import resolve
 from epmoe.load import DTYPES, load, model_of
-from epmoe.memory import fit_cache
+from epmoe.memory import fit_cache, told_when_full
 from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
 from epmoe.profile import profiled
 from epmoe.prompts import get_requests
@@ -77,11 +77,11 @@ def generate() -> None:
             timeout_s=run.timeout_s,
             progress=run.progress,
         )
-        engine.prepare(requests)
-
         output = Output(tokenizer, requests, standard_output(ranks))
-        with profiled(run.profile, ranks):
-            results = engine.generate(requests, output.on_token, output.on_finish)
+        with told_when_full(ranks.device):
+            engine.prepare(requests)
+            with profiled(run.profile, ranks):
+                results = engine.generate(requests, output.on_token, output.on_finish)
         line = closing_line(results, report.bytes_read, ranks)
         if ranks.is_main:
             if config.output:

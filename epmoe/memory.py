@@ -6,7 +6,8 @@ first, and the least counts.
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def peak_bytes(ranks: Ranks) -> int:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
     return torch.accelerator.max_memory_allocated(ranks.device)
+
+
+@contextmanager
+def told_when_full(device: torch.device) -> Iterator[None]:
+    """A device that runs out of memory within the block is a mistake that the user can mend.
+
+    Raises:
+        UserError: instead of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} ran out of memory with {free_bytes(device) / 1e9:.1f} GB left: "
+            "lower runtime.max_batch, runtime.prefill_chunk or runtime.cache_tokens"
+        ) from error
 
 
 def fit_cache(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from epmoe import generate
 from epmoe.checkpoint import Checkpoint
@@ -181,6 +182,17 @@ def test_a_prompt_is_refused_before_the_weights_are_read(
     monkeypatch.setattr("epmoe.generate.load", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match="model has 512 positions"):
         here(checkpoint, "prompt=" + "a" * 600)
+
+
+def test_a_device_that_runs_full_is_one_line(
+    here: Callable[..., tuple[str, str]], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr("epmoe.engine.Engine.generate", full)
+    with pytest.raises(UserError, match=r"^cpu ran out of memory with \d+\.\d GB left: lower runtime.max_batch"):
+        here(checkpoint, "prompt=a")
 
 
 def test_a_checkpoint_without_tokenizer(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
