@@ -98,7 +98,8 @@ def test_a_directory_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "a/b--c",
     ],
 )
-def test_what_is_neither_a_directory_nor_an_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_a_directory_nor_an_id(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where the relative ones do not exist
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(UserError, match="is no directory on this machine and no Hub id") as caught:
         resolve(name)
