@@ -116,7 +116,8 @@ def test_a_mistake_is_one_line_from_all_ranks(checkpoint: str) -> None:
     done = command(checkpoint, "prompt=", ranks=2)
     assert done.returncode != 0 and done.stdout == ""
     assert done.stderr.count("epmoe: error: prompt is empty") == 1 and done.stderr.count("error: ") == 1
-    assert f"{Path(generate.__file__).parent}/" not in done.stderr  # no traceback of ours; torchrun's own report is beyond us
+    # no traceback of ours; torchrun's own report is beyond us
+    assert f"{Path(generate.__file__).parent}/" not in done.stderr
 
 
 def test_json_lines_with_stop_strings(here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path) -> None:
