@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import random
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 from epmoe import attention_triton
 from epmoe.attention_triton import Tile, cached_attention
 from epmoe.cache import Cache, DecodeStep, Plan, Step
-from scripts.bench.moe import limits
+from scripts.bench.moe import REPLAYS, limits, measure_us
 
-REPLAYS, LEAST_CALLS, MOST_CALLS = 20, 16, 512
+LEAST_CALLS, MOST_CALLS = 16, 512
 BF16 = torch.bfloat16
 
 # decode: positions of a block × warps × stages × programs a multiprocessor × positions of a split
@@ -89,28 +88,6 @@ class Heads:
             layer.normal_()
         random.Random(0).shuffle(store.paged.free)
         return store, [store.admit(tokens) for _ in range(sequences)]
-
-
-def measure_us(call: Callable[[int], Any], calls: int) -> float:
-    """µs a call in a CUDA graph."""
-    for index in range(calls):
-        call(index)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(index)
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / calls)
-    return statistics.median(times)
 
 
 def rotation(bytes_a_call: int) -> int:

@@ -108,14 +108,14 @@ def inputs(layer: Layer, tokens: int) -> tuple[list[torch.Tensor], list[Dispatch
     return xs, dispatches
 
 
-def measure_us(forward: Forward) -> float:
-    """µs a call in a CUDA graph."""
-    for call in range(CALLS):
+def measure_us(forward: Forward, calls: int = CALLS) -> float:
+    """µs a call in a CUDA graph of `calls` calls, after a round without one."""
+    for call in range(calls):
         forward(call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in range(CALLS):
+        for call in range(calls):
             forward(call)
     for _ in range(3):
         graph.replay()
@@ -126,7 +126,7 @@ def measure_us(forward: Forward) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / CALLS)
+        times.append(1e3 * start.elapsed_time(end) / calls)
     return statistics.median(times)
 
 
