@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: route → dispatch → experts → combine.
 
-Letters: T tokens · H hidden · E experts · K experts per token · L experts on this rank.
+Letters: T tokens · H hidden · E experts · K experts per token · J rows a token that are still to be added · L experts
+on this rank.
 """
 
 import torch
@@ -34,7 +35,10 @@ class MoE(nn.Module):
         self.local_E, self.num_local = local_E, num_local
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]; a collective: every rank of the expert group calls it with the same tokens."""
+        """[T, H] → [T, J, H], a token's output being `add_rows` of it (epmoe/norm.py).
+
+        A collective: every rank of the expert group calls it with the same tokens.
+        """
         assert self.experts is not None, "MoE.install was not called"
         with named("route"):
             dispatch = self.route(self.router(x_TH), self.top_k, self.local_E, self.num_local)

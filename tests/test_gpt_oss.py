@@ -299,7 +299,7 @@ def build(config: GptOssConfig) -> GptOss:
         )
         local_E = torch.arange(experts, dtype=torch.int32)
         packed = ReferenceExperts.pack(weights, config.activation)
-        moe.install(packed, route, lambda y_TKH: y_TKH.sum(1), local_E, experts)
+        moe.install(packed, route, lambda y_TKH: y_TKH, local_E, experts)
     return model.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ from epmoe.combine import Combine
 from epmoe.combine.slots import Slots
 from epmoe.experts.reference import ReferenceExperts
 from epmoe.moe import MoE
+from epmoe.norm import add_rows
 from epmoe.placement import Placement, contiguous
 from epmoe.ranks import Ranks
 from epmoe.router.reference import route
@@ -38,7 +39,7 @@ def tokens(count: int) -> torch.Tensor:
 
 def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
     moe = layer(placement, ranks.expert_rank, Slots(ranks))
-    return [moe(tokens(count)) for count in (CASE.tokens, 1, 0)]
+    return [add_rows(moe(tokens(count))) for count in (CASE.tokens, 1, 0)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """gpt-oss: pre-norm blocks of attention with sinks and a mixture of experts (openai/gpt-oss-20b and -120b).
 
-Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
+Letters: T tokens of a step · O of them whose logits are wanted · H hidden · J rows a token that are still to be added
+to the residual stream (epmoe/norm.py) · V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
 from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
+from epmoe.norm import AddNorm
 from epmoe.profile import named
 
 # Columns of the vocabulary projection that are multiplied at a time. Ranks share whole chunks, so that a logit has the
@@ -97,41 +99,33 @@ def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, all in float32, rounded once to x's dtype."""
-
-    def __init__(self, hidden: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden))
-        self.eps = eps
-
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        wide_TH = x_TH.float()
-        wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + self.eps)
-        return (wide_TH * self.weight.float()).to(x_TH.dtype)
-
-
 class Block(nn.Module):
-    """x += attention(norm(x)); x += experts(norm(x))."""
+    """x += attention(norm(x)); x += experts(norm(x)), each sum being left to the norm that comes after it."""
 
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.attention_norm = AddNorm(config.hidden, config.rms_eps)
         self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim, config.attention_bias)
-        self.moe_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.moe_norm = AddNorm(config.hidden, config.rms_eps)
         self.moe = MoE(config.hidden, config.num_experts, config.top_k)
 
     def forward(
         self,
         x_TH: torch.Tensor,
+        rows_TJH: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, torch.Tensor],
         plan: Plan,
-    ) -> torch.Tensor:
-        """[T, H] → [T, H]; the last three arguments are those of `Attention.forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream and the rows still to be added to it, [T, H] and [T, J, H] → the same after this block.
+
+        The last three arguments are those of `Attention.forward`.
+        """
         with named("attention"):
-            x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_sin, cached, plan)
-        return x_TH + self.moe(self.moe_norm(x_TH))
+            x_TH, norm_TH = self.attention_norm(x_TH, rows_TJH)
+            attended_TH = self.attention(norm_TH, cos_sin, cached, plan)
+        x_TH, norm_TH = self.moe_norm(x_TH, attended_TH[:, None])
+        return x_TH, self.moe(norm_TH)
 
 
 class GptOss(nn.Module):
@@ -147,7 +141,7 @@ class GptOss(nn.Module):
         weight_VH = torch.empty(config.vocab, config.hidden)
         self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=weight_VH)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.rms_eps)
+        self.norm = AddNorm(config.hidden, config.rms_eps)
         if not config.tied:
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
@@ -167,10 +161,14 @@ class GptOss(nn.Module):
         else:
             token_T, position_T, output_O, part = step.token_T, step.position_T, step.output_O, None
         cos_sin = self.rotary(position_T)
-        x_TH = self.embedding(token_T)
+        x_TH: torch.Tensor = self.embedding(token_T)
+        rows_TJH: torch.Tensor | None = None
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
-            x_TH = block(x_TH, cos_sin, cache.layer(index), plans[window])
-        return self._logits(self.norm(x_TH if output_O is None else x_TH[output_O]), part)
+            x_TH, rows_TJH = block(x_TH, rows_TJH, cos_sin, cache.layer(index), plans[window])
+        if output_O is not None:
+            assert rows_TJH is not None, "a model has layers"
+            x_TH, rows_TJH = x_TH[output_O], rows_TJH[output_O]
+        return self._logits(self.norm(x_TH, rows_TJH)[1], part)
 
     @property
     def vocab_chunk(self) -> int:
