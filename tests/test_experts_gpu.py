@@ -9,7 +9,8 @@ from test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, 
 
 from epmoe.experts import EXPERTS
 from epmoe.experts.reference import ReferenceExperts
-from epmoe.experts.triton import TILES, TritonExperts, choose_tile, down, down_torch, gate_up, gate_up_torch
+from epmoe.experts.tiles import choose_tile, table
+from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch, generation
 from epmoe.router import Dispatch
 
 pytestmark = pytest.mark.gpu
@@ -89,8 +90,9 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     """A token alone (a decode step) has the bits that it has in a large batch (a prefill), at any place in it."""
     case = ACROSS_TILES
     batches = (case.tokens, case.tokens // 2, case.tokens // 16, 1)
-    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts) for t in batches} == {
-        tile for _, tile in TILES[torch.bfloat16]
+    mine = generation(torch.device("cuda", 0))
+    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts, mine) for t in batches} == {
+        tile for _, tile in table(torch.bfloat16, mine)
     }
     run_batches("triton", case, "cuda", dtype)
 

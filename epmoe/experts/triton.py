@@ -6,7 +6,6 @@ slots · R = S rows of this rank, sorted by expert · N = 2I.
 Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import ClassVar, Self
@@ -19,40 +18,12 @@ from epmoe.errors import UserError
 from epmoe.experts import GatedActivation
 from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
+from epmoe.experts.tiles import TILES, Tile, choose_tile
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
 from epmoe.profile import named
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: `weight_rows` × `tokens`, `words` of 4 columns at a time."""
-
-    weight_rows: int
-    tokens: int
-    words: int
-    warps: int
-    stages: int
-
-
-# Tiles by the mean rows of an expert, T·K/E over all ranks, up to which they serve. `words` sets the order of summation
-# (triton_kernels.py, Order): one number for all of a dtype, so a row has the same bits in a decode step and a prefill.
-TILES: dict[torch.dtype, tuple[tuple[float, Tile], ...]] = {
-    torch.bfloat16: (
-        (12, Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=3)),
-        (64, Tile(weight_rows=128, tokens=32, words=64, warps=4, stages=3)),
-        (float("inf"), Tile(weight_rows=128, tokens=128, words=64, warps=8, stages=2)),
-    ),
-    # For comparison, not for speed: float32 has no exact tensor core product.
-    torch.float32: ((float("inf"), Tile(weight_rows=64, tokens=16, words=16, warps=4, stages=2)),),
-}
-
-
-def choose_tile(dtype: torch.dtype, slots: int, num_experts: int) -> Tile:
-    """The tile for T·K slots over all E experts. What a rank holds must not enter: see triton_kernels.py, Order."""
-    return next(tile for limit, tile in TILES[dtype] if slots <= limit * num_experts)
 
 
 def max_tiles(slots: int, num_local: int, tokens: int) -> int:
@@ -129,7 +100,7 @@ def gate_up(
     assert hidden == columns and slots == tokens * dispatch.expert_TK.shape[1]
     _check(x_TH, matrix, bias_LN, dispatch)
     h_RI = x_TH.new_empty(slots, rows // 2)
-    tile = choose_tile(x_TH.dtype, slots, dispatch.num_experts)
+    tile = choose_tile(x_TH.dtype, slots, dispatch.num_experts, generation(x_TH.device))
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(rows, tile.weight_rows)
     if grid:
         gate_up_kernel[(grid,)](
@@ -160,7 +131,7 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
     # A rank that has all experts writes every slot.
     new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
     y_TKH = new(*dispatch.expert_TK.shape, hidden)
-    tile = choose_tile(h_RI.dtype, slots, dispatch.num_experts)
+    tile = choose_tile(h_RI.dtype, slots, dispatch.num_experts, generation(h_RI.device))
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
     if grid:
         down_kernel[(grid,)](
@@ -230,7 +201,7 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
         "M": tile.tokens,
         "Q": tile.words,
         "WIDE": matrix.wide,
-        "PTX": on_gpu and _has_ptx(x.device),
+        "PTX": generation(x.device) >= 8,
         # The interpreter multiplies the bit patterns of bf16, so there it computes in float32.
         "DOT": tl.bfloat16 if on_gpu and x.dtype == torch.bfloat16 else tl.float32,
         "num_warps": tile.warps,
@@ -239,5 +210,8 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
 
 
 @cache
-def _has_ptx(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def generation(device: torch.device) -> int:
+    """The first number of a CUDA device's compute capability; 0 for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
