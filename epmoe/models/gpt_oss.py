@@ -6,6 +6,7 @@ to the residual stream (epmoe/norm.py) · V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from epmoe.attention import Attention, Rope, Rotary, product_f32
 from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
+from epmoe.models import Place
 from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
 from epmoe.norm import AddNorm
@@ -191,22 +193,25 @@ class GptOss(nn.Module):
         return [block.moe for block in cast(list[Block], list(self.blocks))]
 
     @staticmethod
-    def shared_tensors(config: GptOssConfig) -> dict[str, str]:
-        """{name in the checkpoint: parameter name} of every tensor but the experts'."""
-        names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
+    def shared_tensors(config: GptOssConfig) -> dict[str, Place]:
+        """{name in the checkpoint: its place} of every tensor but the experts'."""
+        places = {"model.embed_tokens.weight": Place("embedding.weight"), "model.norm.weight": Place("norm.weight")}
         if not config.tied:
-            names["lm_head.weight"] = "unembedding.weight"
+            places["lm_head.weight"] = Place("unembedding.weight")
+        sizes = (0, config.heads, config.kv_heads, config.kv_heads)
+        qkv_rows = list(pairwise(accumulate(heads * config.head_dim for heads in sizes)))
         for layer in range(config.layers):
             stored, own = f"model.layers.{layer}.", f"blocks.{layer}."
-            names[stored + "input_layernorm.weight"] = own + "attention_norm.weight"
-            names[stored + "post_attention_layernorm.weight"] = own + "moe_norm.weight"
-            names[stored + "self_attn.sinks"] = own + "attention.sinks"
+            places[stored + "input_layernorm.weight"] = Place(own + "attention_norm.weight")
+            places[stored + "post_attention_layernorm.weight"] = Place(own + "moe_norm.weight")
+            places[stored + "self_attn.sinks"] = Place(own + "attention.sinks")
             for kind in ("weight", "bias"):
-                names[stored + f"mlp.router.{kind}"] = own + f"moe.router.{kind}"
+                places[stored + f"mlp.router.{kind}"] = Place(own + f"moe.router.{kind}")
                 if kind == "weight" or config.attention_bias:
-                    for part in "qkvo":
-                        names[stored + f"self_attn.{part}_proj.{kind}"] = own + f"attention.{part}.{kind}"
-        return names
+                    for part, rows in zip("qkv", qkv_rows, strict=True):
+                        places[stored + f"self_attn.{part}_proj.{kind}"] = Place(own + f"attention.qkv.{kind}", rows)
+                    places[stored + f"self_attn.o_proj.{kind}"] = Place(own + f"attention.o.{kind}")
+        return places
 
     @staticmethod
     def expert_names(layer: int) -> tuple[str, str, str, str]:
