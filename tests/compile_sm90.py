@@ -63,7 +63,7 @@ def compile_kernel(
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
-    what = " ".join([fn.__name__, next(iter(pointers), ""), *values, f"warps={num_warps} stages={num_stages}"])
+    what = " ".join([fn.__name__, *list(pointers)[:1], *values, f"warps={num_warps} stages={num_stages}"])
     COMPILED.append((what, arch, "{registers} {spills} {shared}".format(**cost)))
     return cost
 
