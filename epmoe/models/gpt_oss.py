@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import nn
 
-from epmoe.attention import Attention, Rope, Rotary, product_f32
+from epmoe.attention import Attention, Rope, Rotary, product_f32_into
 from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
 from epmoe.models import Place
@@ -179,14 +179,15 @@ class GptOss(nn.Module):
 
     def _logits(self, x_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
-        if part:
-            assert part[0] % VOCAB_CHUNK == 0 and (part[1] % VOCAB_CHUNK == 0 or part[1] == len(weight_VH))
-            weight_VH = weight_VH[part[0] : part[1]]
+        first, last = part or (0, len(weight_VH))
+        assert first % VOCAB_CHUNK == 0 and (last % VOCAB_CHUNK == 0 or last == len(weight_VH))
+        # Every chunk is written where it belongs. Rows stand the whole vocabulary apart even when a part of it is asked
+        # for: a library may choose its order of summation by that distance too, and it must not follow the ranks.
         logits_OV = torch.empty(len(x_OH), len(weight_VH), dtype=torch.float32, device=x_OH.device)
-        for begin in range(0, len(weight_VH), VOCAB_CHUNK):
-            chunk = weight_VH[begin : begin + VOCAB_CHUNK]
-            logits_OV[:, begin : begin + len(chunk)] = product_f32(x_OH[None], chunk.T[None])[0]
-        return logits_OV
+        for begin in range(first, last, VOCAB_CHUNK):
+            chunk = slice(begin, min(begin + VOCAB_CHUNK, last))
+            product_f32_into(logits_OV[:, chunk], x_OH, weight_VH[chunk].T)
+        return logits_OV[:, first:last]
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
