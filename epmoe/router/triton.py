@@ -4,20 +4,18 @@ Letters: T tokens · E experts · L experts on this rank · K experts per token 
 rows · B blocks of BLOCK_T tokens. Inside a kernel T means the tokens of one block, and E and K are padded to powers of
 two.
 
-**Few tokens**: one program does everything in one launch. The rows of this rank are its slots in the order (expert,
-slot), so a slot's row is the number of slots before it in that order: all pairs of slots are compared.
-
-**Many tokens**: two kernels. A token chooses K different experts, so within a block "how many earlier tokens chose
-expert e" is a column of a running sum over [T, E], and a row's place is
+Few tokens are one launch of one program, many tokens two launches of a program a block. A token chooses K different
+experts, so within a block "how many earlier tokens chose expert e" is a column of a running sum over [T, E], and a
+row's place is
 
     row = rows of lower local experts  +  e's rows in earlier blocks  +  e's rows of earlier tokens in this block
           from the counts of all blocks   from the counts of all blocks  from the running sum
 
 The sums are integers and no atomics are used, so the index does not depend on the order in which blocks run. A token's
-weights depend on its logits alone: its K exponentials are added in the order k = 0..K-1 whatever the tile and the kernel.
+weights depend on its logits alone: its K exponentials are added in the order k = 0..K-1, whatever the tile and kernel.
 
-The tile follows E and K, and T in two steps at powers of two, so a model compiles few kernels: those that the engine
-meets when it warms up.
+The tile follows E, and T in two steps at powers of two, so a model compiles few kernels: those that the engine meets
+when it warms up.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -36,11 +34,8 @@ from epmoe.router import Dispatch
 _TILE = 8192
 _MOST_TOKENS = 64
 _THREAD = 16
-# Tokens of one program that does everything, while its slots are at most so many: each is compared with each, and 8
-# warps hold that without spills (16 of them have too few registers each).
+# Tokens of the one program that does everything, if its tile is no larger than that.
 _FEW_TOKENS = (16, 64)
-_FEW_SLOTS = 256
-_FEW_WARPS = 8
 
 
 def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
@@ -74,7 +69,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     chosen, index = (expert_TK, weight_TK), (offset_L1, slot_R, row_S)
     sizes = {"E": experts, "K": top_k}
 
-    if few := few_options(tokens, experts, top_k):
+    if few := few_options(tokens, experts):
         _few[(1,)](logits_TE, local_E, *chosen, *index, tokens, num_local, **sizes, **few)
     else:
         tile = tile_options(experts)
@@ -86,12 +81,12 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     return Dispatch(*chosen, *index, num_experts=experts)
 
 
-def few_options(tokens: int, experts: int, top_k: int) -> dict[str, int] | None:
+def few_options(tokens: int, experts: int) -> dict[str, int] | None:
     """Tile and warps of the one program that does everything; None: too many tokens for one."""
-    padded, width = _padded(experts), triton.next_power_of_2(top_k)
+    padded = _padded(experts)
     for size in _FEW_TOKENS:
-        if tokens <= size and size * padded <= _TILE and size * width <= _FEW_SLOTS:
-            return {"BLOCK_T": size, "BLOCK_E": padded, "num_warps": _FEW_WARPS}
+        if tokens <= size and size * padded <= _TILE:
+            return {"BLOCK_T": size, "BLOCK_E": padded, "num_warps": max(8, size * padded // (32 * _THREAD))}
     return None
 
 
@@ -126,38 +121,37 @@ def _few(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """All T tokens in one program. A slot's key is (expert, slot), or OTHERS where its expert lives on another rank."""
-    BLOCK_K: tl.constexpr = triton.next_power_of_2(K)
-    BLOCK_S: tl.constexpr = BLOCK_T * BLOCK_K  # with the padding's, which keeps the order
-    OTHERS: tl.constexpr = BLOCK_E * BLOCK_S
-    id_E = tl.arange(0, BLOCK_E)
-    # Needed at the end; loaded now so that the look-up of the chosen ones finds it in the L1 cache.
-    local_E = tl.load(local_ptr + id_E, mask=id_E < E, other=-1)
+    """All T tokens in one program."""
     token_T = tl.arange(0, BLOCK_T)
+    id_E = tl.arange(0, BLOCK_E)
+    k_K = tl.arange(0, triton.next_power_of_2(K))
     real_T = token_T < tokens
-    id_TK, weight_TK, _ = _top(logits_ptr, token_T, real_T, E, K, BLOCK_T, BLOCK_E)
-    k_K = tl.arange(0, BLOCK_K)
+    local_E = tl.load(local_ptr + id_E, mask=id_E < E, other=-1)  # needed late: asked for before the logits
+    id_TK, weight_TK, chosen_TE = _top(logits_ptr, token_T, real_T, E, K, BLOCK_T, BLOCK_E)
     real_TK = real_T[:, None] & (k_K < K)[None, :]
     to_TK = token_T[:, None] * K + k_K[None, :]
     tl.store(expert_ptr + to_TK, id_TK, mask=real_TK)
     tl.store(weight_ptr + to_TK, weight_TK, mask=real_TK)
 
-    mine_TK = tl.load(local_ptr + id_TK, mask=real_TK, other=-1) >= 0
-    key_TK = tl.where(mine_TK, id_TK * BLOCK_S + token_T[:, None] * BLOCK_K + k_K[None, :], OTHERS)
-    key_S = tl.reshape(key_TK, [BLOCK_S])
-    mine_S = key_S < OTHERS
-    row_S = tl.sum((key_S[:, None] < key_S[None, :]).to(tl.int32), axis=0)
-    offset_E = tl.sum((key_S[:, None] < (id_E * BLOCK_S)[None, :]).to(tl.int32), axis=0)
-    used = tl.sum(mine_S.to(tl.int32), axis=0)
-    tl.store(offset_ptr + local_E, offset_E, mask=local_E >= 0)
+    mine_E = local_E >= 0
+    chosen_TE = (chosen_TE & mine_E[None, :]).to(tl.int32)
+    count_E = tl.sum(chosen_TE, axis=0)
+    offset_E = tl.cumsum(count_E, 0) - count_E
+    used = tl.sum(count_E, axis=0)
+    tl.store(offset_ptr + local_E, offset_E, mask=mine_E)
     tl.store(offset_ptr + num_local, used)
-
-    s_S = tl.arange(0, BLOCK_S)
-    slot_S = s_S // BLOCK_K * K + s_S % BLOCK_K
-    real_S = (s_S // BLOCK_K < tokens) & (s_S % BLOCK_K < K)
-    tl.store(row_ptr + slot_S, tl.where(mine_S, row_S, -1), mask=real_S)
-    tl.store(slot_ptr + row_S, slot_S, mask=mine_S)
-    tl.store(slot_ptr + s_S, tokens * K, mask=(s_S >= used) & (s_S < tokens * K))
+    # How many earlier tokens chose e, as a product with a triangle of ones: exact in float32, and a third of a scan's
+    # instructions, which would pass through all warps one after the other.
+    earlier_TT = (token_T[None, :] < token_T[:, None]).to(tl.float16)
+    earlier_TE = tl.dot(earlier_TT, chosen_TE.to(tl.float16)).to(tl.int32)
+    row_TE = tl.where(mine_E[None, :], offset_E[None, :] + earlier_TE, -1)
+    for k in tl.static_range(K):
+        id_T = tl.sum(tl.where((k_K == k)[None, :], id_TK, 0), axis=1)
+        row_T = tl.max(tl.where(id_T[:, None] == id_E[None, :], row_TE, -2), axis=1)
+        slot_T = token_T * K + k
+        tl.store(row_ptr + slot_T, row_T, mask=real_T)
+        tl.store(slot_ptr + row_T, slot_T, mask=real_T & (row_T >= 0))
+        tl.store(slot_ptr + slot_T, tokens * K, mask=real_T & (slot_T >= used))
 
 
 @triton.jit(do_not_specialize=["tokens"])
