@@ -17,7 +17,7 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache import Cache, CacheFull, DecodeStep, Step
-from epmoe.engine import Engine, Request, Result
+from epmoe.engine import Engine, Request, Result, choose_chunk
 from epmoe.errors import UserError
 from epmoe.memory import fit_cache
 from epmoe.ranks import Ranks
@@ -164,6 +164,12 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
         assert len(step.token_T) <= LIMITS[case].get("prefill_chunk", 2048)
         assert len(step.sequence_B) <= LIMITS[case].get("max_batch", 64)
     assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
+
+
+def test_a_chunk_is_chosen_by_the_kind_of_device() -> None:
+    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 8192, 8192]
+    assert choose_chunk(5, torch.device("cpu")) == choose_chunk(5, torch.device("cuda")) == 5
+    assert engine().prefill_chunk == 2048
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
