@@ -6,10 +6,13 @@ experts (epmoe/combine). So their sum, the residual and the next norm are one pa
     x[t] += round(((+0 + rows[t, 0]) + rows[t, 1]) + … + rows[t, K-1])        in float32, rounded as each step says
     norm(x)[t] = x[t] / rms(x[t]) · weight                                    in float32, rounded once
 
-Letters: T tokens · K rows a token · H hidden.
+The experts' router reads the norm next: for few tokens its product is made in the same kernel.
+
+Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
 """
 
-from collections.abc import Callable
+import sys
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -41,13 +44,21 @@ def add_norm(
     return x_TH, (wide_TH * weight_H.float()).to(x_TH.dtype)
 
 
-def implementation(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The add_norm that runs on a device."""
+def add_norm_linear(
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `add_norm` gives, and a linear layer of the norm: [T, E] in x's dtype."""
+    x_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
+    return x_TH, norm_TH, linear(norm_TH)
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module whose add_norm and add_norm_linear run on a device."""
     if device.type != "cuda":
-        return add_norm
+        return sys.modules[__name__]
     from epmoe import norm_triton  # only here: a CPU machine need not have triton
 
-    return norm_triton.add_norm
+    return norm_triton
 
 
 class AddNorm(nn.Module):
@@ -60,4 +71,10 @@ class AddNorm(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(the residual stream with `rows` added, its norm), [T, H] each; changes neither argument."""
-        return implementation(x_TH.device)(x_TH, rows_TKH, self.weight, self.eps)
+        return implementation(x_TH.device).add_norm(x_TH, rows_TKH, self.weight, self.eps)
+
+    def with_linear(
+        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `forward` gives, and `linear` of the norm."""
+        return implementation(x_TH.device).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)

@@ -3,6 +3,7 @@
 Letters: T tokens · K rows a token · H hidden.
 """
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -64,16 +65,55 @@ def compare(case: Case, device: str, dtype: torch.dtype, tolerance: float) -> No
     torch.testing.assert_close(norm_TH.cpu(), wanted_TH, rtol=tolerance, atol=0)
 
 
+def compare_linear(case: Case, outputs: int, bias: bool, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The same bits for sum and norm as without the linear layer, and a product within `tolerance` of its size."""
+    x_TH, rows_TKH, weight_H, eps = operands(case, dtype)
+    assert rows_TKH is not None
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(case.hidden, outputs, bias, dtype=dtype).requires_grad_(False)
+    moved = (x_TH.to(device), rows_TKH.to(device), weight_H.to(device), eps)
+    linear_there = copy.deepcopy(linear).to(device)
+    sum_TH, norm_TH, out_TE = norm_triton.add_norm_linear(*moved, linear_there)
+    for got, wanted in zip((sum_TH, norm_TH), norm_triton.add_norm(*moved), strict=True):
+        assert torch.equal(got, wanted)
+    assert out_TE.shape == (case.tokens, outputs) and out_TE.dtype == dtype
+    exact_TE = torch.nn.functional.linear(norm_TH.cpu().double(), linear.weight.double())
+    if linear.bias is not None:
+        exact_TE += linear.bias.double()
+    size_T1 = norm_TH.cpu().double().norm(dim=1, keepdim=True) / case.hidden**0.5
+    assert ((out_TE.cpu().double() - exact_TE).abs() <= tolerance * (exact_TE.abs() + size_T1)).all()
+
+
+# the last has more tokens times outputs than one kernel takes
+LINEARS = [
+    (Case("five outputs", 3, 1), 5, True),
+    (Case("one token", 1, 4, 2880), 32, False),
+    (Case("T", 130, 1), 16, True),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_in_the_interpreter(case: Case) -> None:
     interpreted(compare, case, "cpu", torch.float32, 1e-6)  # the sum of squares in another order
+
+
+@pytest.mark.parametrize(("case", "outputs", "bias"), LINEARS, ids=lambda value: getattr(value, "name", str(value)))
+def test_linear_kernel_in_the_interpreter(case: Case, outputs: int, bias: bool) -> None:
+    assert (case.tokens * outputs > norm_triton.FEW) == (case.tokens == 130)
+    interpreted(compare_linear, case, outputs, bias, "cpu", torch.float32, 1e-6)
 
 
 def together_and_alone() -> None:
     x_TH, rows_TKH, weight_H, eps = operands(Case("batch", 7, 4))
     assert rows_TKH is not None
     sum_TH, norm_TH = norm_triton.add_norm(x_TH, rows_TKH, weight_H, eps)
+    linear = torch.nn.Linear(96, 9).requires_grad_(False)
+    out_TE = norm_triton.add_norm_linear(x_TH, rows_TKH, weight_H, eps, linear)[2]
     for t in range(7):
+        row = slice(t, t + 1)
+        assert torch.equal(
+            norm_triton.add_norm_linear(x_TH[row], rows_TKH[row], weight_H, eps, linear)[2][0], out_TE[t]
+        )
         alone = norm_triton.add_norm(x_TH[t : t + 1].clone(), rows_TKH[t : t + 1].clone(), weight_H, eps)
         assert torch.equal(alone[0][0], sum_TH[t]) and torch.equal(alone[1][0], norm_TH[t])
 
@@ -113,8 +153,8 @@ def test_the_norm_is_rms() -> None:
 
 
 def test_one_place_chooses() -> None:
-    assert norm.implementation(torch.device("cuda", 0)) is norm_triton.add_norm
-    assert norm.implementation(torch.device("cpu")) is add_norm
+    assert norm.implementation(torch.device("cuda", 0)) is norm_triton
+    assert norm.implementation(torch.device("cpu")) is norm
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -126,6 +166,11 @@ def test_compiles_without_spills(rows: int, arch: int) -> None:
     signature = {name: kind for name, kind in types.items() if name not in constants}
     cost = compile_kernel(norm_triton.add_norm_kernel, signature, constants, options["num_warps"], arch=arch)
     assert cost["spills"] == 0, cost
+    if rows:
+        signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
+        constants |= {"E": 32, "B": norm_triton.OUTPUTS}
+        cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)
+        assert cost["spills"] == 0, cost
 
 
 @pytest.mark.gpu
@@ -134,3 +179,5 @@ def test_kernel_on_a_gpu(dtype: torch.dtype) -> None:
     """A unit in the last place where the sum of squares, in another order, decides a rounding."""
     for case in (*CASES, Case("prefill", 4096, 4, 2880)):
         compare(case, "cuda", dtype, {torch.bfloat16: 2.0**-7, torch.float32: 1e-6}[dtype])
+    for case, outputs, bias in LINEARS:  # rounded once, half a unit in the last place; TF32 must stay off
+        compare_linear(case, outputs, bias, "cuda", dtype, {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}[dtype])

@@ -126,8 +126,8 @@ class Block(nn.Module):
         with named("attention"):
             x_TH, norm_TH = self.attention_norm(x_TH, rows_TJH)
             attended_TH = self.attention(norm_TH, cos_sin, cached, plan)
-        x_TH, norm_TH = self.moe_norm(x_TH, attended_TH[:, None])
-        return x_TH, self.moe(norm_TH)
+        x_TH, norm_TH, logits_TE = self.moe_norm.with_linear(x_TH, attended_TH[:, None], self.moe.router)
+        return x_TH, self.moe(norm_TH, logits_TE)
 
 
 class GptOss(nn.Module):
