@@ -80,6 +80,10 @@ class Rotary:
     def __call__(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_TF and sin_TF, float32, times the concentration."""
         self.frequency_F = self.frequency_F.to(position_T.device)  # moves once
+        if position_T.device.type == "cuda":
+            from epmoe import rotary_triton  # only here: a CPU machine need not have triton
+
+            return rotary_triton.cos_sin(position_T, self.frequency_F, self.concentration)
         angle_TF = position_T[:, None].float() * self.frequency_F
         return angle_TF.cos() * self.concentration, angle_TF.sin() * self.concentration
 

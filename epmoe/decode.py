@@ -74,13 +74,14 @@ class State:
         id that the model can take until then.
         """
         with named("sample"):
-            if part:
-                assert level == Level.GREEDY
-                key_B = largest(logits_BV, part[0]).amax(0)
-                id_B = join_largest(self.ranks.stack(key_B), self.vocab)
+            if level == Level.GREEDY:
+                key_SB = largest(logits_BV, part[0] if part else 0)
+                id_B = join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
             else:
+                assert part is None
                 seen_BV = None if self.seen_SV is None or level < Level.FILTER else self.seen_SV[sequence_B]
                 id_B = choose(logits_BV, self.knobs_S[sequence_B], position_B, seen_BV, level)
+            if part is None:
                 self.ranks.broadcast(id_B)
         self.advance(id_B, sequence_B, position_B)
         return id_B
