@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 # The most shared memory that a block may have, in bytes, by generation.
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -35,7 +36,8 @@ def compile_kernel(
     divisible: Sequence[str] = (),
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
-    "wgmma": Hopper's tensor core instructions in the code, "tensor": columns of Blackwell's tensor memory}`.
+    "wgmma": Hopper's tensor core instructions in the code, "tensor": columns of Blackwell's tensor memory, "serialized":
+    the assembler's warnings that such instructions wait for each other}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -46,7 +48,8 @@ def compile_kernel(
     names = fn.arg_names
     missing = set(names) - set(signature) - set(constexprs)
     assert not missing, f"no type or value for {missing}"
-    source = ASTSource(
+    gluon = isinstance(fn, GluonJITFunction)
+    source = (GluonASTSource if gluon else ASTSource)(
         fn=fn,
         signature={name: "constexpr" if name in constexprs else signature[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
@@ -99,4 +102,4 @@ def _assemble(ptx: str) -> dict[str, int]:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     assert registers and spills, f"ptxas reported neither registers nor spills:\n{report}"
-    return {"registers": max(registers), "spills": sum(spills)}
+    return {"registers": max(registers), "spills": sum(spills), "serialized": report.count("are serialized")}

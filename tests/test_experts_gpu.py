@@ -9,7 +9,7 @@ from test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, 
 
 from epmoe.experts import EXPERTS
 from epmoe.experts.reference import ReferenceExperts
-from epmoe.experts.tiles import choose_tile, table
+from epmoe.experts.tiles import TILES, Tile, choose_tile, table
 from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch, generation
 from epmoe.router import Dispatch
 
@@ -95,6 +95,40 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
         tile for _, tile in table(torch.bfloat16, mine)
     }
     run_batches("triton", case, "cuda", dtype)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 2880), (512, 288), (544, 1568)])
+def test_hopper_kernels_give_the_same_bits(
+    hidden: int, intermediate: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole runs alone, with a pair at the end, with half a pair; experts of 0, 1, 63, 64, 65 … rows."""
+    if generation(torch.device("cuda", 0)) != 9:
+        pytest.fail("this GPU is no Hopper: its table has no such kernels")
+    case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=13, top_k=4)
+    weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    if wide:
+        weights.down.scales_LNG[3, 5:9] = 130
+        weights.gate_up.scales_LNG[2, 0] = 255
+    experts = TritonExperts.pack(weights, case.activation)
+    assert experts.gate_up.wide == experts.down.wide == wide or not wide
+    x_TH, _ = random_input(case, torch.bfloat16, "cuda")
+    logits_TE = torch.full((case.tokens, case.experts), -1e4, device="cuda")
+    counts = (0, 1, 63, 64, 65, 127, 128, 129, 257)  # rows of experts 1 to 9; 0 takes ties, 10 to 12 nearly all tokens
+    begin = 0
+    for expert, count in enumerate(counts, 1):
+        logits_TE[begin : begin + count, expert] = 100.0
+        begin += count
+    logits_TE[:, 10:] += 2e4 * (1 + torch.rand(case.tokens, 3, device="cuda"))
+    dispatch = dispatched(case, logits_TE)
+    assert dispatch.offset_L1.diff()[1:10].tolist() == list(counts)
+    found = []
+    for tile in ("hopper:256x128x64x8x2", "128x32x64x4x3"):
+        monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), Tile.parse(tile)),)})
+        h_RI = gate_up(x_TH, experts.gate_up, experts.gate_up_bias_LN, dispatch, case.activation)
+        found.append((h_RI, down(h_RI, experts.down, experts.down_bias_LH, dispatch)))
+    for fast, plain in zip(*found, strict=True):
+        assert torch.equal(fast.view(torch.int16), plain.view(torch.int16))
 
 
 def test_offsets_beyond_31_bits() -> None:

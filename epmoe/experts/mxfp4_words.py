@@ -180,8 +180,8 @@ _PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
 _PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
 _PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
 _PTX_SCALE = _PTX_TIMES.format(factor="$2") + "}"
-_PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
-_PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
+PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
+PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
 
 
@@ -189,7 +189,7 @@ _TWO_126 = tl.constexpr(2.0**126)
 def _value_ptx(word, factor, J: tl.constexpr, WIDE: tl.constexpr):
     """Two words a register, so that each instruction serves two: 2 to 9 for the bits and one or two products."""
     return tl.inline_asm_elementwise(
-        _PTX_WIDE[J] if WIDE else _PTX_NARROW[J],
+        PTX_WIDE[J] if WIDE else PTX_NARROW[J],
         "=&r,r,r",
         [word, factor],
         dtype=tl.bfloat16,

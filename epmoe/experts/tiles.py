@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 FILE = Path(__file__).with_name("tiles.json")
-KERNELS = ("triton",)
+KERNELS = ("triton", "hopper")  # triton_kernels.py, hopper_kernels.py
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def read_tables(content: Mapping[str, Any]) -> dict[torch.dtype, dict[int, Table
     """
     found: dict[torch.dtype, dict[int, Table]] = {}
     for dtype, tables in content["tiles"].items():
-        if "0" not in tables:
-            raise ValueError(f"{dtype}: no table 0, for devices without one of their own")
+        if any(row.get("kernel") != "triton" for row in tables.get("0", [{}])):
+            raise ValueError(f"{dtype}: no table 0 of triton's tiles, for devices and sizes that others do not serve")
         found[getattr(torch, dtype)] = {
             int(generation): _read_table(f"{dtype}, generation {generation}", rows)
             for generation, rows in tables.items()

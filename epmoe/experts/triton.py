@@ -4,10 +4,14 @@ Letters: T tokens · H hidden · I intermediate · E experts · K experts per to
 slots · R = S rows of this rank, sorted by expert · N = 2I.
 
 Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
+
+Products of few rows an expert run in triton_kernels.py, those of many on a Hopper GPU in hopper_kernels.py (launched by
+hopper.py), with the same bits; tiles.py says which.
 """
 
 from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import ClassVar, Self
 
 import torch
@@ -100,9 +104,11 @@ def gate_up(
     assert hidden == columns and slots == tokens * dispatch.expert_TK.shape[1]
     _check(x_TH, matrix, bias_LN, dispatch)
     h_RI = x_TH.new_empty(slots, rows // 2)
-    tile = choose_tile(x_TH.dtype, slots, dispatch.num_experts, generation(x_TH.device))
+    tile = _tile(x_TH, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(rows, tile.weight_rows)
-    if grid:
+    if grid and tile.kernel == "hopper":
+        _hopper().gate_up(x_TH, matrix, bias_LN, dispatch, activation, h_RI, tile, grid)
+    elif grid:
         gate_up_kernel[(grid,)](
             x_TH,
             matrix.word_LNW,
@@ -131,9 +137,11 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
     # A rank that has all experts writes every slot.
     new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
     y_TKH = new(*dispatch.expert_TK.shape, hidden)
-    tile = choose_tile(h_RI.dtype, slots, dispatch.num_experts, generation(h_RI.device))
+    tile = _tile(h_RI, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
-    if grid:
+    if grid and tile.kernel == "hopper":
+        _hopper().down(h_RI, matrix, bias_LH, dispatch, y_TKH, tile, grid)
+    elif grid:
         down_kernel[(grid,)](
             h_RI,
             matrix.word_LNW,
@@ -148,6 +156,20 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
             **_constants(tile, matrix, h_RI),
         )
     return y_TKH
+
+
+def _tile(x: torch.Tensor, matrix: WordMatrix, dispatch: Dispatch) -> Tile:
+    """The table's tile for this step, or table 0's where the table's kernel does not know rows of that length."""
+    step = (x.dtype, dispatch.slot_R.numel(), dispatch.num_experts)
+    tile = choose_tile(*step, generation(x.device))
+    known = tile.kernel != "hopper" or _hopper().serves(matrix.shape[2])
+    return tile if known else choose_tile(*step, 0)
+
+
+def _hopper() -> ModuleType:
+    from epmoe.experts import hopper  # only here: other devices need no Gluon
+
+    return hopper
 
 
 def gate_up_torch(

@@ -106,6 +106,29 @@ def down_kernel(
     tl.store(to_BM, acc_BM.to(y_ptr.dtype.element_ty), (n_B < rows)[:, None] & (row_M < stop)[None, :])
 
 
+@triton.jit(do_not_specialize=["num_local", "top_k"])
+def gather_kernel(
+    x_ptr,  # [T, H]
+    offset_ptr,  # int32 [L+1]
+    slot_ptr,  # int32 [R]
+    out_ptr,  # out [R, H]; rows that this rank does not use are left as they are
+    num_local,
+    top_k,
+    COLUMNS: tl.constexpr,  # H
+    M: tl.constexpr,
+    C: tl.constexpr,
+):
+    """out[r] = x[slot[r] // K]: the rows of the tokens, sorted by expert, M at a time."""
+    row_M = tl.program_id(0) * M + tl.arange(0, M)
+    used_M = row_M < tl.load(offset_ptr + num_local)
+    token_M = tl.load(slot_ptr + row_M, used_M, other=0).to(tl.int64) // top_k
+    c_C = tl.arange(0, C)
+    for column in tl.static_range(0, COLUMNS, C):
+        used_MC = used_M[:, None] & (column + c_C < COLUMNS)[None, :]
+        x_MC = tl.load(x_ptr + token_M[:, None] * COLUMNS + (column + c_C)[None, :], used_MC, other=0)
+        tl.store(out_ptr + row_M.to(tl.int64)[:, None] * COLUMNS + (column + c_C)[None, :], x_MC, used_MC)
+
+
 @triton.jit
 def _find_tile(offset_ptr, tile, num_local, LOCAL: tl.constexpr, M: tl.constexpr):
     """The tile-th run of M rows, counted expert by expert → (expert, its rows [M], the expert's last row + 1).
