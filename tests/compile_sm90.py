@@ -36,8 +36,8 @@ def compile_kernel(
     divisible: Sequence[str] = (),
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
-    "wgmma": Hopper's tensor core instructions in the code, "tensor": columns of Blackwell's tensor memory, "serialized":
-    the assembler's warnings that such instructions wait for each other}`.
+    "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
+    each other, "tensor": columns of Blackwell's tensor memory}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte

@@ -11,6 +11,7 @@ from epmoe.experts import EXPERTS
 from epmoe.experts.reference import ReferenceExperts
 from epmoe.experts.tiles import TILES, Tile, choose_tile, table
 from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch, generation
+from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +108,7 @@ def test_hopper_kernels_give_the_same_bits(
         pytest.fail("this GPU is no Hopper: its table has no such kernels")
     case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=13, top_k=4)
     weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    assert isinstance(weights.gate_up, Mxfp4Matrix) and isinstance(weights.down, Mxfp4Matrix)
     if wide:
         weights.down.scales_LNG[3, 5:9] = 130
         weights.gate_up.scales_LNG[2, 0] = 255

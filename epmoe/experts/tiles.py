@@ -58,12 +58,13 @@ def read_tables(content: Mapping[str, Any]) -> dict[torch.dtype, dict[int, Table
     """
     found: dict[torch.dtype, dict[int, Table]] = {}
     for dtype, tables in content["tiles"].items():
-        if any(row.get("kernel") != "triton" for row in tables.get("0", [{}])):
-            raise ValueError(f"{dtype}: no table 0 of triton's tiles, for devices and sizes that others do not serve")
-        found[getattr(torch, dtype)] = {
+        read = {
             int(generation): _read_table(f"{dtype}, generation {generation}", rows)
             for generation, rows in tables.items()
         }
+        if 0 not in read or any(tile.kernel != "triton" for _, tile in read[0]):
+            raise ValueError(f"{dtype}: no table 0 of triton's tiles, for devices and sizes that others do not serve")
+        found[getattr(torch, dtype)] = read
     return found
 
 

@@ -2,7 +2,7 @@
 """Choose the tiles of the experts' products on this GPU and write them to epmoe/experts/tiles.json.
 
     scripts/bench/tune.py                              minutes
-    scripts/bench/tune.py --quick --output tiles.json  below a minute: fewer candidates and points
+    scripts/bench/tune.py --quick --output tiles.json  fewer candidates and points
 
 Times the candidates as moe.py does (both products in a CUDA graph, weights rotating past the L2), for several numbers
 of rows an expert, T·K/E. The table replaces the one of this GPU's generation; others stay. What was measured stands in
@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 from epmoe.experts import GatedActivation
 from epmoe.experts.tiles import FILE, Tile, read_tables
 from epmoe.experts.triton import TritonExperts, generation
-from scripts.bench.moe import VARIANTS, Layer, copies_needed, inputs, random_weights, sweep
+from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, sweep
 
 Point = dict[str, Any]  # rows: T·K/E; experts, tokens: how they came about; us: {tile: µs a call}
 
-# 128x64x64x4x2 would be chosen for many rows, but spills on Hopper, which the tests allow no tile in use.
-CANDIDATES = VARIANTS.replace("128x64x64x4x2 ", "")
-QUICK = "64x16x64x4x3 128x16x64x4x3 128x32x64x4x3 128x64x64x8x2 128x64x64x8x3 128x128x64x8x2"
+CANDIDATES = "64x16x64x4x3 64x16x64x4x4 128x16x64x4x3 128x32x64x4x3 128x64x64x8x2 128x64x64x8x3 128x128x64x8x2"
+QUICK = "64x16x64x4x3 128x32x64x4x3 128x64x64x8x2"
+HOPPER = " hopper:256x64x64x8x2 hopper:256x128x64x8x2"  # on that generation these too
 # A tile more is worth it when it saves this much of the time at one point: each is compiled before a run is ready.
 CHANGE = 0.02
 MOST_COPIES = 16
@@ -134,24 +134,26 @@ def measure_point(layer: Layer, tokens: int, tiles: str, experts: list[TritonExp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", default="32/32,32/128", help="local/all, with commas")
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024,4096")
+    parser.add_argument("--tokens", default="1,4,16,64,128,256,512,1024,4096")
     parser.add_argument("--hidden", type=int, default=2880)
     parser.add_argument("--intermediate", type=int, default=2880)
     parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--tiles", default=CANDIDATES, help="the candidates, with spaces")
+    parser.add_argument("--tiles", help="the candidates, with spaces; otherwise a list for this generation of GPUs")
     parser.add_argument("--quick", action="store_true", help="few candidates, few points")
     parser.add_argument("--output", type=Path, default=FILE)
     options = parser.parse_args()
     if options.quick:
-        options.experts, options.tokens, options.tiles = "32/32", "1,16,256,4096", QUICK
+        options.experts, options.tokens = "32/32", "1,16,256,4096"
     if not torch.cuda.is_available():
         sys.exit("scripts/bench/tune.py needs a CUDA device")
+    of = generation(torch.device("cuda"))
+    tiles = options.tiles or (QUICK if options.quick else CANDIDATES) + (HOPPER if of == 9 else "")
 
     points: list[Point] = []
     for share in options.experts.split(","):
         local, experts = map(int, share.split("/"))
         layer = Layer(local, experts, options.hidden, options.intermediate, options.top_k)
-        points += measure(layer, [int(tokens) for tokens in options.tokens.split(",")], options.tiles)
+        points += measure(layer, [int(tokens) for tokens in options.tokens.split(",")], tiles)
     conditions = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -161,7 +163,6 @@ def main() -> None:
         **{name: getattr(options, name) for name in ("hidden", "intermediate", "top_k")},
     }
     content = json.loads(FILE.read_text(encoding="utf-8"))
-    of = generation(torch.device("cuda"))
     new = updated(content, of, points, conditions)
     options.output.write_text(to_text(new) + "\n", encoding="utf-8")
     for row in new["tiles"]["bfloat16"][str(of)]:
