@@ -2,8 +2,8 @@
 
 Letters: attention_kernels.py. Q tokens of a tile.
 
-The place is where every position that a span's tokens see has one row, cached or new. A full layer's pages never forget,
-so they are it. A ring does, so the spans of a layer with a window W get rows of a scratch, W cached ones before each
+The place is where every position that a span's tokens see has one row, cached or new. A full layer's pages are it: they
+never forget. A ring does, so the spans of a layer with a window W get rows of a scratch, W cached ones before each
 span's own: position p of the s-th span, whose tokens start at `begin`, has the row p − cached + begin + (s + 1)·W.
 """
 
