@@ -243,8 +243,11 @@ def _padded(head_dim: int) -> int:
 
 
 def _bucket(count: int) -> int:
-    """A length of the kernels' vectors: 64, 256, 1024 ...; few, since each compiles a kernel."""
-    length = 64
+    """A length of the kernels' vectors: 32, 128, 512 ...; few, since each compiles a kernel.
+
+    32 are the lanes of a warp: each warp sums them by itself, without waiting for the others.
+    """
+    length = 32
     while length < count:
         length *= 4
     return length

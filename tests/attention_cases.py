@@ -51,7 +51,7 @@ CASES = [
     Case("window longer than a split", 260, (((0, 250), (1, 400)), 2, ((0, 30), (1, 2)), 2), heads=2, kv_heads=1),
     Case("mixed", None, (((0, 5), (1, 40), (2, 1)), ((2, 1), (0, 9), (1, 1)), 3)),
     Case("mixed, window", 5, (((0, 5), (1, 40), (2, 1)), ((2, 1), (0, 9), (1, 1)), 3)),
-    Case("forty spans", None, (tuple((s, 2 + s % 5) for s in range(40)), 2), heads=2, kv_heads=1, sequences=40),
+    Case("forty spans", None, (tuple((s, 2 + s % 5) for s in range(40)), 40), heads=2, kv_heads=1, sequences=40),
     Case("forty spans, window", 7, (tuple((s, 2 + s % 9) for s in range(40)),) * 2, heads=2, kv_heads=1, sequences=40),
     Case("eight heads a group, D=64", None, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),
     Case("eight heads a group, D=64, window", 20, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),

@@ -48,7 +48,7 @@ def compiled(
 def test_decode(dtype: torch.dtype, layout: dict[str, int]) -> None:
     """A spill in the inner loop is a silent loss of speed; run with -s to see registers and shared memory."""
     tile = DECODE[dtype]
-    constants = {**SIZES, **layout, "G": 8, "ROWS": 64, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
     cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
     # at least three programs run on a multiprocessor at a time, so that one's loads hide another's arithmetic
     assert 3 * tile.warps * 32 * cost["registers"] <= 65536
@@ -59,7 +59,7 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_combine(dtype: torch.dtype) -> None:
-    constants = {**SIZES, "E": 64, "ROWS": 64, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS}
+    constants = {**SIZES, "E": 64, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS}
     compiled(attention_decode.combine_kernel, dtype, constants, 2, 3)
 
 
@@ -107,7 +107,7 @@ def test_place(dtype: torch.dtype, layout: dict[str, int]) -> None:
 def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     """Ampere and Blackwell compile the same kernels; their tiles were not chosen for them, so spills are theirs."""
     tile = DECODE[torch.bfloat16]
-    constants = {**SIZES, **layout, "G": 8, "ROWS": 64, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
     compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
     constants, warps, stages = prefill_constants(layout, torch.bfloat16)
     compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, warps, stages, arch)
