@@ -297,6 +297,10 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         handles = [engine.cache.admit(30) for _ in range(3)]
         for handle, request in zip(handles, asked, strict=False):
             engine.state.admit(handle, request.ids, request.params)
+        # Nothing prefills these sequences, which would set where they are: without this they would go on where the
+        # prefills of prepare left their handles, and read rows that nobody wrote.
+        engine.state.token_S.zero_()
+        engine.state.position_S.zero_()
         variants = sorted({variant for _, variant in engine.graphs.ready})
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
