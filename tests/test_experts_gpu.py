@@ -98,12 +98,13 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     run_batches("triton", case, "cuda", dtype)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 2880), (512, 288), (544, 1568)])
+# Both products of gpt-oss, whose columns end with one pair; columns that end with half a pair, and whole runs alone,
+# with scales that need the wide decoding, one of them NaN. A case compiles four kernels, seconds each.
+@pytest.mark.parametrize(("hidden", "intermediate", "wide"), [(2880, 2880, False), (544, 512, True)])
 def test_hopper_kernels_give_the_same_bits(
     hidden: int, intermediate: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole runs alone, with a pair at the end, with half a pair; experts of 0, 1, 63, 64, 65 … rows."""
+    """Whichever columns end a row, narrow and wide scales; experts of 0, 1, 63, 64, 65 … rows."""
     if generation(torch.device("cuda", 0)) != 9:
         pytest.fail("this GPU is no Hopper: its table has no such kernels")
     case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=13, top_k=4)
@@ -113,7 +114,7 @@ def test_hopper_kernels_give_the_same_bits(
         weights.down.scales_LNG[3, 5:9] = 130
         weights.gate_up.scales_LNG[2, 0] = 255
     experts = TritonExperts.pack(weights, case.activation)
-    assert experts.gate_up.wide == experts.down.wide == wide or not wide
+    assert experts.gate_up.wide == experts.down.wide == wide
     x_TH, _ = random_input(case, torch.bfloat16, "cuda")
     logits_TE = torch.full((case.tokens, case.experts), -1e4, device="cuda")
     counts = (0, 1, 63, 64, 65, 127, 128, 129, 257)  # rows of experts 1 to 9; 0 takes ties, 10 to 12 nearly all tokens
