@@ -102,14 +102,6 @@ def product_f32(a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a_BMK, b_BKN, out_dtype=torch.float32)
 
 
-def product_f32_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
-    """The product of two matrices, summed in float32 and written to `out` in float32, which may be part of a matrix."""
-    if a_MK.dtype == torch.float32 or a_MK.device.type == "cpu":
-        torch.mm(a_MK.float(), b_KN.float(), out=out_MN)
-    else:
-        torch.mm(a_MK, b_KN, out_dtype=torch.float32, out=out_MN)
-
-
 def attend(
     q_BMD: torch.Tensor, k_BCD: torch.Tensor, v_BCD: torch.Tensor, valid_BMC: torch.Tensor, sink_BM: torch.Tensor
 ) -> torch.Tensor:

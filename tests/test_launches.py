@@ -9,10 +9,21 @@ from interpret import interpreted
 from launches import launches
 from loading import load_rank, rank_of
 
-from epmoe import attention, attention_triton, decode, decode_triton, greedy_triton, norm, norm_triton, rotary_triton
+from epmoe import (
+    attention,
+    attention_triton,
+    decode,
+    decode_triton,
+    greedy_triton,
+    norm,
+    norm_triton,
+    rotary_triton,
+    vocabulary,
+)
 from epmoe import sampler as sampling
 from epmoe.cache import Cache
 from epmoe.decode import Decoder, State, Variant
+from epmoe.models import gpt_oss
 from epmoe.sampler import Level
 
 
@@ -32,7 +43,7 @@ def layer(*attention: str) -> list[str]:
 WINDOW = layer("decode_kernel")
 FULL = layer("decode_kernel", "combine_kernel")
 BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
-AFTER = ["add_norm_kernel", "mm", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
+AFTER = ["add_norm_kernel", "few_logits_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
 
 
 def step(path: Path, rows: int) -> list[str]:
@@ -59,6 +70,9 @@ def step(path: Path, rows: int) -> list[str]:
             patch.setattr(module, "largest", greedy_triton.largest)
             patch.setattr(module, "join_largest", greedy_triton.join_largest)
         patch.setattr(attention.Rotary, "__call__", rotary)
+        # As on a GPU in bf16, which the interpreter cannot multiply; chunks of the library would be several launches.
+        patch.setattr(vocabulary, "suits_kernel", lambda device, dtype, rows: rows <= vocabulary.FEW)
+        patch.setattr(gpt_oss, "VOCAB_CHUNK", config.vocab // 4)
         patch.setattr(State, "take", take)
         patch.setattr(State, "advance", advance)
         decoder = Decoder(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import nn
 
-from epmoe.attention import Attention, Rope, Rotary, product_f32_into
+from epmoe.attention import Attention, Rope, Rotary
 from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
 from epmoe.models import Place
@@ -20,9 +20,10 @@ from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
 from epmoe.norm import AddNorm
 from epmoe.profile import named
+from epmoe.vocabulary import part_logits
 
-# Columns of the vocabulary projection that are multiplied at a time. Ranks share whole chunks, so that a logit has the
-# same bits on any number of them: small enough that they share evenly, large enough to be read at full speed (94 MB).
+# Ids that a library's product computes at a time, and of which ranks share whole chunks (epmoe/vocabulary.py): small
+# enough that they share evenly, large enough to be read at full speed (94 MB).
 VOCAB_CHUNK = 16384
 
 
@@ -179,15 +180,7 @@ class GptOss(nn.Module):
 
     def _logits(self, x_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
-        first, last = part or (0, len(weight_VH))
-        assert first % VOCAB_CHUNK == 0 and (last % VOCAB_CHUNK == 0 or last == len(weight_VH))
-        # Every chunk is written where it belongs. Rows stand the whole vocabulary apart even when a part of it is asked
-        # for: a library may choose its order of summation by that distance too, and it must not follow the ranks.
-        logits_OV = torch.empty(len(x_OH), len(weight_VH), dtype=torch.float32, device=x_OH.device)
-        for begin in range(first, last, VOCAB_CHUNK):
-            chunk = slice(begin, min(begin + VOCAB_CHUNK, last))
-            product_f32_into(logits_OV[:, chunk], x_OH, weight_VH[chunk].T)
-        return logits_OV[:, first:last]
+        return part_logits(x_OH, weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
