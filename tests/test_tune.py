@@ -32,8 +32,8 @@ def test_the_tile_follows_the_rows_of_an_expert() -> None:
             for limit, tile in tiles[:-1]:
                 assert choose_tile_of(tiles, limit) == tile != choose_tile_of(tiles, limit + 1 / 32)
     # 12 rows an expert are 96 tokens of 4 experts out of 32
-    of = [str(choose_tile(torch.bfloat16, 4 * tokens, 32, 9)) for tokens in (1, 96, 97, 100_000)]
-    assert of[0] == of[1] == FEW and len(set(of)) >= 2
+    of = [str(choose_tile(torch.bfloat16, 4 * tokens, 32, 0)) for tokens in (1, 96, 97, 100_000)]
+    assert of == [FEW, FEW, SOME, "128x64x64x8x2"]
     assert table(torch.float32, 9) == table(torch.float32, 0) and table(torch.bfloat16, 99) == TILES[torch.bfloat16][0]
 
 
@@ -98,9 +98,9 @@ def chosen(*times: dict[str, float]) -> list[tuple[float, str]]:
 def test_the_fastest_table_is_chosen() -> None:
     assert chosen({FEW: 10, MANY: 30}, {FEW: 20, MANY: 35}, {FEW: 90, MANY: 40}) == [(1.0, FEW), (math.inf, MANY)]
     assert chosen({FEW: 10, MANY: 30}, {FEW: 20, MANY: 35}) == [(math.inf, FEW)]
-    # one percent is not worth another tile, three are
-    assert chosen({FEW: 10, SOME: 12}, {FEW: 101, SOME: 100}) == [(math.inf, FEW)]
-    assert chosen({FEW: 10, SOME: 12}, {FEW: 103, SOME: 100}) == [(0.25, FEW), (math.inf, SOME)]
+    # two percent are not worth another tile, four are
+    assert chosen({FEW: 10, SOME: 12}, {FEW: 102, SOME: 100}) == [(math.inf, FEW)]
+    assert chosen({FEW: 10, SOME: 12}, {FEW: 104, SOME: 100}) == [(0.25, FEW), (math.inf, SOME)]
 
 
 def test_one_order_of_summation_is_kept() -> None:
@@ -119,6 +119,21 @@ def test_points_of_the_same_size_count_together() -> None:
 
     same = [{"rows": 1, "us": {FEW: 10, SOME: 30}}, {"rows": 1, "us": {FEW: 20, SOME: 10}}]
     assert [str(tile) for _, tile in choose(same)] == [FEW]
+
+
+def test_limits_between_neighbours_double() -> None:
+    """Another tile at each of 8, 16, 32 and 64 rows: the limits are √2 times these, and the file takes them."""
+    from scripts.bench.tune import updated
+
+    names = [FEW, SOME, MANY, "hopper:256x128x64x8x2"]
+    times = [{"rows": 8 << best, "us": {name: 20 + (name != names[best]) for name in names}} for best in range(4)]
+    content = updated(CONTENT, 10, times, {"device": "a GPU"})
+    assert [(limit, str(tile)) for limit, tile in read_tables(content)[torch.bfloat16][10]] == [
+        (11.3125, FEW),
+        (22.625, SOME),
+        (45.25, MANY),
+        (math.inf, names[3]),
+    ]
 
 
 def test_only_the_table_of_that_generation_is_replaced() -> None:
