@@ -19,6 +19,7 @@ from epmoe.router import triton as router
 DTYPES = {torch.bfloat16: ("*bf16", tl.bfloat16), torch.float32: ("*fp32", tl.float32)}
 ON_HOPPER = list(dict.fromkeys((dtype, tile) for dtype in TILES for _, tile in table(dtype, 9)))
 SHIPPED = [(dtype, tile) for dtype, tile in ON_HOPPER if tile.kernel == "triton"]
+HOPPER = [tile for _, tile in ON_HOPPER if tile.kernel == "hopper"]
 # generation → its tiles in bf16
 OTHERS = {arch: [tile for _, tile in table(torch.bfloat16, arch // 10)] for arch in MOST_SHARED if arch != 90}
 
@@ -75,9 +76,9 @@ def test_other_generations(kernel: Any, arch: int) -> None:
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kernel", [hopper_kernels.gate_up_kernel, hopper_kernels.down_kernel], ids=["gate_up", "down"])
-def test_hopper_kernels(kernel: Any, wide: bool) -> None:
+@pytest.mark.parametrize("tile", HOPPER, ids=str)
+def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
     """Nothing spills, and the assembler lets the products run beside the conversions (it warns when it does not)."""
-    (tile,) = (tile for _, tile in ON_HOPPER if tile.kernel == "hopper")
 
     def block(dtype: str, rows: int, columns: int) -> str:
         return f"tensordesc<{dtype}{[rows, columns]},{hopper_kernels.SHARED.value!r}>"
