@@ -1,13 +1,10 @@
 """Attention's kernels, compiled for sm_90 without a GPU at gpt-oss's shapes: no spills, products that overlap."""
 
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import compile_sm90
 import pytest
 import torch
-from compile_sm90 import compile_kernel
+from compile_sm90 import MOST_SHARED, compile_kernel
 
 from epmoe import attention_decode, attention_prefill
 from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL
@@ -39,7 +36,7 @@ def compiled(
     cost = compile_kernel(kernel, signature, constants, warps, stages, arch, divisible=strides)
     print(f"{kernel.__name__} sm_{arch} {dtype} {constants}: {cost}")
     assert arch != 90 or cost["spills"] == 0
-    assert cost["shared"] <= compile_sm90.MOST_SHARED[arch], "more shared memory than a block may have"
+    assert cost["shared"] <= MOST_SHARED[arch], "more shared memory than a block may have"
     return cost
 
 
@@ -72,28 +69,16 @@ def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[
 
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prefill(dtype: torch.dtype, layout: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
     """bf16 runs on Hopper's tensor cores, both products, and ptxas need not make them wait for each other.
 
-    It says so on its standard error, and only there; the queries' way through memory in prefill_kernel avoids it.
+    It warns when it does; the queries' way through memory in prefill_kernel avoids it.
     """
-    source = tmp_path / "kernel.ptx"
-    assemble = compile_sm90._assemble
-
-    def keep(ptx: str) -> dict[str, int]:
-        source.write_text(ptx)
-        return assemble(ptx)
-
-    monkeypatch.setattr(compile_sm90, "_assemble", keep)
     constants, warps, stages = prefill_constants(layout, dtype)
     cost = compiled(attention_prefill.prefill_kernel, dtype, constants, warps, stages)
-    assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
-    assert (
-        dtype == torch.float32 or 2 * warps * 32 * cost["registers"] <= 65536
-    )  # one's softmax beside another's product
-    command = [compile_sm90._BIN / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    assert "registers" in report and "serialized" not in report
+    assert cost["serialized"] == 0 and (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
+    if dtype == torch.bfloat16:  # one program's softmax runs beside another's product
+        assert 2 * warps * 32 * cost["registers"] <= 65536
 
 
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
