@@ -11,13 +11,7 @@ import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epmoe.experts import GatedActivation
-from epmoe.experts.hopper_kernels import (
-    SHARED,
-    down_few_kernel,
-    down_kernel,
-    gate_up_few_kernel,
-    gate_up_kernel,
-)
+from epmoe.experts.hopper_kernels import SHARED, down_kernel, gate_up_kernel
 from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.tiles import Tile
 from epmoe.experts.triton_kernels import gather_kernel
@@ -44,14 +38,6 @@ def gate_up(
 ) -> None:
     """As `triton.gate_up`, into `h_RI`."""
     num_local, rows, columns = matrix.shape
-    weights = (matrix.word_LNW, matrix.scale_LVN, bias_LN, dispatch.offset_L1)
-    gate = (activation.alpha, activation.limit, activation.up_offset)
-    if _few(tile):
-        top_k = dispatch.expert_TK.shape[1]
-        gate_up_few_kernel[(grid,)](
-            x_TH, *weights, dispatch.slot_R, h_RI, rows, num_local, top_k, *gate, **_constants(tile, matrix)
-        )
-        return
     x_RH = x_TH.new_empty(len(h_RI), columns)
     gather_kernel[(triton.cdiv(len(h_RI), _GATHERED),)](
         x_TH,
@@ -67,11 +53,16 @@ def gate_up(
     gate_up_kernel[(grid,)](
         *_blocks(x_RH, matrix, tile),
         x_RH,
-        *weights,
+        matrix.word_LNW,
+        matrix.scale_LVN,
+        bias_LN,
+        dispatch.offset_L1,
         h_RI,
         rows,
         num_local,
-        *gate,
+        activation.alpha,
+        activation.limit,
+        activation.up_offset,
         **_constants(tile, matrix),
     )
 
@@ -87,18 +78,20 @@ def down(
 ) -> None:
     """As `triton.down`, into the slots of this rank in `y_TKH`."""
     num_local, rows, _ = matrix.shape
-    weights = (matrix.word_LNW, matrix.scale_LVN, bias_LH, dispatch.offset_L1, dispatch.slot_R, dispatch.weight_TK)
-    sizes = (rows, num_local)
-    if _few(tile):
-        down_few_kernel[(grid,)](h_RI, *weights, y_TKH, *sizes, **_constants(tile, matrix))
-    else:
-        blocks = _blocks(h_RI, matrix, tile)
-        down_kernel[(grid,)](*blocks, h_RI, *weights, y_TKH, *sizes, **_constants(tile, matrix))
-
-
-def _few(tile: Tile) -> bool:
-    """Whether the tile is for few rows an expert, whose x is gathered on the way."""
-    return tile.tokens < 64
+    down_kernel[(grid,)](
+        *_blocks(h_RI, matrix, tile),
+        h_RI,
+        matrix.word_LNW,
+        matrix.scale_LVN,
+        bias_LH,
+        dispatch.offset_L1,
+        dispatch.slot_R,
+        dispatch.weight_TK,
+        y_TKH,
+        rows,
+        num_local,
+        **_constants(tile, matrix),
+    )
 
 
 def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
@@ -119,5 +112,4 @@ def _constants(tile: Tile, matrix: WordMatrix) -> dict[str, object]:
         "M": tile.tokens,
         "WIDE": matrix.wide,
         "num_warps": tile.warps,
-        **({"STAGES": tile.stages} if _few(tile) else {}),
     }

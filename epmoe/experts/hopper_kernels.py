@@ -211,10 +211,7 @@ def _product(
     buffers = (x_s2MC, word_s2BQ, ready)
     _copy_run(x_desc, word_desc, buffers, 0, first, word_row, B, M)
     if pairs % 4:
-        m_M = gl.arange(0, M, layout=gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])))
-        x_M = x_ptr + (first + m_M).to(gl.int64) * COLUMNS
-        words = word_ptr + word_row.to(gl.int64) * (pairs * 16)
-        x_sMC, word_sBQ = _copy_rest(x_M, m_M < stop - first, words, rows - n, COLUMNS, B)
+        x_sMC, word_sBQ = _copy_rest(x_ptr, word_ptr, word_row, first, stop, rows - n, COLUMNS, B, M)
 
     n_B = n + gl.arange(0, B, layout=gl.SliceLayout(1, left))
     scale_B = scale_ptr + expert.to(gl.int64) * (runs * 2 + pairs % 4) * rows + n_B
@@ -231,34 +228,36 @@ def _product(
         x_MC = x_s2MC.index(side)
         word0_BQ = word_s2BQ.index(side).slice(0, 32, dim=1).load(left)
         word1_BQ = word_s2BQ.index(side).slice(32, 32, dim=1).load(left)
-        acc_BM = _code(acc_BM, x_MC, word0_BQ, word1_BQ, scale0_B, scale1_B, 0, WIDE)
+        # Each product is waited for when the one after it has begun; until then its operand keeps its registers.
+        even_BQ = _values(word0_BQ, scale0_B, 0, WIDE)
+        acc_BM = warpgroup_mma(even_BQ, x_MC.slice(0, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
+        acc_BM, even_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ])
         # Now the run before is multiplied, so its buffers are free: in all threads, after _sync.
         if run + 1 < runs:
             _sync()
             _copy_run(x_desc, word_desc, buffers, run + 1, first, word_row, B, M)
+        odd_BQ = _values(word1_BQ, scale1_B, 0, WIDE)
+        acc_BM = warpgroup_mma(odd_BQ, x_MC.slice(32, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
+        acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
         for j in gl.static_range(1, 4):
-            acc_BM = _code(acc_BM, x_MC, word0_BQ, word1_BQ, scale0_B, scale1_B, j, WIDE)
+            even_BQ = _values(word0_BQ, scale0_B, j, WIDE)
+            acc_BM = warpgroup_mma(even_BQ, x_MC.slice(64 * j, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
+            acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
+            odd_BQ = _values(word1_BQ, scale1_B, j, WIDE)
+            acc_BM = warpgroup_mma(odd_BQ, x_MC.slice(64 * j + 32, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
+            acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
         scale0_B, scale1_B = next0_B, next1_B
     if pairs % 4:
-        acc_BM = _rest(acc_BM, x_sMC, word_sBQ, scale0_B, WIDE)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        word_BQ = word_sBQ.load(left)
+        for j in gl.static_range(4):
+            value_BQ = _values(word_BQ, scale0_B, j, WIDE)
+            acc_BM = warpgroup_mma(value_BQ, x_sMC.slice(16 * j, 16, dim=1).permute([1, 0]), acc_BM, is_async=True)
+            acc_BM, value_BQ = warpgroup_mma_wait(0, deps=[acc_BM, value_BQ])
     acc_BM = warpgroup_mma_wait(0, deps=[acc_BM])
     for i in gl.static_range(2):
         mbarrier.invalidate(ready.index(i))
-    return acc_BM
-
-
-@gluon.jit
-def _code(acc_BM, x_MC, word0_BQ, word1_BQ, scale0_B, scale1_B, J: gl.constexpr, WIDE: gl.constexpr):
-    """acc + the product of code J of a run's words, in two steps of 32 columns, of which the second may still run.
-
-    A step is waited for when the one after it has begun; until then its operand keeps its registers.
-    """
-    even_BQ = _values(word0_BQ, scale0_B, J, WIDE)
-    acc_BM = warpgroup_mma(even_BQ, x_MC.slice(64 * J, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
-    acc_BM, even_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ])
-    odd_BQ = _values(word1_BQ, scale1_B, J, WIDE)
-    acc_BM = warpgroup_mma(odd_BQ, x_MC.slice(64 * J + 32, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
-    acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
     return acc_BM
 
 
@@ -273,40 +272,27 @@ def _copy_run(x_desc, word_desc, buffers, run, row, word_row, B: gl.constexpr, M
 
 
 @gluon.jit
-def _copy_rest(x_M, used_M, words, real_rows, COLUMNS: gl.constexpr, B: gl.constexpr):
-    """Start copying the run of one pair that ends a row: x [M, 64], rows x_M of it, and words [B, 16]; one group."""
-    M: gl.constexpr = x_M.shape[0]
+def _copy_rest(
+    x_ptr, word_ptr, word_row, first, stop, real_rows, COLUMNS: gl.constexpr, B: gl.constexpr, M: gl.constexpr
+):
+    """Start copying the run of one pair that ends a row: x [M, 64] and words [B, 16]."""
     pairs: gl.constexpr = (COLUMNS + 63) // 64
     x_sMC = gl.allocate_shared_memory(gl.bfloat16, [M, 64], _SHARED_REST)
     by_x: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    x_M = gl.convert_layout(x_M, gl.SliceLayout(1, by_x))
-    used_M = gl.convert_layout(used_M, gl.SliceLayout(1, by_x))
+    m_M = gl.arange(0, M, layout=gl.SliceLayout(1, by_x))
     column_C = (pairs - 1) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, by_x))
-    used_MC = used_M[:, None] & (column_C < COLUMNS)[None, :]
-    async_copy.async_copy_global_to_shared(x_sMC, x_M[:, None] + column_C[None, :], mask=used_MC)
+    x_MC = x_ptr + first.to(gl.int64) * COLUMNS + (m_M[:, None] * COLUMNS + column_C[None, :])
+    used_MC = (m_M < stop - first)[:, None] & (column_C < COLUMNS)[None, :]
+    async_copy.async_copy_global_to_shared(x_sMC, x_MC, mask=used_MC)
 
     word_sBQ = gl.allocate_shared_memory(gl.int16, [B, 16], _SHARED_REST)
     by_word: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
     b_B = gl.arange(0, B, layout=gl.SliceLayout(1, by_word))
     q_Q = (pairs - 1) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, by_word))
-    word_BQ = words + (b_B[:, None] * (pairs * 16) + q_Q[None, :])
+    word_BQ = word_ptr + word_row.to(gl.int64) * (pairs * 16) + (b_B[:, None] * (pairs * 16) + q_Q[None, :])
     async_copy.async_copy_global_to_shared(word_sBQ, word_BQ, mask=(b_B < real_rows)[:, None])
     async_copy.commit_group()
     return x_sMC, word_sBQ
-
-
-@gluon.jit
-def _rest(acc_BM, x_sMC, word_sBQ, scale_B, WIDE: gl.constexpr):
-    """acc + the product of the run of one pair, copied by `_copy_rest`: a step of 16 columns a code."""
-    left: gl.constexpr = gl.DotOperandLayout(0, acc_BM.type.layout, 2)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    word_BQ = word_sBQ.load(left)
-    for j in gl.static_range(4):
-        value_BQ = _values(word_BQ, scale_B, j, WIDE)
-        acc_BM = warpgroup_mma(value_BQ, x_sMC.slice(16 * j, 16, dim=1).permute([1, 0]), acc_BM, is_async=True)
-        acc_BM, value_BQ = warpgroup_mma_wait(0, deps=[acc_BM, value_BQ])
-    return acc_BM
 
 
 @gluon.jit
@@ -321,154 +307,3 @@ def _values(word_BQ, scale_B, J: gl.constexpr, WIDE: gl.constexpr):
     code: gl.constexpr = PTX_WIDE[J] if WIDE else PTX_NARROW[J]
     factor_B1 = factor_B.to(gl.int16)[:, None]
     return gl.inline_asm_elementwise(code, "=&r,r,r", [word_BQ, factor_B1], dtype=gl.bfloat16, is_pure=True, pack=2)
-
-
-@gluon.jit(do_not_specialize=["num_local", "top_k"])
-def gate_up_few_kernel(
-    x_ptr,  # [T, H]
-    word_ptr,  # int16 [L, 2I, 16·P]
-    scale_ptr,
-    bias_ptr,
-    offset_ptr,
-    slot_ptr,  # int32 [R]
-    h_ptr,  # out [R, I]
-    rows,  # 2I
-    num_local,
-    top_k,
-    alpha,
-    limit,
-    up_offset,
-    COLUMNS: gl.constexpr,
-    LOCAL: gl.constexpr,
-    B: gl.constexpr,
-    M: gl.constexpr,
-    STAGES: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """`gate_up_kernel` for few rows an expert: x is gathered on the way, and more runs are under way at a time."""
-    tiles_n = gl.cdiv(rows, B)
-    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M)
-    if expert >= num_local:
-        return
-    n = gl.program_id(0) % tiles_n * B
-    row_M = first + gl.arange(0, M, layout=gl.SliceLayout(1, _by_x(M, gl.num_warps())))
-    token_M = gl.load(slot_ptr + row_M, row_M < stop, other=0) // top_k
-    used_M = row_M < stop
-    acc_BM = _product_few(x_ptr, token_M, used_M, word_ptr, scale_ptr, expert, n, rows, COLUMNS, B, M, STAGES, WIDE)
-    _store_h(acc_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
-
-
-@gluon.jit(do_not_specialize=["num_local"])
-def down_few_kernel(
-    h_ptr,  # [R, I]
-    word_ptr,  # int16 [L, H, 16·P]
-    scale_ptr,
-    bias_ptr,
-    offset_ptr,
-    slot_ptr,
-    weight_ptr,
-    y_ptr,  # out [S, H]
-    rows,  # H
-    num_local,
-    COLUMNS: gl.constexpr,
-    LOCAL: gl.constexpr,
-    B: gl.constexpr,
-    M: gl.constexpr,
-    STAGES: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """`down_kernel` for few rows an expert."""
-    tiles_n = gl.cdiv(rows, B)
-    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M)
-    if expert >= num_local:
-        return
-    n = gl.program_id(0) % tiles_n * B
-    row_M = first + gl.arange(0, M, layout=gl.SliceLayout(1, _by_x(M, gl.num_warps())))
-    used_M = row_M < stop
-    acc_BM = _product_few(h_ptr, row_M, used_M, word_ptr, scale_ptr, expert, n, rows, COLUMNS, B, M, STAGES, WIDE)
-    _store_y(acc_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
-
-
-@gluon.constexpr_function
-def _by_x(rows, warps):
-    """Threads over blocks of x with few rows, 16 bytes each: a row of shared memory to four neighbours."""
-    down = min(warps, rows // 8)
-    return gl.BlockedLayout([1, 8], [8, 4], [down, warps // down], [1, 0])
-
-
-@gluon.jit
-def _product_few(
-    x_ptr,
-    x_row_M,
-    used_M,
-    word_ptr,
-    scale_ptr,
-    expert,
-    n,
-    rows,
-    COLUMNS: gl.constexpr,
-    B: gl.constexpr,
-    M: gl.constexpr,
-    STAGES: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """As `_product`: rows x_row_M of x; the copies are asked for by all threads, STAGES − 1 runs ahead."""
-    pairs: gl.constexpr = (COLUMNS + 63) // 64
-    runs: gl.constexpr = pairs // 4
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_sMC = gl.allocate_shared_memory(gl.bfloat16, [STAGES, M, _RUN], SHARED)
-    word_sBQ = gl.allocate_shared_memory(gl.int16, [STAGES, B, _RUN // 4], SHARED)
-    scale_s2B = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * B], flat)
-    x_M = x_ptr + x_row_M.to(gl.int64) * COLUMNS
-    words = word_ptr + (expert.to(gl.int64) * rows + n) * (pairs * 16)
-    scales = scale_ptr + expert.to(gl.int64) * (runs * 2 + pairs % 4) * rows + n
-    source = (x_M, used_M, words, scales, rows, rows - n)
-    buffers = (x_sMC, word_sBQ, scale_s2B)
-    n_B = gl.arange(0, B, layout=gl.SliceLayout(1, left))
-    if pairs % 4:
-        rest_sMC, rest_sBQ = _copy_rest(x_M, used_M, words, rows - n, COLUMNS, B)
-        rest_B = gl.load(scales + 2 * runs * rows + n_B, n_B < rows - n, other=0)
-    for run in gl.static_range(STAGES - 1):
-        _copy_run_few(source, buffers, run, run, COLUMNS, B, M)
-    acc_BM = gl.zeros([B, M], gl.float32, layout=mma)
-    for run in range(0, runs):
-        side = run % STAGES
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()
-        x_MC = x_sMC.index(side)
-        word0_BQ = word_sBQ.index(side).slice(0, 32, dim=1).load(left)
-        word1_BQ = word_sBQ.index(side).slice(32, 32, dim=1).load(left)
-        scale0_B = scale_s2B.index(side).slice(0, B).load(gl.SliceLayout(1, left))
-        scale1_B = scale_s2B.index(side).slice(B, B).load(gl.SliceLayout(1, left))
-        acc_BM = _code(acc_BM, x_MC, word0_BQ, word1_BQ, scale0_B, scale1_B, 0, WIDE)
-        _sync()
-        _copy_run_few(source, buffers, run + STAGES - 1, (run + STAGES - 1) % STAGES, COLUMNS, B, M)
-        for j in gl.static_range(1, 4):
-            acc_BM = _code(acc_BM, x_MC, word0_BQ, word1_BQ, scale0_B, scale1_B, j, WIDE)
-    if pairs % 4:
-        acc_BM = _rest(acc_BM, rest_sMC, rest_sBQ, rest_B, WIDE)
-    return warpgroup_mma_wait(0, deps=[acc_BM])
-
-
-@gluon.jit
-def _copy_run_few(source, buffers, run, side, COLUMNS: gl.constexpr, B: gl.constexpr, M: gl.constexpr):
-    """Start copying a run's x [M, 256], words [B, 64] and scales [2·B]: a group, empty past the last run."""
-    x_M, used_M, words, scales, rows, real_rows = source
-    x_sMC, word_sBQ, scale_s2B = buffers
-    pairs: gl.constexpr = (COLUMNS + 63) // 64
-    if run < pairs // 4:
-        column_C = run * _RUN + gl.arange(0, _RUN, layout=gl.SliceLayout(0, _by_x(M, gl.num_warps())))
-        async_copy.async_copy_global_to_shared(
-            x_sMC.index(side), x_M[:, None] + column_C[None, :], mask=used_M[:, None]
-        )
-        by_word: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
-        b_B = gl.arange(0, B, layout=gl.SliceLayout(1, by_word))
-        q_Q = run * (_RUN // 4) + gl.arange(0, _RUN // 4, layout=gl.SliceLayout(0, by_word))
-        word_BQ = words + (b_B[:, None] * (pairs * 16) + q_Q[None, :])
-        async_copy.async_copy_global_to_shared(word_sBQ.index(side), word_BQ, mask=(b_B < real_rows)[:, None])
-        i = gl.arange(0, 2 * B, layout=gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-        scale = scales + ((2 * run + i // B) * rows + i % B)
-        async_copy.async_copy_global_to_shared(scale_s2B.index(side), scale, mask=i % B < real_rows)
-    async_copy.commit_group()
