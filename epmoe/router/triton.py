@@ -35,7 +35,7 @@ _TILE = 8192
 _MOST_TOKENS = 64
 _THREAD = 16
 # Tokens of the one program that does everything, if its tile is no larger than that.
-_FEW_TOKENS = (16, 64)
+_FEW_TOKENS: tuple[int, ...] = (16, 64)
 
 
 def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
