@@ -53,11 +53,7 @@ def decode_kernel(
     and ragged lengths leave no program idle. The new position never passes through the cache: the split that owns it
     starts from its score.
     """
-    # Asked for together, so that a program waits once before it knows what to do.
-    b_B = tl.arange(0, ROWS)
-    token_B = tl.load(token_ptr + b_B, b_B < rows, other=0).to(tl.int32)
-    sequence_B = tl.load(sequence_ptr + b_B, b_B < rows, other=0).to(tl.int32)
-    position_B, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
+    _, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     m_M = tl.arange(0, M)
     d_D = tl.arange(0, DP)
     n_N = tl.arange(0, N)
@@ -66,15 +62,14 @@ def decode_kernel(
         tile, j = item // J, item % J
         b, split = _locate(tiles_B, tile)
         splits = _pick(tiles_B, b)
-        token, position, sequence = _pick(token_B, b).to(tl.int64), _pick(position_B, b), _pick(sequence_B, b)
+        token = tl.load(token_ptr + b)
+        position = tl.load(position_ptr + b).to(tl.int32)
+        sequence = tl.load(sequence_ptr + b)
         begin = split * SPLIT
         if WINDOW:
             begin += tl.maximum(position + 1 - WINDOW, 0)
         end = tl.minimum(begin + SPLIT, position)  # the new position is not among them
         owner = begin + SPLIT > position
-        # The table is read a block ahead: else every block would wait for its rows before it can ask for them.
-        row_N = row(table_ptr, sequence, tl.minimum(begin + n_N, position), table_stride, PAGE)
-
         head_M = j * G + m_M
         real_MD = (m_M < G)[:, None] & real_D[None, :]
         turn_D = token * (D // 2) + d_D % (D // 2)
@@ -97,6 +92,8 @@ def decode_kernel(
 
         head_key_ptr = key_ptr + j * cache_rows.to(tl.int64) * D
         head_value_ptr = value_ptr + j * cache_rows.to(tl.int64) * D
+        # The table is read a block ahead: else every block would wait for its rows before it can ask for them.
+        row_N = row(table_ptr, sequence, tl.minimum(begin + n_N, position), table_stride, PAGE)
         for start in range(begin, end, N):
             real_N = start + n_N < end
             at_ND = row_N[:, None] * D + d_D[None, :]

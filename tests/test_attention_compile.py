@@ -40,16 +40,16 @@ def compiled(
     return cost
 
 
+@pytest.mark.parametrize("rows", [64, 256])
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode(dtype: torch.dtype, layout: dict[str, int]) -> None:
-    """A spill in the inner loop is a silent loss of speed; run with -s to see registers and shared memory."""
+def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
+    """All programs of a launch are on the machine at once: one that waits for a place costs half of the time again."""
     tile = DECODE[dtype]
-    constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
     cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
-    # at least three programs run on a multiprocessor at a time, so that one's loads hide another's arithmetic
-    assert 3 * tile.warps * 32 * cost["registers"] <= 65536
-    assert 3 * (cost["shared"] + 1024) <= 227 << 10
+    assert tile.programs * tile.warps * 32 * cost["registers"] <= 65536
+    assert tile.programs * (cost["shared"] + 1024) <= 227 << 10
     if dtype == torch.bfloat16:  # keys and values of two blocks ahead are under way: the page table must not stall them
         assert cost["shared"] >= 2 * 2 * tile.positions * 64 * 2
 
