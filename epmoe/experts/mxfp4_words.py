@@ -64,7 +64,7 @@ class WordMatrix:
                 word_LNW[part, :, 16 * first : 16 * last] = _words(byte_LNRJD).flatten(2)
         padded_LNG, scales = _pad_groups(scale_LNG, 2, 127), []
         for first, last, size in runs(pairs):
-            byte_LNRVJ = padded_LNG[:, :, 2 * first : 2 * last].unflatten(2, (-1, 2 * size))[..., _group_VJ(size)]
+            byte_LNRVJ = _scale_bytes(padded_LNG[:, :, 2 * first : 2 * last].unflatten(2, (-1, 2 * size)))
             scales.append(byte_LNRVJ.permute(0, 2, 3, 1, 4).flatten(1, 2).contiguous().view(torch.int32).squeeze(-1))
         return cls((experts, rows, groups * 32), word_LNW, torch.cat(scales, dim=1), bool((scale_LNG > 128).any()))
 
@@ -74,13 +74,11 @@ class WordMatrix:
         blocks, scales, column = [], [], 0
         for first, last, size in runs((groups + 1) // 2):
             blocks.append(_bytes(self.word_LNW[:, :, 16 * first : 16 * last].unflatten(2, (-1, 16 * size))).flatten(2))
-            group_VJ, count = _group_VJ(size), (last - first) // size
-            scale_LRVN = self.scale_LVN[:, column : column + count * len(group_VJ)].unflatten(1, (count, -1))
+            count, columns = (last - first) // size, max(1, size // 2)
+            scale_LRVN = self.scale_LVN[:, column : column + count * columns].unflatten(1, (count, columns))
             byte_LNRVJ = scale_LRVN.unsqueeze(-1).view(torch.uint8).permute(0, 3, 1, 2, 4)
-            scale_LNRG = byte_LNRVJ.new_empty((*byte_LNRVJ.shape[:3], 2 * size))
-            scale_LNRG[..., group_VJ] = byte_LNRVJ  # a group that stands in two bytes has the same in both
-            scales.append(scale_LNRG.flatten(2))
-            column += count * len(group_VJ)
+            scales.append(_scale_groups(byte_LNRVJ, size).flatten(2))
+            column += count * columns
         block_LNG16 = torch.cat(blocks, dim=2).unflatten(2, (-1, 16))[:, :, :groups].contiguous()
         return Mxfp4Matrix(block_LNG16, torch.cat(scales, dim=2)[:, :, :groups].contiguous())
 
@@ -110,13 +108,20 @@ def runs(pairs: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _group_VJ(size: int) -> torch.Tensor:
-    """int64 [V, 4]: which group of a run of `size` pairs is the scale of code j of each 32 words.
+def _scale_bytes(scale_LNRG: torch.Tensor) -> torch.Tensor:
+    """Scale bytes of the groups of R runs → [L, N, R, V, 4]: byte j of V scale words, the scale of their codes j.
 
-    >>> _group_VJ(4).tolist(), _group_VJ(2).tolist(), _group_VJ(1).tolist()
-    ([[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3]], [[0, 0, 1, 1]])
+    >>> [_scale_bytes(torch.arange(count)[None, None, None])[0, 0, 0].tolist() for count in (8, 4, 2)]
+    [[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3]], [[0, 0, 1, 1]]]
     """
-    return (16 * size * torch.arange(4) + 32 * torch.arange(max(1, size // 2))[:, None]) // 32
+    if scale_LNRG.shape[3] == 2:  # codes 0 and 1 are of the first group of a single pair, 2 and 3 of the second
+        scale_LNRG = scale_LNRG.repeat_interleave(2, dim=3)
+    return scale_LNRG.unflatten(3, (4, -1)).transpose(3, 4)
+
+
+def _scale_groups(byte_LNRVJ: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `_scale_bytes`, for runs of `size` pairs: [L, N, R, G]."""
+    return byte_LNRVJ.transpose(3, 4).flatten(3)[..., :: 2 if size == 1 else 1]
 
 
 def _words(byte_LNRJD: torch.Tensor) -> torch.Tensor:
