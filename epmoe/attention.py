@@ -80,6 +80,10 @@ class Rotary:
     def __call__(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_TF and sin_TF, float32, times the concentration."""
         self.frequency_F = self.frequency_F.to(position_T.device)  # moves once
+        if position_T.device.type == "cuda":
+            from epmoe import rotary_triton  # only here: a CPU machine need not have triton
+
+            return rotary_triton.cos_sin(position_T, self.frequency_F, self.concentration)
         angle_TF = position_T[:, None].float() * self.frequency_F
         return angle_TF.cos() * self.concentration, angle_TF.sin() * self.concentration
 
@@ -239,9 +243,7 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, bias: bool) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.q = nn.Linear(hidden, heads * head_dim, bias)
-        self.k = nn.Linear(hidden, kv_heads * head_dim, bias)
-        self.v = nn.Linear(hidden, kv_heads * head_dim, bias)
+        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * head_dim, bias)  # all in one product
         self.o = nn.Linear(heads * head_dim, hidden, bias)
         self.sinks = nn.Parameter(torch.empty(heads))
 
@@ -253,9 +255,8 @@ class Attention(nn.Module):
         plan: Plan,
     ) -> torch.Tensor:
         """[T, H] → [T, H]. Writes the new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says."""
-        q_TED = self.q(x_TH).unflatten(-1, (self.heads, self.head_dim))
-        k_TJD = self.k(x_TH).unflatten(-1, (self.kv_heads, self.head_dim))
-        v_TJD = self.v(x_TH).unflatten(-1, (self.kv_heads, self.head_dim))
+        heads_TXD = self.qkv(x_TH).unflatten(-1, (-1, self.head_dim))
+        q_TED, k_TJD, v_TJD = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         attended = implementation(x_TH.device)
         out_TED = attended(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, self.sinks)
         return self.o(out_TED.flatten(1))

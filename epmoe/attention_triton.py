@@ -16,7 +16,8 @@ from functools import cache
 import torch
 import triton
 
-from epmoe.attention_kernels import combine_kernel, decode_kernel, prefill_kernel, rotate_kernel, store_kernel
+from epmoe.attention_decode import combine_kernel, decode_kernel
+from epmoe.attention_prefill import place_kernel, prefill_kernel
 from epmoe.cache import Decode, PagedRows, Plan, RingRows
 
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
@@ -46,6 +47,13 @@ PREFILL: dict[torch.dtype, Tile] = {
     # For comparison, not for speed: float32 has no exact tensor core product.
     torch.float32: Tile(queries=32, positions=32, warps=4, stages=2),
 }
+# Of layers with a window: a program has few blocks to do and much to wait for, so more of them share a multiprocessor.
+WINDOW_PREFILL: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=64, positions=64, warps=4, stages=2),
+    torch.float32: PREFILL[torch.float32],
+}
+# Tokens that one program of the placing kernel moves.
+PLACED = 64
 
 
 def cached_attention(
@@ -133,56 +141,49 @@ def _prefill(
     sink_E: torch.Tensor,
     out_TED: torch.Tensor,
 ) -> None:
-    """All spans in three launches: rotate the keys, attend, and write only then, since a ring forgets."""
+    """All spans in two launches: put keys and values into place, attend."""
     (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
-    tile, layout, span_P4 = PREFILL[q_TED.dtype], _layout(plan.prefills[0].pool), plan.span_P4
+    layout, counts = _layout(plan.prefills[0].pool), [prefill.end - prefill.begin for prefill in plan.prefills]
+    tile = (WINDOW_PREFILL if layout.window else PREFILL)[q_TED.dtype]
     group = triton.next_power_of_2(heads // kv_heads)
     queries = max(tile.queries, group)
-    counts = [prefill.end - prefill.begin for prefill in plan.prefills]
-    sizes = {"J": kv_heads, "D": head_dim, "DP": _padded(head_dim)}
-    spans = {"SPANS": _bucket(len(counts)), "PAGE": layout.page, "WINDOW": layout.window}
-
-    turned_TJD = torch.empty(k_TJD.shape, dtype=k_TJD.dtype, device=k_TJD.device)
-    grid = (triton.cdiv(tokens * kv_heads, 64),)
-    rotate_kernel[grid](k_TJD, *cos_sin, turned_TJD, tokens, k_TJD.stride(0), M=64, **sizes)
+    place = cached
+    if layout.window:  # the queries' ring forgets: a scratch has the window before each span, and the spans
+        rows = tokens + len(counts) * layout.window
+        key_JRD, value_JRD = torch.empty(2, kv_heads, rows, head_dim, dtype=k_TJD.dtype, device=k_TJD.device)
+        place = key_JRD, value_JRD
+    shared = {
+        "span_ptr": plan.span_P4,
+        "spans": len(counts),
+        "table_ptr": layout.table,
+        "table_stride": layout.table_stride,
+        "cache_rows": cached[0].shape[1],
+        "place_rows": place[0].shape[1],
+        "J": kv_heads,
+        "D": head_dim,
+        "DP": _padded(head_dim),
+        "PAGE": layout.page,
+        "WINDOW": layout.window,
+    }
+    place_kernel[(sum(triton.cdiv(count + layout.window, PLACED) for count in counts), kv_heads)](
+        k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared
+    )
     prefill_kernel[(sum(triton.cdiv(count, queries // group) for count in counts), kv_heads)](
         q_TED,
-        turned_TJD,
-        v_TJD,
         *cos_sin,
-        span_P4,
-        layout.table,
+        *place,
         *cached,
         sink_E,
         out_TED,
-        len(counts),
         q_TED.stride(0),
-        v_TJD.stride(0),
-        layout.table_stride,
-        cached[0].shape[1],
         _scale(head_dim),
         G=heads // kv_heads,
         M=queries,
         GP=group,
         N=tile.positions,
-        **sizes,
-        **spans,
+        **shared,
         num_warps=tile.warps,
         num_stages=tile.stages,
-    )
-    store_kernel[(sum(triton.cdiv(count, 64) for count in counts), kv_heads)](
-        turned_TJD,
-        v_TJD,
-        span_P4,
-        layout.table,
-        *cached,
-        len(counts),
-        v_TJD.stride(0),
-        layout.table_stride,
-        cached[0].shape[1],
-        M=64,
-        **sizes,
-        **spans,
     )
 
 
@@ -242,8 +243,11 @@ def _padded(head_dim: int) -> int:
 
 
 def _bucket(count: int) -> int:
-    """A length of the kernels' vectors: 64, 256, 1024 ...; few, since each compiles a kernel."""
-    length = 64
+    """A length of the kernels' vectors: 32, 128, 512 ...; few, since each compiles a kernel.
+
+    32 are the lanes of a warp: each warp sums them by itself, without waiting for the others.
+    """
+    length = 32
     while length < count:
         length *= 4
     return length

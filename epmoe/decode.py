@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from epmoe.cache import Cache, DecodeStep, Step
+from epmoe.greedy import join_largest, largest
 from epmoe.profile import named
 from epmoe.ranks import Ranks
-from epmoe.sampler import Knobs, Level, SamplingParams, choose, join_largest, largest
+from epmoe.sampler import Knobs, Level, SamplingParams, choose
 from epmoe.transfer import to_device
 
 
@@ -41,7 +42,6 @@ class State:
         self.position_S = torch.zeros(count, dtype=torch.int64, device=device)
         self.knobs_S = Knobs.of([SamplingParams()] * count, device)
         self.seen_SV: torch.Tensor | None = None  # bool; ids of prompt and output, of sequences with a penalty
-        self.true = torch.ones((), dtype=torch.bool, device=device)
 
     def keep_seen(self) -> None:
         """Keep what was seen from now on. Graphs must be captured after this, or they don't write it."""
@@ -74,20 +74,40 @@ class State:
         id that the model can take until then.
         """
         with named("sample"):
-            if part:
-                assert level == Level.GREEDY
-                id_B = join_largest(self.ranks.stack(largest(logits_BV, part[0])), self.vocab)
+            if level == Level.GREEDY:
+                key_SB = largest(logits_BV, part[0] if part else 0)
+                id_B = join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
             else:
+                assert part is None
                 seen_BV = None if self.seen_SV is None or level < Level.FILTER else self.seen_SV[sequence_B]
                 id_B = choose(logits_BV, self.knobs_S[sequence_B], position_B, seen_BV, level)
+            if part is None:
                 self.ranks.broadcast(id_B)
+        self.advance(id_B, sequence_B, position_B)
+        return id_B
+
+    def take(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The last token of each row's sequence, its position and the position after it: int64 [B] each."""
+        if self.token_S.device.type == "cuda":
+            from epmoe import decode_triton  # only here: a CPU machine need not have triton
+
+            return decode_triton.take(sequence_B, self.token_S, self.position_S)
+        position_B = self.position_S[sequence_B]
+        return self.token_S[sequence_B], position_B, position_B + 1
+
+    def advance(self, id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor) -> None:
+        """Make the ids, at `position_B`, their sequences' last tokens; V counts as V-1, the spare sequence stays."""
+        if self.token_S.device.type == "cuda":
+            from epmoe import decode_triton
+
+            state = (self.token_S, self.position_S, self.seen_SV)
+            return decode_triton.advance(id_B, sequence_B, position_B, *state, self.vocab)
         token_B = id_B.clamp(max=self.vocab - 1)
         if self.seen_SV is not None:
-            self.seen_SV.index_put_((sequence_B, token_B), self.true)
+            self.seen_SV[sequence_B, token_B] = True
         real_B = sequence_B != self.spare
         self.token_S[sequence_B] = torch.where(real_B, token_B, 0)
         self.position_S[sequence_B] = torch.where(real_B, position_B, 0)
-        return id_B
 
 
 class Variant(NamedTuple):
@@ -136,11 +156,10 @@ class Decoder:
         This is what a graph captures: no size in it depends on anything but `rows`.
         """
         sequence_B = self.sequence_M[:rows]
-        position_B = self.state.position_S[sequence_B]
-        token_B = self.state.token_S[sequence_B]
+        token_B, position_B, next_B = self.state.take(sequence_B)
         part = None if variant.logits or variant.level > Level.GREEDY else self.part
         logits_BV = self.model(DecodeStep(token_B, position_B, sequence_B, part), self.cache)
-        self.id_M[:rows] = self.state.choose(logits_BV, sequence_B, position_B + 1, variant.level, part)
+        self.id_M[:rows] = self.state.choose(logits_BV, sequence_B, next_B, variant.level, part)
         if variant.logits:
             assert self.logits_MV is not None, "Decoder.keep_logits was not called"
             self.logits_MV[:rows] = logits_BV

@@ -28,7 +28,7 @@ import torch
 from epmoe.cache import Cache, CacheFull, Step
 from epmoe.decode import Decoder, Model, State, Variant
 from epmoe.errors import UserError
-from epmoe.graphs import Graphs
+from epmoe.graphs import Graphs, with_bar
 from epmoe.ranks import Ranks
 from epmoe.sampler import SamplingParams, TokenLogprobs, to_logprobs, top_logprobs
 from epmoe.transfer import Arrival, to_device
@@ -65,6 +65,17 @@ class Result:
 # request there. `on_finish(request, result)` once for each.
 OnToken = Callable[[int, int], bool]
 OnFinish = Callable[[int, Result], None]
+
+
+def choose_chunk(wanted: int, device: torch.device) -> int:
+    """runtime.prefill_chunk; 0 is 8192 tokens on an accelerator, 2048 on a CPU.
+
+    A product with the experts is the more efficient the more rows each expert has: 8192 tokens of 4 out of 32 experts
+    are 1024 rows, of 128 experts 256. What a step holds beyond the weights grows with the chunk: for 8192 tokens of
+    gpt-oss in bf16 the experts' h [T·K, I] and y [T, K, H] are 0.19 GB each, and x, its norm, q, k and v 0.05 to 0.1 GB
+    each. The choice follows the device's type alone, so that all machines cut prompts in the same places.
+    """
+    return wanted or (2048 if device.type == "cpu" else 8192)
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int) -> None:
@@ -140,7 +151,7 @@ class Engine:
 
     Args:
         eos_ids: ids that end a text, unless a request ignores them.
-        prefill_chunk: prompt tokens in a step at most, of all sequences together.
+        prefill_chunk: prompt tokens in a step at most, of all sequences together; 0: see `choose_chunk`.
         max_batch: sequences at a time at most.
         graphs: decode steps are CUDA graphs; the tokens are the same without.
         timeout_s: how long the host waits for a step.
@@ -154,23 +165,25 @@ class Engine:
         ranks: Ranks,
         *,
         eos_ids: Sequence[int] = (),
-        prefill_chunk: int = 2048,
+        prefill_chunk: int = 0,
         max_batch: int = 64,
         graphs: bool = False,
         timeout_s: float = 60.0,
         progress: bool = False,
     ) -> None:
-        assert prefill_chunk > 0 and max_batch > 0
+        assert prefill_chunk >= 0 and max_batch > 0
         self.model, self.cache, self.ranks = model, cache, ranks
         self.eos_ids = frozenset(eos_ids)
-        self.prefill_chunk, self.max_batch, self.timeout_s = prefill_chunk, min(max_batch, cache.sequences), timeout_s
+        self.prefill_chunk = choose_chunk(prefill_chunk, ranks.device)
+        self.max_batch, self.timeout_s = min(max_batch, cache.sequences), timeout_s
         self.vocab: int = model.config.vocab
         self.max_positions: int = model.config.max_positions
         with torch.inference_mode():
             self.state = State(cache, self.vocab, ranks)
             self.decoder = Decoder(model, cache, self.state, self.max_batch)
         self.graphs = Graphs(self.decoder, ranks, capture=graphs, progress=progress)
-        self.warm: set[int] = set()  # sizes of prefills that were run
+        self.progress = progress
+        self.warm: set[tuple[int, int]] = set()  # prefills that were run: tokens at most, together and of a prompt
 
     @torch.inference_mode()
     def prepare(self, requests: Sequence[Request]) -> None:
@@ -187,7 +200,8 @@ class Engine:
         logits = {bool(request.params.logprobs) for request in requests}
         if True in logits:
             self.decoder.keep_logits()
-        self._warm_prefills(requests)
+        if self.ranks.device.type != "cpu":
+            self._warm_prefills(requests)
         self.graphs.prepare(min(self.max_batch, len(requests)), [Variant(*each) for each in product(levels, logits)])
 
     @torch.inference_mode()
@@ -206,7 +220,7 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         self.prepare(requests)
-        started = time.perf_counter()
+        started, chunk = time.perf_counter(), self.prefill_chunk
         waiting = deque(enumerate(requests))
         running: list[_Sequence] = []
         flights: deque[_Flight] = deque()
@@ -214,7 +228,7 @@ class Engine:
         try:
             while waiting or running:
                 self._admit(waiting, running)
-                launches = (self._prefill(running, self.prefill_chunk), self._decode(running))
+                launches = (self._prefill(_schedule(running, chunk, chunk)), self._decode(running))
                 launched = [flight for flight in launches if flight]
                 flights.extend(launched)
                 while len(flights) > bool(launched):  # the newest stays in the air while the host reads the others
@@ -252,9 +266,8 @@ class Engine:
             self.state.admit(handle, request.ids, request.params)
             running.append(_Sequence(index, request, handle, request.length(self.max_positions)))
 
-    def _prefill(self, running: list[_Sequence], most: int) -> _Flight | None:
-        """One forward pass over up to `most` tokens of prompts; the first tokens of those that end with it."""
-        work = _schedule(running, most)
+    def _prefill(self, work: list[tuple[_Sequence, int]]) -> _Flight | None:
+        """One forward pass over so many tokens of each prompt; the first tokens of those that end with it."""
         if not work:
             return None
         logits_OV = self.model(_build(work, self.ranks.device), self.cache)
@@ -296,31 +309,48 @@ class Engine:
         return "length" if length + 1 >= sequence.end else ""
 
     def _warm_prefills(self, requests: Sequence[Request]) -> None:
-        """Run prefills of all sizes that these requests can lead to, so that each kernel they need is compiled.
+        """Run prefills of all kinds that these requests can lead to, so that each kernel they need is compiled.
 
-        Kernels choose their tiles by powers of two of the tokens, and are compiled anew for sizes that 16 divides.
+        At the finest, kernels choose tiles by powers of two of a step's tokens, or of its prompts with several tokens,
+        and are compiled anew for sizes that 16 divides.
         """
-        if self.ranks.device.type == "cpu":
-            return
-        total = min(self.prefill_chunk, sum(len(request.ids) for request in requests))
-        powers = [2**power for power in range(total.bit_length())]
-        for size in sorted({*powers, *(power - 1 for power in powers[1:]), total} - self.warm):
+        # Whatever their order, a step never has more tokens than the longest prompts together, nor more prompts with
+        # several tokens than of those that reserve the least.
+        longest = sorted(requests, key=lambda request: -len(request.ids))[: self.max_batch]
+        ends = list(accumulate(len(request.ids) for request in longest))
+        tokens = _powers(min(self.prefill_chunk, ends[-1]))
+        several = [request for request in requests if len(request.ids) > 1]
+        several = sorted(several, key=lambda request: request.cached(self.max_positions))[: self.max_batch]
+        kinds = {(size, size) for size in (*tokens, *(size - 1 for size in tokens[1:]))}
+        kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
+        new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory
+        for most, each in with_bar(new, "prefills", self.ranks, progress=self.progress):
             running: list[_Sequence] = []
-            ends = list(accumulate(len(request.ids) for request in requests))
-            self._admit(deque(enumerate(requests[: bisect_left(ends, size) + 1])), running)
-            flight = self._prefill(running, size)
+            chosen = longest[: bisect_left(ends, most) + 1] if each == most else several[: most // each]
+            self._admit(deque(enumerate(chosen)), running)
+            flight = self._prefill(_schedule(running, most, each))
             if flight:
                 list(flight.land(self.timeout_s))
             for sequence in running:
                 self.cache.release(sequence.handle)
-            self.warm.add(size)
+            self.warm.add((most, each))
 
 
-def _schedule(running: list[_Sequence], most: int) -> list[tuple[_Sequence, int]]:
-    """(sequence, how many tokens of its prompt): up to `most` together, in order of admission."""
+def _powers(most: int) -> list[int]:
+    """Powers of two up to `most`, and `most`; nothing below 1.
+
+    >>> _powers(20), _powers(16), _powers(0)
+    ([1, 2, 4, 8, 16, 20], [1, 2, 4, 8, 16], [])
+    """
+    found = [2**power for power in range(most.bit_length())]
+    return found if most in (0, *found) else [*found, most]
+
+
+def _schedule(running: list[_Sequence], most: int, each: int) -> list[tuple[_Sequence, int]]:
+    """(sequence, how many tokens of its prompt): up to `each` of one, `most` together, in order of admission."""
     work = []
     for sequence in running:
-        count = min(sequence.pending, most)
+        count = min(sequence.pending, most, each)
         if count:
             work.append((sequence, count))
             most -= count

@@ -8,11 +8,13 @@ config → ranks → checkpoint → tokenizer → requests → model → cache �
 
 import signal
 import sys
+import time
 
 if __name__ == "__main__":
     # The imports below take seconds, in which Ctrl-C ends the process without a traceback; then `main` answers it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from epmoe import BEGAN
 from epmoe.checkpoint import Checkpoint
 from epmoe.config import parse
 from epmoe.engine import Engine, check
@@ -80,9 +82,10 @@ def generate() -> None:
         output = Output(tokenizer, requests, standard_output(ranks))
         with told_when_full(ranks.device):
             engine.prepare(requests)
+            ready_s = time.perf_counter() - BEGAN
             with profiled(run.profile, ranks):
                 results = engine.generate(requests, output.on_token, output.on_finish)
-        line = closing_line(results, report.bytes_read, ranks)
+        line = closing_line(results, ready_s, report.bytes_read, ranks)
         if ranks.is_main:
             if config.output:
                 pairs = zip(requests, results, strict=True)

@@ -8,7 +8,8 @@ Letters: B rows of a step.
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -53,6 +54,17 @@ def choose_graphs(wanted: str, ranks: Ranks, report: LoadReport) -> bool:
     return chosen
 
 
+Job = TypeVar("Job")
+
+
+def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) -> Iterator[Job]:
+    """The jobs, one by one, behind a progress bar on rank 0's terminal."""
+    from tqdm import tqdm
+
+    hidden = not (jobs and progress and ranks.is_main and sys.stderr.isatty())
+    yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
+
+
 class Graphs:
     """Runs a Decoder's steps, replaying graphs where `capture` is set.
 
@@ -62,7 +74,7 @@ class Graphs:
 
     def __init__(self, decoder: Decoder, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
         self.decoder, self.ranks, self.capture = decoder, ranks, capture
-        self.progress = progress and ranks.is_main
+        self.progress = progress
         self.buckets = buckets(len(decoder.id_M))
         self.ready: set[tuple[int, Variant]] = set()
         self.graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
@@ -97,14 +109,11 @@ class Graphs:
         new = [key for key in reversed(keys) if key not in self.ready]  # the largest first, the others fit its memory
         if not new or self.ranks.device.type == "cpu":
             return
-        from tqdm import tqdm
-
         begin = time.perf_counter()
         self.rows = [self.decoder.state.spare] * len(self.decoder.sequence_M)
         self.decoder.sequence_M.fill_(self.decoder.state.spare)
         run = self._capture if self.capture else self.decoder.step
-        hidden = not (self.progress and sys.stderr.isatty())
-        for key in tqdm(new, desc="epmoe: decode steps", disable=hidden, leave=False):
+        for key in with_bar(new, "decode steps", self.ranks, progress=self.progress):
             run(*key)
             self.ready.add(key)
         if self.ranks.is_main:

@@ -24,7 +24,7 @@ from epmoe.errors import UserError
 from epmoe.experts import EXPERTS
 from epmoe.manifest import Manifest
 from epmoe.memory import free_bytes
-from epmoe.models import MODELS
+from epmoe.models import MODELS, Place
 from epmoe.placement import PLACEMENTS
 from epmoe.ranks import Ranks
 from epmoe.router import ROUTERS
@@ -94,8 +94,8 @@ def load(
         _fitting(manifest.bytes_of_weights(len(ids), compute), device),
         _bar(manifest.bytes_to_read(len(ids)), checkpoint, shown) as advance,
     ):
-        for name, parameter in manifest.shared.items():
-            _assign(model, parameter, checkpoint.read(name, device, compute))
+        for name, place in manifest.shared.items():
+            _assign(model, place, checkpoint.read(name, device, compute))
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
@@ -109,12 +109,20 @@ def load(
     return model.eval().requires_grad_(False), report
 
 
-def _assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
-    """Put `value` in the place of a parameter that is on meta."""
-    owner, _, leaf = parameter.rpartition(".")
+def _assign(model: nn.Module, place: Place, value: torch.Tensor) -> None:
+    """Put `value` in its place: of a parameter that is on meta, or of rows of one whose first rows may be there."""
+    owner, _, leaf = place.parameter.rpartition(".")
     module = model.get_submodule(owner)
-    assert getattr(module, leaf).shape == value.shape, parameter
-    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    parameter = getattr(module, leaf)
+    assert place.of(parameter).shape == value.shape, place
+    if place.rows is None:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        return
+    if parameter.is_meta:
+        whole = torch.empty(parameter.shape, dtype=value.dtype, device=value.device)
+        parameter = nn.Parameter(whole, requires_grad=False)
+        setattr(module, leaf, parameter)
+    place.of(parameter).copy_(value)
 
 
 def model_of(checkpoint: Checkpoint) -> tuple[Any, Any]:

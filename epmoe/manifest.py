@@ -15,6 +15,7 @@ import torch
 
 from epmoe.checkpoint import Checkpoint
 from epmoe.errors import UserError
+from epmoe.models import Place
 from epmoe.quant import FORMATS, ExpertMatrix
 from epmoe.tables import lookup
 
@@ -37,7 +38,7 @@ class Manifest:
     """The tensors that a model of this config.json consists of."""
 
     checkpoint: Checkpoint
-    shared: Mapping[str, str]  # name in the checkpoint → parameter of the model: all but the experts
+    shared: Mapping[str, Place]  # name in the checkpoint → place in the model: all but the experts
     shapes: Mapping[str, tuple[int, ...]]  # of the shared tensors, by name in the checkpoint
     layers: tuple[tuple[Matrix, Matrix], ...]  # gate_up and down of each layer
 
@@ -48,9 +49,8 @@ class Manifest:
         Raises:
             UserError: an unknown format in config.json or in `quant`.
         """
-        parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
         shared = model.shared_tensors(config)
-        assert set(shared.values()) == set(parameters), "shared_tensors must name every parameter"
+        shapes = _shapes(shared, dict(model.named_parameters()))
         layers = []
         for layer in range(config.layers):
             gate_up, gate_up_bias, down, down_bias = model.expert_names(layer)
@@ -59,7 +59,6 @@ class Manifest:
             first = Matrix(gate_up, gate_up_bias, shape, stored, wanted)
             shape = (config.num_experts, config.hidden, config.intermediate)
             layers.append((first, Matrix(down, down_bias, shape, stored, wanted)))
-        shapes = {name: parameters[parameter] for name, parameter in shared.items()}
         return cls(checkpoint, shared, shapes, tuple(layers))
 
     def matrices(self) -> Iterator[Matrix]:
@@ -154,6 +153,17 @@ class Manifest:
         numbers = {b for a, b in zip(found, promised, strict=False) if a != b}
         keys = [f"{k}={v}" for k, v in self.checkpoint.config.items() if type(v) is int and v in numbers]
         return f" ({', '.join(keys)})" if keys else ""
+
+
+def _shapes(shared: Mapping[str, Place], parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor; their places must cover every row of every parameter once."""
+    filled = dict.fromkeys(parameters, 0)
+    for place in shared.values():
+        begin, end = place.rows or (0, len(parameters[place.parameter]))
+        assert begin == filled[place.parameter] < end, f"{place} does not follow the place before it"
+        filled[place.parameter] = end
+    assert all(filled[name] == len(value) for name, value in parameters.items()), "a parameter has rows without a place"
+    return {name: tuple(place.of(parameters[place.parameter]).shape) for name, place in shared.items()}
 
 
 def _formats(checkpoint: Checkpoint, module: str, quant: str) -> tuple[type[ExpertMatrix], type[ExpertMatrix]]:

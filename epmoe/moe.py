@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: route → dispatch → experts → combine.
 
-Letters: T tokens · H hidden · E experts · K experts per token · L experts on this rank.
+Letters: T tokens · H hidden · E experts · K experts per token · J rows a token that are still to be added · L experts
+on this rank.
 """
 
 import torch
@@ -33,11 +34,14 @@ class MoE(nn.Module):
         self.experts, self.route, self.combine = experts, route, combine
         self.local_E, self.num_local = local_E, num_local
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]; a collective: every rank of the expert group calls it with the same tokens."""
+    def forward(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+        """[T, H] and `router` of it → [T, J, H], a token's output being `add_rows` of it (epmoe/norm.py).
+
+        A collective: every rank of the expert group calls it with the same tokens.
+        """
         assert self.experts is not None, "MoE.install was not called"
         with named("route"):
-            dispatch = self.route(self.router(x_TH), self.top_k, self.local_E, self.num_local)
+            dispatch = self.route(logits_TE, self.top_k, self.local_E, self.num_local)
         y_TKH = self.experts.forward(x_TH, dispatch)
         with named("combine"):
             return self.combine(y_TKH)

@@ -148,15 +148,19 @@ def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def closing_line(results: Sequence[Result], bytes_read: int, ranks: Ranks) -> str:
-    """What the run took, over all ranks; a collective."""
+def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ranks: Ranks) -> str:
+    """What the run took, over all ranks; a collective.
+
+    Generation began `ready_s` seconds after this rank's program: imports, loading, compiling and capturing come before.
+    """
     values = ranks.gather([bytes_read, peak_bytes(ranks)])
     tokens = sum(len(result.ids) for result in results)
     seconds = max(result.total_s for result in results)
+    first = min(result.first_token_s for result in results)
     each = "each " if len(values) > 1 else ""
     return (
         f"epmoe: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, "
-        f"first token after {min(result.first_token_s for result in results):.3f} s; "
+        f"first token after {first:.3f} s ({ready_s + first:.2f} s from the start); "
         f"{len(values)} rank{'s' if len(values) > 1 else ''}, {each}read {_span([read for read, _ in values])} "
         f"and used {_span([used for _, used in values])} of memory at the peak"
     )

@@ -52,11 +52,14 @@ def profiled(folder: str, ranks: Ranks) -> Iterator[None]:
         raise UserError(
             f"runtime.profile={folder} cannot be written ({error.strerror}): choose another place"
         ) from error
-    activities = [ProfilerActivity.CPU]
-    if ranks.device.type != "cpu":
-        activities.append(ProfilerActivity[ranks.device.type.upper()])
-    with profile(activities=activities) as recorder:
+    with profile(activities=_activities(ranks.device)) as recorder:
         yield
         if ranks.device.type != "cpu":
             torch.accelerator.synchronize(ranks.device)
     recorder.export_chrome_trace(str(file))
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    """What is recorded: the host, and the device's kernels where it is another one."""
+    # By attribute: up to torch 2.13 the type is pybind11's, which has no [].
+    return [getattr(ProfilerActivity, name) for name in dict.fromkeys(("CPU", device.type.upper()))]

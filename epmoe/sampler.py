@@ -10,7 +10,6 @@ later split over ranks can move a token across a threshold.
 
     sample             rows with parameters on the host
       choose           the same with all parameters on the device; never waits for it, so it fits a CUDA graph
-    largest, join_largest    greedy rows when each rank has the logits of a part of the vocabulary
 
 Letters: B rows (sequences) · V vocabulary · P parameters of a row · Q log-probabilities asked for.
 """
@@ -23,6 +22,7 @@ from enum import IntEnum
 import torch
 
 from epmoe.errors import UserError
+from epmoe.greedy import join_largest, largest
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -145,7 +145,7 @@ def choose(
     """
     assert logits_BV.dtype == torch.float32
     if level == Level.GREEDY:
-        return argmax_lowest(logits_BV)
+        return join_largest(largest(logits_BV, 0), logits_BV.shape[1])
     chunks = [slice(begin, begin + FILTER_ROWS) for begin in range(0, len(logits_BV), FILTER_ROWS)]
     chosen = [
         _choose(logits_BV[rows], knobs[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
@@ -200,20 +200,6 @@ def argmax_lowest(scores_BV: torch.Tensor) -> torch.Tensor:
     """
     id_B1 = scores_BV.argmax(1, keepdim=True)
     return torch.where(scores_BV.gather(1, id_B1).isnan(), scores_BV.shape[1], id_B1)[:, 0]
-
-
-def largest(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
-    """The largest of each row and its id, of a part of the vocabulary that begins at id `first`: float64 [B, 2]."""
-    id_B1 = logits_BV.argmax(1, keepdim=True)
-    return torch.cat((logits_BV.gather(1, id_B1).double(), (id_B1 + first).double()), dim=1)  # both exact
-
-
-def join_largest(found_NB2: torch.Tensor, vocab: int) -> torch.Tensor:
-    """`argmax_lowest` over all parts, from `largest` of each in ascending order: int64 [B]; V where one is NaN."""
-    value_NB, id_NB = found_NB2.unbind(2)
-    part_1B = value_NB.argmax(0, keepdim=True)
-    id_B = id_NB.gather(0, part_1B)[0].long()
-    return torch.where(value_NB.gather(0, part_1B)[0].isnan(), vocab, id_B)
 
 
 def gumbel(seed_B: torch.Tensor, position_B: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:

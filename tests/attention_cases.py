@@ -28,6 +28,7 @@ class Case:
     head_dim: int = 32
     page: int = 4
     tokens: int = 1024
+    sequences: int = 4
 
     def __str__(self) -> str:
         return self.name
@@ -50,6 +51,8 @@ CASES = [
     Case("window longer than a split", 260, (((0, 250), (1, 400)), 2, ((0, 30), (1, 2)), 2), heads=2, kv_heads=1),
     Case("mixed", None, (((0, 5), (1, 40), (2, 1)), ((2, 1), (0, 9), (1, 1)), 3)),
     Case("mixed, window", 5, (((0, 5), (1, 40), (2, 1)), ((2, 1), (0, 9), (1, 1)), 3)),
+    Case("forty spans", None, (tuple((s, 2 + s % 5) for s in range(40)), 40), heads=2, kv_heads=1, sequences=40),
+    Case("forty spans, window", 7, (tuple((s, 2 + s % 9) for s in range(40)),) * 2, heads=2, kv_heads=1, sequences=40),
     Case("eight heads a group, D=64", None, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),
     Case("eight heads a group, D=64, window", 20, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),
     Case("one head a group", None, (((0, 37),), 1), heads=3, kv_heads=3),
@@ -58,10 +61,11 @@ CASES = [
 ]
 
 
-def new_cache(case: Case, dtype: torch.dtype, device: str, sequences: int = 4) -> Cache:
+def new_cache(case: Case, dtype: torch.dtype, device: str, sequences: int | None = None) -> Cache:
     """A cache whose memory holds NaN: what is read before it was written shows."""
     shape = (case.window,), case.kv_heads, case.head_dim
-    made = Cache(*shape, tokens=case.tokens, sequences=sequences, page=case.page, dtype=dtype, device=device)
+    count = case.sequences if sequences is None else sequences
+    made = Cache(*shape, tokens=case.tokens, sequences=count, page=case.page, dtype=dtype, device=device)
     for stored in made.layers:
         stored.fill_(torch.nan)
     return made

@@ -2,7 +2,7 @@
 
 Triton lowers to PTX on any machine; the `ptxas` in its wheel turns that into machine code and, with `-v`, reports the
 registers and the bytes of them that it had to spill to memory. A spill in an inner loop is a silent loss of speed, so
-tests hold kernels to none.
+tests hold kernels to none. What each compile costs is kept in COMPILED, and conftest.py ends a test run with the table.
 """
 
 import re
@@ -15,6 +15,13 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+# The most shared memory that a block may have, in bytes, by generation.
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MOST_TENSOR = 512  # columns
+# (kernel and its constants, generation, its cost in words) of every compile of this process that a test has not taken.
+COMPILED: list[tuple[str, int, str]] = []
 
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -29,7 +36,8 @@ def compile_kernel(
     divisible: Sequence[str] = (),
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
-    "wgmma": Hopper's tensor core instructions in the code}`.
+    "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
+    each other, "tensor": columns of Blackwell's tensor memory}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -40,7 +48,8 @@ def compile_kernel(
     names = fn.arg_names
     missing = set(names) - set(signature) - set(constexprs)
     assert not missing, f"no type or value for {missing}"
-    source = ASTSource(
+    gluon = isinstance(fn, GluonJITFunction)
+    source = (GluonASTSource if gluon else ASTSource)(
         fn=fn,
         signature={name: "constexpr" if name in constexprs else signature[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
@@ -53,7 +62,24 @@ def compile_kernel(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
-    return {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
+    cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
+    cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
+    pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
+    values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
+    what = " ".join([fn.__name__, *list(pointers)[:1], *values, f"warps={num_warps} stages={num_stages}"])
+    COMPILED.append((what, arch, "{registers} {spills} {shared}".format(**cost)))
+    return cost
+
+
+def table(compiled: Sequence[tuple[str, int, str]]) -> list[str]:
+    """Lines of COMPILED's entries for people: a row for a kernel and its constants, a column for a generation."""
+    found: dict[str, dict[int, str]] = {}
+    for what, arch, cost in compiled:
+        found.setdefault(what, {})[arch] = cost
+    archs = sorted({arch for _, arch, _ in compiled})
+    head = "".join(f"{f'sm_{arch}':>16}" for arch in archs) + "   kernel and constants"
+    rows = ["".join(f"{costs.get(arch, '-'):>16}" for arch in archs) + f"   {what}" for what, costs in found.items()]
+    return [head, *sorted(rows, key=lambda row: row[16 * len(archs) :])]
 
 
 def _assemble(ptx: str) -> dict[str, int]:
@@ -76,4 +102,4 @@ def _assemble(ptx: str) -> dict[str, int]:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     assert registers and spills, f"ptxas reported neither registers nor spills:\n{report}"
-    return {"registers": max(registers), "spills": sum(spills)}
+    return {"registers": max(registers), "spills": sum(spills), "serialized": report.count("are serialized")}

@@ -1,11 +1,12 @@
-"""What all tests share: one thread a process, the tiny checkpoint, and the record that scripts/test --json writes."""
+"""What all tests share: one thread a process, the tiny checkpoint, the table of compiled kernels, --json."""
 
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", size="tiny")
 
 
+@pytest.fixture(autouse=True)
+def compiled_kernels(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """Hands what a test has compiled to its report, which reaches the process that writes the summary."""
+    yield
+    if compiler := sys.modules.get("compile_sm90"):
+        while compiler.COMPILED:
+            record_property("compiled", compiler.COMPILED.pop(0))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results-json", metavar="FILE", help="write commit, devices, counts and durations to FILE")
 
@@ -33,9 +43,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> Iterator[None]:
     yield
+    write_kernels(terminalreporter)
     if file := config.getoption("--results-json"):
         record = results(terminalreporter.stats, exitstatus, config.getoption("markexpr"))
         Path(file).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_kernels(reporter: Any) -> None:
+    """What the kernels cost that tests have compiled, when they have."""
+    reports = [
+        report for each in reporter.stats.values() for report in each if getattr(report, "when", "") == "teardown"
+    ]
+    found = [value for report in reports for name, value in report.user_properties if name == "compiled"]
+    if found:
+        from compile_sm90 import table
+
+        reporter.section("kernels compiled: a thread's registers, bytes spilled, bytes of shared memory")
+        for line in table(found):
+            reporter.line(line)
 
 
 def results(stats: dict[str, list[Any]], exitstatus: int, marks: str) -> dict[str, Any]:

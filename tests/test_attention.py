@@ -84,9 +84,9 @@ def brute_force(layer: Attention, x_TH: torch.Tensor, window: int | None) -> tor
         number = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn
         return torch.cat((number.real, number.imag), dim=-1)
 
-    q = turned(linear(layer.q, x_TH).view(tokens, layer.heads, -1))
-    k = turned(linear(layer.k, x_TH).view(tokens, layer.kv_heads, -1))
-    v = linear(layer.v, x_TH).view(tokens, layer.kv_heads, -1)
+    qkv = linear(layer.qkv, x_TH).view(tokens, -1, layer.head_dim)
+    q, k, v = qkv.tensor_split((layer.heads, layer.heads + layer.kv_heads), dim=1)
+    q, k = turned(q), turned(k)
     ago = torch.arange(tokens)[:, None] - torch.arange(tokens)
     hidden = (ago < 0) | (ago >= (tokens if window is None else window))
     out = []
@@ -273,7 +273,7 @@ def test_memory_is_bounded_at_gpt_oss_sizes(window: int | None, sequences: list[
         with _Largest() as largest:
             plan = store.plan(step)[window]
             layer(torch.empty(len(step.token_T), 2880), Rotary(rope)(step.position_T), store.layer(0), plan)
-    chunk = len(step.token_T) * 64 * 64  # queries of the step
+    chunk = len(step.token_T) * (64 + 8 + 8) * 64  # queries, keys and values of the step
     context = max(new + cached for new, cached in sequences) * 8 * 64  # keys of one sequence
     gather = cache.GATHER_POSITIONS * 8 * 64
     assert largest.elements <= max(attention.SCORE_ELEMENTS, chunk, context, gather)

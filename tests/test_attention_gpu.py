@@ -191,6 +191,25 @@ def test_a_captured_decode_follows_its_inputs(window: int | None) -> None:
         assert torch.equal(captured, run())
 
 
+@windows
+def test_one_kernel_for_all_prefills(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of spans and tokens: the engine could not warm up a kernel for each."""
+    import triton
+
+    case, compiled = real(window, tokens=1 << 14), list[str]()
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *args, **keys: compiled.append(str(keys)))
+    sink_E = random_sinks(case, torch.bfloat16, "cuda")
+    store, handles = full_cache(case, [200] * 70)
+    for count, tokens in ((1, 16), (1, 33), (2, 100), (32, 2), (33, 5), (70, 3), (64, 16)):
+        plan = store.plan(make_step([(handle, [0] * tokens, 0) for handle in handles[:count]], device="cuda"))[window]
+        inputs = random_inputs(case, count * tokens, torch.bfloat16, "cuda", 0)
+        out = attention_triton.cached_attention(*inputs, store.layer(0), plan, sink_E)
+        assert out.isfinite().all()
+        if (count, tokens) == (1, 16):
+            compiled.clear()
+    assert not compiled
+
+
 def test_far_rows() -> None:
     """Rows beyond 2^31 elements of a cache: offsets are 64 bits wide."""
     case = real(None, tokens=5 << 20)

@@ -4,8 +4,11 @@ The fake model keeps, for each cache handle, the tokens it was fed, and computes
 that is dropped, fed twice or fed to another sequence changes the output.
 """
 
+import io
 import random
+import sys
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache import Cache, CacheFull, DecodeStep, Step
-from epmoe.engine import Engine, Request, Result
+from epmoe.engine import Engine, Request, Result, choose_chunk
 from epmoe.errors import UserError
 from epmoe.memory import fit_cache
 from epmoe.ranks import Ranks
@@ -163,6 +166,12 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
     assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
 
 
+def test_a_chunk_is_chosen_by_the_kind_of_device() -> None:
+    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 8192, 8192]
+    assert choose_chunk(5, torch.device("cpu")) == choose_chunk(5, torch.device("cuda")) == 5
+    assert engine().prefill_chunk == 2048
+
+
 def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
     requests = some_requests(16, temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     together = outputs(engine().generate(requests))
@@ -191,6 +200,29 @@ def test_prompts_and_decodes_take_turns() -> None:
     engine(model, prefill_chunk=10).generate([short, long])
     kinds = ["decode" if isinstance(step, DecodeStep) else len(step.token_T) for step in model.steps]
     assert kinds == [10, "decode"] * 6 + [1] + ["decode"] * 5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@torch.inference_mode()
+def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tokens and by prompts of several tokens, up to the most that a step can have in any order of the requests."""
+    model = FakeModel()
+    short, long = Request((7,), SamplingParams()), Request(tuple(range(60)), SamplingParams())
+    requests = ([short] * 50 + [Request((3, 4, 5), SamplingParams())] * 40 + [long] * 2)[::order]
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tested = engine(model, max_batch=20, prefill_chunk=100, progress=True)
+    tested._warm_prefills(requests)
+    steps = model.prefills()
+    assert {1, 2, 4, 8, 16, 32, 64, 100} | {3, 7, 15, 31, 63, 99} <= {len(step.token_T) for step in steps}
+    assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
+    several = {sum(stop - start > 1 for start, stop in pairwise(step.start_B1)) for step in steps}
+    assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
+    assert not tested.cache.reserved
+    assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
+    tested._warm_prefills(requests[::-1])
+    assert len(model.prefills()) == len(steps)  # once is enough
 
 
 def test_the_next_step_is_launched_before_the_last_ids_are_read() -> None:

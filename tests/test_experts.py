@@ -1,5 +1,7 @@
 """Expert backends against the equations in float64; layouts; bits that depend on neither batch nor placement."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import triton
@@ -141,8 +143,8 @@ def run_placements(backend: str, case: Case, device: str, dtype: torch.dtype) ->
             assert torch.equal(part_TKH[mine_TK], whole_TKH[mine_TK]) and not part_TKH[~mine_TK].any()
 
 
-def run_batches(backend: str, case: Case, device: str, dtype: torch.dtype) -> None:
-    """A token alone, in the whole batch, and at other places of a shuffled batch."""
+def run_batches(backend: str, case: Case, device: str, dtype: torch.dtype, counts: Sequence[int]) -> None:
+    """A token alone, in the whole batch, at other places of a shuffled batch, and in the first so many tokens."""
     weights = random_weights(case, "mxfp4", dtype, device)
     x_TH, logits_TE = random_input(case, dtype, device)
     experts = lookup("experts", EXPERTS, backend).pack(of_experts(weights, case.ids), case.activation)
@@ -154,7 +156,7 @@ def run_batches(backend: str, case: Case, device: str, dtype: torch.dtype) -> No
         order_T = torch.randperm(case.tokens, generator=torch.Generator().manual_seed(seed)).to(device)
         shuffled_TKH = experts.forward(x_TH[order_T], dispatched(case, logits_TE[order_T]))
         assert torch.equal(shuffled_TKH, whole_TKH[order_T])
-    for count in (case.tokens // 2, case.tokens // 16):
+    for count in counts:
         some_TKH = experts.forward(x_TH[:count], dispatched(case, logits_TE[:count]))
         assert torch.equal(some_TKH, whole_TKH[:count]), f"the first {count} tokens"
 
@@ -168,7 +170,7 @@ def test_bits_do_not_follow_the_batch(hidden: int, intermediate: int, dtype: tor
     """
     assert torch.get_num_threads() == 1
     case = Case("batch", tokens=37, hidden=hidden, intermediate=intermediate, experts=5, top_k=3)
-    run_batches("reference", case, "cpu", dtype)
+    run_batches("reference", case, "cpu", dtype, (18, 2))
 
 
 # ---- codes and scales ----------------------------------------------------------------------------------------------
@@ -176,15 +178,15 @@ def test_bits_do_not_follow_the_batch(hidden: int, intermediate: int, dtype: tor
 
 @triton.jit
 def decode_kernel(word_ptr, scale_ptr, value_ptr, WIDE: tl.constexpr, PTX: tl.constexpr, N: tl.constexpr):
-    """Row n of N, 64 columns: 16 words and their scale pair → 4 runs of 16 values."""
+    """Row n of N, a run of 256 columns: 64 words and 2 scale words → 4 runs of 64 values."""
     n_N = tl.arange(0, N)[:, None]
-    i_16 = tl.arange(0, 16)[None, :]
-    pair, pairs = tl.program_id(0), tl.num_programs(0)
-    word = tl.load(word_ptr + n_N * pairs * 16 + pair * 16 + i_16)
-    scale = tl.broadcast_to(tl.load(scale_ptr + pair * N + n_N), (N, 16))
+    i_64 = tl.arange(0, 64)[None, :]
+    run, words = tl.program_id(0), tl.num_programs(0) * 64
+    word = tl.load(word_ptr + n_N * words + run * 64 + i_64)
+    scale = tl.load(scale_ptr + (run * 2 + i_64 // 32) * N + n_N)
     for j in tl.static_range(4):
         values = words_to_values(word, scale, j, WIDE, PTX)
-        tl.store(value_ptr + n_N * pairs * 64 + pair * 64 + 16 * j + i_16, values)
+        tl.store(value_ptr + n_N * words * 4 + run * 256 + 64 * j + i_64, values)
 
 
 def run_decode(device: str, wide: bool, ptx: bool) -> None:
@@ -195,7 +197,7 @@ def run_decode(device: str, wide: bool, ptx: bool) -> None:
     matrix = WordMatrix.pack(Mxfp4Matrix(block_NG16[None].to(device), scale_NG[None].to(device)))
     assert matrix.wide == wide
     value_NC = torch.empty(256, 512, dtype=torch.bfloat16, device=device)
-    decode_kernel[(8,)](matrix.word_LNW, matrix.scale_LPN, value_NC, WIDE=wide, PTX=ptx, N=256)
+    decode_kernel[(2,)](matrix.word_LNW, matrix.scale_LVN, value_NC, WIDE=wide, PTX=ptx, N=256)
     wanted_NC = decode(block_NG16, scale_NG, torch.bfloat16).to(device)
     nan_NC = wanted_NC.isnan()
     assert torch.equal(value_NC.isnan(), nan_NC)

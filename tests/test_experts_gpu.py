@@ -9,13 +9,15 @@ from test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, 
 
 from epmoe.experts import EXPERTS
 from epmoe.experts.reference import ReferenceExperts
-from epmoe.experts.triton import TILES, TritonExperts, choose_tile, down, down_torch, gate_up, gate_up_torch
+from epmoe.experts.tiles import TILES, Tile, choose_tile, table
+from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch, generation
+from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
 
 pytestmark = pytest.mark.gpu
 
 GPT_OSS_20B = Case("gpt-oss-20b", tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4)
-# T·K/E of 1/2 (alone), 21 (a 16th), 175 (half) and 350 (all): a row passes through every bf16 tile
+# T·K/E of 1/2 (alone) to 350 (all), beyond the limits of all tiles but the last
 ACROSS_TILES = Case("across tiles", tokens=700, hidden=288, intermediate=416, experts=8, top_k=4)
 
 
@@ -52,7 +54,7 @@ def real_input(tokens: int) -> tuple[torch.Tensor, Dispatch]:
     return x_TH, dispatched(GPT_OSS_20B, logits_TE)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64, 600, 1500])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 128, 250, 1500])  # every tile
 def test_real_shapes(tokens: int, real: tuple[TritonExperts, ReferenceExperts]) -> None:
     """gpt-oss-20b's layer in bfloat16 against the float32 reference; h and the result are rounded to 8 bits each."""
     fast, reference = real
@@ -88,11 +90,48 @@ def test_bits_do_not_follow_the_placement(tokens: int, dtype: torch.dtype) -> No
 def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     """A token alone (a decode step) has the bits that it has in a large batch (a prefill), at any place in it."""
     case = ACROSS_TILES
-    batches = (case.tokens, case.tokens // 2, case.tokens // 16, 1)
-    assert {choose_tile(torch.bfloat16, t * case.top_k, case.experts) for t in batches} == {
-        tile for _, tile in TILES[torch.bfloat16]
-    }
-    run_batches("triton", case, "cuda", dtype)
+    mine = generation(torch.device("cuda", 0))
+    tiles = table(torch.bfloat16, mine)
+    counts = [int(limit * case.experts) // case.top_k for limit, _ in tiles[:-1]]  # the most that a tile serves
+    chosen = [choose_tile(torch.bfloat16, tokens * case.top_k, case.experts, mine) for tokens in (*counts, case.tokens)]
+    assert chosen == [tile for _, tile in tiles]
+    run_batches("triton", case, "cuda", dtype, counts)
+
+
+# Both products of gpt-oss, whose columns end with one pair; columns that end with half a pair, and whole runs alone,
+# with scales that need the wide decoding, one of them NaN. A case compiles four kernels, seconds each.
+@pytest.mark.parametrize(("hidden", "intermediate", "wide"), [(2880, 2880, False), (544, 512, True)])
+def test_hopper_kernels_give_the_same_bits(
+    hidden: int, intermediate: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever columns end a row, narrow and wide scales; experts of 0, 1, 63, 64, 65 … rows."""
+    if generation(torch.device("cuda", 0)) != 9:
+        pytest.fail("this GPU is no Hopper: its table has no such kernels")
+    case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=13, top_k=4)
+    weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    assert isinstance(weights.gate_up, Mxfp4Matrix) and isinstance(weights.down, Mxfp4Matrix)
+    if wide:
+        weights.down.scales_LNG[3, 5:9] = 130
+        weights.gate_up.scales_LNG[2, 0] = 255
+    experts = TritonExperts.pack(weights, case.activation)
+    assert experts.gate_up.wide == experts.down.wide == wide
+    x_TH, _ = random_input(case, torch.bfloat16, "cuda")
+    logits_TE = torch.full((case.tokens, case.experts), -1e4, device="cuda")
+    counts = (0, 1, 63, 64, 65, 127, 128, 129, 257)  # rows of experts 1 to 9; 0 takes ties, 10 to 12 nearly all tokens
+    begin = 0
+    for expert, count in enumerate(counts, 1):
+        logits_TE[begin : begin + count, expert] = 100.0
+        begin += count
+    logits_TE[:, 10:] += 2e4 * (1 + torch.rand(case.tokens, 3, device="cuda"))
+    dispatch = dispatched(case, logits_TE)
+    assert dispatch.offset_L1.diff()[1:10].tolist() == list(counts)
+    found = []
+    for tile in ("hopper:256x128x64x8x2", "128x32x64x4x3"):
+        monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), Tile.parse(tile)),)})
+        h_RI = gate_up(x_TH, experts.gate_up, experts.gate_up_bias_LN, dispatch, case.activation)
+        found.append((h_RI, down(h_RI, experts.down, experts.down_bias_LH, dispatch)))
+    for fast, plain in zip(*found, strict=True):
+        assert torch.equal(fast.view(torch.int16), plain.view(torch.int16))
 
 
 def test_offsets_beyond_31_bits() -> None:

@@ -76,6 +76,9 @@ def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], 
     last = done.stderr.splitlines()[-1]
     for part in (f"{len(line['ids'])} tokens in ", "tokens/s", "first token after", "2 ranks, each read ", "of memory"):
         assert part in last
+    took, first = (float(last.split(before)[1].split()[0]) for before in (" tokens in ", "first token after "))
+    start = float(last.split("first token after ")[1].split("(")[1].split()[0])
+    assert 0 < first <= took + 0.01 and first + 0.5 < start < 60  # importing torch alone takes a second
     low, high = sorted(float(word) for word in last.split("read ")[1].split(" MB")[0].split(" to "))
     used = float(last.split("used ")[1].split(" MB")[0].split(" to ")[0].replace(",", ""))
     assert 100 < used < 10_000  # a process that has imported torch

@@ -15,7 +15,7 @@ from epmoe.cache import Cache, DecodeStep
 from epmoe.errors import UserError
 from epmoe.experts import ExpertWeights
 from epmoe.experts.reference import ReferenceExperts
-from epmoe.models import MODELS
+from epmoe.models import MODELS, Place
 from epmoe.models.gpt_oss import GptOss, GptOssConfig
 from epmoe.quant.bf16 import Bf16Matrix
 from epmoe.router.reference import route
@@ -274,10 +274,13 @@ def test_every_parameter_has_one_name(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = GptOss(config)
     names = GptOss.shared_tensors(config)
-    assert sorted(names.values()) == sorted(name for name, _ in model.named_parameters())
+    assert {place.parameter for place in names.values()} == {name for name, _ in model.named_parameters()}
+    assert len(set(names.values())) == len(names)
+    rows = [names[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert rows == [Place("blocks.1.attention.qkv.weight", each) for each in ((0, 32), (32, 48), (48, 64))]
     assert ("lm_head.weight" in names) == (not config.tied)
     assert ("model.layers.1.self_attn.o_proj.bias" in names) == config.attention_bias
-    assert names["model.layers.1.mlp.router.bias"] == "blocks.1.moe.router.bias"
+    assert names["model.layers.1.mlp.router.bias"] == Place("blocks.1.moe.router.bias")
     assert not list(model.buffers())  # nothing that the loader could forget to assign
     assert GptOss.expert_names(1)[3] == "model.layers.1.mlp.experts.down_proj_bias"
 
@@ -299,7 +302,7 @@ def build(config: GptOssConfig) -> GptOss:
         )
         local_E = torch.arange(experts, dtype=torch.int32)
         packed = ReferenceExperts.pack(weights, config.activation)
-        moe.install(packed, route, lambda y_TKH: y_TKH.sum(1), local_E, experts)
+        moe.install(packed, route, lambda y_TKH: y_TKH, local_E, experts)
     return model.requires_grad_(False).eval()
 
 

@@ -241,10 +241,23 @@ def test_graphs_change_no_token(checkpoint: str) -> None:
     assert outcome(graphs.generate(asked, stop_at({}))) == expected
 
 
+def crowd() -> list[Request]:
+    """More prompts than the 64 for which attention's vectors suffice, and tokens for every tile of the experts."""
+    lengths = [1, 2, 3, 17, 33, *range(1, 12)] * 10 + [299, 300, 7]
+    return [Request(tuple(range(1, count + 1)), SamplingParams(max_new_tokens=5)) for count in lengths]
+
+
+COMPILES = {
+    "few": (mixed, {}),
+    "many": (crowd, {"max_batch": 100, "prefill_chunk": 512}),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("case", COMPILES)
 def test_nothing_compiles_and_nothing_is_captured_after_prepare(
-    checkpoint: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+    checkpoint: str, case: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts kernels that Triton compiles or loads from its cache; another prompt length, batch or end brings none."""
     import triton
@@ -259,15 +272,18 @@ def test_nothing_compiles_and_nothing_is_captured_after_prepare(
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", count)
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *args, **keys: compiled.append(str(keys)))
-    asked = mixed()
-    engine = build(rank_on("cuda"), checkpoint, asked, graphs=graphs)
+    make, limits = COMPILES[case]
+    asked = make()
+    engine = build(rank_on("cuda"), checkpoint, asked, graphs=graphs, **limits)
     engine.prepare(asked)
     assert bool(captured) == graphs
     compiled.clear()
     captured.clear()
     engine.generate(asked, stop_at({}))
     engine.generate(asked[::-1])
-    engine.generate(asked[3:9])
+    engine.generate(sorted(asked, key=lambda request: len(request.ids)))
+    for some in (asked[3:9], asked[:1], asked[-2:], asked[5::7], asked[::2]):
+        engine.generate(some)
     assert not compiled and not captured
 
 
@@ -281,6 +297,10 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         handles = [engine.cache.admit(30) for _ in range(3)]
         for handle, request in zip(handles, asked, strict=False):
             engine.state.admit(handle, request.ids, request.params)
+        # Nothing prefills these sequences, which would set where they are: without this they would go on where the
+        # prefills of prepare left their handles, and read rows that nobody wrote.
+        engine.state.token_S.zero_()
+        engine.state.position_S.zero_()
         variants = sorted({variant for _, variant in engine.graphs.ready})
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

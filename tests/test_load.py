@@ -13,6 +13,7 @@ from epmoe import convert, manifest
 from epmoe.checkpoint import SINGLE, Checkpoint
 from epmoe.convert import ExpertReader
 from epmoe.errors import UserError
+from epmoe.models import Place
 from epmoe.placement import contiguous
 from epmoe.quant.bf16 import Bf16Matrix
 from epmoe.quant.mxfp4 import Mxfp4Matrix
@@ -29,8 +30,9 @@ def test_every_rank_holds_the_shared_tensors_and_its_experts(size: int, dtype_ex
         model, report = load_rank(tmp_path, rank, size)
         assert (report.quant, report.experts, report.dtype) == (dtype_experts, "reference", "float32")
         parameters = dict(model.named_parameters())
-        for name, parameter in model.shared_tensors(model.config).items():
-            assert torch.equal(parameters[parameter], tensors[name].float()) and not parameters[parameter].requires_grad
+        for name, place in model.shared_tensors(model.config).items():
+            parameter = parameters[place.parameter]
+            assert torch.equal(place.of(parameter), tensors[name].float()) and not parameter.requires_grad
         for layer, weights in enumerate(weights_of(model)):
             mine = {k: tensors[EXPERTS.format(layer) + k][list(shares[rank])] for k in EXPERT_TENSORS[dtype_experts]}
             assert torch.equal(weights.gate_up_bias_LN, mine["gate_up_proj_bias"].float())
@@ -55,7 +57,7 @@ def test_tied_embeddings_and_no_attention_bias(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, tied=True, attention_bias=False)
     model, _ = load_rank(tmp_path)
     assert "lm_head.weight" not in stored(tmp_path)
-    assert not any("unembedding" in name or name.endswith("attention.q.bias") for name, _ in model.named_parameters())
+    assert not any("unembedding" in name or name.endswith("attention.qkv.bias") for name, _ in model.named_parameters())
 
 
 def test_auto_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +91,21 @@ def test_the_bar_is_for_terminals_and_counts_this_ranks_bytes(
     load_rank(tmp_path, 0, 2, progress=False)
     load_rank(tmp_path, 1, 2)
     assert "%" not in capsys.readouterr().err
+
+
+GAPS = [[(0, 2)], [(0, 2), (3, 4)], [(0, 2), (1, 4)], [(2, 4), (0, 2)], [(0, 4), None], [(0, 5)]]
+
+
+@pytest.mark.parametrize("rows", GAPS, ids=str)
+def test_places_cover_a_parameter_once(rows: list[tuple[int, int] | None]) -> None:
+    """Protects a matrix that several tensors make up: no row is left on meta and none is written twice."""
+    parameters = {"w": torch.empty(4, 3, device="meta")}
+    assert manifest._shapes({"a": Place("w", (0, 1)), "b": Place("w", (1, 4))}, parameters) == {
+        "a": (1, 3),
+        "b": (3, 3),
+    }
+    with pytest.raises(AssertionError, match="place"):
+        manifest._shapes({str(i): Place("w", each) for i, each in enumerate(rows)}, parameters)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------

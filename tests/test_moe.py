@@ -12,6 +12,7 @@ from epmoe.combine import Combine
 from epmoe.combine.slots import Slots
 from epmoe.experts.reference import ReferenceExperts
 from epmoe.moe import MoE
+from epmoe.norm import add_rows
 from epmoe.placement import Placement, contiguous
 from epmoe.ranks import Ranks
 from epmoe.router.reference import route
@@ -38,7 +39,7 @@ def tokens(count: int) -> torch.Tensor:
 
 def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
     moe = layer(placement, ranks.expert_rank, Slots(ranks))
-    return [moe(tokens(count)) for count in (CASE.tokens, 1, 0)]
+    return [add_rows(moe(x_TH, moe.router(x_TH))) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
 
 
 @pytest.fixture(scope="module")
@@ -86,4 +87,4 @@ def test_parameters_are_the_router_alone() -> None:
 
 def test_forward_before_install_is_refused() -> None:
     with pytest.raises(AssertionError, match="install"):
-        MoE(8, 4, 2)(torch.zeros(1, 8))
+        MoE(8, 4, 2)(torch.zeros(1, 8), torch.zeros(1, 4))

@@ -52,7 +52,7 @@ def test_contents(wheel: Path) -> None:
     demo = {str(file.relative_to(ROOT)): file.stat().st_size for file in (ROOT / "epmoe" / "demo").rglob("*.*")}
     assert {name: held.get(name) for name in demo} == demo
     assert sum(demo.values()) <= MOST_DEMO_BYTES
-    assert "epmoe/py.typed" in held
+    assert "epmoe/py.typed" in held and "epmoe/experts/tiles.json" in held
     top = {name.partition("/")[0] for name in held}
     assert len(top) == 2 and "epmoe" in top  # the other one is the metadata: no tests, no scripts
     assert any(name.endswith("/licenses/LICENSE") for name in held)

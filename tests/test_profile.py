@@ -5,23 +5,31 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from epmoe.errors import UserError
-from epmoe.profile import NAMES, named, profiled
+from epmoe.profile import NAMES, _activities, named, profiled
 from epmoe.ranks import Ranks
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 LAYERS = 2  # of the tiny checkpoint
 
 
+def events(file: Path, category: str) -> list[dict[str, Any]]:
+    """The trace's events that last, of one category: "user_annotation" on the host, "kernel" and
+    "gpu_user_annotation" on the device.
+    """
+    found = json.loads(file.read_text())["traceEvents"]
+    return [event for event in found if event.get("ph") == "X" and event.get("cat") == category]
+
+
 def ranges(file: Path) -> "Counter[str]":
-    """How often each name of ours is a range of the trace."""
-    events = json.loads(file.read_text())["traceEvents"]
-    return Counter(event["name"] for event in events if event.get("ph") == "X" and event["name"] in NAMES)
+    """How often each name of ours is a range of the trace on the host."""
+    return Counter(event["name"] for event in events(file, "user_annotation") if event["name"] in NAMES)
 
 
 def test_every_rank_names_every_step(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -64,3 +72,30 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path: Path) -> None:
         profiled(f"{tmp_path}/file/x", RANKS),
     ):
         pytest.fail("found before the run, not after it")
+
+
+def test_what_is_recorded_of_a_device() -> None:
+    assert _activities(torch.device("cpu")) == [ProfilerActivity.CPU]
+    assert _activities(torch.device("cuda", 1)) == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+@pytest.mark.gpu
+def test_a_trace_of_the_device_holds_kernels_under_the_names(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Without graphs each name spans the kernels launched under it; with graphs there are kernels, and few names."""
+    keys = [f"checkpoint={tiny_checkpoint}", "runtime.device=cuda", "prompt=a", "max_new_tokens=3"]
+    keys += ["sampling.ignore_eos=true"]
+    for graphs in ("false", "true"):
+        folder = tmp_path / graphs
+        command = [sys.executable, "-m", "epmoe.generate", *keys, f"runtime.graphs={graphs}"]
+        done = subprocess.run([*command, f"runtime.profile={folder}"], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        kernels = events(folder / "rank-0.json", "kernel")
+        assert len(kernels) > 5 * 3 * LAYERS and min(event["dur"] for event in kernels) > 0
+    file = tmp_path / "false" / "rank-0.json"
+    found = ranges(file)
+    found.pop("dispatch", None)  # few tokens are routed and dispatched by one kernel
+    assert found == {**dict.fromkeys(set(NAMES) - {"dispatch"}, 3 * LAYERS), "sample": 3}
+    spans = {event["name"]: event for event in events(file, "gpu_user_annotation")}  # the last of each name
+    for name in ("attention", "gate_up", "down", "sample"):
+        begin, end = spans[name]["ts"], spans[name]["ts"] + spans[name]["dur"]
+        assert any(begin <= kernel["ts"] < end for kernel in events(file, "kernel")), name

@@ -77,6 +77,10 @@ CASES = (
     Case("broken_logits", 70, 30, 4, ranks=4, logits="broken"),
     Case("one_block_full", 64, 32, 4, ranks=2),
     Case("one_over_a_block", 65, 32, 4, ranks=2),
+    Case("sixteen_tokens", 16, 128, 4, ranks=3),
+    Case("seventeen_tokens", 17, 128, 4, ranks=3),
+    Case("sixty_four_tokens", 64, 128, 4, ranks=2),
+    Case("three_of_a_few", 12, 40, 3, ranks=3, logits="ties"),
     Case("many_blocks", 700, 128, 4, ranks=2),
     Case("uneven_ranks", 100, 50, 6, ranks=8),
     Case("wide", 40, 250, 8, ranks=3),
@@ -214,20 +218,68 @@ def _compare(name: str, case: Case, device: str, dtype: torch.dtype) -> None:
     assert_same_bits(alone.weight_TK, actual[0].weight_TK[-1:])
 
 
+# 16 tokens by the three ways that there are: each must give what the others do, bit for bit.
+WAYS = {"one program of 16": (16, 64), "one program of 64": (64,), "two kernels": ()}
+
+
+def _compare_ways(case: Case, device: str) -> None:
+    from epmoe.router import triton as kernels
+
+    logits_TE = logits_of(case).to(device)
+    shipped, results = kernels._FEW_TOKENS, []
+    try:
+        for sizes in WAYS.values():
+            kernels._FEW_TOKENS = sizes
+            results.append(per_rank(kernels.route, case, logits_TE))
+    finally:
+        kernels._FEW_TOKENS = shipped
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same(a, b)
+            assert_same_bits(a.weight_TK, b.weight_TK)
+
+
+WAYS_CASES = [
+    Case(f"{tokens} tokens, {experts} experts, {logits}", tokens, experts, 4, 3, logits)
+    for tokens, experts, logits in ((1, 32, "normal"), (16, 128, "normal"), (13, 32, "ties"), (15, 128, "broken"))
+]
+
+
+@pytest.mark.parametrize("case", WAYS_CASES, ids=str)
+def test_triton_tiles_give_the_same_bits(case: Case) -> None:
+    interpreted(_compare_ways, case, "cpu")
+
+
+def test_triton_tiles_change_at_powers_of_two() -> None:
+    """The engine warms up powers of two, one less than them, and the largest size: every tile must be among those."""
+    from epmoe.router.triton import few_options
+
+    for experts in (32, 128, 256, 300):
+        for tokens in range(1, 300):
+            power = 1 << (tokens - 1).bit_length()
+            assert few_options(tokens, experts) == few_options(power, experts)
+        assert len({str(few_options(tokens, experts)) for tokens in range(300)}) <= 3
+
+
 @pytest.mark.parametrize(
     ("experts", "top_k", "logits"),
-    [(3, 3, "*bf16"), (32, 4, "*bf16"), (128, 4, "*bf16"), (128, 4, "*fp32"), (250, 8, "*bf16")],
+    [(3, 3, "*bf16"), (32, 4, "*bf16"), (128, 4, "*bf16"), (128, 4, "*fp32"), (250, 8, "*bf16"), (512, 8, "*bf16")],
 )
 def test_triton_compiles_without_spills(experts: int, top_k: int, logits: str) -> None:
     from epmoe.router import triton as kernels
 
-    constexprs = {"E": experts, "K": top_k, **kernels.tile_options(experts)}
-    warps = constexprs.pop("num_warps")
     integers = dict.fromkeys(("tokens", "blocks", "num_local"), "i32")
     pointers = dict.fromkeys(("expert_ptr", "local_ptr", "count_ptr", "offset_ptr", "slot_ptr", "row_ptr"), "*i32")
-    signature = {**integers, **pointers, "logits_ptr": logits, "weight_ptr": "*fp32"}
-    for kernel in (kernels._choose, kernels._index):
-        cost = compile_kernel(kernel, signature, constexprs, num_warps=warps)
+    types = {**integers, **pointers, "logits_ptr": logits, "weight_ptr": "*fp32"}
+    few = [kernels.few_options(tokens, experts) for tokens in (16, 64)]
+    wanted = [(kernels._few, tile) for tile in few if tile]
+    wanted += [(kernel, kernels.tile_options(experts)) for kernel in (kernels._choose, kernels._index)]
+    assert few[0]
+    for kernel, tile in wanted:
+        constants = {"E": experts, "K": top_k, **tile}
+        warps = constants.pop("num_warps")
+        signature = {name: types[name] for name in kernel.arg_names if name not in constants}
+        cost = compile_kernel(kernel, signature, constants, num_warps=warps)
         assert cost["spills"] == 0, f"{kernel.__name__}: {cost}"
 
 
@@ -239,11 +291,39 @@ def test_triton_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [2, 63, 1000, 8191, 8192])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 63, 64, 65, 1000, 8191, 8192])
 @pytest.mark.parametrize(("experts", "top_k", "ranks"), [(32, 4, 4), (128, 4, 3), (256, 8, 8)])
 def test_triton_on_the_gpu_at_size(tokens: int, experts: int, top_k: int, ranks: int) -> None:
     """bf16 logits of thousands of tokens tie often; the index spans many blocks."""
     _compare("triton", Case("", tokens, experts, top_k, ranks), "cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WAYS_CASES, ids=str)
+def test_triton_tiles_give_the_same_bits_on_the_gpu(case: Case) -> None:
+    _compare_ways(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_triton_compiles_nothing_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts kernels that Triton compiles or loads from its cache, after the sizes of the engine's warm-up."""
+    import triton
+
+    route = lookup("router", ROUTERS, "triton")
+
+    def run(tokens: int) -> None:
+        route(torch.zeros(tokens, 48, device="cuda", dtype=torch.bfloat16), 4, local_E, 16)
+
+    compiled: list[str] = []
+    local_E = contiguous(48, 3).local_E(1, torch.device("cuda"))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *args, **keys: compiled.append(str(keys)))
+    for power in range(9):
+        run(2**power)
+    assert compiled
+    compiled.clear()
+    for tokens in (*range(1, 130), 200, 255):
+        run(tokens)
+    assert not compiled
 
 
 @pytest.mark.gpu

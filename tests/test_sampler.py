@@ -49,20 +49,6 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert sample(tied, [SamplingParams()] * 3, [0] * 3).tolist() == [7, 0, 998]
 
 
-@pytest.mark.parametrize("cuts", [[0, 1000], [0, 7, 8, 1000], [0, 500, 501, 502, 1000]], ids=str)
-def test_greedy_over_parts_of_the_vocabulary(cuts: list[int]) -> None:
-    """Ranks that have a part each choose what one choose from all: ties within and across parts, NaN in one, -0."""
-    rows = logits(6, 1000)
-    rows[0, [7, 500, 999]] = 40.0
-    rows[1] = -2.0
-    rows[2, [998, 999]] = 41.0
-    rows[3, 501] = float("nan")
-    rows[4], rows[4, :600] = 0.0, -0.0
-    parts = [sampler.largest(rows[:, a:b], a) for a, b in pairwise(cuts)]
-    found = sampler.join_largest(torch.stack(parts), 1000)
-    assert torch.equal(found, sampler.argmax_lowest(rows)) and found[:5].tolist() == [7, 0, 998, 1000, 0]
-
-
 def test_nan_yields_no_token() -> None:
     broken = logits(2, 50)
     broken[:, 3] = float("nan")

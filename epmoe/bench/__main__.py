@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,12 +26,12 @@ import torch
 
 from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
-from epmoe.bench.options import Options, parse
+from epmoe.bench.options import Options, check_steps, parse
 from epmoe.bench.weights import RandomCheckpoint
 from epmoe.cache import Cache
 from epmoe.checkpoint import Checkpoint
 from epmoe.config import Config
-from epmoe.engine import Engine, Request
+from epmoe.engine import Engine, Request, choose_chunk
 from epmoe.errors import UserError
 from epmoe.graphs import choose_graphs
 from epmoe.hub import resolve
@@ -69,6 +69,9 @@ def bench() -> None:
     options, config = parse(sys.argv[1:])
     run = config.runtime
     with start(device=run.device, expert=config.mesh.expert, timeout_s=run.timeout_s, threads=run.threads) as ranks:
+        chunk = choose_chunk(run.prefill_chunk, ranks.device)
+        config = replace(config, runtime=replace(run, prefill_chunk=chunk))
+        check_steps(options, chunk)
         if options.compare:
             peer.check(ranks.size)
         checkpoint = open_checkpoint(options, config, ranks)

@@ -157,8 +157,15 @@ def _check(options: Options, chosen: Config) -> None:
         )
     if options.compare and not chosen.checkpoint:
         raise UserError(f"compare={options.compare} needs files to read: give checkpoint=DIRECTORY")
-    # While prompts are being read, sequences decode in smaller batches. Both runs must come to an end after that.
-    most, chunk = max(options.batches), chosen.runtime.prefill_chunk
+
+
+def check_steps(options: Options, chunk: int) -> None:
+    """While prompts are being read, sequences decode in smaller batches. Both runs must come to an end after that.
+
+    Raises:
+        UserError: the shorter run ends before.
+    """
+    most = max(options.batches)
     steps = -(-most * options.prompt_tokens // chunk)
     if steps > options.lengths[0]:
         raise UserError(

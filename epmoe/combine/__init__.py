@@ -1,6 +1,9 @@
-"""Combine: every rank's slot rows → each token's output, on every rank of the expert group.
+"""Combine: every rank's slot rows → the rows that make up each token's output, on every rank of the expert group.
 
-Letters: T tokens · K experts per token · H hidden.
+What comes back is not added up yet: the sum is one pass over memory together with the residual and the next block's
+norm (epmoe/norm.py).
+
+Letters: T tokens · K experts per token · J rows a token that are still to be added · H hidden.
 """
 
 from typing import Protocol
@@ -17,8 +20,8 @@ class Combine(Protocol):
     """Constructed once with the rank's `Ranks`; called once per MoE layer by every rank of the expert group."""
 
     def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
-        """Sum over K and over the ranks: [T, H] in y's dtype.
+        """[T, J, H] in y's dtype, the same on every rank: `add_rows` of it is the sum over K and over the ranks.
 
-        `y_TKH` has zeros in the slots of other ranks, and may be overwritten.
+        `y_TKH` has zeros in the slots of other ranks, and may be overwritten or come back.
         """
         ...

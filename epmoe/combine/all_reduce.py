@@ -6,7 +6,7 @@ Letters: T tokens · K experts per token · H hidden.
 import torch
 import torch.distributed as dist
 
-from epmoe.combine.slots import add_slots
+from epmoe.norm import add_rows
 from epmoe.ranks import Ranks
 
 
@@ -20,8 +20,9 @@ class AllReduce:
         self.group = ranks.expert_group
 
     def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
-        """[T, K, H] with zeros in slots of other ranks → [T, H] in the same dtype."""
-        sum_TH = add_slots(y_TKH)
-        if self.group is not None and sum_TH.numel():
-            dist.all_reduce(sum_TH, group=self.group)
-        return sum_TH
+        """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
+        if self.group is None or not y_TKH.numel():
+            return y_TKH
+        sum_TH = add_rows(y_TKH)
+        dist.all_reduce(sum_TH, group=self.group)
+        return sum_TH[:, None]

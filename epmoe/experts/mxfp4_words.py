@@ -1,16 +1,18 @@
 """The layout of MXFP4 weights that the Triton kernels read, and how they turn it into numbers.
 
 Letters: L experts on this rank · N output rows · C contraction columns · G groups of 32 columns that share a scale ·
-P pairs of groups · W = 16·P words of a row.
+P pairs of groups (64 columns) · W = 16·P words of a row · V columns of scales.
 
-A pair of groups is 64 columns and 16 words of 16 bits. Word i holds four E2M1 codes, of the columns
+A row is cut into runs of 4 pairs, and of 2 and 1 for what is left. A run of n pairs is 64·n columns and 16·n words of
+16 bits. Word i of a run holds four E2M1 codes, j = 0 … 3, of the run's columns
 
-    j = 0: i          (first group)        j = 2: 32 + i     (second group)
-    j = 1: 16 + i                          j = 3: 48 + i
+    16·n·j + i
 
-so that a tile of words gives four tiles of values, whose columns of x are runs of 16 (32 bytes of bf16, one sector of
-memory): four products, and nothing is ever interleaved. Inside a word, with s the sign, a b the exponent, m the
-mantissa of code j:
+so a tile of words gives four tiles of values that are neighbours in x (a run of 4 pairs: 128 bytes of bf16 each): four
+products, the columns in their natural order, and nothing is ever interleaved. The scale bytes of such a tile stand
+together too: 32 words (or a smaller run) share one scale word of 32 bits, whose byte j is the scale of their codes j.
+A matrix has V of them a row, the rows side by side. Inside a word, with s the sign, a b the
+exponent, m the mantissa of code j:
 
     bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
     code  s0 s3 a3 s1 b3 m3 s2 a0 b0 m0 a1 b1 m1 a2 b2 m2
@@ -44,7 +46,7 @@ class WordMatrix:
 
     shape: tuple[int, int, int]
     word_LNW: torch.Tensor  # int16
-    scale_LPN: torch.Tensor  # int16, low byte: scale of the first group of the pair, high byte: of the second
+    scale_LVN: torch.Tensor  # int32
     wide: bool  # any scale byte is above 128
 
     @classmethod
@@ -53,26 +55,36 @@ class WordMatrix:
         block_LNG16, scale_LNG = matrix.blocks_LNG16, matrix.scales_LNG
         experts, rows, groups = scale_LNG.shape
         pairs = (groups + 1) // 2
-        word_LNP16 = torch.empty(experts, rows, pairs, 16, dtype=torch.int16, device=block_LNG16.device)
+        word_LNW = torch.empty(experts, rows, pairs * 16, dtype=torch.int16, device=block_LNG16.device)
         for some in torch.arange(experts).split(_EXPERTS_AT_ONCE):
             part = slice(int(some[0]), int(some[-1]) + 1)
-            padded_LNG16 = _pad_groups(block_LNG16[part], 2, 0)
-            word_LNP16[part] = _words(padded_LNG16.unflatten(2, (pairs, 2)))
-        scale_LNP2 = _pad_groups(scale_LNG, 2, 127).unflatten(2, (pairs, 2))
-        scale_LPN = scale_LNP2.permute(0, 2, 1, 3).contiguous().view(torch.int16).squeeze(-1)
-        return cls((experts, rows, groups * 32), word_LNP16.flatten(2), scale_LPN, bool((scale_LNG > 128).any()))
+            byte_LND = _pad_groups(block_LNG16[part], 2, 0).flatten(2)
+            for first, last, size in runs(pairs):
+                byte_LNRJD = byte_LND[:, :, 32 * first : 32 * last].unflatten(2, (-1, 4, 8 * size))
+                word_LNW[part, :, 16 * first : 16 * last] = _words(byte_LNRJD).flatten(2)
+        padded_LNG, scales = _pad_groups(scale_LNG, 2, 127), []
+        for first, last, size in runs(pairs):
+            byte_LNRVJ = _scale_bytes(padded_LNG[:, :, 2 * first : 2 * last].unflatten(2, (-1, 2 * size)))
+            scales.append(byte_LNRVJ.permute(0, 2, 3, 1, 4).flatten(1, 2).contiguous().view(torch.int32).squeeze(-1))
+        return cls((experts, rows, groups * 32), word_LNW, torch.cat(scales, dim=1), bool((scale_LNG > 128).any()))
 
     def unpack(self) -> Mxfp4Matrix:
         """The inverse of `pack`, exact."""
         groups = self.shape[2] // 32
-        block_LNG16 = _blocks(self.word_LNW.unflatten(2, (-1, 16))).flatten(2, 3)[:, :, :groups].contiguous()
-        scale_LPN2 = self.scale_LPN.unsqueeze(-1).view(torch.uint8)
-        scale_LNG = scale_LPN2.permute(0, 2, 1, 3).flatten(2)[:, :, :groups].contiguous()
-        return Mxfp4Matrix(block_LNG16, scale_LNG)
+        blocks, scales, column = [], [], 0
+        for first, last, size in runs((groups + 1) // 2):
+            blocks.append(_bytes(self.word_LNW[:, :, 16 * first : 16 * last].unflatten(2, (-1, 16 * size))).flatten(2))
+            count, columns = (last - first) // size, max(1, size // 2)
+            scale_LRVN = self.scale_LVN[:, column : column + count * columns].unflatten(1, (count, columns))
+            byte_LNRVJ = scale_LRVN.unsqueeze(-1).view(torch.uint8).permute(0, 3, 1, 2, 4)
+            scales.append(_scale_groups(byte_LNRVJ, size).flatten(2))
+            column += count * columns
+        block_LNG16 = torch.cat(blocks, dim=2).unflatten(2, (-1, 16))[:, :, :groups].contiguous()
+        return Mxfp4Matrix(block_LNG16, torch.cat(scales, dim=2)[:, :, :groups].contiguous())
 
     @property
     def nbytes(self) -> int:
-        return self.word_LNW.nbytes + self.scale_LPN.nbytes
+        return self.word_LNW.nbytes + self.scale_LVN.nbytes
 
 
 def _pad_groups(tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:
@@ -82,37 +94,67 @@ def _pad_groups(tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:
     return torch.cat([tensor, torch.full_like(tensor.narrow(dim, 0, 1), value)], dim)
 
 
-def _words(block_LNP2B: torch.Tensor) -> torch.Tensor:
-    """Blocks uint8 [L, N, P, 2, 16], byte b with columns 2b (low nibble) and 2b+1 → words int16 [L, N, P, 16]."""
-    byte_LNPJ8 = block_LNP2B.unflatten(-1, (2, 8)).flatten(3, 4)  # j, then the byte of words 2i and 2i+1
-    word_LNP82 = byte_LNPJ8.new_zeros((*byte_LNPJ8.shape[:3], 8, 2), dtype=torch.int16)
+def runs(pairs: int) -> list[tuple[int, int, int]]:
+    """(first pair, last + 1, pairs of a run) of the stretches of a row that have runs of one size.
+
+    >>> runs(45)
+    [(0, 44, 4), (44, 45, 1)]
+    """
+    found, first = [], 0
+    for size in (4, 2, 1):
+        if last := (pairs - first) // size * size:
+            found.append((first, first + last, size))
+            first += last
+    return found
+
+
+def _scale_bytes(scale_LNRG: torch.Tensor) -> torch.Tensor:
+    """Scale bytes of the groups of R runs → [L, N, R, V, 4]: byte j of V scale words, the scale of their codes j.
+
+    >>> [_scale_bytes(torch.arange(count)[None, None, None])[0, 0, 0].tolist() for count in (8, 4, 2)]
+    [[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3]], [[0, 0, 1, 1]]]
+    """
+    if scale_LNRG.shape[3] == 2:  # codes 0 and 1 are of the first group of a single pair, 2 and 3 of the second
+        scale_LNRG = scale_LNRG.repeat_interleave(2, dim=3)
+    return scale_LNRG.unflatten(3, (4, -1)).transpose(3, 4)
+
+
+def _scale_groups(byte_LNRVJ: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `_scale_bytes`, for runs of `size` pairs: [L, N, R, G]."""
+    return byte_LNRVJ.transpose(3, 4).flatten(3)[..., :: 2 if size == 1 else 1]
+
+
+def _words(byte_LNRJD: torch.Tensor) -> torch.Tensor:
+    """Bytes uint8 [L, N, R, 4, D] of R runs, two columns each, low nibble first → words int16 [L, N, R, 2·D]."""
+    word_LNRD2 = byte_LNRJD.new_zeros((*byte_LNRJD.shape[:3], byte_LNRJD.shape[4], 2), dtype=torch.int16)
     for odd in (0, 1):
         for code, places in enumerate(_PLACES):
-            nibble = (byte_LNPJ8[..., code, :] >> (4 * odd)).to(torch.int16)
+            nibble = (byte_LNRJD[..., code, :] >> (4 * odd)).to(torch.int16)
             for mask, shift in places:
-                word_LNP82[..., odd] |= (nibble & mask) << shift
-    return word_LNP82.flatten(3)
+                word_LNRD2[..., odd] |= (nibble & mask) << shift
+    return word_LNRD2.flatten(3)
 
 
-def _blocks(word_LNPW: torch.Tensor) -> torch.Tensor:
+def _bytes(word_LNRW: torch.Tensor) -> torch.Tensor:
     """The inverse of `_words`."""
-    word_LNP82 = word_LNPW.unflatten(-1, (8, 2))
-    byte_LNPJ8 = word_LNPW.new_zeros((*word_LNPW.shape[:3], 4, 8), dtype=torch.uint8)
+    word_LNRD2 = word_LNRW.unflatten(-1, (-1, 2))
+    shape = (*word_LNRW.shape[:3], 4, word_LNRD2.shape[3])
+    byte_LNRJD = word_LNRW.new_zeros(shape, dtype=torch.uint8)
     for odd in (0, 1):
         for code, places in enumerate(_PLACES):
             for mask, shift in places:
-                nibble = (word_LNP82[..., odd] >> shift) & mask
-                byte_LNPJ8[..., code, :] |= nibble.to(torch.uint8) << (4 * odd)
-    return byte_LNPJ8.unflatten(3, (2, 2)).flatten(4)
+                nibble = (word_LNRD2[..., odd] >> shift) & mask
+                byte_LNRJD[..., code, :] |= nibble.to(torch.uint8) << (4 * odd)
+    return byte_LNRJD
 
 
 @triton.jit
 def words_to_values(word, scale, J: tl.constexpr, WIDE: tl.constexpr, PTX: tl.constexpr):
-    """Words int16 and their scale pairs int16, of one shape → the bf16 values of code J (0 to 3), of that shape.
+    """Words int16 and their scale words int32, of one shape → the bf16 values of code J (0 to 3), of that shape.
 
     One code at a time, so that a large tile never holds more than a quarter of its values in registers.
     """
-    scale = (scale >> (8 * (J // 2))) & 255
+    scale = (scale >> (8 * J)) & 255
     if PTX:
         return _value_ptx(word, _factor(scale, WIDE), J, WIDE)
     else:
@@ -143,8 +185,8 @@ _PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
 _PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
 _PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
 _PTX_SCALE = _PTX_TIMES.format(factor="$2") + "}"
-_PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
-_PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
+PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
+PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
 
 
@@ -152,7 +194,7 @@ _TWO_126 = tl.constexpr(2.0**126)
 def _value_ptx(word, factor, J: tl.constexpr, WIDE: tl.constexpr):
     """Two words a register, so that each instruction serves two: 2 to 9 for the bits and one or two products."""
     return tl.inline_asm_elementwise(
-        _PTX_WIDE[J] if WIDE else _PTX_NARROW[J],
+        PTX_WIDE[J] if WIDE else PTX_NARROW[J],
         "=&r,r,r",
         [word, factor],
         dtype=tl.bfloat16,

@@ -4,11 +4,14 @@ Letters: T tokens · H hidden · I intermediate · E experts · K experts per to
 slots · R = S rows of this rank, sorted by expert · N = 2I.
 
 Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
+
+Products of few rows an expert run in triton_kernels.py, those of many on a Hopper GPU in hopper_kernels.py (launched by
+hopper.py), with the same bits; tiles.py says which.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import ClassVar, Self
 
 import torch
@@ -19,40 +22,12 @@ from epmoe.errors import UserError
 from epmoe.experts import GatedActivation
 from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
+from epmoe.experts.tiles import TILES, Tile, choose_tile
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
 from epmoe.profile import named
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: `weight_rows` × `tokens`, `words` of 4 columns at a time."""
-
-    weight_rows: int
-    tokens: int
-    words: int
-    warps: int
-    stages: int
-
-
-# Tiles by the mean rows of an expert, T·K/E over all ranks, up to which they serve. `words` sets the order of summation
-# (triton_kernels.py, Order): one number for all of a dtype, so a row has the same bits in a decode step and a prefill.
-TILES: dict[torch.dtype, tuple[tuple[float, Tile], ...]] = {
-    torch.bfloat16: (
-        (12, Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=3)),
-        (64, Tile(weight_rows=128, tokens=32, words=64, warps=4, stages=3)),
-        (float("inf"), Tile(weight_rows=128, tokens=128, words=64, warps=8, stages=2)),
-    ),
-    # For comparison, not for speed: float32 has no exact tensor core product.
-    torch.float32: ((float("inf"), Tile(weight_rows=64, tokens=16, words=16, warps=4, stages=2)),),
-}
-
-
-def choose_tile(dtype: torch.dtype, slots: int, num_experts: int) -> Tile:
-    """The tile for T·K slots over all E experts. What a rank holds must not enter: see triton_kernels.py, Order."""
-    return next(tile for limit, tile in TILES[dtype] if slots <= limit * num_experts)
 
 
 def max_tiles(slots: int, num_local: int, tokens: int) -> int:
@@ -129,13 +104,15 @@ def gate_up(
     assert hidden == columns and slots == tokens * dispatch.expert_TK.shape[1]
     _check(x_TH, matrix, bias_LN, dispatch)
     h_RI = x_TH.new_empty(slots, rows // 2)
-    tile = choose_tile(x_TH.dtype, slots, dispatch.num_experts)
+    tile = _tile(x_TH, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(rows, tile.weight_rows)
-    if grid:
+    if grid and tile.kernel == "hopper":
+        _hopper().gate_up(x_TH, matrix, bias_LN, dispatch, activation, h_RI, tile, grid)
+    elif grid:
         gate_up_kernel[(grid,)](
             x_TH,
             matrix.word_LNW,
-            matrix.scale_LPN,
+            matrix.scale_LVN,
             bias_LN,
             dispatch.offset_L1,
             dispatch.slot_R,
@@ -160,13 +137,15 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
     # A rank that has all experts writes every slot.
     new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
     y_TKH = new(*dispatch.expert_TK.shape, hidden)
-    tile = choose_tile(h_RI.dtype, slots, dispatch.num_experts)
+    tile = _tile(h_RI, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
-    if grid:
+    if grid and tile.kernel == "hopper":
+        _hopper().down(h_RI, matrix, bias_LH, dispatch, y_TKH, tile, grid)
+    elif grid:
         down_kernel[(grid,)](
             h_RI,
             matrix.word_LNW,
-            matrix.scale_LPN,
+            matrix.scale_LVN,
             bias_LH,
             dispatch.offset_L1,
             dispatch.slot_R,
@@ -177,6 +156,20 @@ def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch
             **_constants(tile, matrix, h_RI),
         )
     return y_TKH
+
+
+def _tile(x: torch.Tensor, matrix: WordMatrix, dispatch: Dispatch) -> Tile:
+    """The table's tile for this step, or table 0's where the table's kernel does not know rows of that length."""
+    step = (x.dtype, dispatch.slot_R.numel(), dispatch.num_experts)
+    tile = choose_tile(*step, generation(x.device))
+    known = tile.kernel != "hopper" or _hopper().serves(matrix.shape[2])
+    return tile if known else choose_tile(*step, 0)
+
+
+def _hopper() -> ModuleType:
+    from epmoe.experts import hopper  # only here: other devices need no Gluon
+
+    return hopper
 
 
 def gate_up_torch(
@@ -216,7 +209,7 @@ def _check(x: torch.Tensor, matrix: WordMatrix, bias_LN: torch.Tensor, dispatch:
     assert x.dtype in TILES, f"experts=triton computes in bfloat16 or float32, not {x.dtype}"
     assert bias_LN.shape == matrix.shape[:2] and dispatch.offset_L1.shape == (matrix.shape[0] + 1,)
     assert dispatch.offset_L1.dtype == dispatch.slot_R.dtype == torch.int32
-    tensors = (x, matrix.word_LNW, matrix.scale_LPN, bias_LN, dispatch.offset_L1, dispatch.slot_R)
+    tensors = (x, matrix.word_LNW, matrix.scale_LVN, bias_LN, dispatch.offset_L1, dispatch.slot_R)
     assert all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
 
 
@@ -230,7 +223,7 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
         "M": tile.tokens,
         "Q": tile.words,
         "WIDE": matrix.wide,
-        "PTX": on_gpu and _has_ptx(x.device),
+        "PTX": generation(x.device) >= 8,
         # The interpreter multiplies the bit patterns of bf16, so there it computes in float32.
         "DOT": tl.bfloat16 if on_gpu and x.dtype == torch.bfloat16 else tl.float32,
         "num_warps": tile.warps,
@@ -239,5 +232,8 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
 
 
 @cache
-def _has_ptx(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def generation(device: torch.device) -> int:
+    """The first number of a CUDA device's compute capability; 0 for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]

@@ -8,9 +8,10 @@ A program owns B weight rows of one expert and M of its rows, and computes w_BC 
 because the tensor cores take that one from registers, where the 4-bit codes become numbers; a batch of few tokens then
 wastes columns of 8, not rows of 64.
 
-**Order.** The contraction runs from column 0 upwards, Q words at a time, the four codes of the words in order, in one
-accumulator: never split, whatever the batch. So a row's bits follow from its token, its expert and the tile's Q alone;
-and Q, like all of the tile, comes from dtype, T·K and E (triton.py), never from the rows, experts or ranks at hand.
+**Order.** The contraction runs in one accumulator, never split, whatever the batch: run by run (mxfp4_words.py), in a
+run Q words at a time, the four codes of those words in order. With Q = 64 that is simply column 0 upwards. So a row's
+bits follow from its token, its expert and the tile's Q alone; and Q, like all of the tile, comes from dtype, T·K and E
+(triton.py), never from the rows, experts or ranks at hand.
 
 **Schedule.** The grid is as large as S slots over L experts can ever need. Each program finds its tile in the
 experts' offsets, on the device; those without one end at once, and an expert that nobody chose has no tile.
@@ -28,7 +29,7 @@ from epmoe.experts.mxfp4_words import words_to_values
 def gate_up_kernel(
     x_ptr,  # [T, H]
     word_ptr,  # int16 [L, 2I, 16·P], rows interleaved: even gate, odd up
-    scale_ptr,  # int16 [L, P, 2I]
+    scale_ptr,  # int32 [L, V, 2I]
     bias_ptr,  # [L, 2I]
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
@@ -73,7 +74,7 @@ def gate_up_kernel(
 def down_kernel(
     h_ptr,  # [R, I]
     word_ptr,  # int16 [L, H, 16·P]
-    scale_ptr,  # int16 [L, P, H]
+    scale_ptr,  # int32 [L, V, H]
     bias_ptr,  # [L, H]
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
@@ -103,6 +104,29 @@ def down_kernel(
     acc_BM *= tl.load(weight_ptr + slot_M, row_M < stop, other=0)[None, :]
     to_BM = y_ptr + slot_M.to(tl.int64)[None, :] * rows + n_B[:, None]
     tl.store(to_BM, acc_BM.to(y_ptr.dtype.element_ty), (n_B < rows)[:, None] & (row_M < stop)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_local", "top_k"])
+def gather_kernel(
+    x_ptr,  # [T, H]
+    offset_ptr,  # int32 [L+1]
+    slot_ptr,  # int32 [R]
+    out_ptr,  # out [R, H]; rows that this rank does not use are left as they are
+    num_local,
+    top_k,
+    COLUMNS: tl.constexpr,  # H
+    M: tl.constexpr,
+    C: tl.constexpr,
+):
+    """out[r] = x[slot[r] // K]: the rows of the tokens, sorted by expert, M at a time."""
+    row_M = tl.program_id(0) * M + tl.arange(0, M)
+    used_M = row_M < tl.load(offset_ptr + num_local)
+    token_M = tl.load(slot_ptr + row_M, used_M, other=0).to(tl.int64) // top_k
+    c_C = tl.arange(0, C)
+    for column in tl.static_range(0, COLUMNS, C):
+        used_MC = used_M[:, None] & (column + c_C < COLUMNS)[None, :]
+        x_MC = tl.load(x_ptr + token_M[:, None] * COLUMNS + (column + c_C)[None, :], used_MC, other=0)
+        tl.store(out_ptr + row_M.to(tl.int64)[:, None] * COLUMNS + (column + c_C)[None, :], x_MC, used_MC)
 
 
 @triton.jit
@@ -140,30 +164,81 @@ def _product(
     DOT: tl.constexpr,
 ):
     """float32 [B, M]: rows n_B of the expert's matrix times rows x_row_M of x, over all columns, in one fixed order."""
-    B: tl.constexpr = n_B.shape[0]
-    M: tl.constexpr = x_row_M.shape[0]
-    PAIRS: tl.constexpr = Q // 16
     pairs: tl.constexpr = (COLUMNS + 63) // 64
-    q_Q = tl.arange(0, Q)
-    p_P = tl.arange(0, PAIRS)
-    column_Q = q_Q // 16 * 64 + q_Q % 16  # of code 0; codes 1 to 3 follow at 16, 32, 48
-    expert_row_B = expert.to(tl.int64) * rows + n_B
-    word_BQ = word_ptr + expert_row_B[:, None] * (pairs * 16) + q_Q[None, :]
-    scale_BP = scale_ptr + (expert.to(tl.int64) * pairs + p_P)[None, :] * rows + n_B[:, None]
-    x_QM = x_ptr + x_row_M.to(tl.int64)[None, :] * COLUMNS + column_Q[:, None]
-    real_B = (n_B < rows)[:, None]
+    whole: tl.constexpr = pairs // 4 * 4
+    scales: tl.constexpr = whole // 2 + pairs % 4 // 2 + pairs % 2
+    real_B = n_B < rows
+    x_M = x_ptr + x_row_M.to(tl.int64) * COLUMNS
+    word_B = word_ptr + (expert.to(tl.int64) * rows + n_B) * (pairs * 16)
+    scale_B = scale_ptr + expert.to(tl.int64) * scales * rows + n_B
 
-    acc_BM = tl.zeros((B, M), tl.float32)
-    for pair in range(0, pairs, PAIRS):
-        word = tl.load(word_BQ, real_B & (pair * 16 + q_Q < pairs * 16)[None, :], other=0)
-        scale = tl.load(scale_BP, real_B & (pair + p_P < pairs)[None, :], other=0)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (B, PAIRS, 16)), (B, Q))
-        for j in tl.static_range(4):
-            values = words_to_values(word, scale, j, WIDE, PTX)
-            inside_Q = pair * 64 + 16 * j + column_Q < COLUMNS
-            x = tl.load(x_QM + 16 * j, inside_Q[:, None] & used_M[None, :], other=0)
-            acc_BM = tl.dot(values.to(DOT), x.to(DOT), acc_BM, input_precision="ieee")
-        word_BQ += Q
-        scale_BP += PAIRS * rows
-        x_QM += PAIRS * 64
+    acc_BM = tl.zeros((n_B.shape[0], x_row_M.shape[0]), tl.float32)
+    for word in range(0, whole * 16, Q):
+        acc_BM = _words_product(
+            acc_BM,
+            x_M,
+            used_M,
+            word_B,
+            scale_B + word // 32 * rows,
+            real_B,
+            word,
+            word // 64 * 4,
+            rows,
+            COLUMNS,
+            4,
+            Q,
+            WIDE,
+            PTX,
+            DOT,
+        )
+    if pairs % 4 >= 2:
+        some: tl.constexpr = Q if Q < 32 else 32
+        to_B = scale_B + whole // 2 * rows
+        for word in tl.static_range(whole * 16, whole * 16 + 32, some):
+            acc_BM = _words_product(
+                acc_BM, x_M, used_M, word_B, to_B, real_B, word, whole, rows, COLUMNS, 2, some, WIDE, PTX, DOT
+            )
+    if pairs % 2 == 1:
+        last: tl.constexpr = pairs - 1
+        to_B = scale_B + (scales - 1) * rows
+        acc_BM = _words_product(
+            acc_BM, x_M, used_M, word_B, to_B, real_B, last * 16, last, rows, COLUMNS, 1, 16, WIDE, PTX, DOT
+        )
+    return acc_BM
+
+
+@triton.jit
+def _words_product(
+    acc_BM,
+    x_M,
+    used_M,
+    word_B,
+    scale_B,  # the words' first scales
+    real_B,
+    word,  # the first of Q words of a row
+    pair,  # the first pair of their run
+    rows,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,  # pairs of the run
+    Q: tl.constexpr,
+    WIDE: tl.constexpr,
+    PTX: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """acc + the product of Q words, all of one run: its four codes one after the other."""
+    B: tl.constexpr = acc_BM.shape[0]
+    VQ: tl.constexpr = (Q + 31) // 32
+    i_Q = tl.arange(0, Q)
+    word_BQ = tl.load(word_B[:, None] + (word + i_Q)[None, :], real_B[:, None], other=0)
+    scale_BV = tl.load(scale_B[:, None] + (tl.arange(0, VQ) * rows)[None, :], real_B[:, None], other=0)
+    scale_BQ = tl.reshape(tl.broadcast_to(scale_BV[:, :, None], (B, VQ, Q // VQ)), (B, Q))
+    for j in tl.static_range(4):
+        # code j of the run's word i is column 16 · SIZE · j + i of the run
+        column_Q = pair * 64 + 16 * SIZE * j + (word - pair * 16) + i_Q
+        used_QM = used_M[None, :]
+        if COLUMNS % 64 != 0:
+            used_QM = used_QM & (column_Q < COLUMNS)[:, None]
+        x_QM = tl.load(x_M[None, :] + column_Q[:, None], used_QM, other=0)
+        value_BQ = words_to_values(word_BQ, scale_BQ, j, WIDE, PTX)
+        acc_BM = tl.dot(value_BQ.to(DOT), x_QM.to(DOT), acc_BM, input_precision="ieee")
     return acc_BM

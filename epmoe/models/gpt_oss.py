@@ -1,24 +1,29 @@
 """gpt-oss: pre-norm blocks of attention with sinks and a mixture of experts (openai/gpt-oss-20b and -120b).
 
-Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
+Letters: T tokens of a step · O of them whose logits are wanted · H hidden · J rows a token that are still to be added
+to the residual stream (epmoe/norm.py) · V vocabulary.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
 
-from epmoe.attention import Attention, Rope, Rotary, product_f32
+from epmoe.attention import Attention, Rope, Rotary
 from epmoe.cache import Cache, DecodeStep, Plan, Step
 from epmoe.experts import GatedActivation
+from epmoe.models import Place
 from epmoe.models.config import Keys, read_rope
 from epmoe.moe import MoE
+from epmoe.norm import AddNorm
 from epmoe.profile import named
+from epmoe.vocabulary import part_logits
 
-# Columns of the vocabulary projection that are multiplied at a time. Ranks share whole chunks, so that a logit has the
-# same bits on any number of them: small enough that they share evenly, large enough to be read at full speed (94 MB).
+# Ids that a library's product computes at a time, and of which ranks share whole chunks (epmoe/vocabulary.py): small
+# enough that they share evenly, large enough to be read at full speed (94 MB).
 VOCAB_CHUNK = 16384
 
 
@@ -97,41 +102,33 @@ def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, all in float32, rounded once to x's dtype."""
-
-    def __init__(self, hidden: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden))
-        self.eps = eps
-
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        wide_TH = x_TH.float()
-        wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + self.eps)
-        return (wide_TH * self.weight.float()).to(x_TH.dtype)
-
-
 class Block(nn.Module):
-    """x += attention(norm(x)); x += experts(norm(x))."""
+    """x += attention(norm(x)); x += experts(norm(x)), each sum being left to the norm that comes after it."""
 
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.attention_norm = AddNorm(config.hidden, config.rms_eps)
         self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim, config.attention_bias)
-        self.moe_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.moe_norm = AddNorm(config.hidden, config.rms_eps)
         self.moe = MoE(config.hidden, config.num_experts, config.top_k)
 
     def forward(
         self,
         x_TH: torch.Tensor,
+        rows_TJH: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, torch.Tensor],
         plan: Plan,
-    ) -> torch.Tensor:
-        """[T, H] → [T, H]; the last three arguments are those of `Attention.forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream and the rows still to be added to it, [T, H] and [T, J, H] → the same after this block.
+
+        The last three arguments are those of `Attention.forward`.
+        """
         with named("attention"):
-            x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_sin, cached, plan)
-        return x_TH + self.moe(self.moe_norm(x_TH))
+            x_TH, norm_TH = self.attention_norm(x_TH, rows_TJH)
+            attended_TH = self.attention(norm_TH, cos_sin, cached, plan)
+        x_TH, norm_TH, logits_TE = self.moe_norm.with_linear(x_TH, attended_TH[:, None], self.moe.router)
+        return x_TH, self.moe(norm_TH, logits_TE)
 
 
 class GptOss(nn.Module):
@@ -147,7 +144,7 @@ class GptOss(nn.Module):
         weight_VH = torch.empty(config.vocab, config.hidden)
         self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=weight_VH)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.rms_eps)
+        self.norm = AddNorm(config.hidden, config.rms_eps)
         if not config.tied:
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
@@ -167,10 +164,14 @@ class GptOss(nn.Module):
         else:
             token_T, position_T, output_O, part = step.token_T, step.position_T, step.output_O, None
         cos_sin = self.rotary(position_T)
-        x_TH = self.embedding(token_T)
+        x_TH: torch.Tensor = self.embedding(token_T)
+        rows_TJH: torch.Tensor | None = None
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
-            x_TH = block(x_TH, cos_sin, cache.layer(index), plans[window])
-        return self._logits(self.norm(x_TH if output_O is None else x_TH[output_O]), part)
+            x_TH, rows_TJH = block(x_TH, rows_TJH, cos_sin, cache.layer(index), plans[window])
+        if output_O is not None:
+            assert rows_TJH is not None, "a model has layers"
+            x_TH, rows_TJH = x_TH[output_O], rows_TJH[output_O]
+        return self._logits(self.norm(x_TH, rows_TJH)[1], part)
 
     @property
     def vocab_chunk(self) -> int:
@@ -179,36 +180,32 @@ class GptOss(nn.Module):
 
     def _logits(self, x_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
-        if part:
-            assert part[0] % VOCAB_CHUNK == 0 and (part[1] % VOCAB_CHUNK == 0 or part[1] == len(weight_VH))
-            weight_VH = weight_VH[part[0] : part[1]]
-        logits_OV = torch.empty(len(x_OH), len(weight_VH), dtype=torch.float32, device=x_OH.device)
-        for begin in range(0, len(weight_VH), VOCAB_CHUNK):
-            chunk = weight_VH[begin : begin + VOCAB_CHUNK]
-            logits_OV[:, begin : begin + len(chunk)] = product_f32(x_OH[None], chunk.T[None])[0]
-        return logits_OV
+        return part_logits(x_OH, weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
         return [block.moe for block in cast(list[Block], list(self.blocks))]
 
     @staticmethod
-    def shared_tensors(config: GptOssConfig) -> dict[str, str]:
-        """{name in the checkpoint: parameter name} of every tensor but the experts'."""
-        names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
+    def shared_tensors(config: GptOssConfig) -> dict[str, Place]:
+        """{name in the checkpoint: its place} of every tensor but the experts'."""
+        places = {"model.embed_tokens.weight": Place("embedding.weight"), "model.norm.weight": Place("norm.weight")}
         if not config.tied:
-            names["lm_head.weight"] = "unembedding.weight"
+            places["lm_head.weight"] = Place("unembedding.weight")
+        sizes = (0, config.heads, config.kv_heads, config.kv_heads)
+        qkv_rows = list(pairwise(accumulate(heads * config.head_dim for heads in sizes)))
         for layer in range(config.layers):
             stored, own = f"model.layers.{layer}.", f"blocks.{layer}."
-            names[stored + "input_layernorm.weight"] = own + "attention_norm.weight"
-            names[stored + "post_attention_layernorm.weight"] = own + "moe_norm.weight"
-            names[stored + "self_attn.sinks"] = own + "attention.sinks"
+            places[stored + "input_layernorm.weight"] = Place(own + "attention_norm.weight")
+            places[stored + "post_attention_layernorm.weight"] = Place(own + "moe_norm.weight")
+            places[stored + "self_attn.sinks"] = Place(own + "attention.sinks")
             for kind in ("weight", "bias"):
-                names[stored + f"mlp.router.{kind}"] = own + f"moe.router.{kind}"
+                places[stored + f"mlp.router.{kind}"] = Place(own + f"moe.router.{kind}")
                 if kind == "weight" or config.attention_bias:
-                    for part in "qkvo":
-                        names[stored + f"self_attn.{part}_proj.{kind}"] = own + f"attention.{part}.{kind}"
-        return names
+                    for part, rows in zip("qkv", qkv_rows, strict=True):
+                        places[stored + f"self_attn.{part}_proj.{kind}"] = Place(own + f"attention.qkv.{kind}", rows)
+                    places[stored + f"self_attn.o_proj.{kind}"] = Place(own + f"attention.o.{kind}")
+        return places
 
     @staticmethod
     def expert_names(layer: int) -> tuple[str, str, str, str]:

@@ -1,18 +1,21 @@
-"""The router as two Triton kernels: logits → experts and weights and counts, then → gather and scatter index.
+"""The router in Triton: logits → experts and weights, and → gather and scatter index.
 
 Letters: T tokens · E experts · L experts on this rank · K experts per token · S = T·K slots (numbered t·K + k) · R = S
-rows · B blocks of BLOCK_T tokens. Inside a kernel T means the tokens of one block and E is padded to a power of two.
+rows · B blocks of BLOCK_T tokens. Inside a kernel T means the tokens of one block, and E and K are padded to powers of
+two.
 
-A token chooses K different experts, so within a block "how many earlier tokens chose expert e" is a column of a running
-sum over [T, E], and a row's place is
+Few tokens are one launch of one program, many tokens two launches of a program a block. A token chooses K different
+experts, so within a block "how many earlier tokens chose expert e" is a column of a running sum over [T, E], and a
+row's place is
 
     row = rows of lower local experts  +  e's rows in earlier blocks  +  e's rows of earlier tokens in this block
           from the counts of all blocks   from the counts of all blocks  from the running sum
 
 The sums are integers and no atomics are used, so the index does not depend on the order in which blocks run. A token's
-weights depend on its logits alone: its K exponentials are added in the order k = 0..K-1 whatever the tile.
+weights depend on its logits alone: its K exponentials are added in the order k = 0..K-1, whatever the tile and kernel.
 
-The tile follows E only, never T, so a model compiles each kernel once.
+The tile follows E, and T in two steps at powers of two, so a model compiles few kernels: those that the engine meets
+when it warms up.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -31,12 +34,14 @@ from epmoe.router import Dispatch
 _TILE = 8192
 _MOST_TOKENS = 64
 _THREAD = 16
+# Tokens of the one program that does everything, if its tile is no larger than that.
+_FEW_TOKENS: tuple[int, ...] = (16, 64)
 
 
 def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
     """As `epmoe.router.reference.route`, with the same ids and index; weights differ by the rounding of exp.
 
-    Two launches; nothing waits for the device.
+    One launch for few tokens, else two; nothing waits for the device.
 
     Args:
         logits_TE: float32, bfloat16 or float16 [T, E], contiguous; T may be 0.
@@ -56,32 +61,97 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     assert local_E.shape == (experts,) and local_E.dtype == torch.int32 and local_E.is_contiguous()
     assert local_E.device == device
 
-    tile = tile_options(experts)
-    blocks = max(1, triton.cdiv(tokens, tile["BLOCK_T"]))  # one block even for no tokens: it writes the offsets
-
     expert_TK = torch.empty((tokens, top_k), dtype=torch.int32, device=device)
     weight_TK = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
-    count_BE = torch.empty((blocks, experts), dtype=torch.int32, device=device)
-    _choose[(blocks,)](logits_TE, expert_TK, weight_TK, count_BE, tokens, E=experts, K=top_k, **tile)
-
     offset_L1 = torch.empty(num_local + 1, dtype=torch.int32, device=device)
     slot_R = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
     row_S = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
-    index = (offset_L1, slot_R, row_S)
-    with named("dispatch"):
-        _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, E=experts, K=top_k, **tile)
-    return Dispatch(expert_TK, weight_TK, *index, num_experts=experts)
+    chosen, index = (expert_TK, weight_TK), (offset_L1, slot_R, row_S)
+    sizes = {"E": experts, "K": top_k}
+
+    if few := few_options(tokens, experts):
+        _few[(1,)](logits_TE, local_E, *chosen, *index, tokens, num_local, **sizes, **few)
+    else:
+        tile = tile_options(experts)
+        blocks = triton.cdiv(tokens, tile["BLOCK_T"])
+        count_BE = torch.empty((blocks, experts), dtype=torch.int32, device=device)
+        _choose[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile)
+        with named("dispatch"):
+            _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, **sizes, **tile)
+    return Dispatch(*chosen, *index, num_experts=experts)
+
+
+def few_options(tokens: int, experts: int) -> dict[str, int] | None:
+    """Tile and warps of the one program that does everything; None: too many tokens for one."""
+    padded = _padded(experts)
+    for size in _FEW_TOKENS:
+        if tokens <= size and size * padded <= _TILE:
+            return {"BLOCK_T": size, "BLOCK_E": padded, "num_warps": max(8, size * padded // (32 * _THREAD))}
+    return None
 
 
 def tile_options(experts: int) -> dict[str, int]:
-    """Tile sizes and warps of both kernels, from E alone."""
-    padded = max(16, triton.next_power_of_2(experts))
+    """Tile and warps of the two kernels for many tokens."""
+    padded = _padded(experts)
     tokens = max(1, min(_MOST_TOKENS, _TILE // padded))
     return {"BLOCK_T": tokens, "BLOCK_E": padded, "num_warps": max(4, tokens * padded // (32 * _THREAD))}
 
 
+def _padded(experts: int) -> int:
+    return max(16, triton.next_power_of_2(experts))
+
+
 # Below the key of every logit: -inf has the lowest, 0x807fffff as int32.
 _TAKEN = tl.constexpr(-(1 << 31))
+
+
+@triton.jit(do_not_specialize=["tokens", "num_local"])
+def _few(
+    logits_ptr,  # [T, E]
+    local_ptr,  # int32 [E]
+    expert_ptr,  # int32 [T, K]
+    weight_ptr,  # float32 [T, K]
+    offset_ptr,  # int32 [L+1]
+    slot_ptr,  # int32 [R]
+    row_ptr,  # int32 [S]
+    tokens,
+    num_local,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """All T tokens in one program."""
+    token_T = tl.arange(0, BLOCK_T)
+    id_E = tl.arange(0, BLOCK_E)
+    k_K = tl.arange(0, triton.next_power_of_2(K))
+    real_T = token_T < tokens
+    local_E = tl.load(local_ptr + id_E, mask=id_E < E, other=-1)  # needed late: asked for before the logits
+    id_TK, weight_TK, chosen_TE = _top(logits_ptr, token_T, real_T, E, K, BLOCK_T, BLOCK_E)
+    real_TK = real_T[:, None] & (k_K < K)[None, :]
+    to_TK = token_T[:, None] * K + k_K[None, :]
+    tl.store(expert_ptr + to_TK, id_TK, mask=real_TK)
+    tl.store(weight_ptr + to_TK, weight_TK, mask=real_TK)
+
+    mine_E = local_E >= 0
+    chosen_TE = (chosen_TE & mine_E[None, :]).to(tl.int32)
+    count_E = tl.sum(chosen_TE, axis=0)
+    offset_E = tl.cumsum(count_E, 0) - count_E
+    used = tl.sum(count_E, axis=0)
+    tl.store(offset_ptr + local_E, offset_E, mask=mine_E)
+    tl.store(offset_ptr + num_local, used)
+    # How many earlier tokens chose e, as a product with a triangle of ones: exact in float32, and a third of a scan's
+    # instructions, which would pass through all warps one after the other.
+    earlier_TT = (token_T[None, :] < token_T[:, None]).to(tl.float16)
+    earlier_TE = tl.dot(earlier_TT, chosen_TE.to(tl.float16)).to(tl.int32)
+    row_TE = tl.where(mine_E[None, :], offset_E[None, :] + earlier_TE, -1)
+    for k in tl.static_range(K):
+        id_T = tl.sum(tl.where((k_K == k)[None, :], id_TK, 0), axis=1)
+        row_T = tl.max(tl.where(id_T[:, None] == id_E[None, :], row_TE, -2), axis=1)
+        slot_T = token_T * K + k
+        tl.store(row_ptr + slot_T, row_T, mask=real_T)
+        tl.store(slot_ptr + row_T, slot_T, mask=real_T & (row_T >= 0))
+        tl.store(slot_ptr + slot_T, tokens * K, mask=real_T & (slot_T >= used))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -96,11 +166,35 @@ def _choose(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """K rounds of "take the largest, the leftmost of equals". Integer keys leave room for a mark below -inf: taken."""
+    """Experts, weights and counts of one block."""
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     id_E = tl.arange(0, BLOCK_E)
+    k_K = tl.arange(0, triton.next_power_of_2(K))
     real_T = token_T < tokens
+    id_TK, weight_TK, chosen_TE = _top(logits_ptr, token_T, real_T, E, K, BLOCK_T, BLOCK_E)
+    real_TK = real_T[:, None] & (k_K < K)[None, :]
+    to_TK = token_T[:, None] * K + k_K[None, :]
+    tl.store(expert_ptr + to_TK, id_TK, mask=real_TK)
+    tl.store(weight_ptr + to_TK, weight_TK, mask=real_TK)
+    tl.store(count_ptr + block * E + id_E, tl.sum(chosen_TE.to(tl.int32), axis=0), mask=id_E < E)
+
+
+@triton.jit
+def _top(
+    logits_ptr,
+    token_T,
+    real_T,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(ids [T, K], weights [T, K], chosen [T, E]); K rounds of "take the largest, the leftmost of equals".
+
+    Integer keys leave room for a mark below -inf: taken.
+    """
+    id_E = tl.arange(0, BLOCK_E)
     real_TE = real_T[:, None] & (id_E < E)[None, :]
     logit_TE = tl.load(logits_ptr + token_T[:, None] * E + id_E[None, :], mask=real_TE, other=0.0).to(tl.float32)
     key_TE = tl.where((id_E < E)[None, :], _ordered(logit_TE), _TAKEN)
@@ -109,6 +203,7 @@ def _choose(
     # token wait in registers, addressed by comparison since a tile cannot be indexed.
     BLOCK_K: tl.constexpr = triton.next_power_of_2(K)
     k_K = tl.arange(0, BLOCK_K)
+    id_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     exp_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     first_T = tl.zeros([BLOCK_T], tl.float32)
     sum_T = tl.zeros([BLOCK_T], tl.float32)
@@ -119,15 +214,10 @@ def _choose(
             first_T = logit_T
         exp_T = tl.exp(logit_T - first_T)
         sum_T += exp_T
+        id_TK = tl.where((k_K == k)[None, :], id_T[:, None], id_TK)
         exp_TK = tl.where((k_K == k)[None, :], exp_T[:, None], exp_TK)
         key_TE = tl.where(id_E[None, :] == id_T[:, None], _TAKEN, key_TE)
-        tl.store(expert_ptr + token_T * K + k, id_T, mask=real_T)
-    weight_TK = exp_TK / sum_T[:, None]
-    real_TK = real_T[:, None] & (k_K < K)[None, :]
-    tl.store(weight_ptr + token_T[:, None] * K + k_K[None, :], weight_TK, mask=real_TK)
-
-    chosen_TE = (real_TE & (key_TE == _TAKEN)).to(tl.int32)
-    tl.store(count_ptr + block * E + id_E, tl.sum(chosen_TE, axis=0), mask=id_E < E)
+    return id_TK, exp_TK / sum_T[:, None], real_TE & (key_TE == _TAKEN)
 
 
 @triton.jit

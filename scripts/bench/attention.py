@@ -2,9 +2,11 @@
 """One layer's attention over the paged cache on one GPU: µs a call, against the machine's limits.
 
     scripts/bench/attention.py                                 (the tables)
+    scripts/bench/attention.py --short --variants --kinds prefill
     scripts/bench/attention.py --context 8192 --batch 1,64 --variants
 
-Rotation, the new rows' write, both kernels of a decode and all three of a prefill are in it; projections are not.
+Rotation, the new rows' write and both kernels of a decode and of a prefill are in it; projections are not. `--short`
+takes a few rows, and the first tiles of each list of variants: less than 40 s for each of --kinds.
 
 A CUDA graph holds the calls, each of them for other sequences with their own rows of the cache: as many as it takes to
 pass four times the L2 cache before one comes back. Time: the median of REPLAYS replays, divided by the calls.
@@ -21,7 +23,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,19 @@ from scripts.bench.moe import REPLAYS, limits, measure_us
 LEAST_CALLS, MOST_CALLS = 16, 512
 BF16 = torch.bfloat16
 
+# Tiles for --variants, the most promising first.
 # decode: positions of a block × warps × stages × programs a multiprocessor × positions of a split
 DECODE_VARIANTS = (
-    "64x4x3x4x256 64x4x3x3x256 64x4x4x4x256 64x4x3x8x256 32x4x4x4x256 128x4x2x3x256 128x4x3x2x256 64x8x3x2x256 "
-    "64x2x3x6x256 64x4x3x4x128 64x4x3x4x512 64x4x4x4x512 128x4x3x3x512"
+    "64x4x3x4x256 64x4x4x4x256 64x4x3x3x256 64x8x3x2x256 64x4x3x4x512 64x4x3x8x256 32x4x4x4x256 128x4x2x3x256 "
+    "128x4x3x2x256 64x2x3x6x256 64x4x3x4x128 64x4x4x4x512 128x4x3x3x512"
 )
 # prefill: rows of queries × positions of a block × warps × stages
-PREFILL_VARIANTS = "128x64x8x3 128x64x8x2 128x64x8x4 128x64x4x3 128x128x8x2 128x128x8x3 64x64x4x3 64x128x4x2 256x64x8x2"
+PREFILL_VARIANTS = (
+    "128x64x8x3 128x64x8x2 256x64x16x3 64x128x4x2 128x128x8x2 128x64x8x4 64x64x4x3 128x128x8x3 256x64x8x3"
+)
+WINDOW_VARIANTS = "64x64x4x2 128x64x8x2 64x64x4x3 64x32x4x3 128x64x8x3 128x32x8x3 64x128x4x2 128x128x8x2"
+SHORT = {"context": "8192", "batch": "1,64", "cached": "0,6144"}
+SHORT_VARIANTS = 5
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ def bench_prefill(heads: Heads, chunk: int, cached: int, window: int | None, lim
         cached_attention(*inputs, store.layer(0), plan, sink_E)
 
     row: dict = {"kind": "prefill", "window": window, "cached": cached, "chunk": chunk}
-    row = finish(row, call, LEAST_CALLS, 1e6 * flops / limit[1], options, prefill_tile, PREFILL_VARIANTS)
+    tiles = (window_tile, WINDOW_VARIANTS) if window else (prefill_tile, PREFILL_VARIANTS)
+    row = finish(row, call, LEAST_CALLS, 1e6 * flops / limit[1], options, *tiles)
     row["tflops"] = flops / row["us"] / 1e6
     if window is None and not cached:
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in inputs[:3])
@@ -149,7 +158,7 @@ def finish(
     print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     if options.variants:
         row["variants"] = {}
-        for name in variants.split():
+        for name in variants.split()[: SHORT_VARIANTS if options.short else None]:
             with tile(name):
                 try:
                     row["variants"][name] = measure_us(call, calls)
@@ -173,15 +182,24 @@ def decode_tile(name: str) -> Iterator[None]:
         attention_triton.DECODE[BF16], attention_triton.SPLIT = shipped
 
 
+def prefill_tile(name: str) -> AbstractContextManager[None]:
+    """Prefills of full layers run with this variant."""
+    return _replaced(attention_triton.PREFILL, name)
+
+
+def window_tile(name: str) -> AbstractContextManager[None]:
+    """Prefills of layers with a window run with this variant."""
+    return _replaced(attention_triton.WINDOW_PREFILL, name)
+
+
 @contextmanager
-def prefill_tile(name: str) -> Iterator[None]:
-    """Prefills run with this variant."""
-    shipped = attention_triton.PREFILL[BF16]
-    attention_triton.PREFILL[BF16] = Tile(*map(int, name.split("x")))
+def _replaced(tiles: dict[torch.dtype, Tile], name: str) -> Iterator[None]:
+    shipped = tiles[BF16]
+    tiles[BF16] = Tile(*map(int, name.split("x")))
     try:
         yield
     finally:
-        attention_triton.PREFILL[BF16] = shipped
+        tiles[BF16] = shipped
 
 
 def main() -> None:
@@ -198,6 +216,9 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=0.0, help="TB/s for the floor; 0: measured")
     parser.add_argument("--flops", type=float, default=0.0, help="TFLOP/s for the floor; 0: measured")
     parser.add_argument("--variants", action="store_true", help="time other tiles too")
+    parser.add_argument("--kinds", default="decode,prefill", help="one of them, or both with a comma")
+    parser.add_argument("--short", action="store_true", help=f"few rows: {SHORT}, and {SHORT_VARIANTS} variants")
+    parser.set_defaults(**(SHORT if "--short" in sys.argv else {}))
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("scripts/bench/attention.py needs a CUDA device")
@@ -208,9 +229,9 @@ def main() -> None:
     rows = []
     contexts = [int(context) for context in options.context.split(",")]
     shapes = [(context, None) for context in contexts] + [(max(contexts), options.window)]
-    for context, window in shapes:
+    for context, window in shapes if "decode" in options.kinds else ():
         rows += [bench_decode(heads, int(batch), context, window, limit, options) for batch in options.batch.split(",")]
-    for window in (None, options.window) if options.chunk else ():
+    for window in (None, options.window) if options.chunk and "prefill" in options.kinds else ():
         for cached in options.cached.split(","):
             rows.append(bench_prefill(heads, options.chunk, int(cached), window, limit, options))
     record = {
@@ -225,6 +246,7 @@ def main() -> None:
         "decode_tile": asdict(attention_triton.DECODE[BF16]),
         "split": attention_triton.SPLIT,
         "prefill_tile": asdict(attention_triton.PREFILL[BF16]),
+        "window_tile": asdict(attention_triton.WINDOW_PREFILL[BF16]),
         "rows": rows,
     }
     print(json.dumps(record))

@@ -32,8 +32,8 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from epmoe.experts import GatedActivation
-from epmoe.experts import triton as triton_experts
-from epmoe.experts.triton import Tile, TritonExperts
+from epmoe.experts.tiles import TILES, Tile, table
+from epmoe.experts.triton import TritonExperts, generation
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
@@ -151,14 +151,14 @@ def limits(options: argparse.Namespace) -> tuple[float, float]:
 
 @contextmanager
 def only_tile(tile: Tile | None):
-    """Every bf16 product runs with this tile."""
-    shipped = triton_experts.TILES[torch.bfloat16]
+    """Every bf16 product runs with this tile; None: with those of the table."""
+    shipped = TILES[torch.bfloat16]
     if tile is not None:
-        triton_experts.TILES[torch.bfloat16] = ((math.inf, tile),)
+        TILES[torch.bfloat16] = {0: ((math.inf, tile),)}
     try:
         yield
     finally:
-        triton_experts.TILES[torch.bfloat16] = shipped
+        TILES[torch.bfloat16] = shipped
 
 
 def bench(layer: Layer, tokens_list: list[int], options: argparse.Namespace, limit: tuple[float, float]) -> list[dict]:
@@ -209,7 +209,7 @@ def sweep(variants: str, forward: Forward) -> dict[str, float]:
     """µs of each tile, fastest first; tiles that do not fit the device are left out and named."""
     times = {}
     for name in variants.split():
-        with only_tile(Tile(*map(int, name.split("x")))):
+        with only_tile(Tile.parse(name)):
             try:
                 times[name] = measure_us(forward)
             except triton.runtime.errors.OutOfResources as error:
@@ -256,7 +256,7 @@ def main() -> None:
         "hidden": options.hidden,
         "intermediate": options.intermediate,
         "top_k": options.top_k,
-        "tiles": [asdict(tile) for _, tile in triton_experts.TILES[torch.bfloat16]],
+        "tiles": [asdict(tile) for _, tile in table(torch.bfloat16, generation(torch.device("cuda")))],
         "rows": rows,
     }
     if any("speedup" in row for row in rows):

@@ -68,34 +68,39 @@ def draw(panels: dict[str, dict[int, Record]], picture: Path) -> None:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    counts = sorted({ranks for panel in panels.values() for ranks in panel})
+    color = {ranks: f"C{index}" for index, ranks in enumerate(counts)}  # the same in every panel
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 5 * len(panels), 4.5), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (model, panel) in zip(axes[0], panels.items(), strict=True):
-        for index, (ranks, run) in enumerate(panel.items()):
+        for ranks, run in panel.items():
             rows = sorted(run["decode"], key=lambda row: row["batch"])
-            batches, color = [row["batch"] for row in rows], f"C{index}"
-            label = f"{ranks} rank{'s' if ranks > 1 else ''}"
-            axis.plot(batches, [row["ms"] for row in rows], "o-", color=color, label=label)
-            axis.plot(batches, [row["floor_ms"] for row in rows], "--", color=color, linewidth=1)
+            batches = [row["batch"] for row in rows]
+            axis.plot(batches, [row["ms"] for row in rows], "o-", color=color[ranks])
+            axis.plot(batches, [row["floor_ms"] for row in rows], "--", color=color[ranks], linewidth=1)
         ticks = sorted({row["batch"] for run in panel.values() for row in run["decode"]})
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(which="both", alpha=0.25)
         axis.set_xlabel("sequences that decode together")
-        axis.set_ylabel("ms a step")
-        handles, labels = axis.get_legend_handles_labels()
-        floor = Line2D([], [], linestyle="--", color="gray", linewidth=1)
-        axis.legend([*handles, floor], [*labels, "floor: bytes to read"], loc="upper left")
         last = list(panel.values())[-1]
         axis.set_title(
             f"{model}, {last['device']}, {last['dtype']}, prompt {last['prompt_tokens']}\n"
             f"torch {last['torch']}, triton {last['triton']}",
             fontsize="medium",
         )
-    figure.tight_layout()
+    axes[0][0].set_ylabel("ms a step")
+    names = [f"{ranks} rank{'s' if ranks > 1 else ''}" for ranks in counts] + ["floor: bytes to read"]
+    lines = [Line2D([], [], marker="o", color=color[ranks]) for ranks in counts]
+    lines.append(Line2D([], [], linestyle="--", color="gray", linewidth=1))
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
 

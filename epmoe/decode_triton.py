@@ -1,0 +1,85 @@
+"""What surrounds the model in a decode step, in Triton: `State.take` and `State.advance` of decode.py, a launch each.
+
+Letters: B rows of a step · S handles of the cache · V vocabulary.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+
+# Rows of one program.
+ROWS = 64
+
+
+def take(
+    sequence_B: torch.Tensor, token_S: torch.Tensor, position_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `State.take`; token_S and position_S are the state."""
+    token_B, position_B, next_B = (torch.empty_like(sequence_B) for _ in range(3))
+    grid = (triton.cdiv(len(sequence_B), ROWS),)
+    take_kernel[grid](sequence_B, token_S, position_S, token_B, position_B, next_B, len(sequence_B), B=ROWS)
+    return token_B, position_B, next_B
+
+
+def advance(
+    id_B: torch.Tensor,
+    sequence_B: torch.Tensor,
+    position_B: torch.Tensor,
+    token_S: torch.Tensor,
+    position_S: torch.Tensor,
+    seen_SV: torch.Tensor | None,
+    vocab: int,
+) -> None:
+    """As `State.advance`; the spare sequence is the last one."""
+    spare = len(token_S) - 1
+    seen = None if seen_SV is None else seen_SV.view(torch.uint8)
+    states = (token_S, position_S, seen)
+    grid = (triton.cdiv(len(id_B), ROWS),)
+    advance_kernel[grid](id_B, sequence_B, position_B, *states, len(id_B), spare, vocab, B=ROWS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def take_kernel(
+    sequence_ptr,  # int64 [B]
+    token_S_ptr,  # int64 [S]
+    position_S_ptr,  # int64 [S]
+    token_ptr,  # out int64 [B]
+    position_ptr,  # out int64 [B]
+    next_ptr,  # out int64 [B]
+    rows,
+    B: tl.constexpr,
+):
+    b_B = tl.program_id(0) * B + tl.arange(0, B)
+    real_B = b_B < rows
+    sequence_B = tl.load(sequence_ptr + b_B, real_B, other=0)
+    position_B = tl.load(position_S_ptr + sequence_B, real_B, other=0)
+    tl.store(token_ptr + b_B, tl.load(token_S_ptr + sequence_B, real_B, other=0), real_B)
+    tl.store(position_ptr + b_B, position_B, real_B)
+    tl.store(next_ptr + b_B, position_B + 1, real_B)
+
+
+@triton.jit(do_not_specialize=["rows", "spare", "vocab"])
+def advance_kernel(
+    id_ptr,  # int64 [B], V for none
+    sequence_ptr,  # int64 [B]
+    position_ptr,  # int64 [B]
+    token_S_ptr,  # out int64 [S]
+    position_S_ptr,  # out int64 [S]
+    seen_ptr,  # out uint8 [S, V], or None
+    rows,
+    spare,
+    vocab,
+    B: tl.constexpr,
+):
+    """Rows of the spare sequence, which may be several, all write the same."""
+    b_B = tl.program_id(0) * B + tl.arange(0, B)
+    real_B = b_B < rows
+    sequence_B = tl.load(sequence_ptr + b_B, real_B, other=0)
+    token_B = tl.minimum(tl.load(id_ptr + b_B, real_B, other=0), vocab - 1)
+    if seen_ptr is not None:
+        tl.store(seen_ptr + sequence_B * vocab + token_B, tl.full([B], 1, tl.uint8), real_B)
+    used_B = sequence_B != spare
+    tl.store(token_S_ptr + sequence_B, tl.where(used_B, token_B, 0), real_B)
+    tl.store(position_S_ptr + sequence_B, tl.where(used_B, tl.load(position_ptr + b_B, real_B, other=0), 0), real_B)

@@ -1,0 +1,115 @@
+"""Launches of hopper_kernels.py: the same two products as triton.py's, for many rows an expert on a Hopper GPU.
+
+Letters: T tokens · H hidden · I intermediate · K experts per token · R = T·K rows of this rank, sorted by expert.
+
+The copy engine reads blocks of neighbouring rows, so gate_up's tokens are gathered first, [R, H] in x's dtype. That
+memory is free again when `gate_up` returns, and serves for the result of `down` then.
+"""
+
+import torch
+import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from epmoe.experts import GatedActivation
+from epmoe.experts.hopper_kernels import SHARED, down_kernel, gate_up_kernel
+from epmoe.experts.mxfp4_words import WordMatrix
+from epmoe.experts.tiles import Tile
+from epmoe.experts.triton_kernels import gather_kernel
+from epmoe.router import Dispatch
+
+_GATHERED = 4  # rows a program of the gather
+
+
+def serves(columns: int) -> bool:
+    """Whether the kernels know rows of so many columns: whole runs of 256, and at most one of 64 at the end."""
+    pairs = -(-columns // 64)
+    return pairs >= 4 and pairs % 4 <= 1
+
+
+def gate_up(
+    x_TH: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LN: torch.Tensor,
+    dispatch: Dispatch,
+    activation: GatedActivation,
+    h_RI: torch.Tensor,
+    tile: Tile,
+    grid: int,
+) -> None:
+    """As `triton.gate_up`, into `h_RI`."""
+    num_local, rows, columns = matrix.shape
+    x_RH = x_TH.new_empty(len(h_RI), columns)
+    gather_kernel[(triton.cdiv(len(h_RI), _GATHERED),)](
+        x_TH,
+        dispatch.offset_L1,
+        dispatch.slot_R,
+        x_RH,
+        num_local,
+        dispatch.expert_TK.shape[1],
+        COLUMNS=columns,
+        M=_GATHERED,
+        C=1024,
+    )
+    gate_up_kernel[(grid,)](
+        *_blocks(x_RH, matrix, tile),
+        x_RH,
+        matrix.word_LNW,
+        matrix.scale_LVN,
+        bias_LN,
+        dispatch.offset_L1,
+        h_RI,
+        rows,
+        num_local,
+        activation.alpha,
+        activation.limit,
+        activation.up_offset,
+        **_constants(tile, matrix),
+    )
+
+
+def down(
+    h_RI: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LH: torch.Tensor,
+    dispatch: Dispatch,
+    y_TKH: torch.Tensor,
+    tile: Tile,
+    grid: int,
+) -> None:
+    """As `triton.down`, into the slots of this rank in `y_TKH`."""
+    num_local, rows, _ = matrix.shape
+    down_kernel[(grid,)](
+        *_blocks(h_RI, matrix, tile),
+        h_RI,
+        matrix.word_LNW,
+        matrix.scale_LVN,
+        bias_LH,
+        dispatch.offset_L1,
+        dispatch.slot_R,
+        dispatch.weight_TK,
+        y_TKH,
+        rows,
+        num_local,
+        **_constants(tile, matrix),
+    )
+
+
+def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
+    """What the copy engine needs to know of x, in blocks of the tile's tokens and of half as many, and of the words."""
+    blocks = (
+        (x_RC, tile.tokens, 256),
+        (x_RC, tile.tokens // 2, 256),
+        (matrix.word_LNW.flatten(0, 1), tile.weight_rows, 64),
+    )
+    return [TensorDescriptor.from_tensor(tensor, [rows, columns], SHARED.value) for tensor, rows, columns in blocks]
+
+
+def _constants(tile: Tile, matrix: WordMatrix) -> dict[str, object]:
+    return {
+        "COLUMNS": matrix.shape[2],
+        "LOCAL": triton.next_power_of_2(matrix.shape[0]),
+        "B": tile.weight_rows,
+        "M": tile.tokens,
+        "WIDE": matrix.wide,
+        "num_warps": tile.warps,
+    }

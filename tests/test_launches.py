@@ -1,0 +1,90 @@
+"""How many kernels a decode step is, so that it cannot creep up unseen: a small one costs more than its work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpret import interpreted
+from launches import launches
+from loading import load_rank, rank_of
+
+from epmoe import (
+    attention,
+    attention_triton,
+    decode,
+    decode_triton,
+    greedy_triton,
+    norm,
+    norm_triton,
+    rotary_triton,
+    vocabulary,
+)
+from epmoe import sampler as sampling
+from epmoe.cache import Cache
+from epmoe.decode import Decoder, State, Variant
+from epmoe.models import gpt_oss
+from epmoe.sampler import Level
+
+
+def layer(*attention: str) -> list[str]:
+    return [
+        "add_norm_kernel",  # adds the experts' slots of the layer before
+        "linear",  # queries, keys and values
+        *attention,
+        "linear",
+        "add_norm_linear_kernel",  # the router's logits, too
+        "_few",
+        "gate_up_kernel",
+        "down_kernel",
+    ]
+
+
+WINDOW = layer("decode_kernel")
+FULL = layer("decode_kernel", "combine_kernel")
+BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
+AFTER = ["add_norm_kernel", "few_logits_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
+
+
+def step(path: Path, rows: int) -> list[str]:
+    """The launches of a greedy decode step on one rank, with the kernels that a GPU runs."""
+    model, _ = load_rank(path, experts="triton", router="triton", dtype="float32", progress=False)
+    config = model.config
+    shape = (config.windows, config.kv_heads, config.head_dim)
+    cache = Cache(*shape, tokens=600, sequences=rows, dtype=torch.float32, device="cpu")
+
+    def take(self: State, sequence_B: torch.Tensor) -> Any:
+        return decode_triton.take(sequence_B, self.token_S, self.position_S)
+
+    def rotary(self: attention.Rotary, position_T: torch.Tensor) -> Any:
+        return rotary_triton.cos_sin(position_T, self.frequency_F, self.concentration)
+
+    def advance(self: State, id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor) -> None:
+        state = (self.token_S, self.position_S, self.seen_SV)
+        decode_triton.advance(id_B, sequence_B, position_B, *state, self.vocab)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "implementation", lambda device: attention_triton.cached_attention)
+        patch.setattr(norm, "implementation", lambda device: norm_triton)
+        for module in (sampling, decode):
+            patch.setattr(module, "largest", greedy_triton.largest)
+            patch.setattr(module, "join_largest", greedy_triton.join_largest)
+        patch.setattr(attention.Rotary, "__call__", rotary)
+        # As on a GPU in bf16, which the interpreter cannot multiply; chunks of the library would be several launches.
+        patch.setattr(vocabulary, "suits_kernel", lambda device, dtype, rows: rows <= vocabulary.FEW)
+        patch.setattr(gpt_oss, "VOCAB_CHUNK", config.vocab // 4)
+        patch.setattr(State, "take", take)
+        patch.setattr(State, "advance", advance)
+        decoder = Decoder(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows)
+        decoder.sequence_M.copy_(torch.tensor([cache.admit(20) for _ in range(rows)]))
+        with torch.inference_mode():
+            decoder.step(rows, Variant(Level.GREEDY, False))
+            with launches() as names:
+                decoder.step(rows, Variant(Level.GREEDY, False))
+    return names
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int) -> None:
+    """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them."""
+    assert interpreted(step, tiny_checkpoint, rows) == [*BEFORE, *WINDOW, *FULL, *AFTER]
