@@ -16,12 +16,12 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 Letters: T tokens of a step · B sequences of a step · O of them whose logits are wanted · V vocabulary.
 """
 
+import sys
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, product
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 
@@ -29,6 +29,7 @@ from epmoe.cache import Cache, CacheFull, Step
 from epmoe.decode import Decoder, Model, State, Variant
 from epmoe.errors import UserError
 from epmoe.graphs import Graphs, with_bar
+from epmoe.greedy import join_largest, largest
 from epmoe.ranks import Ranks
 from epmoe.sampler import SamplingParams, TokenLogprobs, to_logprobs, top_logprobs
 from epmoe.transfer import Arrival, to_device
@@ -202,6 +203,9 @@ class Engine:
             self.decoder.keep_logits()
         if self.ranks.device.type != "cpu":
             self._warm_prefills(requests)
+            # A prefill chooses from whole rows of logits, a decode step perhaps from parts; not each warm one chooses.
+            nothing_1V = torch.zeros(1, self.vocab, device=self.ranks.device)
+            join_largest(largest(nothing_1V, 0), self.vocab)
         self.graphs.prepare(min(self.max_batch, len(requests)), [Variant(*each) for each in product(levels, logits)])
 
     @torch.inference_mode()
@@ -314,26 +318,38 @@ class Engine:
         At the finest, kernels choose tiles by powers of two of a step's tokens, or of its prompts with several tokens,
         and are compiled anew for sizes that 16 divides.
         """
-        # Whatever their order, a step never has more tokens than the longest prompts together, nor more prompts with
-        # several tokens than of those that reserve the least.
-        longest = sorted(requests, key=lambda request: -len(request.ids))[: self.max_batch]
-        ends = list(accumulate(len(request.ids) for request in longest))
-        tokens = _powers(min(self.prefill_chunk, ends[-1]))
-        several = [request for request in requests if len(request.ids) > 1]
-        several = sorted(several, key=lambda request: request.cached(self.max_positions))[: self.max_batch]
+        # The longest prompts that fit: alone, without what follows them, so that as many do as in any later step.
+        bare = [replace(each, params=replace(each.params, max_new_tokens=1)) for each in requests]
+        longest = sorted(bare, key=lambda request: -len(request.ids))
+        tokens = _powers(min(self.prefill_chunk, sum(len(request.ids) for request in longest[: self.max_batch])))
+        several = sorted((each for each in bare if len(each.ids) > 1), key=lambda each: len(each.ids))[: self.max_batch]
         kinds = {(size, size) for size in (*tokens, *(size - 1 for size in tokens[1:]))}
         kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
         new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory
         for most, each in with_bar(new, "prefills", self.ranks, progress=self.progress):
-            running: list[_Sequence] = []
-            chosen = longest[: bisect_left(ends, most) + 1] if each == most else several[: most // each]
-            self._admit(deque(enumerate(chosen)), running)
-            flight = self._prefill(_schedule(running, most, each))
-            if flight:
-                list(flight.land(self.timeout_s))
+            running = self._admit_fitting(longest, most) if each == most else self._admit_fitting(several, most, each)
+            work = _schedule(running, most, each)
+            ran = sum(count for _, count in work)
+            kind = (ran, each if each < most else ran)
+            if kind not in self.warm:  # a small cache holds less than was asked for
+                flight = self._prefill(work)
+                if flight:
+                    list(flight.land(self.timeout_s))
+                self.warm.add(kind)
             for sequence in running:
                 self.cache.release(sequence.handle)
-            self.warm.add((most, each))
+
+    def _admit_fitting(self, requests: Sequence[Request], most: int, each: int = sys.maxsize) -> list[_Sequence]:
+        """Admit what fits, in this order, until their prompts have `most` tokens together, `each` of one at most."""
+        running: list[_Sequence] = []
+        found = 0
+        for request in requests:
+            if found >= most or len(running) == self.max_batch:
+                break
+            if self.cache.fits(request.cached(self.max_positions)):
+                self._admit(deque([(len(running), request)]), running)
+                found += min(each, len(request.ids))
+        return running
 
 
 def _powers(most: int) -> list[int]:

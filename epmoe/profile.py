@@ -1,7 +1,8 @@
 """Named steps in a profiler's trace, and the trace of a rank: runtime.profile=DIR writes DIR/rank-N.json.
 
-    attention               a layer's attention, its projections included
-    route ⊃ dispatch        logits → experts and weights; within it, the gather and scatter index
+    attention               a layer's attention, its projections and the norm before them included
+    route ⊃ dispatch        logits → experts and weights; within it, the gather and scatter index, where that is a
+                            step of its own (the Triton router makes both in one kernel for few tokens)
     gate_up, down           the experts' two products
     combine                 the ranks' slot rows → each token's output
     sample                  logits → the next tokens' ids

@@ -29,7 +29,11 @@ def part_logits(x_TH: torch.Tensor, weight_VH: torch.Tensor, part: tuple[int, in
 
 
 def suits_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether vocabulary_triton.py computes the logits of so many rows."""
+    """Whether vocabulary_triton.py computes the logits of so many rows.
+
+    The library's products round otherwise, so a row's last bits may differ between steps of up to FEW rows and larger
+    ones; they are the same on all ranks, and on any number of them.
+    """
     return device.type == "cuda" and dtype == torch.bfloat16 and rows <= FEW
 
 

@@ -38,10 +38,12 @@ class FakeCache:
         self.reserved: dict[int, int] = {}
         self.fed: dict[int, list[int]] = {}
 
-    def admit(self, max_tokens: int) -> int:
-        need = -(-max_tokens // self.page)
+    def fits(self, max_tokens: int) -> bool:
         held = sum(-(-each // self.page) for each in self.reserved.values())
-        if len(self.reserved) == self.sequences or held + need > self.pages:
+        return len(self.reserved) < self.sequences and held - (-max_tokens // self.page) <= self.pages
+
+    def admit(self, max_tokens: int) -> int:
+        if not self.fits(max_tokens):
             raise CacheFull
         handle = next(handle for handle in range(self.sequences) if handle not in self.reserved)
         self.reserved[handle], self.fed[handle] = max_tokens, []
@@ -223,6 +225,21 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
     tested._warm_prefills(requests[::-1])
     assert len(model.prefills()) == len(steps)  # once is enough
+
+
+@torch.inference_mode()
+def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
+    """A cache that holds few requests with their new tokens may hold many prompts of others."""
+    model = FakeModel()
+    short = [Request(tuple(range(30)), SamplingParams(max_new_tokens=2, ignore_eos=True))] * 3
+    long = Request(tuple(range(32)), SamplingParams(max_new_tokens=69, ignore_eos=True))
+    tested = engine(model, cache=FakeCache(tokens=100), prefill_chunk=200)
+    tested._warm_prefills([*short, long])
+    warm = max(len(step.token_T) for step in model.prefills())
+    count = len(model.prefills())
+    tested.generate([*short, long])
+    later = [len(step.token_T) for step in model.prefills()[count:]]
+    assert max(later) == 90 <= warm
 
 
 def test_the_next_step_is_launched_before_the_last_ids_are_read() -> None:

@@ -13,17 +13,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from epmoe.experts import GatedActivation
 from epmoe.experts.hopper_kernels import SHARED, down_kernel, gate_up_kernel
 from epmoe.experts.mxfp4_words import WordMatrix
-from epmoe.experts.tiles import Tile
+from epmoe.experts.tiles import Tile, hopper_serves
 from epmoe.experts.triton_kernels import gather_kernel
 from epmoe.router import Dispatch
 
 _GATHERED = 4  # rows a program of the gather
-
-
-def serves(columns: int) -> bool:
-    """Whether the kernels know rows of so many columns: whole runs of 256, and at most one of 64 at the end."""
-    pairs = -(-columns // 64)
-    return pairs >= 4 and pairs % 4 <= 1
 
 
 def gate_up(
@@ -38,6 +32,7 @@ def gate_up(
 ) -> None:
     """As `triton.gate_up`, into `h_RI`."""
     num_local, rows, columns = matrix.shape
+    assert hopper_serves(columns), columns
     x_RH = x_TH.new_empty(len(h_RI), columns)
     gather_kernel[(triton.cdiv(len(h_RI), _GATHERED),)](
         x_TH,
@@ -77,7 +72,8 @@ def down(
     grid: int,
 ) -> None:
     """As `triton.down`, into the slots of this rank in `y_TKH`."""
-    num_local, rows, _ = matrix.shape
+    num_local, rows, columns = matrix.shape
+    assert hopper_serves(columns), columns
     down_kernel[(grid,)](
         *_blocks(h_RI, matrix, tile),
         h_RI,

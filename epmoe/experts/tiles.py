@@ -100,3 +100,9 @@ def table(dtype: torch.dtype, generation: int) -> Table:
 def choose_tile(dtype: torch.dtype, slots: int, num_experts: int, generation: int) -> Tile:
     """The tile for T·K slots over all E experts. What a rank holds must not enter: see triton_kernels.py, Order."""
     return next(tile for limit, tile in table(dtype, generation) if slots <= limit * num_experts)
+
+
+def hopper_serves(columns: int) -> bool:
+    """Whether hopper_kernels.py knows rows of so many columns: whole runs of 256, and at most one of 64 at the end."""
+    pairs = -(-columns // 64)
+    return pairs >= 4 and pairs % 4 <= 1

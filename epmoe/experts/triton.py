@@ -22,7 +22,7 @@ from epmoe.errors import UserError
 from epmoe.experts import GatedActivation
 from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
-from epmoe.experts.tiles import TILES, Tile, choose_tile
+from epmoe.experts.tiles import TILES, Tile, choose_tile, hopper_serves
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
 from epmoe.profile import named
 from epmoe.quant import ExpertWeights
@@ -162,7 +162,7 @@ def _tile(x: torch.Tensor, matrix: WordMatrix, dispatch: Dispatch) -> Tile:
     """The table's tile for this step, or table 0's where the table's kernel does not know rows of that length."""
     step = (x.dtype, dispatch.slot_R.numel(), dispatch.num_experts)
     tile = choose_tile(*step, generation(x.device))
-    known = tile.kernel != "hopper" or _hopper().serves(matrix.shape[2])
+    known = tile.kernel != "hopper" or hopper_serves(matrix.shape[2])
     return tile if known else choose_tile(*step, 0)
 
 

@@ -12,6 +12,7 @@ the file, so that a choice can be looked up, and is printed as one line of JSON 
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from epmoe.experts import GatedActivation
-from epmoe.experts.tiles import FILE, Tile, read_tables
+from epmoe.experts.tiles import FILE, Tile, hopper_serves, read_tables
 from epmoe.experts.triton import TritonExperts, generation
 from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, sweep
 
@@ -161,7 +162,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("scripts/bench/tune.py needs a CUDA device")
     of = generation(torch.device("cuda"))
-    tiles = options.tiles or (QUICK if options.quick else CANDIDATES) + (HOPPER if of == 9 else "")
+    known = hopper_serves(options.hidden) and hopper_serves(options.intermediate)
+    tiles = options.tiles or (QUICK if options.quick else CANDIDATES) + (HOPPER if of == 9 and known else "")
 
     points: list[Point] = []
     for share in options.experts.split(","):
@@ -173,11 +175,15 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": "scripts/bench/tune.py" + " --quick" * options.quick,
+        "command": shlex.join(["scripts/bench/tune.py", *sys.argv[1:]]),
         **{name: getattr(options, name) for name in ("hidden", "intermediate", "top_k")},
     }
     content = json.loads(FILE.read_text(encoding="utf-8"))
-    new = updated(content, of, points, conditions)
+    try:
+        new = updated(content, of, points, conditions)
+    except ValueError as error:
+        print(json.dumps({"bench": "tune", **conditions, "points": points}))
+        sys.exit(f"scripts/bench/tune.py: nothing was written, since the choice breaks a rule: {error}")
     options.output.write_text(to_text(new) + "\n", encoding="utf-8")
     for row in new["tiles"]["bfloat16"][str(of)]:
         print(row)
