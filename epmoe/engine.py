@@ -16,7 +16,6 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 Letters: T tokens of a step · B sequences of a step · O of them whose logits are wanted · V vocabulary.
 """
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +183,7 @@ class Engine:
             self.decoder = Decoder(model, cache, self.state, self.max_batch)
         self.graphs = Graphs(self.decoder, ranks, capture=graphs, progress=progress)
         self.progress = progress
-        self.warm: set[tuple[int, int]] = set()  # prefills that were run: tokens at most, together and of a prompt
+        self.warm: set[tuple[int, int]] = set()  # prefills that were run: tokens together, and of a prompt at most
 
     @torch.inference_mode()
     def prepare(self, requests: Sequence[Request]) -> None:
@@ -327,11 +326,11 @@ class Engine:
         kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
         new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory
         for most, each in with_bar(new, "prefills", self.ranks, progress=self.progress):
-            running = self._admit_fitting(longest, most) if each == most else self._admit_fitting(several, most, each)
+            running = self._admit_fitting(longest if each == most else several, most, each)
             work = _schedule(running, most, each)
             ran = sum(count for _, count in work)
-            kind = (ran, each if each < most else ran)
-            if kind not in self.warm:  # a small cache holds less than was asked for
+            kind = (ran, min(each, ran))  # a small cache holds less than was asked for
+            if kind not in self.warm:
                 flight = self._prefill(work)
                 if flight:
                     list(flight.land(self.timeout_s))
@@ -339,7 +338,7 @@ class Engine:
             for sequence in running:
                 self.cache.release(sequence.handle)
 
-    def _admit_fitting(self, requests: Sequence[Request], most: int, each: int = sys.maxsize) -> list[_Sequence]:
+    def _admit_fitting(self, requests: Sequence[Request], most: int, each: int) -> list[_Sequence]:
         """Admit what fits, in this order, until their prompts have `most` tokens together, `each` of one at most."""
         running: list[_Sequence] = []
         found = 0
