@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from epmoe.cache import Gather, Plan, Prefill
+from epmoe.linear import linear
 
 # True: the torch implementation on every device, for comparison. It is slow on a GPU, and a DecodeStep then waits for
 # its positions, so that it cannot be captured in a graph.
@@ -255,8 +256,8 @@ class Attention(nn.Module):
         plan: Plan,
     ) -> torch.Tensor:
         """[T, H] → [T, H]. Writes the new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says."""
-        heads_TXD = self.qkv(x_TH).unflatten(-1, (-1, self.head_dim))
+        heads_TXD = linear(x_TH, self.qkv).unflatten(-1, (-1, self.head_dim))
         q_TED, k_TJD, v_TJD = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         attended = implementation(x_TH.device)
         out_TED = attended(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, self.sinks)
-        return self.o(out_TED.flatten(1))
+        return linear(out_TED.flatten(1), self.o)

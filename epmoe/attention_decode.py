@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from epmoe.attention_kernels import LOG2E, LOWEST, finish, rotated, row, take
+from epmoe.gpu import next_may_begin
 
 
 @triton.jit(do_not_specialize=["rows", "table_stride"])
@@ -46,6 +47,7 @@ def decode_kernel(
     M: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write each sequence's new key and value, rotated, and attend: one (split, key/value head) after the other.
 
@@ -53,6 +55,7 @@ def decode_kernel(
     and ragged lengths leave no program idle. The new position never passes through the cache: the split that owns it
     starts from its score.
     """
+    next_may_begin(PDL)
     _, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     m_M = tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -132,8 +135,10 @@ def combine_kernel(
     SPLIT: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (b, e): the splits of a sequence's head, S at a time, upwards."""
+    next_may_begin(PDL)
     b, e = tl.program_id(0), tl.program_id(1)
     _, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     splits = _pick(tiles_B, b)

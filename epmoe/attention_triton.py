@@ -19,6 +19,7 @@ import triton
 from epmoe.attention_decode import combine_kernel, decode_kernel
 from epmoe.attention_prefill import place_kernel, prefill_kernel
 from epmoe.cache import Decode, PagedRows, Plan, RingRows
+from epmoe.gpu import dependent
 
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
 # again, are few. It sets the order of summation, so it is one number for all batches and lengths.
@@ -96,6 +97,7 @@ def _decode(
     part = torch.empty(0 if single else tiles * heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     parts = part.split([tiles * heads * head_dim, tiles * heads, tiles * heads]) if not single else (part,) * 3
     shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
         q_TED,
         k_TJD,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from epmoe.gpu import dependent, next_may_begin
+
 # 4096 padded columns over 8 warps: 16 to a thread.
 _THREAD = 16
 # Outputs of a linear layer that one program makes: 4 rows of weights are 16 bf16 registers a thread each.
@@ -39,7 +41,16 @@ def add_norm(
         assert rows_TKH.is_contiguous() and rows_TKH.dtype == x_TH.dtype
     if tokens:
         add_norm_kernel[(tokens,)](
-            x_TH, rows_TKH, weight_H, sum_TH, norm_TH, eps, H=hidden, K=top_k, **tile_options(hidden)
+            x_TH,
+            rows_TKH,
+            weight_H,
+            sum_TH,
+            norm_TH,
+            eps,
+            H=hidden,
+            K=top_k,
+            PDL=dependent(x_TH.device),
+            **tile_options(hidden),
         )
     return sum_TH, norm_TH
 
@@ -94,8 +105,10 @@ def add_norm_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,  # H rounded up to a power of two
+    PDL: tl.constexpr,
 ):
     """Program t: x[t] + its K rows, added upwards from +0; then the norm of what was stored."""
+    next_may_begin(PDL)
     t = tl.program_id(0).to(tl.int64)
     h_H = tl.arange(0, HP)
     real_H = h_H < H

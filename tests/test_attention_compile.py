@@ -47,6 +47,7 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
     """All programs of a launch are on the machine at once: one that waits for a place costs half of the time again."""
     tile = DECODE[dtype]
     constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants["PDL"] = True
     cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
     assert tile.programs * tile.warps * 32 * cost["registers"] <= 65536
     assert tile.programs * (cost["shared"] + 1024) <= 227 << 10
@@ -56,7 +57,7 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_combine(dtype: torch.dtype) -> None:
-    constants = {**SIZES, "E": 64, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS}
+    constants = {**SIZES, "E": 64, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
     compiled(attention_decode.combine_kernel, dtype, constants, 2, 3)
 
 
@@ -93,6 +94,7 @@ def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     """Ampere and Blackwell compile the same kernels; their tiles were not chosen for them, so spills are theirs."""
     tile = DECODE[torch.bfloat16]
     constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants["PDL"] = arch >= 90
     compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
     constants, warps, stages = prefill_constants(layout, torch.bfloat16)
     compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, warps, stages, arch)

@@ -10,7 +10,8 @@ from test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, 
 from epmoe.experts import EXPERTS
 from epmoe.experts.reference import ReferenceExperts
 from epmoe.experts.tiles import TILES, Tile, choose_tile, table
-from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch, generation
+from epmoe.experts.triton import TritonExperts, down, down_torch, gate_up, gate_up_torch
+from epmoe.gpu import generation
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch
 

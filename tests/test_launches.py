@@ -15,6 +15,7 @@ from epmoe import (
     decode,
     decode_triton,
     greedy_triton,
+    linear,
     norm,
     norm_triton,
     rotary_triton,
@@ -27,12 +28,12 @@ from epmoe.models import gpt_oss
 from epmoe.sampler import Level
 
 
-def layer(*attention: str) -> list[str]:
+def layer(product: str, *attention: str) -> list[str]:
     return [
         "add_norm_kernel",  # adds the experts' slots of the layer before
-        "linear",  # queries, keys and values
+        product,  # queries, keys and values
         *attention,
-        "linear",
+        product,
         "add_norm_linear_kernel",  # the router's logits, too
         "_few",
         "gate_up_kernel",
@@ -40,8 +41,6 @@ def layer(*attention: str) -> list[str]:
     ]
 
 
-WINDOW = layer("decode_kernel")
-FULL = layer("decode_kernel", "combine_kernel")
 BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
 AFTER = ["add_norm_kernel", "few_logits_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
 
@@ -72,6 +71,7 @@ def step(path: Path, rows: int) -> list[str]:
         patch.setattr(attention.Rotary, "__call__", rotary)
         # As on a GPU in bf16, which the interpreter cannot multiply; chunks of the library would be several launches.
         patch.setattr(vocabulary, "suits_kernel", lambda device, dtype, rows: rows <= vocabulary.FEW)
+        patch.setattr(linear, "suits_kernel", lambda device, dtype, tokens: tokens <= linear.FEW)
         patch.setattr(gpt_oss, "VOCAB_CHUNK", config.vocab // 4)
         patch.setattr(State, "take", take)
         patch.setattr(State, "advance", advance)
@@ -84,7 +84,8 @@ def step(path: Path, rows: int) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "product"), [(1, "linear_kernel"), (3, "linear")])
+def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, product: str) -> None:
     """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them."""
-    assert interpreted(step, tiny_checkpoint, rows) == [*BEFORE, *WINDOW, *FULL, *AFTER]
+    window, full = layer(product, "decode_kernel"), layer(product, "decode_kernel", "combine_kernel")
+    assert interpreted(step, tiny_checkpoint, rows) == [*BEFORE, *window, *full, *AFTER]

@@ -162,11 +162,12 @@ def test_one_place_chooses() -> None:
 def test_compiles_without_spills(rows: int, arch: int) -> None:
     types = {**dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "sum_ptr", "norm_ptr"), "*bf16"), "eps": "fp32"}
     options = norm_triton.tile_options(2880)
-    constants = {"H": 2880, "K": rows, "HP": options["HP"]} | ({} if rows else {"rows_ptr": None})
+    constants = {"H": 2880, "K": rows, "HP": options["HP"], "PDL": arch >= 90} | ({} if rows else {"rows_ptr": None})
     signature = {name: kind for name, kind in types.items() if name not in constants}
     cost = compile_kernel(norm_triton.add_norm_kernel, signature, constants, options["num_warps"], arch=arch)
     assert cost["spills"] == 0, cost
     if rows:
+        del constants["PDL"]
         signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
         constants |= {"E": 32, "B": norm_triton.OUTPUTS}
         cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)

@@ -9,7 +9,6 @@ Products of few rows an expert run in triton_kernels.py, those of many on a Hopp
 hopper.py), with the same bits; tiles.py says which.
 """
 
-from functools import cache
 from itertools import pairwise
 from types import ModuleType
 from typing import ClassVar, Self
@@ -24,6 +23,7 @@ from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
 from epmoe.experts.tiles import TILES, Tile, choose_tile, hopper_serves
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
+from epmoe.gpu import generation
 from epmoe.profile import named
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
@@ -229,11 +229,3 @@ def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, obj
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-@cache
-def generation(device: torch.device) -> int:
-    """The first number of a CUDA device's compute capability; 0 for any other device."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return 0
-    return torch.cuda.get_device_capability(device)[0]

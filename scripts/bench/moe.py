@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from epmoe.experts import GatedActivation
 from epmoe.experts.tiles import TILES, Tile, table
-from epmoe.experts.triton import TritonExperts, generation
+from epmoe.experts.triton import TritonExperts
+from epmoe.gpu import generation
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 from epmoe.router import Dispatch

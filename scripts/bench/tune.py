@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from epmoe.experts import GatedActivation
 from epmoe.experts.tiles import FILE, Tile, hopper_serves, read_tables
-from epmoe.experts.triton import TritonExperts, generation
+from epmoe.experts.triton import TritonExperts
+from epmoe.gpu import generation
 from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, sweep
 
 Point = dict[str, Any]  # rows: T·K/E; experts, tokens: how they came about; us: {tile: µs a call}

@@ -1,0 +1,53 @@
+"""What kernels need to know of the GPU, and of each other: its generation, and when one may begin.
+
+A kernel begins when the one before it has ended. Programmatic dependent launch (Hopper and newer) lets a kernel that
+begins with much reading of its own, a product with a weight, come in earlier:
+
+    kernel A      next_may_begin() · … results → memory |
+    kernel B            reads its weight → registers · after_previous() | reads A's results …
+
+A's programs call `next_may_begin`; B is launched with `**early(device)`. Until its `after_previous` returns, a program
+of B may read what no kernel writes, and nothing else. What comes after B, without these options, waits for B's end as
+ever.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@cache
+def generation(device: torch.device) -> int:
+    """The first number of a CUDA device's compute capability; 0 for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def dependent(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch: the constant PDL of kernels that take part."""
+    return generation(device) >= 9
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a launch whose kernel calls `after_previous`."""
+    return {"PDL": True, "launch_pdl": True} if dependent(device) else {"PDL": False}
+
+
+@triton.jit
+def next_may_begin(PDL: tl.constexpr):
+    """Let the next kernel's programs come in as soon as all of this one's have. Not in a kernel launched `early`."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Wait until the kernel before this one has ended and its results can be seen."""
+    if PDL:
+        gdc_wait()
