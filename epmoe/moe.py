@@ -42,6 +42,6 @@ class MoE(nn.Module):
         assert self.experts is not None, "MoE.install was not called"
         with named("route"):
             dispatch = self.route(logits_TE, self.top_k, self.local_E, self.num_local)
-        y_TKH = self.experts.forward(x_TH, dispatch)
+        y_TKH = self.experts.forward(x_TH, dispatch, self.combine.rows(x_TH, self.top_k))
         with named("combine"):
             return self.combine(y_TKH)

@@ -1,7 +1,8 @@
 """Combine: every rank's slot rows → the rows that make up each token's output, on every rank of the expert group.
 
-What comes back is not added up yet: the sum is one pass over memory together with the residual and the next block's
-norm (epmoe/norm.py).
+A combine may say where the experts write their rows, so that nothing is copied on the way to the other ranks. What
+comes back is not added up yet: the sum is one pass over memory together with the residual and the next block's norm
+(epmoe/norm.py).
 
 Letters: T tokens · K experts per token · J rows a token that are still to be added · H hidden.
 """
@@ -17,11 +18,19 @@ COMBINES = {
 
 
 class Combine(Protocol):
-    """Constructed once with the rank's `Ranks`; called once per MoE layer by every rank of the expert group."""
+    """Constructed once with the rank's `Ranks`, by every rank of the expert group; then a `rows` and a call each layer.
+
+    What the call gives must be consumed before the next layer's `rows`, which may be the same memory.
+    """
+
+    def rows(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
+        """Where the experts shall write this step's rows: zeros [T, K, H] in x's dtype; None: wherever they like."""
+        ...
 
     def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
         """[T, J, H] in y's dtype, the same on every rank: `add_rows` of it is the sum over K and over the ranks.
 
-        `y_TKH` has zeros in the slots of other ranks, and may be overwritten or come back.
+        `y_TKH` has zeros in the slots of other ranks, and may be overwritten or come back. It is what `rows` gave, with
+        this rank's slots filled in, unless that was None.
         """
         ...

@@ -19,6 +19,9 @@ class AllReduce:
     def __init__(self, ranks: Ranks) -> None:
         self.group = ranks.expert_group
 
+    def rows(self, x_TH: torch.Tensor, top_k: int) -> None:
+        """The sum over this rank's slots travels, so the rows may be anywhere."""
+
     def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
         """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
         if self.group is None or not y_TKH.numel():
