@@ -49,7 +49,7 @@ def slots_TKH(case: Case) -> torch.Tensor:
     return y_TKH.to(case.dtype)
 
 
-def combine_cases(ranks: Ranks, name: str, cases: list[Case]) -> list[torch.Tensor]:
+def combine_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = False) -> list[torch.Tensor]:
     outputs: list[torch.Tensor] = []
     combine: Combine = lookup("combine", COMBINES, name)(ranks)
     for seed, case in enumerate(cases):
@@ -59,8 +59,9 @@ def combine_cases(ranks: Ranks, name: str, cases: list[Case]) -> list[torch.Tens
             owner_TK.zero_()
         mine_TK1 = (owner_TK == ranks.expert_rank)[:, :, None]
         y_TKH = torch.where(mine_TK1, slots_TKH(case), 0.0).to(ranks.device)
-        rows_TKH = combine.rows(y_TKH.new_empty(case.tokens, case.hidden), case.top_k)
-        outputs.append(add_rows(combine(y_TKH if rows_TKH is None else rows_TKH.copy_(y_TKH))).cpu())
+        rows_TKH = combine.rows(y_TKH.new_empty(case.tokens, case.hidden), case.top_k, overlap=overlap)
+        pending = combine(y_TKH if rows_TKH is None else rows_TKH.copy_(y_TKH), overlap=overlap)
+        outputs.append(add_rows(pending.wait()).cpu())
     return outputs
 
 

@@ -40,7 +40,7 @@ def tokens(count: int) -> torch.Tensor:
 
 def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
     moe = layer(placement, ranks.expert_rank, Slots(ranks))
-    return [add_rows(moe(x_TH, moe.router(x_TH))) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
+    return [add_rows(moe(x_TH, moe.router(x_TH)).wait()) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_numbers_of_ranks_that_it_does_not_serve() -> None:
 def plain(ranks: Ranks) -> tuple[bool, str]:
     with redirect_stderr(io.StringIO()) as said:
         slots = Slots(ranks)
-    return slots.symmetric is None and slots.rows(torch.ones(2, 8), 4) is None, said.getvalue()
+    return slots.symmetric is None and slots.rows(torch.ones(2, 8), 4, overlap=False) is None, said.getvalue()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -125,9 +125,9 @@ def sums(ranks: Ranks, large: int) -> list[torch.Tensor]:
     slots, found = Slots(ranks), []
     for seed, (tokens, top_k, hidden) in enumerate([*SHAPES, (large, 4, 40), *SHAPES]):
         rows_TKH, mine_TKH = owned(ranks, seed, tokens, top_k, hidden, torch.bfloat16)
-        place = slots.rows(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k)
+        place = slots.rows(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k, overlap=False)
         assert (place is None) == (tokens == large)
-        y_TKH = slots(mine_TKH.clone() if place is None else place.copy_(mine_TKH))
+        y_TKH = slots(mine_TKH.clone() if place is None else place.copy_(mine_TKH), overlap=False).wait()
         assert (y_TKH is place) == (place is not None)
         found.append(y_TKH.clone())
         assert torch.equal(y_TKH, rows_TKH)
@@ -173,12 +173,12 @@ def race(ranks: Ranks, dtype: torch.dtype) -> list[int]:
         x_TH = torch.empty(tokens, 2880, dtype=dtype, device=ranks.device)
         for seed in range(ROUNDS):
             rows_TKH, mine_TKH = owned(ranks, seed, tokens, 4, 2880, dtype)
-            group_TKH = slots(mine_TKH.clone())
+            group_TKH = slots(mine_TKH.clone(), overlap=bool(seed % 2)).wait()
             if seed % 3 == ranks.rank % 3:
                 torch.cuda._sleep(int(torch.randint(0, 200_000, (), generator=delay)))  # up to a tenth of a millisecond
-            place = slots.rows(x_TH, 4)
+            place = slots.rows(x_TH, 4, overlap=False)
             assert place is not None
-            y_TKH = slots(place.copy_(mine_TKH))
+            y_TKH = slots(place.copy_(mine_TKH), overlap=False).wait()
             same = (y_TKH == rows_TKH).all() & (group_TKH == rows_TKH).all()
             good += same & (bits(add_rows(y_TKH)) == bits(add_rows(group_TKH))).all()
         right.append(int(good))
@@ -197,9 +197,9 @@ def replay(ranks: Ranks) -> list[bool]:
 
     def step() -> None:
         for layer in range(layers):
-            place = slots.rows(source[layer, :, 0], 4)
+            place = slots.rows(source[layer, :, 0], 4, overlap=False)
             assert place is not None
-            found[layer] = slots(place.copy_(source[layer]))
+            found[layer] = slots(place.copy_(source[layer]), overlap=False).wait()
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):

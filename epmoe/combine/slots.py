@@ -13,6 +13,7 @@ Letters: T tokens · K experts per token · H hidden.
 import torch
 import torch.distributed as dist
 
+from epmoe.combine import Pending
 from epmoe.combine.symmetric import connect
 from epmoe.ranks import Ranks
 
@@ -24,16 +25,16 @@ class Slots:
         self.group = ranks.expert_group
         self.symmetric = connect(ranks)
 
-    def rows(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
-        """Zeros in symmetric memory, where this step's rows go by it."""
-        return self.symmetric.rows(x_TH, top_k) if self.symmetric else None
+    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> torch.Tensor | None:
+        """Zeros in symmetric memory, where this step's rows go by it: it has room for one micro-batch."""
+        return self.symmetric.rows(x_TH, top_k) if self.symmetric and not overlap else None
 
-    def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
         """[T, K, H] with zeros in other ranks' slots → the same tensor with all slots."""
         if self.group is None or not y_TKH.numel():
-            return y_TKH
+            return Pending(y_TKH)
         if self.symmetric and self.symmetric.holds(y_TKH):
+            assert not overlap
             self.symmetric.add(y_TKH)
-        else:
-            dist.all_reduce(y_TKH, group=self.group)
-        return y_TKH
+            return Pending(y_TKH)
+        return Pending(y_TKH, dist.all_reduce(y_TKH, group=self.group, async_op=overlap))
