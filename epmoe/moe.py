@@ -7,7 +7,7 @@ on this rank.
 import torch
 from torch import nn
 
-from epmoe.combine import Combine
+from epmoe.combine import Combine, Pending
 from epmoe.experts import Experts
 from epmoe.profile import named
 from epmoe.router import Route
@@ -34,14 +34,16 @@ class MoE(nn.Module):
         self.experts, self.route, self.combine = experts, route, combine
         self.local_E, self.num_local = local_E, num_local
 
-    def forward(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, *, overlap: bool = False) -> Pending:
         """[T, H] and `router` of it → [T, J, H], a token's output being `add_rows` of it (epmoe/norm.py).
 
-        A collective: every rank of the expert group calls it with the same tokens.
+        A collective: every rank of the expert group calls it with the same tokens. With `overlap` the rows may be asked
+        for after another micro-batch's call.
         """
         assert self.experts is not None, "MoE.install was not called"
         with named("route"):
             dispatch = self.route(logits_TE, self.top_k, self.local_E, self.num_local)
-        y_TKH = self.experts.forward(x_TH, dispatch)
+        place_TKH = self.combine.rows(x_TH, self.top_k, overlap=overlap)
+        y_TKH = self.experts.forward(x_TH, dispatch, place_TKH)
         with named("combine"):
-            return self.combine(y_TKH)
+            return self.combine(y_TKH, overlap=overlap)

@@ -53,6 +53,8 @@ class Ranks:
     start_timeout_s: float = 3600.0
     # What must let go of the group's collectives before the group can end: CUDA graphs that hold some.
     at_end: WeakSet[Closable] = field(default_factory=WeakSet, compare=False, repr=False)
+    # The same, and what must not be freed before: that would wait for the device, perhaps within a capture.
+    until_end: list[Closable] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -173,7 +175,7 @@ def start(
     try:
         ranks = _group(launch, _device(device, launch), store, timeout_s)
         yield replace(ranks, watch=watch, start_timeout_s=start_timeout_s)
-        for holder in list(ranks.at_end):
+        for holder in (*ranks.at_end, *ranks.until_end):
             holder.close()
         watch.finish()
     except UserError as error:

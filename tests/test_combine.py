@@ -9,7 +9,7 @@ import pytest
 import torch
 from spawn import run_ranks
 
-from epmoe.combine import COMBINES
+from epmoe.combine import COMBINES, Combine
 from epmoe.norm import add_rows
 from epmoe.ranks import Ranks
 from epmoe.tables import lookup
@@ -49,8 +49,9 @@ def slots_TKH(case: Case) -> torch.Tensor:
     return y_TKH.to(case.dtype)
 
 
-def combine_cases(ranks: Ranks, name: str, cases: list[Case]) -> list[torch.Tensor]:
-    outputs = []
+def combine_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = False) -> list[torch.Tensor]:
+    outputs: list[torch.Tensor] = []
+    combine: Combine = lookup("combine", COMBINES, name)(ranks)
     for seed, case in enumerate(cases):
         random = torch.Generator().manual_seed(seed)
         owner_TK = torch.randint(0, ranks.size, (case.tokens, case.top_k), generator=random)
@@ -58,7 +59,9 @@ def combine_cases(ranks: Ranks, name: str, cases: list[Case]) -> list[torch.Tens
             owner_TK.zero_()
         mine_TK1 = (owner_TK == ranks.expert_rank)[:, :, None]
         y_TKH = torch.where(mine_TK1, slots_TKH(case), 0.0).to(ranks.device)
-        outputs.append(add_rows(lookup("combine", COMBINES, name)(ranks)(y_TKH)).cpu())
+        rows_TKH = combine.rows(y_TKH.new_empty(case.tokens, case.hidden), case.top_k, overlap=overlap)
+        pending = combine(y_TKH if rows_TKH is None else rows_TKH.copy_(y_TKH), overlap=overlap)
+        outputs.append(add_rows(pending.wait()).cpu())
     return outputs
 
 
@@ -100,7 +103,7 @@ def test_all_reduce_in_bf16_is_not_bitwise() -> None:
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("size", [size for size in (2, 4) if size <= max(2, torch.cuda.device_count())])
-def test_slots_are_bitwise_over_nccl(size: int) -> None:
+def test_slots_are_bitwise_on_gpus(size: int) -> None:
     """The same promise on GPUs, against one GPU."""
     (one_gpu,) = run_ranks(combine_cases, 1, "slots", CASES, device="cuda")
     for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, device="cuda", timeout=120):

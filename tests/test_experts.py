@@ -34,6 +34,8 @@ def run_case(backend: str, format: str, case: Case, device: str, dtype: torch.dt
     assert not y_TKH[wanted_TKH == 0].any(), "a slot of another rank is not zero"
     error = relative_error(y_TKH, wanted_TKH)
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
+    place_TKH = torch.zeros_like(y_TKH)
+    assert experts.forward(x_TH, dispatch, place_TKH) is place_TKH and torch.equal(place_TKH, y_TKH)
 
 
 def on_cpu(backend: str, function, *args):

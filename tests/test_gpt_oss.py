@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from loading import rank_of
 from steps import make_step
 
 from epmoe import models
 from epmoe.attention import Rope
 from epmoe.cache import Cache, DecodeStep
+from epmoe.combine.slots import Slots
 from epmoe.errors import UserError
 from epmoe.experts import ExpertWeights
 from epmoe.experts.reference import ReferenceExperts
@@ -302,7 +304,7 @@ def build(config: GptOssConfig) -> GptOss:
         )
         local_E = torch.arange(experts, dtype=torch.int32)
         packed = ReferenceExperts.pack(weights, config.activation)
-        moe.install(packed, route, lambda y_TKH: y_TKH, local_E, experts)
+        moe.install(packed, route, Slots(rank_of(0, 1)), local_E, experts)
     return model.requires_grad_(False).eval()
 
 

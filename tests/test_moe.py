@@ -6,6 +6,7 @@ Letters: T tokens · H hidden · E experts · K experts per token.
 import pytest
 import torch
 from expert_cases import Case, of_experts, random_weights
+from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.combine import Combine
@@ -39,7 +40,7 @@ def tokens(count: int) -> torch.Tensor:
 
 def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
     moe = layer(placement, ranks.expert_rank, Slots(ranks))
-    return [add_rows(moe(x_TH, moe.router(x_TH))) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
+    return [add_rows(moe(x_TH, moe.router(x_TH)).wait()) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_ranks_give_the_bits_of_one_rank(placement: Placement, one_rank: list[to
 
 def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:
     """Against a dense sum over all experts in float64, so that all ranks being wrong alike is seen."""
-    moe = layer(contiguous(7, 1), 0, lambda y_TKH: y_TKH)
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
     weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
     x_TH = tokens(CASE.tokens).double()
     logits_TE = x_TH @ moe.router.weight.double().T + moe.router.bias.double()
@@ -78,7 +79,7 @@ def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:
 
 def test_parameters_are_the_router_alone() -> None:
     """A model's state must not grow by what the loader installs."""
-    moe = layer(contiguous(7, 1), 0, lambda y_TKH: y_TKH)
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
     assert {name: tuple(p.shape) for name, p in moe.state_dict().items()} == {
         "router.weight": (7, 96),
         "router.bias": (7,),

@@ -177,9 +177,11 @@ def down_bias_after_the_gate_weight(patch: Patch, model: GptOss) -> None:
     for layer in range(model.config.layers):
         experts = reference_of(model, layer)
 
-        def forward(x_TH: torch.Tensor, dispatch: Dispatch, experts: Any = experts, real: Any = experts.forward) -> Any:
+        def forward(
+            x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: Any, experts: Any = experts, real: Any = experts.forward
+        ) -> Any:
             bias_TKH = experts.weights.down_bias_LH[dispatch.expert_TK.long()]  # one rank: local ids are global ids
-            return real(x_TH, dispatch) + (1 - dispatch.weight_TK[..., None]) * bias_TKH
+            return real(x_TH, dispatch, y_TKH) + (1 - dispatch.weight_TK[..., None]) * bias_TKH
 
         patch.setattr(experts, "forward", forward)
 

@@ -6,6 +6,7 @@ Letters: T tokens · K experts per token · H hidden.
 import torch
 import torch.distributed as dist
 
+from epmoe.combine import Pending
 from epmoe.norm import add_rows
 from epmoe.ranks import Ranks
 
@@ -19,10 +20,13 @@ class AllReduce:
     def __init__(self, ranks: Ranks) -> None:
         self.group = ranks.expert_group
 
-    def __call__(self, y_TKH: torch.Tensor) -> torch.Tensor:
+    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> None:
+        """The sum over this rank's slots travels, so the rows may be anywhere."""
+
+    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
         """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
         if self.group is None or not y_TKH.numel():
-            return y_TKH
+            return Pending(y_TKH)
         sum_TH = add_rows(y_TKH)
-        dist.all_reduce(sum_TH, group=self.group)
-        return sum_TH[:, None]
+        work = dist.all_reduce(sum_TH, group=self.group, async_op=overlap)
+        return Pending(sum_TH[:, None], work)

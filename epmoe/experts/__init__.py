@@ -50,8 +50,10 @@ class Experts(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
         """[T, H] → slot rows [T, K, H] in x's dtype: gate weight × (expert output + down bias); zeros for other slots.
+
+        They are written into `y_TKH`, zeros, where that is given.
 
         A row's value depends on its token and its expert only, not on the other rows: a fixed order along the
         contraction.

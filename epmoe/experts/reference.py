@@ -58,10 +58,12 @@ class ReferenceExperts:
         biases = weights.gate_up_bias_LN.nbytes + weights.down_bias_LH.nbytes
         return weights.gate_up.nbytes + weights.down.nbytes + biases + sum(value.nbytes for value in self._held or ())
 
-    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
         """[T, H] → this rank's slot rows [T, K, H] in x's dtype, others zero; no work for experts without rows."""
         (tokens, hidden), top_k = x_TH.shape, dispatch.expert_TK.shape[1]
-        y_SH = x_TH.new_zeros(tokens * top_k, hidden)
+        if y_TKH is None:
+            y_TKH = x_TH.new_zeros(tokens, top_k, hidden)
+        y_SH = y_TKH.view(tokens * top_k, hidden)
         weight_S = dispatch.weight_TK.flatten()
         offsets = dispatch.offset_L1.tolist()
         for expert, (start, stop) in enumerate(pairwise(offsets)):
@@ -76,7 +78,7 @@ class ReferenceExperts:
                 with named("down"):
                     y_MH = (h_MI @ down_HI.T + self.weights.down_bias_LH[expert].float())[: len(slot_M)]
                     y_SH[slot_M] = (y_MH * weight_S[slot_M, None]).to(x_TH.dtype)
-        return y_SH.view(tokens, top_k, hidden)
+        return y_TKH
 
     def _values(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 gate_up [2I, H] and down [H, I] of one expert; float32 holds the values of every format exactly."""

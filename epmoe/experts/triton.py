@@ -83,12 +83,12 @@ class TritonExperts:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes + self.gate_up_bias_LN.nbytes + self.down_bias_LH.nbytes
 
-    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
         """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
         with named("gate_up"):
             h_RI = gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
         with named("down"):
-            return down(h_RI, self.down, self.down_bias_LH, dispatch)
+            return down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH)
 
 
 def gate_up(
@@ -128,15 +128,26 @@ def gate_up(
     return h_RI
 
 
-def down(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias): [R, I] → [T, K, H], zeros in slots of other ranks."""
+def down(
+    h_RI: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LH: torch.Tensor,
+    dispatch: Dispatch,
+    y_TKH: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias): [R, I] → [T, K, H], zeros in slots of other ranks.
+
+    Written into `y_TKH`, zeros, where that is given.
+    """
     (slots, intermediate), (num_local, hidden, columns) = h_RI.shape, matrix.shape
     assert intermediate == columns and slots == dispatch.slot_R.numel()
     assert dispatch.weight_TK.dtype == torch.float32 and dispatch.weight_TK.is_contiguous()
     _check(h_RI, matrix, bias_LH, dispatch)
-    # A rank that has all experts writes every slot.
-    new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
-    y_TKH = new(*dispatch.expert_TK.shape, hidden)
+    if y_TKH is None:
+        # A rank that has all experts writes every slot.
+        new = h_RI.new_empty if num_local == dispatch.num_experts else h_RI.new_zeros
+        y_TKH = new(*dispatch.expert_TK.shape, hidden)
+    assert y_TKH.shape == (*dispatch.expert_TK.shape, hidden) and y_TKH.is_contiguous() and y_TKH.dtype == h_RI.dtype
     tile = _tile(h_RI, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
     if grid and tile.kernel == "hopper":
@@ -188,15 +199,23 @@ def gate_up_torch(
     return h_RI
 
 
-def down_torch(h_RI: torch.Tensor, matrix: WordMatrix, bias_LH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+def down_torch(
+    h_RI: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LH: torch.Tensor,
+    dispatch: Dispatch,
+    y_TKH: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What `down` computes, in torch. Waits for the device."""
     value_LHI = matrix.unpack().dequantize(torch.float32)
-    y_SH = h_RI.new_zeros(dispatch.slot_R.numel(), matrix.shape[1])
+    if y_TKH is None:
+        y_TKH = h_RI.new_zeros(*dispatch.expert_TK.shape, matrix.shape[1])
+    y_SH = y_TKH.view(-1, matrix.shape[1])
     for expert, rows in enumerate(_expert_rows(dispatch)):
         slot_M = dispatch.slot_R[rows].long()
         y_MH = h_RI[rows].float() @ value_LHI[expert].T + bias_LH[expert].float()
         y_SH[slot_M] = (y_MH * dispatch.weight_TK.flatten()[slot_M, None]).to(h_RI.dtype)
-    return y_SH.view(*dispatch.expert_TK.shape, -1)
+    return y_TKH
 
 
 def _expert_rows(dispatch: Dispatch) -> list[slice]:

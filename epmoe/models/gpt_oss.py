@@ -4,7 +4,7 @@ Letters: T tokens of a step · O of them whose logits are wanted · H hidden · 
 to the residual stream (epmoe/norm.py) · V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self, cast
@@ -14,6 +14,7 @@ from torch import nn
 
 from epmoe.attention import Attention, Rope, Rotary
 from epmoe.cache import Cache, DecodeStep, Plan, Step
+from epmoe.combine import Pending
 from epmoe.experts import GatedActivation
 from epmoe.models import Place
 from epmoe.models.config import Keys, read_rope
@@ -102,6 +103,16 @@ def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _pick(parts: Sequence[torch.Tensor], row_O: torch.Tensor) -> torch.Tensor:
+    """Rows of one or two tensors that follow each other, without a look at which of them are whose."""
+    if len(parts) == 1:
+        return parts[0][row_O]
+    first, second = parts
+    index_O1 = row_O.view(-1, *[1] * (first.dim() - 1))
+    found = first[row_O.clamp(max=len(first) - 1)], second[(row_O - len(first)).clamp(min=0)]
+    return torch.where(index_O1 < len(first), *found)
+
+
 class Block(nn.Module):
     """x += attention(norm(x)); x += experts(norm(x)), each sum being left to the norm that comes after it."""
 
@@ -115,20 +126,37 @@ class Block(nn.Module):
     def forward(
         self,
         x_TH: torch.Tensor,
-        rows_TJH: torch.Tensor | None,
+        rows: Pending | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, torch.Tensor],
         plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        *,
+        overlap: bool = False,
+    ) -> tuple[torch.Tensor, Pending]:
         """The residual stream and the rows still to be added to it, [T, H] and [T, J, H] → the same after this block.
 
-        The last three arguments are those of `Attention.forward`.
+        `cos_sin`, `cached` and `plan` are those of `Attention.forward`, `overlap` is that of `MoE.forward`.
         """
         with named("attention"):
-            x_TH, norm_TH = self.attention_norm(x_TH, rows_TJH)
+            x_TH, norm_TH = self.attention_norm(x_TH, rows.wait() if rows else None)
             attended_TH = self.attention(norm_TH, cos_sin, cached, plan)
         x_TH, norm_TH, logits_TE = self.moe_norm.with_linear(x_TH, attended_TH[:, None], self.moe.router)
-        return x_TH, self.moe(norm_TH, logits_TE)
+        return x_TH, self.moe(norm_TH, logits_TE, overlap=overlap)
+
+
+@dataclass
+class MicroBatch:
+    """A step, or one of its halves, on its way through the blocks."""
+
+    plans: dict[int | None, Plan]
+    cos_sin: tuple[torch.Tensor, torch.Tensor]
+    x_TH: torch.Tensor
+    rows: Pending | None = None
+
+    def end(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """After the last block: the residual stream and the rows still to be added to it."""
+        assert self.rows is not None, "a model has layers"
+        return self.x_TH, self.rows.wait()
 
 
 class GptOss(nn.Module):
@@ -155,32 +183,42 @@ class GptOss(nn.Module):
         A DecodeStep gives the logits of all its rows, [B, V] or the part of V that it asks for, which begins at a
         multiple of `vocab_chunk`; on a GPU nothing of it waits, so it can be captured.
 
+        A large Step goes through each block as two halves. While the ranks exchange the rows of the first, they compute
+        the second, and the first's next block while they exchange the second's:
+
+            compute    A₀  B₀  A₁  B₁  A₂ …      A, B: the halves; 0, 1, 2 …: the blocks
+            wire           A₀  B₀  A₁  B₁ …
+
         A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
         same bits.
         """
-        plans = cache.plan(step)
-        if isinstance(step, DecodeStep):
-            token_T, position_T, output_O, part = step.token_B, step.position_B, None, step.part
-        else:
-            token_T, position_T, output_O, part = step.token_T, step.position_T, step.output_O, None
-        cos_sin = self.rotary(position_T)
-        x_TH: torch.Tensor = self.embedding(token_T)
-        rows_TJH: torch.Tensor | None = None
+        halves = (step,) if isinstance(step, DecodeStep) else step.halves()
+        batches = [self._begin(half, cache) for half in halves]
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
-            x_TH, rows_TJH = block(x_TH, rows_TJH, cos_sin, cache.layer(index), plans[window])
-        if output_O is not None:
-            assert rows_TJH is not None, "a model has layers"
-            x_TH, rows_TJH = x_TH[output_O], rows_TJH[output_O]
-        return self._logits(self.norm(x_TH, rows_TJH)[1], part)
+            for batch in batches:
+                place = batch.cos_sin, cache.layer(index), batch.plans[window]
+                batch.x_TH, batch.rows = block(batch.x_TH, batch.rows, *place, overlap=len(batches) > 1)
+        ends = [batch.end() for batch in batches]
+        if isinstance(step, DecodeStep):
+            return self._logits(*ends[0], step.part)
+        x_OH, rows_OJH = (_pick(tensors, step.output_O) for tensors in zip(*ends, strict=True))
+        return self._logits(x_OH, rows_OJH, None)
+
+    def _begin(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
+        if isinstance(step, DecodeStep):
+            token_T, position_T = step.token_B, step.position_B
+        else:
+            token_T, position_T = step.token_T, step.position_T
+        return MicroBatch(cache.plan(step), self.rotary(position_T), self.embedding(token_T))
 
     @property
     def vocab_chunk(self) -> int:
         """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
         return VOCAB_CHUNK
 
-    def _logits(self, x_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+    def _logits(self, x_OH: torch.Tensor, rows_OJH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
-        return part_logits(x_OH, weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
+        return part_logits(self.norm(x_OH, rows_OJH)[1], weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
