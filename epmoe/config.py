@@ -76,7 +76,7 @@ class Runtime:
     timeout_s: float = key("a rank that does not answer for this many seconds is given up", low=1, high=10**6)
     start_timeout_s: float = key("a rank may be ready to run this many seconds after the first one", low=1, high=10**6)
     page: int = key("positions in one page of the key/value cache", low=1, high=65536)
-    prefill_chunk: int = key("most tokens of prompts in one step; 0: 8192, on a CPU 2048", low=0)
+    prefill_chunk: int = key("most tokens of prompts in one step; 0: 16384, on a CPU 2048", low=0)
     max_batch: int = key("most sequences at a time", low=1)
     cache_tokens: int = key("positions in the key/value cache; 0: what the requests and the memory allow", low=0)
     graphs: str = key("decode steps as CUDA graphs; auto: where possible", names=("auto", "true", "false"))

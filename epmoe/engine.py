@@ -68,14 +68,15 @@ OnFinish = Callable[[int, Result], None]
 
 
 def choose_chunk(wanted: int, device: torch.device) -> int:
-    """runtime.prefill_chunk; 0 is 8192 tokens on an accelerator, 2048 on a CPU.
+    """runtime.prefill_chunk; 0 is 16384 tokens on an accelerator, 2048 on a CPU.
 
     A product with the experts is the more efficient the more rows each expert has: 8192 tokens of 4 out of 32 experts
-    are 1024 rows, of 128 experts 256. What a step holds beyond the weights grows with the chunk: for 8192 tokens of
-    gpt-oss in bf16 the experts' h [T·K, I] and y [T, K, H] are 0.19 GB each, and x, its norm, q, k and v 0.05 to 0.1 GB
+    are 1024 rows, of 128 experts 256. So many are half of a step (`Step.halves`), hence twice as many in a step. What a
+    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 each half's slot rows y [T,
+    K, H] and the experts' h [T·K, I] of one half at a time are 0.19 GB each, and x, its norm, q, k and v 0.1 to 0.2 GB
     each. The choice follows the device's type alone, so that all machines cut prompts in the same places.
     """
-    return wanted or (2048 if device.type == "cpu" else 8192)
+    return wanted or (2048 if device.type == "cpu" else 16384)
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int) -> None:

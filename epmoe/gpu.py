@@ -1,14 +1,18 @@
 """What kernels need to know of the GPU, and of each other: its generation, and when one may begin.
 
-A kernel begins when the one before it has ended. Programmatic dependent launch (Hopper and newer) lets a kernel that
-begins with much reading of its own, a product with a weight, come in earlier:
+A kernel begins when the one before it has ended; then a microsecond passes until its first loads are back. Programmatic
+dependent launch (Hopper and newer) lets it come in before that:
 
     kernel A      next_may_begin() · … results → memory |
-    kernel B            reads its weight → registers · after_previous() | reads A's results …
+    kernel B            reads its weight → registers · after_previous() | next_may_begin() · reads A's results …
 
 A's programs call `next_may_begin`; B is launched with `**early(device)`. Until its `after_previous` returns, a program
-of B may read what no kernel writes, and nothing else. What comes after B, without these options, waits for B's end as
-ever.
+of B may read what no kernel writes, and nothing else; and each program calls it, or what comes after B would not wait
+for A. A kernel after B that is launched without these options waits for B's end as ever.
+
+This gains where B reads much of its own (a product of few rows: linear_triton.py), or where A is small and B's programs
+find the machine empty. It loses where both are large: B's programs take the places that A leaves free just then, three
+on one multiprocessor and none on the next. So experts' `down` and attention come in late.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -41,7 +45,7 @@ def early(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def next_may_begin(PDL: tl.constexpr):
-    """Let the next kernel's programs come in as soon as all of this one's have. Not in a kernel launched `early`."""
+    """Let the next kernel's programs come in as soon as all of this one's are here; after `after_previous`, if any."""
     if PDL:
         gdc_launch_dependents()
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from epmoe.gpu import after_previous, early
+from epmoe.gpu import after_previous, early, next_may_begin
 
 # Of one program. 4 x 8, 2 x 8, 1 x 4, 4 x 4 were within 6 % on an H200 (scripts/bench/NOTES.md).
 ROWS = 2
@@ -64,6 +64,7 @@ def linear_kernel(
     if bias_ptr is not None:
         bias_R = tl.load(bias_ptr + n_R, real_R, other=0).to(tl.float32)
     after_previous(PDL)
+    next_may_begin(PDL)
     for t in tl.static_range(T):
         x_H = tl.load(x_ptr + t * H + h_H, real_H, other=0).to(tl.float32)
         out_R = tl.sum(weight_RH.to(tl.float32) * x_H[None, :], 1) + bias_R

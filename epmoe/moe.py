@@ -41,9 +41,10 @@ class MoE(nn.Module):
         for after another micro-batch's call.
         """
         assert self.experts is not None, "MoE.install was not called"
+        # Before the router, whose kernel lets the experts' first one come in early (epmoe/gpu.py).
+        place_TKH = self.combine.rows(x_TH, self.top_k, overlap=overlap)
         with named("route"):
             dispatch = self.route(logits_TE, self.top_k, self.local_E, self.num_local)
-        place_TKH = self.combine.rows(x_TH, self.top_k, overlap=overlap)
         y_TKH = self.experts.forward(x_TH, dispatch, place_TKH)
         with named("combine"):
             return self.combine(y_TKH, overlap=overlap)

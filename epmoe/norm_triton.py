@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from epmoe.gpu import dependent, next_may_begin
+from epmoe.gpu import after_previous, early, next_may_begin
 
 # 4096 padded columns over 8 warps: 16 to a thread.
 _THREAD = 16
@@ -49,8 +49,8 @@ def add_norm(
             eps,
             H=hidden,
             K=top_k,
-            PDL=dependent(x_TH.device),
             **tile_options(hidden),
+            **early(x_TH.device),
         )
     return sum_TH, norm_TH
 
@@ -85,6 +85,7 @@ def add_norm_linear(
         E=outputs,
         B=OUTPUTS,
         **tile_options(hidden),
+        **early(x_TH.device),
     )
     return sum_TH, norm_TH, out_TE
 
@@ -108,11 +109,10 @@ def add_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Program t: x[t] + its K rows, added upwards from +0; then the norm of what was stored."""
-    next_may_begin(PDL)
     t = tl.program_id(0).to(tl.int64)
     h_H = tl.arange(0, HP)
     real_H = h_H < H
-    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP)
+    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if K:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
     tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
@@ -134,15 +134,16 @@ def add_norm_linear_kernel(
     E: tl.constexpr,
     B: tl.constexpr,
     HP: tl.constexpr,  # H rounded up to a power of two
+    PDL: tl.constexpr,
 ):
     """Program (t, b): outputs b·B … of row t; the first one writes the row's sum and norm."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h_H = tl.arange(0, HP)
     real_H = h_H < H
     e_B = b * B + tl.arange(0, B)
-    # Asked for first: they are under way while the norm is made.
+    # Asked for first: they are under way while the kernel before ends and the norm is made.
     linear_BH = tl.load(linear_ptr + e_B[:, None] * H + h_H[None, :], (e_B < E)[:, None] & real_H[None, :], other=0)
-    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP)
+    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if b == 0:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
         tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
@@ -153,10 +154,24 @@ def add_norm_linear_kernel(
 
 
 @triton.jit
-def _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H: tl.constexpr, K: tl.constexpr, HP: tl.constexpr):
+def _add_norm(
+    x_ptr,
+    rows_ptr,
+    weight_ptr,
+    t,
+    h_H,
+    real_H,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Row t: (the sum, its norm), both rounded to x's dtype."""
-    x_H = tl.load(x_ptr + t * H + h_H, real_H, other=0)
     weight_H = tl.load(weight_ptr + h_H, real_H, other=0).to(tl.float32)
+    after_previous(PDL)
+    next_may_begin(PDL)
+    x_H = tl.load(x_ptr + t * H + h_H, real_H, other=0)
     if K:
         add_H = tl.zeros([HP], tl.float32)
         for k in tl.static_range(K):

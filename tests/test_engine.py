@@ -169,7 +169,7 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
 
 
 def test_a_chunk_is_chosen_by_the_kind_of_device() -> None:
-    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 8192, 8192]
+    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 16384, 16384]
     assert choose_chunk(5, torch.device("cpu")) == choose_chunk(5, torch.device("cuda")) == 5
     assert engine().prefill_chunk == 2048
 

@@ -44,7 +44,7 @@ def compiled(
         "weight_ptr": "*fp32",
     }
     constants = {"COLUMNS": 2880, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
-    constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot}
+    constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot, "PDL": arch >= 90}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     sizes = ("hidden", "intermediate", "rows")  # multiples of 32, as MXFP4 demands
     cost = compile_kernel(kernel, signature, constants, tile.warps, tile.stages, arch, divisible=sizes)
@@ -119,7 +119,7 @@ def test_router_on_other_generations(experts: int, top_k: int, arch: int) -> Non
     few, many = router.few_options(64, experts), router.tile_options(experts)
     for kernel, tile in ((router._few, few), (router._choose, many), (router._index, many)):
         assert tile
-        constants = {"E": experts, "K": top_k, **tile}
+        constants = {"E": experts, "K": top_k, **tile} | ({"PDL": arch >= 90} if kernel is router._few else {})
         warps = constants.pop("num_warps")
         signature = {name: types[name] for name in kernel.arg_names if name not in constants}
         assert compile_kernel(kernel, signature, constants, warps, arch=arch)["spills"] == 0

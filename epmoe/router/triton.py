@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from epmoe.errors import UserError
+from epmoe.gpu import after_previous, early, next_may_begin
 from epmoe.profile import named
 from epmoe.router import Dispatch
 
@@ -70,7 +71,8 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     sizes = {"E": experts, "K": top_k}
 
     if few := few_options(tokens, experts):
-        _few[(1,)](logits_TE, local_E, *chosen, *index, tokens, num_local, **sizes, **few)
+        options = {**sizes, **few, **early(device)}
+        _few[(1,)](logits_TE, local_E, *chosen, *index, tokens, num_local, **options)
     else:
         tile = tile_options(experts)
         blocks = triton.cdiv(tokens, tile["BLOCK_T"])
@@ -120,6 +122,7 @@ def _few(
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """All T tokens in one program."""
     token_T = tl.arange(0, BLOCK_T)
@@ -127,6 +130,8 @@ def _few(
     k_K = tl.arange(0, triton.next_power_of_2(K))
     real_T = token_T < tokens
     local_E = tl.load(local_ptr + id_E, mask=id_E < E, other=-1)  # needed late: asked for before the logits
+    after_previous(PDL)
+    next_may_begin(PDL)
     id_TK, weight_TK, chosen_TE = _top(logits_ptr, token_T, real_T, E, K, BLOCK_T, BLOCK_E)
     real_TK = real_T[:, None] & (k_K < K)[None, :]
     to_TK = token_T[:, None] * K + k_K[None, :]
