@@ -58,7 +58,7 @@ def execute(ptx: str, *inputs: torch.Tensor) -> torch.Tensor:
     values = {f"${i}": value for i, value in enumerate(inputs, 1)}
     body = re.fullmatch(r"{ \.reg \.b32 [\w, ]+;(.*)}", ptx)
     assert body is not None, ptx
-    for line in filter(None, map(str.strip, body[1].split(";"))):
+    for line in filter(None, map(str.strip, re.sub(r"/\*.*?\*/", "", body[1]).split(";"))):
         name, operands = line.split(" ", 1)
         to, *sources = (each.strip() for each in operands.split(","))
         known = [values[each] if each in values else torch.tensor(int(each, 0)) for each in sources]
@@ -84,7 +84,7 @@ def test_ptx_gives_the_values(wide: bool) -> None:
             factor_NR = bits * 0x10001
         else:
             factor_NR = execute(PTX_FACTOR.value[j], scale_NR)
-            assert torch.equal(factor_NR, (byte_NR + 126 << 7) * 0x10001)
+            assert torch.equal(factor_NR, ((byte_NR + 126) << 7) * 0x10001)
         value_NR = execute((PTX_WIDE if wide else PTX_NARROW).value[j], register_NR, factor_NR, factor_NR)
         value_NC = value_NR.to(torch.int32).view(torch.bfloat16)
         nan_NC = wanted_NJC[:, j].isnan()

@@ -191,7 +191,9 @@ PTX_FACTOR = tl.constexpr(
         f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x444{j}; mad.lo.u32 $0, t, 0x00800080, 0x3f003f00; }}" for j in range(4)
     )
 )
-# $1 holds two words, $2 and $3 the factor of each: the same; the code's bits come to their places in $0
+# $1 holds two words; the code's bits come to their places in $0. $2 and $3 are the factors of those words, and $2
+# serves both: Triton hands over neighbours of a row, which share a scale. tests/test_kernels_compile.py reads in the
+# comment that the registers are one.
 _PTX_BITS = (
     "and.b32 $0, $1, 0x81c081c0;",
     "shl.b32 $0, $1, 3; and.b32 $0, $0, 0x81c081c0;",
@@ -202,7 +204,7 @@ _PTX_BITS = (
 _PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
 _PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
 _PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
-_PTX_SCALE = _PTX_TIMES.format(factor="$2") + "}"
+_PTX_SCALE = "/* factors $2 $3 */" + _PTX_TIMES.format(factor="$2") + "}"
 PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
 PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
