@@ -37,7 +37,8 @@ def compile_kernel(
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
-    each other, "tensor": columns of Blackwell's tensor memory}`.
+    each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
+    "unlike": those of them whose two factors are not one register (mxfp4_words.py)}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -63,6 +64,8 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
     cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
+    factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
+    cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())

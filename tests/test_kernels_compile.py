@@ -33,6 +33,7 @@ def compiled(
     wide: bool = False,
     ptx: bool = True,
     arch: int = 90,
+    columns: int = 2880,
 ) -> dict[str, int]:
     pointer, dot = DTYPES[dtype]
     types = {
@@ -43,7 +44,7 @@ def compiled(
         **dict.fromkeys(("alpha", "limit", "up_offset"), "fp32"),
         "weight_ptr": "*fp32",
     }
-    constants = {"COLUMNS": 2880, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
+    constants = {"COLUMNS": columns, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
     constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot, "PDL": arch >= 90}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     sizes = ("hidden", "intermediate", "rows")  # multiples of 32, as MXFP4 demands
@@ -51,6 +52,7 @@ def compiled(
     assert cost["shared"] <= MOST_SHARED[arch], "more shared memory than a block may have"
     # Blackwell's own. Of a kernel that needs more Triton leaves one instruction, a trap, and refuses to launch it.
     assert cost["tensor"] <= MOST_TENSOR, "more columns of tensor memory than a multiprocessor has"
+    assert (cost["factors"] > 0) == ptx and cost["unlike"] == 0, "a register's two words have two scales"
     return cost
 
 
@@ -72,6 +74,13 @@ def test_other_generations(kernel: Any, arch: int) -> None:
     """Each with its own table of tiles."""
     for tile in OTHERS[arch]:
         compiled(kernel, torch.bfloat16, tile, arch=arch)
+
+
+@pytest.mark.parametrize("arch", MOST_SHARED)
+def test_one_scale_a_register(arch: int) -> None:
+    """In runs of 4, 2 and 1 pairs: `compiled` looks."""
+    for dtype, tile in SHIPPED if arch == 90 else [(torch.bfloat16, tile) for tile in OTHERS[arch]]:
+        compiled(down_kernel, dtype, tile, arch=arch, columns=448)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -96,7 +105,7 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
     constants = {"COLUMNS": 2880, "LOCAL": 32, "B": tile.weight_rows, "M": tile.tokens, "WIDE": wide}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     cost = compile_kernel(kernel, signature, constants, tile.warps, divisible=("rows",))
-    assert cost["spills"] == cost["serialized"] == 0 and cost["wgmma"] > 0
+    assert cost["spills"] == cost["serialized"] == cost["unlike"] == 0 and cost["wgmma"] > 0 < cost["factors"]
     assert cost["shared"] <= MOST_SHARED[90]
 
 

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from epmoe.experts.mxfp4_words import PTX_NARROW, PTX_WIDE
+from epmoe.experts.mxfp4_words import words_to_values
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
@@ -298,12 +298,4 @@ def _copy_rest(
 @gluon.jit
 def _values(word_BQ, scale_B, J: gl.constexpr, WIDE: gl.constexpr):
     """Words int16 [B, Q] and their scale words int32 [B] → the bf16 values of code J (mxfp4_words.py) [B, Q]."""
-    scale_B = (scale_B >> (8 * J)) & 255
-    if WIDE:
-        factor_B = gl.where(scale_B == 0, 0x40, scale_B << 7)  # 2^−127 is subnormal
-        factor_B = gl.where(scale_B == 255, 0x7FC0, factor_B)
-    else:
-        factor_B = (scale_B + 126) << 7
-    code: gl.constexpr = PTX_WIDE[J] if WIDE else PTX_NARROW[J]
-    factor_B1 = factor_B.to(gl.int16)[:, None]
-    return gl.inline_asm_elementwise(code, "=&r,r,r", [word_BQ, factor_B1], dtype=gl.bfloat16, is_pure=True, pack=2)
+    return words_to_values(word_BQ, scale_B[:, None], J, WIDE, True)

@@ -15,13 +15,15 @@ A matrix has V of them a row, the rows side by side. Inside a word, with s the s
 exponent, m the mantissa of code j:
 
     bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
-    code  s0 s3 a3 s1 b3 m3 s2 a0 b0 m0 a1 b1 m1 a2 b2 m2
+    code  s0 b3 m3 s1 s3 a3 s2 a0 b0 m0 a1 b1 m1 a2 b2 m2
 
 Shifted left by 0, 3 or 6 and masked with 0x81c0, codes 0 to 2 stand where a bf16 has its sign and the lowest two bits
 of its exponent and the highest of its mantissa: that number is value · 2^−126, exactly, the subnormal code 0.5
-included. Code 3 is gathered from the bits that are left. A product with a power of two then gives value · 2^(scale −
-127), again exactly: for scale bytes up to 128 one factor 2^(scale − 1) does it, for larger ones ("wide") it would pass
-the largest bf16, so two factors are used, 2^126 and 2^(scale − 127). 255 is NaN.
+included. Code 3 has the bits that are left: alone in a register and shifted right by 8 they stand so that a product
+with 0x1042, the sum of their shifts by 12 (the sign), 6 (a) and 1 (b m), brings each to its place and lets no two
+meet. A product with a power of two then gives value · 2^(scale − 127), again exactly: for scale bytes up to 128 one
+factor 2^(scale − 1) does it, for larger ones ("wide") it would pass the largest bf16, so two factors are used, 2^126
+and 2^(scale − 127). 255 is NaN.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -36,7 +38,7 @@ import triton.language as tl
 from epmoe.quant.mxfp4 import Mxfp4Matrix
 
 # (mask, left shift) pairs that bring the four bits of a code, sign first, to their places in a word
-_PLACES = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((12, 11), (3, 10)))
+_PLACES = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((12, 8), (3, 13)))
 _EXPERTS_AT_ONCE = 4  # bounds the temporary memory of a conversion
 
 
@@ -154,64 +156,68 @@ def words_to_values(word, scale, J: tl.constexpr, WIDE: tl.constexpr, PTX: tl.co
 
     One code at a time, so that a large tile never holds more than a quarter of its values in registers.
     """
-    scale = (scale >> (8 * J)) & 255
     if PTX:
-        return _value_ptx(word, _factor(scale, WIDE), J, WIDE)
+        return tl.inline_asm_elementwise(
+            PTX_WIDE[J] if WIDE else PTX_NARROW[J],
+            "=&r,r,r,r",
+            [word, _factor(scale, J, WIDE)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return _value_integer(word, scale, J)
+        return _value_integer(word, (scale >> (8 * J)) & 255, J)
 
 
 @triton.jit
-def _factor(scale, WIDE: tl.constexpr):
-    """Bits, int16, of the bf16 number 2^(scale − 1), or where that is too large for bf16, 2^(scale − 127)."""
+def _factor(scale, J: tl.constexpr, WIDE: tl.constexpr):
+    """Of scale words int32, for codes J: int32 with the bits of 2^(scale − 1) in bf16 in both halves.
+
+    WIDE: 2^(scale − 127), since 2^(scale − 1) is too large for bf16.
+    """
     if WIDE:
+        scale = (scale >> (8 * J)) & 255
         bits = tl.where(scale == 0, 0x40, scale << 7)  # 2^−127 is subnormal
-        return tl.where(scale == 255, 0x7FC0, bits).to(tl.int16)
+        return tl.where(scale == 255, 0x7FC0, bits) * 0x10001
     else:
-        return ((scale + 126) << 7).to(tl.int16)
+        return tl.inline_asm_elementwise(PTX_FACTOR[J], "=r,r", [scale], dtype=tl.int32, is_pure=True, pack=1)
 
 
-# $1 holds two words, $2 two factors; the code's bits come to their places in $0
+# What the assembler makes of these is what limits a product of few rows, so instructions are counted (a register of
+# two words): 1, 2, 2 and 4 for the bits of codes 0 to 3, one product each (two if wide), and 2 for a factor, which
+# serves all the words of a scale: byte j alone, then (byte + 126) << 7 in both halves.
+PTX_FACTOR = tl.constexpr(
+    tuple(
+        f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x444{j}; mad.lo.u32 $0, t, 0x00800080, 0x3f003f00; }}" for j in range(4)
+    )
+)
+# $1 holds two words; the code's bits come to their places in $0. $2 and $3 are the factors of those words, and $2
+# serves both: Triton hands over neighbours of a row, which share a scale. tests/test_kernels_compile.py reads in the
+# comment that the registers are one.
 _PTX_BITS = (
     "and.b32 $0, $1, 0x81c081c0;",
     "shl.b32 $0, $1, 3; and.b32 $0, $0, 0x81c081c0;",
     "shl.b32 $0, $1, 6; and.b32 $0, $0, 0x81c081c0;",
-    "shl.b32 $0, $1, 1; and.b32 $0, $0, 0x80008000;"
-    "shr.b32 t, $1, 5; and.b32 t, t, 0x01000100; or.b32 $0, $0, t;"
-    "shr.b32 t, $1, 4; and.b32 t, t, 0x00c000c0; or.b32 $0, $0, t;",
+    "shr.u32 $0, $1, 8; and.b32 $0, $0, 0x006c006c; mul.lo.u32 $0, $0, 0x1042; and.b32 $0, $0, 0x81c081c0;",
 )
 # An exact product: fma with −0, since mul.bf16x2 does not exist on sm_80
 _PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
 _PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
 _PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
-_PTX_SCALE = _PTX_TIMES.format(factor="$2") + "}"
+_PTX_SCALE = "/* factors $2 $3 */" + _PTX_TIMES.format(factor="$2") + "}"
 PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
 PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
 
 
 @triton.jit
-def _value_ptx(word, factor, J: tl.constexpr, WIDE: tl.constexpr):
-    """Two words a register, so that each instruction serves two: 2 to 9 for the bits and one or two products."""
-    return tl.inline_asm_elementwise(
-        PTX_WIDE[J] if WIDE else PTX_NARROW[J],
-        "=&r,r,r",
-        [word, factor],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
 def _value_integer(word, scale, J: tl.constexpr):
-    """What `_value_ptx` computes, in Triton's own operations: for the interpreter and for devices without PTX.
+    """What the PTX computes, in Triton's own operations: for the interpreter and for devices without PTX.
 
     In float32, whose exponent has the same width as bf16's.
     """
     word = word.to(tl.int32)
-    fourth = ((word << 1) & 0x8000) | ((word >> 5) & 0x100) | ((word >> 4) & 0xC0)
-    bits = word << (3 * J) if J < 3 else fourth
+    bits = word << (3 * J) if J < 3 else ((word >> 8) & 0x6C) * 0x1042
     small = (((bits & 0x8000) << 16) | ((bits & 0x1C0) << 16)).to(tl.float32, bitcast=True)
     scale = scale.to(tl.int32)
     factor = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
