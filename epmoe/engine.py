@@ -324,7 +324,7 @@ class Engine:
         tokens = _powers(min(self.prefill_chunk, sum(len(request.ids) for request in longest[: self.max_batch])))
         several = sorted((each for each in bare if len(each.ids) > 1), key=lambda each: len(each.ids))[: self.max_batch]
         kinds = {(size, size) for size in (*tokens, *(size - 1 for size in tokens[1:]))}
-        if 16 < HALVES_FROM <= tokens[-1]:  # from there on a step's kernels see its halves
+        if 16 < HALVES_FROM <= max(tokens, default=0):  # from there on a step's kernels see its halves
             kinds.add((HALVES_FROM - 16,) * 2)
         kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
         new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory

@@ -69,20 +69,22 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_slots_are_bitwise(size: int) -> None:
+def test_slots_are_bitwise(size: int, overlap: bool) -> None:
     """The promise under DESIGN's "Combine by slots": no bit depends on the number of ranks or on who owns a slot."""
-    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES):
+    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, overlap):
         for case, y_TH in zip(CASES, rank_outputs, strict=True):
             expected_TH = add_rows(slots_TKH(case))
             assert y_TH.dtype == case.dtype and y_TH.shape == (case.tokens, case.hidden), case.name
             assert torch.equal(bits(y_TH), bits(expected_TH)), case.name
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", COMBINES)
-def test_every_combine_is_near_the_exact_sum(name: str) -> None:
+def test_every_combine_is_near_the_exact_sum(name: str, overlap: bool) -> None:
     """Any entry of the table gives Σ_k within the rounding of K slots and N ranks, on every rank the same."""
-    results = run_ranks(combine_cases, 3, name, CASES)
+    results = run_ranks(combine_cases, 3, name, CASES, overlap)
     for index, case in enumerate(CASES):
         exact_TH = slots_TKH(case).double().sum(1)
         size_TH = slots_TKH(case).double().abs().sum(1)
@@ -102,11 +104,12 @@ def test_all_reduce_in_bf16_is_not_bitwise() -> None:
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("size", [size for size in (2, 4) if size <= max(2, torch.cuda.device_count())])
-def test_slots_are_bitwise_on_gpus(size: int) -> None:
+def test_slots_are_bitwise_on_gpus(size: int, overlap: bool) -> None:
     """The same promise on GPUs, against one GPU."""
     (one_gpu,) = run_ranks(combine_cases, 1, "slots", CASES, device="cuda")
-    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, device="cuda", timeout=120):
+    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, overlap, device="cuda", timeout=120):
         for case, y_TH, expected_TH in zip(CASES, rank_outputs, one_gpu, strict=True):
             assert torch.equal(bits(y_TH), bits(expected_TH)), case.name
 

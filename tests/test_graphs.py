@@ -40,7 +40,7 @@ STOP = 7  # the text layer's stop strings are this, to the engine: a token at wh
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Small, with the head dimension of the published models."""
-    shape: dict[str, Any] = {"hidden": 192, "heads": 8, "head_dim": 64, "experts": 8, "top_k": 3}
+    shape: dict[str, Any] = {"hidden": 192, "heads": 8, "head_dim": 64, "experts": 8, "top_k": 3, "max_position": 16384}
     return str(make_checkpoint(tmp_path_factory.mktemp("graphs"), **shape))
 
 
@@ -247,7 +247,15 @@ def crowd() -> list[Request]:
     return [Request(tuple(range(1, count + 1)), SamplingParams(max_new_tokens=5)) for count in lengths]
 
 
+def large() -> list[Request]:
+    """Steps that run as halves (cache.HALVES_FROM), and some just below."""
+    lengths = [6001, 4096, 4000, 30, 9000, 4095, 1, 2, 2047, 5000, 17]
+    ids = [tuple((7 * index) % 300 for index in range(count)) for count in lengths]
+    return [Request(each, SamplingParams(max_new_tokens=3)) for each in ids]
+
+
 COMPILES = {
+    "large": (large, {"max_batch": 4, "prefill_chunk": 8192}),
     "few": (mixed, {}),
     "many": (crowd, {"max_batch": 100, "prefill_chunk": 512}),
 }

@@ -45,7 +45,7 @@ def compiled(
         "weight_ptr": "*fp32",
     }
     constants = {"COLUMNS": columns, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
-    constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot, "PDL": arch >= 90}
+    constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot} | ({"PDL": arch >= 90} if kernel is gate_up_kernel else {})
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     sizes = ("hidden", "intermediate", "rows")  # multiples of 32, as MXFP4 demands
     cost = compile_kernel(kernel, signature, constants, tile.warps, tile.stages, arch, divisible=sizes)

@@ -1,6 +1,7 @@
 """How many kernels a decode step is, so that it cannot creep up unseen: a small one costs more than its work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,21 +24,25 @@ from epmoe import (
 )
 from epmoe import sampler as sampling
 from epmoe.cache import Cache
+from epmoe.combine import symmetric
 from epmoe.decode import Decoder, State, Variant
 from epmoe.models import gpt_oss
 from epmoe.sampler import Level
 
 
-def layer(product: str, *attention: str) -> list[str]:
+def layer(product: str, *attention: str, ranks: int = 1) -> list[str]:
+    combine = ranks > 1
     return [
         "add_norm_kernel",  # adds the experts' slots of the layer before
         product,  # queries, keys and values
         *attention,
         product,
         "add_norm_linear_kernel",  # the router's logits, too
+        *["zero_"] * combine,  # the slots of other ranks
         "_few",
         "gate_up_kernel",
         "down_kernel",
+        *["neg_"] * combine,  # in the place of the kernel that adds the ranks' rows, which needs them
     ]
 
 
@@ -45,9 +50,19 @@ BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
 AFTER = ["add_norm_kernel", "few_logits_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
 
 
-def step(path: Path, rows: int) -> list[str]:
-    """The launches of a greedy decode step on one rank, with the kernels that a GPU runs."""
-    model, _ = load_rank(path, experts="triton", router="triton", dtype="float32", progress=False)
+def share(model: Any, size: int) -> None:
+    """Let the model's rows go by symmetric memory, with nobody at the other end."""
+    group: Any = SimpleNamespace(size=lambda: size)
+    combine = model.moe_layers()[0].combine
+    combine.group = group
+    combine.symmetric = symmetric.SymmetricRows(torch.zeros(1 << 20, dtype=torch.uint8), group)
+
+
+def step(path: Path, rows: int, ranks: int) -> list[str]:
+    """The launches of a greedy decode step on one of the ranks, with the kernels that a GPU runs."""
+    model, _ = load_rank(path, 0, ranks, experts="triton", router="triton", dtype="float32", progress=False)
+    if ranks > 1:
+        share(model, ranks)
     config = model.config
     shape = (config.windows, config.kv_heads, config.head_dim)
     cache = Cache(*shape, tokens=600, sequences=rows, dtype=torch.float32, device="cpu")
@@ -73,6 +88,7 @@ def step(path: Path, rows: int) -> list[str]:
         patch.setattr(vocabulary, "suits_kernel", lambda device, dtype, rows: rows <= vocabulary.FEW)
         patch.setattr(linear, "suits_kernel", lambda device, dtype, tokens: tokens <= linear.FEW)
         patch.setattr(gpt_oss, "VOCAB_CHUNK", config.vocab // 4)
+        patch.setattr(symmetric, "_two_shot", lambda flat, group: flat.neg_())
         patch.setattr(State, "take", take)
         patch.setattr(State, "advance", advance)
         decoder = Decoder(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows)
@@ -85,7 +101,12 @@ def step(path: Path, rows: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("rows", "product"), [(1, "linear_kernel"), (3, "linear")])
-def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, product: str) -> None:
-    """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them."""
-    window, full = layer(product, "decode_kernel"), layer(product, "decode_kernel", "combine_kernel")
-    assert interpreted(step, tiny_checkpoint, rows) == [*BEFORE, *window, *full, *AFTER]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, product: str, ranks: int) -> None:
+    """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them.
+
+    Several ranks add two a layer.
+    """
+    window = layer(product, "decode_kernel", ranks=ranks)
+    full = layer(product, "decode_kernel", "combine_kernel", ranks=ranks)
+    assert interpreted(step, tiny_checkpoint, rows, ranks) == [*BEFORE, *window, *full, *AFTER]

@@ -202,6 +202,7 @@ def replay(ranks: Ranks) -> list[bool]:
             found[layer] = slots(place.copy_(source[layer]), overlap=False).wait()
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

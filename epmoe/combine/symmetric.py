@@ -68,6 +68,10 @@ class SymmetricRows:
 
     def close(self) -> None:
         """Let go of the memory, after which all rows go by the process group. Waits for the device."""
+        if self.buffer is not None and self.buffer.device.type != "cpu":
+            # Freeing waits too, but keeps Python's lock meanwhile, so that the watch could not end this rank if a peer
+            # has been lost and a kernel waits for it.
+            torch.accelerator.synchronize(self.buffer.device)
         self.buffer = None
 
     def _padded(self, count: int, dtype: torch.dtype) -> int:
@@ -79,8 +83,8 @@ class SymmetricRows:
 def connect(ranks: Ranks) -> SymmetricRows | None:
     """Map the ranks' buffers into each other; None where that can't be, on all ranks alike.
 
-    A collective of the expert group, whose waits are bounded by the group's timeout. The buffer lives until the group
-    ends. Where CUDA devices do without it, rank 0 says why.
+    A collective of the expert group, whose waits the group's timeout or the watch bounds. The buffer lives until the
+    group ends. Where CUDA devices do without it, rank 0 says why.
     """
     group = ranks.expert_group
     if group is None or not possible(ranks):
@@ -139,6 +143,7 @@ def _allocate(ranks: Ranks) -> torch.Tensor:
 
 
 def _rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """Keeps Python's lock while it waits for the other ranks, so the watch is deaf meanwhile: they must be there."""
     from torch.distributed import _symmetric_memory
 
     # Else torch would make a multicast object too, which this kernel does not use and some machines refuse.

@@ -23,7 +23,7 @@ from epmoe.experts.mxfp4_words import WordMatrix
 from epmoe.experts.reference import gated
 from epmoe.experts.tiles import TILES, Tile, choose_tile, hopper_serves
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
-from epmoe.gpu import dependent, early, generation
+from epmoe.gpu import early, generation
 from epmoe.profile import named
 from epmoe.quant import ExpertWeights
 from epmoe.quant.mxfp4 import Mxfp4Matrix
@@ -166,7 +166,6 @@ def down(
             hidden,
             num_local,
             **_constants(tile, matrix, h_RI),
-            PDL=dependent(h_RI.device),
         )
     return y_TKH
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from epmoe.experts.mxfp4_words import words_to_values
-from epmoe.gpu import after_previous, next_may_begin
+from epmoe.gpu import after_previous
 
 
 @triton.jit(do_not_specialize=["num_local", "top_k"])
@@ -93,10 +93,8 @@ def down_kernel(
     WIDE: tl.constexpr,
     PTX: tl.constexpr,
     DOT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias)."""
-    next_may_begin(PDL)
     tiles_n = tl.cdiv(rows, B)
     expert, row_M, stop = _find_tile(offset_ptr, tl.program_id(0) // tiles_n, num_local, LOCAL, M)
     if expert >= num_local:
