@@ -60,7 +60,7 @@ class Sampling:
     top_p: float = key("draw from the smallest set of tokens with this probability", low=1e-6, high=1)
     min_p: float = key("drop tokens less likely than this times the likeliest", low=0, high=1)
     repetition_penalty: float = key("above 1: tokens seen before become less likely", low=0.01)
-    seed: int = key("the same seed draws the same tokens, on any number of ranks", low=0)
+    seed: int = key("the same seed draws the same tokens; with combine=slots on any number of ranks", low=0)
     stop: list[str] = key("end at this text; give the key again for several, empty for none", text=True)
     logprobs: int = key("write log-probabilities of the n likeliest tokens to `output`", low=0, high=100)
     ignore_eos: bool = key("go on after the end-of-text token")

@@ -191,6 +191,11 @@ def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixtu
         "mesh=default", "sampling=greedy", "runtime=default"]  # fmt: skip
 
 
+def test_the_help_promises_the_seed_no_more_than_holds() -> None:
+    """combine=all_reduce sums in an order that depends on the number of ranks (tests/test_bitwise.py)."""
+    assert KEYS["sampling.seed"].about.endswith("; with combine=slots on any number of ranks")
+
+
 def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     """What it prints is YAML that reads back as the very configuration, whatever the text holds."""
     everything = "".join(TEXTS.values())
