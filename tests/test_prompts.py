@@ -83,6 +83,7 @@ BAD_LINES = {
     "messages must be a list": {"messages": []},
     "each with a text `role`": {"messages": [{"content": "a"}]},
     "temperature='hot' is not a number": {"prompt": "a", "temperature": "hot"},
+    "temperature=1e-09 is out of range": {"prompt": "a", "temperature": 1e-9},
     "seed=True is not": {"prompt": "a", "seed": True},
     "top_p": {"prompt": "a", "top_p": 1.5},
     "top_p=0.0 is out of range": {"prompt": "a", "top_p": 0.0},
