@@ -34,13 +34,16 @@ def key(
     names: Sequence[str] = (),
     table: str = "",
     text: bool = False,
+    or_zero: bool = False,
 ) -> Any:
     """A key of the schema. It has no default: values stand in conf/ alone.
 
+    `low` and `high` bound a number; `or_zero` also takes 0 below `low`.
     `names` and the keys of `table` ("module:ATTRIBUTE", imported when needed) are the values it may take; `text` keys
     are taken literally from the command line.
     """
-    return field(metadata={"about": about, "low": low, "high": high, "names": names, "table": table, "text": text})
+    bounds = {"low": low, "high": high, "or_zero": or_zero}
+    return field(metadata={"about": about, "names": names, "table": table, "text": text, **bounds})
 
 
 # OmegaConf fills the dataclasses field by field, so none of them can be frozen.
@@ -55,12 +58,12 @@ class Mesh:
 class Sampling:
     """How tokens are chosen; a line of a JSON-lines `prompts` file may set these keys for itself."""
 
-    temperature: float = key("0: the likeliest token; above: flatter the higher", low=0)
+    temperature: float = key("0: the likeliest token; above: flatter the higher", low=1e-6, or_zero=True)
     top_k: int = key("draw from the k likeliest tokens; 0: from all", low=0)
     top_p: float = key("draw from the smallest set of tokens with this probability", low=1e-6, high=1)
     min_p: float = key("drop tokens less likely than this times the likeliest", low=0, high=1)
     repetition_penalty: float = key("above 1: tokens seen before become less likely", low=0.01)
-    seed: int = key("the same seed draws the same tokens, on any number of ranks", low=0)
+    seed: int = key("the same seed draws the same tokens; with combine=slots on any number of ranks", low=0)
     stop: list[str] = key("end at this text; give the key again for several, empty for none", text=True)
     logprobs: int = key("write log-probabilities of the n likeliest tokens to `output`", low=0, high=100)
     ignore_eos: bool = key("go on after the end-of-text token")
@@ -116,6 +119,7 @@ class Key(NamedTuple):
     names: Sequence[str]
     table: str
     text: bool
+    or_zero: bool
 
     def known(self) -> list[str]:
         """The values that this key may take; empty when it is no name."""
@@ -321,7 +325,8 @@ def _check(each: Key, value: Any) -> None:
     if each.type in (int, float):
         low = -_LARGEST[each.type] if each.low is None else each.low
         high = _LARGEST[each.type] if each.high is None else each.high
-        if not low <= value <= high:  # false for nan too
+        in_range = low <= value <= high  # false for nan too
+        if not (in_range or (each.or_zero and value == 0)):
             raise UserError(f"{each.name}={value} is out of range: it takes {_wanted(each)}")
 
 
@@ -332,7 +337,8 @@ def _wanted(each: Key) -> str:
     what = _TYPES.get(each.type, "text")
     if each.low is not None and each.high is not None:
         return f"{what} from {each.low} to {each.high}"
-    return what if each.low is None else f"{what}, at least {each.low}"
+    zero = " 0 or" if each.or_zero else ""
+    return what if each.low is None else f"{what},{zero} at least {each.low}"
 
 
 def _known(wrong: str, known: list[str], candidates: list[str] | None = None) -> str:

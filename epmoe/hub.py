@@ -17,18 +17,11 @@ from epmoe.checkpoint import INDEX, SINGLE
 from epmoe.errors import UserError
 
 DEMO = Path(__file__).parent / "demo"
+TOKENIZER = "tokenizer.json"
+# What a repository may do without; what a snapshot in the cache lacks of them is fetched as well.
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 # The root of a repository only: gpt-oss carries the same weights twice more, in original/ and metal/.
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    INDEX,
-    "model*.safetensors",
-)
-# A snapshot in the cache does without the rest.
-NEEDED = ("config.json", "tokenizer.json", INDEX, "model*.safetensors")
+FILES = ("config.json", TOKENIZER, *OPTIONAL, INDEX, "model*.safetensors")
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 
@@ -47,11 +40,17 @@ def resolve(checkpoint: str) -> Path:
         return path  # that it is a good checkpoint is for Checkpoint.open to say
     if not _is_hub_id(checkpoint):
         raise UserError(f"checkpoint={checkpoint} is no directory on this machine and no Hub id of the form owner/name")
-    found = _cached(checkpoint)
-    if found is not None:
+    found = _snapshot(checkpoint)
+    if found is not None and not missing(found) and not _unknown(checkpoint, found):
         return found
-    with _one_per_node(checkpoint):
-        return _cached(checkpoint) or _download(checkpoint)
+    with _one_per_node(checkpoint) as waited:
+        found = _snapshot(checkpoint)
+        if found is None or missing(found, weights_only=True):
+            found = _download(checkpoint, found)
+        elif waited and not missing(found):
+            return found  # what is missing still, the process before this one could not fetch either
+        _fetch_small(checkpoint, found)
+        return found
 
 
 def _is_hub_id(name: str) -> bool:
@@ -65,42 +64,105 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def _cached(name: str) -> Path | None:
-    """The snapshot in the local cache, when it is complete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _snapshot(name: str) -> Path | None:
+    """The snapshot in the local cache, complete or not."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        found = snapshot_download(name, local_files_only=True, allow_patterns=list(NEEDED))
-    except LocalEntryNotFoundError:
-        return None
-    return Path(found) if is_complete(Path(found)) else None
+    for file in ("config.json", TOKENIZER, INDEX, SINGLE):
+        found = try_to_load_from_cache(name, file)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
-def is_complete(path: Path) -> bool:
-    """Whether config.json and all weight files are there; a download that was cut off leaves some out."""
-    if not (path / "config.json").exists():
-        return False
+def missing(path: Path, *, weights_only: bool = False) -> list[str]:
+    """The files without which nothing runs and which are not there; a download that was cut off leaves some out.
+
+    `weights_only` asks for config.json and the weights, and not for the tokenizer.
+    """
+    absent = [name for name in ("config.json", TOKENIZER) if not (path / name).exists()]
+    if weights_only and TOKENIZER in absent:
+        absent.remove(TOKENIZER)
     if (path / SINGLE).exists():
-        return True
+        return absent
     try:
         shards = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
     except FileNotFoundError:
-        return False
+        return [*absent, SINGLE]
     except (ValueError, KeyError, AttributeError):
-        return True  # as it came; Checkpoint.open says what is wrong with it
-    return all((path / shard).exists() for shard in shards)
+        return absent  # as it came; Checkpoint.open says what is wrong with it
+    return [*absent, *sorted(shard for shard in shards if not (path / shard).exists())]
 
 
-def _download(name: str) -> Path:
+def _unknown(name: str, path: Path) -> list[str]:
+    """The small files that the snapshot lacks though the repository may have them; none where nothing can be fetched.
+
+    huggingface_hub leaves a mark in its cache for a file that a commit turned out not to have.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    writable = all(os.access(folder, os.W_OK) for folder in (constants.HF_HUB_CACHE, path))
+    if constants.HF_HUB_OFFLINE or not writable:
+        return []
+    small = (TOKENIZER, *OPTIONAL)
+    return [file for file in small if try_to_load_from_cache(name, file, revision=path.name) is None]
+
+
+def _fetch_small(name: str, path: Path) -> None:
+    """Fetch the small files that the snapshot lacks, of its own commit: `main` may have moved on to other weights.
+
+    Raises:
+        UserError: there is no tokenizer.json in the end. Without the others a run goes on, and one line says so.
+    """
+    from huggingface_hub import constants
+
+    offline = bool(constants.HF_HUB_OFFLINE)
+    why = "and HF_HUB_OFFLINE is set: unset it, or give a directory" if offline else "nor on the Hub: give a directory"
+    for file in _unknown(name, path):
+        if failure := _fetch(name, file, path.name):
+            why = f"and its download failed ({failure}): run again, or give a directory"
+            if not missing(path):
+                print(f"epmoe: no {file} of {name}, its download failed ({failure})", file=sys.stderr)
+            break  # the next one would wait for the network just as long
+    if missing(path):
+        raise UserError(f"checkpoint={name}: {_shown(missing(path))} is not in the local cache {path}, {why}")
+
+
+def _fetch(name: str, file: str, commit: str) -> str:
+    """Download one file, if the repository has it; why it failed, else ""."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, file, revision=commit)
+    except LocalEntryNotFoundError as error:  # no network; before the next one, of which it is a kind
+        return _first_line(error)
+    except EntryNotFoundError:
+        pass  # the library has left its mark
+    except (OSError, HTTPError) as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _download(name: str, found: Path | None) -> Path:
+    """The snapshot of `main`, downloaded as far as it is not there; `found` is an incomplete one."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    lacks = f"is not in the local cache {cache}"
+    if found is not None:
+        lacks = f"is not complete in the local cache {cache} (missing: {_shown(missing(found))})"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
-            f"HF_HUB_OFFLINE is set: unset it, or give a directory"
-        )
+        raise UserError(f"checkpoint={name} {lacks}, and HF_HUB_OFFLINE is set: unset it, or give a directory")
     print(f"epmoe: downloading {name}", file=sys.stderr)
     try:
         path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
@@ -110,20 +172,21 @@ def _download(name: str) -> Path:
         raise UserError(f"checkpoint={name} is not on the Hub, or private: check the name, or set HF_TOKEN") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"checkpoint={name} is not in the local cache {huggingface_hub.constants.HF_HUB_CACHE} and the Hub cannot "
-            f"be reached: give a directory, or download it where there is a network"
+            f"checkpoint={name} {lacks} and the Hub cannot be reached: "
+            "give a directory, or download it where there is a network"
         ) from error
     except (OSError, HTTPError) as error:  # the network or the disk, half-way
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"the download of checkpoint={name} failed ({what[0]}): run again, it continues") from error
-    if not is_complete(path):
+        raise UserError(
+            f"the download of checkpoint={name} failed ({_first_line(error)}): run again, it continues"
+        ) from error
+    if missing(path, weights_only=True):
         raise UserError(f"checkpoint={name} on the Hub has no config.json or no safetensors weights")
     return path
 
 
 @contextmanager
-def _one_per_node(name: str, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Hold the lock of this checkpoint's download; says so while another process holds it."""
+def _one_per_node(name: str, wait_s: float = WAIT_S) -> Iterator[bool]:
+    """Hold the lock of this checkpoint's download; yields whether another process held it until now."""
     from huggingface_hub import constants
 
     file = Path(constants.HF_HUB_CACHE) / ".locks" / f"epmoe--{name.replace('/', '--')}.lock"
@@ -134,18 +197,19 @@ def _one_per_node(name: str, wait_s: float = WAIT_S) -> Iterator[None]:
         raise UserError(
             f"the Hub's cache cannot be written ({file}: {error.strerror}): set HF_HOME to a directory that can"
         ) from error
-    deadline = time.monotonic() + wait_s
+    deadline, waited = time.monotonic() + wait_s, False
     try:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                waited = True
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"another process holds {file} for {wait_s:.0f} s: end it, then run again"
                     ) from None
                 time.sleep(0.2)
-        yield
+        yield waited
     finally:
         os.close(fd)  # releases the lock

@@ -49,7 +49,11 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
     requests = None
     if ranks.is_main:
         found = read(config)
-        ids = [encode(prompt, tokenizer, config.chat, config.system) for prompt in found]
+        chat = choose_chat(config.chat, tokenizer)
+        if config.chat == "auto":
+            reason = "" if chat == "on" else ": the checkpoint has no chat template"
+            print(f"epmoe: chat={chat} (auto{reason})", file=sys.stderr)
+        ids = [encode(prompt, tokenizer, chat, config.system) for prompt in found]
         requests = [[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)]
     ranks.meet()  # standard input, or another node's download, may have taken its time
     shared = ranks.broadcast_json(requests)
@@ -75,13 +79,20 @@ def read(config: Config) -> list[Prompt]:
     return [Prompt("prompt", DEFAULT_PROMPT, default)]
 
 
+def choose_chat(wanted: str, tokenizer: Tokenizer) -> str:
+    """`chat` as on or off; auto is on where the checkpoint has a chat template."""
+    if wanted != "auto":
+        return wanted
+    return "off" if tokenizer.chat is None else "on"
+
+
 def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) -> list[int]:
     """Token ids of a prompt, through the chat template if `chat` is on, or auto and the checkpoint has one.
 
     `system` becomes the first message of a conversation that has no system message of its own.
     """
     is_text = isinstance(prompt.content, str)
-    use_chat = chat == "on" or (chat == "auto" and tokenizer.chat is not None)
+    use_chat = choose_chat(chat, tokenizer) == "on"
     if use_chat and tokenizer.chat is None:
         raise UserError("chat=on, but the checkpoint has no chat template: use chat=off")
     if not use_chat and not is_text:

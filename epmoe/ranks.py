@@ -260,6 +260,11 @@ def _device(device: str, launch: Launch) -> torch.device:
     if kind == "cpu":
         return torch.device(kind)
     count = torch.cuda.device_count()
+    if not count:
+        raise UserError(
+            f"runtime.device={kind}, but torch sees no {kind} device on this machine: check nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES and that torch is a CUDA build, or take runtime.device=cpu"
+        )
     if launch.local_size > count:
         raise UserError(
             f"{launch.local_size} ranks on one node cannot share {count} {kind} devices: "

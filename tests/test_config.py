@@ -12,6 +12,7 @@ import yaml
 from epmoe import config
 from epmoe.config import GROUPS, KEYS, Sampling, parse, presets, update_sampling
 from epmoe.errors import UserError
+from epmoe.sampler import MIN_TEMPERATURE, SamplingParams
 
 TEXTS = {
     "words": "Once upon a time",
@@ -121,7 +122,8 @@ MISTAKES = {
     "several values": (["experts=reference,triton"], ["'reference,triton'", "several values"]),
     "unreadable": (["quant={mxfp4"], ["quant='{mxfp4'", "one of auto, mxfp4"]),
     "zero tokens": (["max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
-    "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "at least 0"]),
+    "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "0 or at least 1e-06"]),
+    "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or at least 1e-06"]),
     "above one": (["sampling.min_p=1.1"], ["sampling.min_p=1.1", "from 0 to 1"]),
     "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0", "from 1e-06 to 1"]),
     "too many": (["sampling.logprobs=101"], ["sampling.logprobs=101", "from 0 to 100"]),
@@ -189,6 +191,21 @@ def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixtu
         assert all(f"  {group}={name}" in shown for name in presets(group))
     assert [line.split()[0] for line in shown.splitlines() if line.endswith("(default)")] == [
         "mesh=default", "sampling=greedy", "runtime=default"]  # fmt: skip
+
+
+def test_what_the_command_line_takes_the_sampler_takes() -> None:
+    """A temperature that only the sampler refuses would be refused after every rank has started."""
+    for value in (0.0, MIN_TEMPERATURE):
+        found = parse([f"sampling.temperature={value}"]).sampling.temperature
+        assert found == value == SamplingParams(temperature=found).temperature
+    for check in (lambda cold: parse([f"sampling.temperature={cold}"]), lambda cold: SamplingParams(temperature=cold)):
+        with pytest.raises(UserError, match="at least 1e-06"):
+            check(MIN_TEMPERATURE * 0.999)
+
+
+def test_the_help_promises_the_seed_no_more_than_holds() -> None:
+    """combine=all_reduce sums in an order that depends on the number of ranks (tests/test_bitwise.py)."""
+    assert KEYS["sampling.seed"].about.endswith("; with combine=slots on any number of ranks")
 
 
 def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:

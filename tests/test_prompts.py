@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,6 +83,7 @@ BAD_LINES = {
     "messages must be a list": {"messages": []},
     "each with a text `role`": {"messages": [{"content": "a"}]},
     "temperature='hot' is not a number": {"prompt": "a", "temperature": "hot"},
+    "temperature=1e-09 is out of range": {"prompt": "a", "temperature": 1e-9},
     "seed=True is not": {"prompt": "a", "seed": True},
     "top_p": {"prompt": "a", "top_p": 1.5},
     "top_p=0.0 is out of range": {"prompt": "a", "top_p": 0.0},
@@ -167,3 +169,23 @@ def test_all_ranks_get_rank_zeros_requests(tiny_checkpoint: Path, file: Callable
     assert first == second
     assert [len(request.ids) > 3 for request in first] == [True, True]
     assert asdict(first[0].params)["stop"] == ("\n", "é") and first[1].params.seed == 2**62
+
+
+def said_of_chat(ranks: Ranks, tokenizer_file: str, template: str | None, arguments: list[str]) -> list[str]:
+    with redirect_stderr(io.StringIO()) as said:
+        get_requests(parse(arguments), Tokenizer(Path(tokenizer_file), template), ranks)
+    return said.getvalue().splitlines()
+
+
+def test_auto_says_what_it_chose_for_the_chat_template(tiny_checkpoint: Path) -> None:
+    """In one line, on rank 0, for any number of prompts; what was asked for needs no telling."""
+    file = str(tiny_checkpoint / "tokenizer.json")
+    none = "epmoe: chat=off (auto: the checkpoint has no chat template)"
+    for template, chat, says in (
+        ("{{ messages[0].content }}", "auto", ["epmoe: chat=on (auto)"]),
+        (None, "auto", [none]),
+        ("{{ messages[0].content }}", "on", []),
+        (None, "off", []),
+    ):
+        arguments = ["prompt=Hi", f"chat={chat}"]
+        assert run_ranks(said_of_chat, 2, file, template, arguments) == [says, []]

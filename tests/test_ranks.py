@@ -112,6 +112,19 @@ def test_more_ranks_than_devices(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_no_device_at_all(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many ranks there are is not what is wrong then, and fewer of them are no remedy."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as mistake:
+        ranks._device("cuda", ranks.Launch.read())
+    message = str(mistake.value)
+    assert message.startswith("runtime.device=cuda, but torch sees no cuda device") and "\n" not in message
+    assert message.endswith("or take runtime.device=cpu") and "ranks" not in message
+
+
 # Under torchrun
 
 SUM = """

@@ -3,7 +3,9 @@
 Letters: T tokens · H hidden · I intermediate · E experts · K experts per token · L experts on this rank · S = T·K
 slots · R = S rows of this rank, sorted by expert · N = 2I.
 
-Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype.
+Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype; and on a Hopper
+GPU with many rows an expert the rows of x gathered in their order, [T·K, H], until the result takes their place
+(hopper.py).
 
 Products of few rows an expert run in triton_kernels.py, those of many on a Hopper GPU in hopper_kernels.py (launched by
 hopper.py), with the same bits; tiles.py says which.
