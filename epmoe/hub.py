@@ -122,7 +122,8 @@ def _fetch_small(name: str, path: Path) -> None:
         if failure := _fetch(name, file, path.name):
             why = f"and its download failed ({failure}): run again, or give a directory"
             if not missing(path):
-                print(f"epmoe: no {file} of {name}, its download failed ({failure})", file=sys.stderr)
+                hint = "HF_HUB_OFFLINE=1 does not try"
+                print(f"epmoe: no {file} of {name}, its download failed ({failure}); {hint}", file=sys.stderr)
             break  # the next one would wait for the network just as long
     if missing(path):
         raise UserError(f"checkpoint={name}: {_shown(missing(path))} is not in the local cache {path}, {why}")

@@ -75,7 +75,8 @@ def fit_cache(
 
     `config` is a model's (windows, kv_heads, head_dim). `cache_tokens` fixes the capacity; 0 takes what the requests
     need when as many as possible run at a time, and no more than CACHE_SHARE of the free memory. Where memory is the
-    bound, batches and with them the last bits of logits depend on the machine; a fixed capacity does not.
+    bound, batches and with them the last bits of logits depend on the machine and on the number of ranks, and rank 0
+    says so; with a fixed capacity they don't.
 
     Raises:
         UserError: a request does not fit the capacity, or a fixed capacity the memory; the message names the key.
@@ -93,6 +94,7 @@ def fit_cache(
     fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
     neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
     least = min(free for (free,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
+    wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
     if cache_tokens:
         capacity = pages(cache_tokens)
         if fixed + capacity * per_page > least:
@@ -102,7 +104,6 @@ def fit_cache(
             )
         remedy = "raise runtime.cache_tokens, shorten the prompt or lower max_new_tokens"
     else:
-        wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
         budget = int(least * CACHE_SHARE)
         capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
         remedy = (
@@ -114,6 +115,13 @@ def fit_cache(
         raise UserError(
             f"prompt {index + 1} needs {needs[index]} positions of the key/value cache, which holds "
             f"{max(capacity, 0) * page}: {remedy}"
+        )
+    if not cache_tokens and capacity < wanted and ranks.is_main:
+        print(
+            f"epmoe: free memory bounds the key/value cache at {capacity * page} positions, the requests want "
+            f"{wanted * page}: batches, and so last bits, may differ with the number of ranks; "
+            f"runtime.cache_tokens=N, at most {capacity * page} here, fixes them",
+            file=sys.stderr,
         )
     return build(capacity * page, ranks.device)
 
