@@ -254,10 +254,15 @@ class Attention(nn.Module):
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, torch.Tensor],
         plan: Plan,
+        wanted_O: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, H] → [T, H]. Writes the new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says."""
+        """[T, H] → [T, H], or [O, H]: of the tokens `wanted_O` only.
+
+        Writes all new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says.
+        """
         heads_TXD = linear(x_TH, self.qkv).unflatten(-1, (-1, self.head_dim))
         q_TED, k_TJD, v_TJD = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         attended = implementation(x_TH.device)
         out_TED = attended(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, self.sinks)
-        return linear(out_TED.flatten(1), self.o)
+        out_TX = out_TED.flatten(1)
+        return linear(out_TX if wanted_O is None else out_TX[wanted_O], self.o)

@@ -58,8 +58,9 @@ class Step:
     def halves(self) -> tuple["Step", ...]:
         """This step as two, to be run one after the other in each layer, or itself where it is small (HALVES_FROM).
 
-        Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. The halves
-        want no logits: `output_O` counts through both.
+        Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. Each half has
+        as many `output_O` as the step; those in the other half become one of its own tokens, so that nobody has to
+        look on the host which are whose.
         """
         tokens = len(self.token_T)
         cut = _middle(self.start_B1) if tokens >= HALVES_FROM else 0
@@ -79,7 +80,7 @@ class Step:
             start_B1=(*(first - begin for first, _, _, _ in kept), end - begin),
             cached_B=tuple(cached for _, _, cached, _ in kept),
             sequence_B=tuple(sequence for _, _, _, sequence in kept),
-            output_O=self.output_O[:0],
+            output_O=(self.output_O - begin).clamp(0, end - begin - 1),
         )
 
 

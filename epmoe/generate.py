@@ -72,7 +72,8 @@ def generate() -> None:
             model,
             cache,
             ranks,
-            eos_ids=eos_ids(checkpoint),
+            # Rank 0's: another node's copy of the checkpoint may have no generation_config.json.
+            eos_ids=ranks.broadcast_json(eos_ids(checkpoint)),
             prefill_chunk=run.prefill_chunk,
             max_batch=run.max_batch,
             graphs=choose_graphs(run.graphs, ranks, report),

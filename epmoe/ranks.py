@@ -1,7 +1,7 @@
 """Ranks: this process's coordinates, the process group and the device mesh; a clean start and a clean end.
 
 `start` reads what torchrun (or Slurm, or a hand) put into the environment. Without any of it there is one rank and no
-process group. Only this file knows how a device type is spelt.
+process group. Which device a rank has is decided here; files with kernels ask for its type.
 
     main(body)                 runs a command: one line for a user's mistake, the exit code
       start(...) → Ranks       store → watch → device → process group → mesh

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from spawn import commands
 
 from epmoe import generate
 from epmoe.checkpoint import Checkpoint
 from epmoe.errors import UserError
+from epmoe.ranks import Launch
 from epmoe.synthetic import make_checkpoint
 from epmoe.tokenizer import Tokenizer
 
@@ -160,6 +162,22 @@ def test_end_of_text_comes_from_generation_config(here: Callable[..., tuple[str,
     (cut,) = lines(tmp_path / "o.jsonl")
     assert cut["finish_reason"] == "eos"
     assert cut["ids"] == whole["ids"][: whole["ids"].index(end) + 1]
+
+
+def generate_with_own_eos(*keys: str) -> None:
+    """The real command, on whose rank 1 every id ends a text."""
+    sys.argv[1:] = ["runtime.device=cpu", "runtime.timeout_s=10", *keys]
+    if Launch.read().rank == 1:
+        generate.eos_ids = lambda checkpoint: tuple(range(checkpoint.config["vocab_size"]))
+    generate.generate()
+
+
+def test_all_ranks_end_texts_at_the_same_ids(checkpoint: str, tmp_path: Path) -> None:
+    """Each node has its own copy of a checkpoint, and one may lack generation_config.json."""
+    keys = [checkpoint, "prompt=a", "max_new_tokens=9"]
+    with commands(generate_with_own_eos, 2, *keys, folder=tmp_path) as started:
+        assert [command.wait(40) for command in started] == [0, 0], started[0].stderr
+        assert "9 tokens in" in started[0].stderr
 
 
 MISTAKES = {

@@ -336,6 +336,36 @@ def test_logits_of_the_wanted_rows(tied: bool, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(logits(None), logits(None))  # deterministic
 
 
+@pytest.mark.parametrize("least", [1000, 1], ids=["whole", "halves"])
+def test_the_last_layer_works_for_the_wanted_rows_only(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a prefill's speed; and later steps, which find the keys and values of all tokens in the cache."""
+    monkeypatch.setattr("epmoe.cache.HALVES_FROM", least)
+    config = small()
+    model = build(config)
+    tokens: list[int] = []
+    for moe in model.moe_layers():
+        moe.register_forward_pre_hook(lambda module, arguments: tokens.append(len(arguments[0])))
+
+    def logits(wanted: list[int]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+        cache = cache_of(config)
+        handle = cache.admit(20)
+        step = make_step([(handle, list(range(8)), 0)])
+        first = model(replace(step, output_O=torch.tensor(wanted, dtype=torch.int64)), cache)
+        worked = tokens.copy()
+        tokens.clear()
+        second = model(make_step([(handle, [7, 3], 8)]), cache)
+        tokens.clear()
+        return first, worked, second
+
+    for wanted in ([7], [], [2, 6, 0]):
+        first, worked, second = logits(wanted)
+        halves = 2 if least == 1 else 1
+        assert worked == [8 // halves] * halves * (config.layers - 1) + [len(wanted)] * halves
+        every, _, after = logits(list(range(8)))
+        torch.testing.assert_close(first, every[wanted])
+        assert torch.equal(second, after)
+
+
 def test_prompt_rows_do_not_see_the_future() -> None:
     """Protects causality through all layers: a later token changes no earlier logits."""
     config = small()

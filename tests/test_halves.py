@@ -61,7 +61,13 @@ def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
             whole = counts[sequence - 10]
             assert len(token) > 1 or whole == 1, "a token of a longer sequence stands alone"
             joined.setdefault(sequence, ([], before))[0].extend(token)
-        assert half.token_T.data_ptr() % 16 == 0 and (len(half.output_O) == 0 or half is step)
+        assert half.token_T.data_ptr() % 16 == 0
+    begin = 0
+    for half in halves:  # each half wants as many rows as the step, and its own are right
+        end = begin + len(half.token_T)
+        wanted = [(row, of - begin) for row, of in zip(half.output_O.tolist(), step.output_O.tolist(), strict=True)]
+        assert all(0 <= row < end - begin and (row == of or not 0 <= of < end - begin) for row, of in wanted)
+        begin = end
     assert joined == {10 + i: (ids[i], cached[i]) for i in range(len(counts))}
     if len(halves) == 2:
         assert abs(len(halves[0].token_T) - tokens / 2) <= 65

@@ -10,8 +10,9 @@ For B sequences on N ranks, of which the fullest has L of the E experts, and K e
              + B · Σ min(window, C) · position  over the layers: keys and values of C positions that a token attends to
 
 Everything else (activations, what is written) is small and left out, so the floor is a little too low, never too high.
-The bound of a prefill is arithmetic: 2 · (values of dense + K/N · values of an expert) products and sums a token,
-without those of attention and the vocabulary.
+The bound of a prefill is arithmetic: 2 · (values of dense + K/N · values of an expert) products and sums a token, in
+all layers but the last, without those of attention and the vocabulary. (The last layer is wanted for a prompt's last
+token only, and otherwise makes keys and values, which are left out.)
 """
 
 import math
@@ -78,7 +79,8 @@ class Floor:
 
     def prefill_flops(self) -> float:
         """Products and sums that a rank must do for a token of a prompt."""
-        return 2 * (self.dense / self.itemsize + self.top_k / self.ranks * self.expert_values)
+        values = self.dense / self.itemsize + self.top_k / self.ranks * self.expert_values
+        return 2 * values * (len(self.windows) - 1) / len(self.windows)
 
 
 def measure_bandwidth(device: torch.device) -> float:

@@ -4,7 +4,7 @@ Letters: T tokens of a step · O of them whose logits are wanted · H hidden · 
 to the residual stream (epmoe/norm.py) · V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self, cast
@@ -103,16 +103,6 @@ def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _pick(parts: Sequence[torch.Tensor], row_O: torch.Tensor) -> torch.Tensor:
-    """Rows of one or two tensors that follow each other, without a look at which of them are whose."""
-    if len(parts) == 1:
-        return parts[0][row_O]
-    first, second = parts
-    index_O1 = row_O.view(-1, *[1] * (first.dim() - 1))
-    found = first[row_O.clamp(max=len(first) - 1)], second[(row_O - len(first)).clamp(min=0)]
-    return torch.where(index_O1 < len(first), *found)
-
-
 class Block(nn.Module):
     """x += attention(norm(x)); x += experts(norm(x)), each sum being left to the norm that comes after it."""
 
@@ -131,15 +121,19 @@ class Block(nn.Module):
         cached: tuple[torch.Tensor, torch.Tensor],
         plan: Plan,
         *,
+        wanted_O: torch.Tensor | None = None,
         overlap: bool = False,
     ) -> tuple[torch.Tensor, Pending]:
         """The residual stream and the rows still to be added to it, [T, H] and [T, J, H] → the same after this block.
 
-        `cos_sin`, `cached` and `plan` are those of `Attention.forward`, `overlap` is that of `MoE.forward`.
+        `cos_sin`, `cached` and `plan` are those of `Attention.forward`, `overlap` is that of `MoE.forward`. After the
+        last block only some tokens are wanted: [O, H] and [O, J, H].
         """
         with named("attention"):
             x_TH, norm_TH = self.attention_norm(x_TH, rows.wait() if rows else None)
-            attended_TH = self.attention(norm_TH, cos_sin, cached, plan)
+            attended_TH = self.attention(norm_TH, cos_sin, cached, plan, wanted_O)
+        if wanted_O is not None:
+            x_TH = x_TH[wanted_O]
         x_TH, norm_TH, logits_TE = self.moe_norm.with_linear(x_TH, attended_TH[:, None], self.moe.router)
         return x_TH, self.moe(norm_TH, logits_TE, overlap=overlap)
 
@@ -151,10 +145,11 @@ class MicroBatch:
     plans: dict[int | None, Plan]
     cos_sin: tuple[torch.Tensor, torch.Tensor]
     x_TH: torch.Tensor
+    wanted_O: torch.Tensor | None  # tokens whose logits are wanted; None: all
     rows: Pending | None = None
 
     def end(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """After the last block: the residual stream and the rows still to be added to it."""
+        """After the last block, of the wanted tokens: the residual stream and the rows still to be added to it."""
         assert self.rows is not None, "a model has layers"
         return self.x_TH, self.rows.wait()
 
@@ -189,27 +184,39 @@ class GptOss(nn.Module):
             compute    A₀  B₀  A₁  B₁  A₂ …      A, B: the halves; 0, 1, 2 …: the blocks
             wire           A₀  B₀  A₁  B₁ …
 
+        The last block makes keys and values of all tokens, and goes on with those whose logits are wanted.
+
         A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
         same bits.
         """
         halves = (step,) if isinstance(step, DecodeStep) else step.halves()
         batches = [self._begin(half, cache) for half in halves]
         for index, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
+            last = index == self.config.layers - 1
             for batch in batches:
                 place = batch.cos_sin, cache.layer(index), batch.plans[window]
-                batch.x_TH, batch.rows = block(batch.x_TH, batch.rows, *place, overlap=len(batches) > 1)
-        ends = [batch.end() for batch in batches]
+                batch.x_TH, batch.rows = block(
+                    batch.x_TH,
+                    batch.rows,
+                    *place,
+                    wanted_O=batch.wanted_O if last else None,
+                    overlap=len(batches) > 1,
+                )
+        x_OH, rows_OJH = batches[0].end()
         if isinstance(step, DecodeStep):
-            return self._logits(*ends[0], step.part)
-        x_OH, rows_OJH = (_pick(tensors, step.output_O) for tensors in zip(*ends, strict=True))
+            return self._logits(x_OH, rows_OJH, step.part)
+        if len(batches) == 2:  # each half has a row for every wanted token, which means something in the token's own
+            own_O11 = (step.output_O < len(halves[0].token_T))[:, None, None]
+            later_OH, later_OJH = batches[1].end()
+            x_OH, rows_OJH = torch.where(own_O11[:, 0], x_OH, later_OH), torch.where(own_O11, rows_OJH, later_OJH)
         return self._logits(x_OH, rows_OJH, None)
 
     def _begin(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
         if isinstance(step, DecodeStep):
-            token_T, position_T = step.token_B, step.position_B
+            token_T, position_T, wanted_O = step.token_B, step.position_B, None
         else:
-            token_T, position_T = step.token_T, step.position_T
-        return MicroBatch(cache.plan(step), self.rotary(position_T), self.embedding(token_T))
+            token_T, position_T, wanted_O = step.token_T, step.position_T, step.output_O
+        return MicroBatch(cache.plan(step), self.rotary(position_T), self.embedding(token_T), wanted_O)
 
     @property
     def vocab_chunk(self) -> int:
