@@ -58,8 +58,8 @@ class Step:
     def halves(self) -> tuple["Step", ...]:
         """This step as two, to be run one after the other in each layer, or itself where it is small (HALVES_FROM).
 
-        Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. Each half has
-        as many `output_O` as the step; those in the other half become one of its own tokens, so that nobody has to
+        Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. Each half
+        has as many `output_O` as the step; those in the other half become one of its own tokens, so that nobody has to
         look on the host which are whose.
         """
         tokens = len(self.token_T)
