@@ -142,6 +142,7 @@ class Block(nn.Module):
 class MicroBatch:
     """A step, or one of its halves, on its way through the blocks."""
 
+    tokens: int
     plans: dict[int | None, Plan]
     cos_sin: tuple[torch.Tensor, torch.Tensor]
     x_TH: torch.Tensor
@@ -206,7 +207,7 @@ class GptOss(nn.Module):
         if isinstance(step, DecodeStep):
             return self._logits(x_OH, rows_OJH, step.part)
         if len(batches) == 2:  # each half has a row for every wanted token, which means something in the token's own
-            own_O11 = (step.output_O < len(halves[0].token_T))[:, None, None]
+            own_O11 = (step.output_O < batches[0].tokens)[:, None, None]
             later_OH, later_OJH = batches[1].end()
             x_OH, rows_OJH = torch.where(own_O11[:, 0], x_OH, later_OH), torch.where(own_O11, rows_OJH, later_OJH)
         return self._logits(x_OH, rows_OJH, None)
@@ -216,7 +217,8 @@ class GptOss(nn.Module):
             token_T, position_T, wanted_O = step.token_B, step.position_B, None
         else:
             token_T, position_T, wanted_O = step.token_T, step.position_T, step.output_O
-        return MicroBatch(cache.plan(step), self.rotary(position_T), self.embedding(token_T), wanted_O)
+        plans, cos_sin = cache.plan(step), self.rotary(position_T)
+        return MicroBatch(len(token_T), plans, cos_sin, self.embedding(token_T), wanted_O)
 
     @property
     def vocab_chunk(self) -> int:
