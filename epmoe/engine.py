@@ -72,9 +72,9 @@ def choose_chunk(wanted: int, device: torch.device) -> int:
 
     A product with the experts is the more efficient the more rows each expert has: 8192 tokens of 4 out of 32 experts
     are 1024 rows, of 128 experts 256. So many are half of a step (`Step.halves`), hence twice as many in a step. What a
-    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 each half's slot rows y [T,
-    K, H] and the experts' h [T·K, I] of one half at a time are 0.19 GB each, and x, its norm, q, k and v 0.1 to 0.2 GB
-    each. The choice follows the device's type alone, so that all machines cut prompts in the same places.
+    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 three times a half's slot
+    rows y [T, K, H] (of the other half, of the layer before, of this one), once its h [T·K, I] and gathered x, 0.19 GB
+    each, and x, its norm, q, k and v 0.1 to 0.2 GB each. The choice follows the device's type alone, so that all machines cut prompts in the same places.
     """
     return wanted or (2048 if device.type == "cpu" else 16384)
 
@@ -324,8 +324,9 @@ class Engine:
         tokens = _powers(min(self.prefill_chunk, sum(len(request.ids) for request in longest[: self.max_batch])))
         several = sorted((each for each in bare if len(each.ids) > 1), key=lambda each: len(each.ids))[: self.max_batch]
         kinds = {(size, size) for size in (*tokens, *(size - 1 for size in tokens[1:]))}
-        if 16 < HALVES_FROM <= max(tokens, default=0):  # from there on a step's kernels see its halves
-            kinds.add((HALVES_FROM - 16,) * 2)
+        # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
+        if max(tokens, default=0) >= HALVES_FROM:
+            kinds |= {(HALVES_FROM - less,) * 2 for less in (1, 16) if less < HALVES_FROM}
         kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
         new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory
         for most, each in with_bar(new, "prefills", self.ranks, progress=self.progress):

@@ -38,7 +38,8 @@ def compile_kernel(
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
     each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
-    "unlike": those of them whose two factors are not one register (mxfp4_words.py)}`.
+    "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
+    and "early": what it does in front of that though others could see it (epmoe/gpu.py)}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -66,6 +67,7 @@ def compile_kernel(
     cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
     factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
+    cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), "early": _early(compiled.asm["ptx"])}
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
@@ -83,6 +85,12 @@ def table(compiled: Sequence[tuple[str, int, str]]) -> list[str]:
     head = "".join(f"{f'sm_{arch}':>16}" for arch in archs) + "   kernel and constants"
     rows = ["".join(f"{costs.get(arch, '-'):>16}" for arch in archs) + f"   {what}" for what, costs in found.items()]
     return [head, *sorted(rows, key=lambda row: row[16 * len(archs) :])]
+
+
+def _early(ptx: str) -> int:
+    """Stores, and calls of the next kernel, in front of the wait for the kernel before; 0 where nothing waits."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    return len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)) if waits else 0
 
 
 def _assemble(ptx: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ On the CPU the step is called where a GPU replays it: the same function, with th
 """
 
 import os
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from spawn import commands, run_ranks
 from steps import make_step
 
 from epmoe import attention, sampler
-from epmoe.cache import DecodeStep
+from epmoe.cache import HALVES_FROM, DecodeStep
 from epmoe.checkpoint import Checkpoint
+from epmoe.combine import symmetric
 from epmoe.decode import vocabulary_part
 from epmoe.engine import Engine, Request, Result
 from epmoe.errors import UserError
@@ -49,7 +51,7 @@ def rank_on(device: str) -> Ranks:
 
 
 def build(mine: Ranks, checkpoint: str, asked: Sequence[Request], **limits: Any) -> Engine:
-    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine="slots")
+    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine=limits.pop("combine", "slots"))
     needs = [request.cached(model.config.max_positions) for request in asked]
     settings: dict[str, Any] = {"max_batch": 5, "prefill_chunk": 16, **limits}
     cache = fit_cache(
@@ -343,6 +345,47 @@ def test_graphs_on_two_gpus_give_the_bits_of_one(checkpoint: str) -> None:
     for graphs in (True, False):
         found = run_ranks(run, 2, checkpoint, graphs, timeout=240, device="cuda")
         assert found[0] == found[1] == one
+
+
+def run_by_the_group(mine: Ranks, checkpoint: str, combine: str, graphs: bool) -> list[Any]:
+    """As `run`, where ranks have no symmetric memory."""
+    symmetric.possible = lambda ranks: False
+    asked = mixed()
+    return outcome(build(mine, checkpoint, asked, graphs=graphs, combine=combine).generate(asked, stop_at({})))
+
+
+@pytest.mark.multigpu
+def test_graphs_hold_the_process_groups_collectives(checkpoint: str) -> None:
+    """Kernels that come in early stand behind NCCL's then (epmoe/gpu.py): slots give the bits of one GPU."""
+    (one,) = run_ranks(run, 1, checkpoint, True, timeout=240, device="cuda")
+    assert run_ranks(run_by_the_group, 2, checkpoint, "slots", True, timeout=240, device="cuda") == [one, one]
+    found = [
+        run_ranks(run_by_the_group, 2, checkpoint, "all_reduce", graphs, timeout=240, device="cuda")
+        for graphs in (True, False)
+    ]
+    assert found[0][0] == found[0][1] == found[1][0] == found[1][1]
+
+
+def run_large(mine: Ranks, checkpoint: str) -> list[Any]:
+    """Prompts that are fed in halves, then graphs, then both again: the two ways of combining take turns."""
+    rng = random.Random(5)
+    asked = [
+        Request(
+            tuple(rng.randrange(300) for _ in range(length)),
+            SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=1),
+        )
+        for length in (5000, 1, 700, 4200)
+    ]
+    engine = build(mine, checkpoint, asked, graphs=True, prefill_chunk=0)
+    assert engine.prefill_chunk > HALVES_FROM
+    return [outcome(engine.generate(asked)) for _ in range(3)]
+
+
+@pytest.mark.multigpu
+def test_halves_and_graphs_take_turns_with_the_bits_of_one_gpu(checkpoint: str) -> None:
+    (one,) = run_ranks(run_large, 1, checkpoint, timeout=240, device="cuda")
+    assert one[0] == one[1] == one[2]
+    assert run_ranks(run_large, 2, checkpoint, timeout=240, device="cuda") == [one, one]
 
 
 def generate(*keys: str) -> None:

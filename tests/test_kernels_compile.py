@@ -62,6 +62,7 @@ def test_no_spills(kernel: Any, dtype: torch.dtype, tile: Tile) -> None:
     """A spill in the inner loop is a silent loss of speed."""
     cost = compiled(kernel, dtype, tile)
     assert cost["spills"] == 0
+    assert (cost["waits"], cost["early"]) == (kernel is gate_up_kernel, 0)
     # With 8 tokens or fewer weight rows Triton takes an older instruction, whose sums may round otherwise.
     assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
     if dtype == torch.bfloat16:

@@ -58,6 +58,7 @@ def test_compiles_without_spills(tokens: int, inputs: int, arch: int) -> None:
         linear_triton.linear_kernel, signature, constants, linear_triton.WARPS, arch=arch, divisible=("outputs",)
     )
     assert cost["spills"] == 0, cost
+    assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
 
 
 @pytest.mark.gpu

@@ -166,11 +166,13 @@ def test_compiles_without_spills(rows: int, arch: int) -> None:
     signature = {name: kind for name, kind in types.items() if name not in constants}
     cost = compile_kernel(norm_triton.add_norm_kernel, signature, constants, options["num_warps"], arch=arch)
     assert cost["spills"] == 0, cost
+    assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
     if rows:
         signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
         constants |= {"E": 32, "B": norm_triton.OUTPUTS}
         cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)
         assert cost["spills"] == 0, cost
+        assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
 
 
 @pytest.mark.gpu

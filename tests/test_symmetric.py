@@ -53,7 +53,7 @@ def choose(ranks: Ranks, failing: str, rank: int) -> tuple[bool, str, int]:
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("failing", ["_allocate", "_rendezvous"])
-def test_one_rank_that_fails_decides_for_all(failing: str, rank: int) -> None:
+def test_one_rank_that_fails_while_nobody_waits_decides_for_all(failing: str, rank: int) -> None:
     """All go by the process group; rank 0 says it, in one line that names the rank and its reason."""
     line = "epmoe: combine=slots goes by the process group, not by symmetric memory: "
     line += f"rank {rank}: {failing} is broken\n"

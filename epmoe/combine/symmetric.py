@@ -83,8 +83,9 @@ class SymmetricRows:
 def connect(ranks: Ranks) -> SymmetricRows | None:
     """Map the ranks' buffers into each other; None where that can't be, on all ranks alike.
 
-    A collective of the expert group, whose waits the group's timeout or the watch bounds. The buffer lives until the
-    group ends. Where CUDA devices do without it, rank 0 says why.
+    A collective of the expert group, whose waits the group's timeout or the watch bounds. A rank that fails by itself
+    while the others are in torch's rendezvous ends the run, not just the attempt: they wait where the watch hears
+    nothing of them. The buffer lives until the group ends. Where CUDA devices do without it, rank 0 says why.
     """
     group = ranks.expert_group
     if group is None or not possible(ranks):

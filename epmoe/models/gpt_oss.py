@@ -130,7 +130,7 @@ class Block(nn.Module):
         last block only some tokens are wanted: [O, H] and [O, J, H].
         """
         with named("attention"):
-            x_TH, norm_TH = self.attention_norm(x_TH, rows.wait() if rows else None)
+            x_TH, norm_TH = self.attention_norm(x_TH, rows.wait() if rows is not None else None)
             attended_TH = self.attention(norm_TH, cos_sin, cached, plan, wanted_O)
         if wanted_O is not None:
             x_TH = x_TH[wanted_O]
