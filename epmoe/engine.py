@@ -74,7 +74,8 @@ def choose_chunk(wanted: int, device: torch.device) -> int:
     are 1024 rows, of 128 experts 256. So many are half of a step (`Step.halves`), hence twice as many in a step. What a
     step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 three times a half's slot
     rows y [T, K, H] (of the other half, of the layer before, of this one), once its h [T·K, I] and gathered x, 0.19 GB
-    each, and x, its norm, q, k and v 0.1 to 0.2 GB each. The choice follows the device's type alone, so that all machines cut prompts in the same places.
+    each, and x, its norm, q, k and v 0.1 to 0.2 GB each. The choice follows the device's type alone, so that all
+    machines cut prompts in the same places.
     """
     return wanted or (2048 if device.type == "cpu" else 16384)
 
