@@ -185,7 +185,9 @@ def decode_kernel(word_ptr, scale_ptr, value_ptr, WIDE: tl.constexpr, PTX: tl.co
     i_64 = tl.arange(0, 64)[None, :]
     run, words = tl.program_id(0), tl.num_programs(0) * 64
     word = tl.load(word_ptr + n_N * words + run * 64 + i_64)
-    scale = tl.load(scale_ptr + (run * 2 + i_64 // 32) * N + n_N)
+    # As in the products: a scale word for 32 words, so that the two of a register share it.
+    scale_N2 = tl.load(scale_ptr + (run * 2 + tl.arange(0, 2)[None, :]) * N + n_N)
+    scale = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (N, 2, 32)), (N, 64))
     for j in tl.static_range(4):
         values = words_to_values(word, scale, j, WIDE, PTX)
         tl.store(value_ptr + n_N * words * 4 + run * 256 + 64 * j + i_64, values)

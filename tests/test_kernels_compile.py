@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton.language as tl
 from compile_sm90 import MOST_SHARED, MOST_TENSOR, compile_kernel
+from test_experts import decode_kernel
 
 from epmoe.experts import hopper_kernels
 from epmoe.experts.tiles import TILES, Tile, table
@@ -108,6 +109,14 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
     cost = compile_kernel(kernel, signature, constants, tile.warps, divisible=("rows",))
     assert cost["spills"] == cost["serialized"] == cost["unlike"] == 0 and cost["wgmma"] > 0 < cost["factors"]
     assert cost["shared"] <= MOST_SHARED[90]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_kernel_that_compares_the_twins_pairs_words_as_the_products_do(wide: bool) -> None:
+    """On all bytes and scale bytes (test_experts_gpu.py), which means something only where a register's words agree."""
+    types = {"word_ptr": "*i16", "scale_ptr": "*i32", "value_ptr": "*bf16"}
+    cost = compile_kernel(decode_kernel, types, {"WIDE": wide, "PTX": True, "N": 256})
+    assert cost["factors"] > 0 and cost["unlike"] == 0
 
 
 def test_compiles_without_ptx() -> None:
