@@ -32,12 +32,11 @@ class ExpertReader:
         Raises:
             torch.OutOfMemoryError: they do not fit on the device.
         """
-        read = self._to(self.device)
         return ExpertWeights(
             gate_up=self.matrix(gate_up),
-            gate_up_bias_LN=read(gate_up.bias, self.ids).to(dtype),
+            gate_up_bias_LN=self._bias(gate_up, dtype),
             down=self.matrix(down),
-            down_bias_LH=read(down.bias, self.ids).to(dtype),
+            down_bias_LH=self._bias(down, dtype),
         )
 
     def matrix(self, matrix: Matrix) -> ExpertMatrix:
@@ -65,6 +64,11 @@ class ExpertReader:
             part = matrix.stored.read(matrix.name, self.ids[start : start + count], self._to(device))
             parts.append(matrix.wanted.quantize(part.dequantize(torch.bfloat16)))
         return parts[0] if len(parts) == 1 else matrix.wanted.cat(parts)
+
+    def _bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        if matrix.bias is None:
+            return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
+        return self._to(self.device)(matrix.bias, self.ids).to(dtype)
 
     def _to(self, device: torch.device) -> ReadExperts:
         return lambda name, ids: self.checkpoint.read_rows(name, ids, device)

@@ -27,7 +27,7 @@ class Matrix:
     """One projection of all E experts of one layer, with its bias [E, N]."""
 
     name: str
-    bias: str
+    bias: str | None  # None: the family has none, and zeros take its place
     shape: tuple[int, int, int]  # (E, N, C)
     stored: type[ExpertMatrix]
     wanted: type[ExpertMatrix]
@@ -76,7 +76,8 @@ class Manifest:
         for matrix in self.matrices():
             for name, (shape, dtype) in matrix.stored.stored(matrix.name, matrix.shape).items():
                 promised[name] = (shape, (dtype,))
-            promised[matrix.bias] = (matrix.shape[:2], FLOATS)
+            if matrix.bias:
+                promised[matrix.bias] = (matrix.shape[:2], FLOATS)
         return promised
 
     def check(self) -> None:
@@ -116,7 +117,7 @@ class Manifest:
         """Bytes of tensors that a rank with `local` experts reads."""
         expert_bytes = 0
         for matrix in self.matrices():
-            for name in (*matrix.stored.stored(matrix.name, matrix.shape), matrix.bias):
+            for name in (*matrix.stored.stored(matrix.name, matrix.shape), *([matrix.bias] if matrix.bias else [])):
                 expert_bytes += local * self.checkpoint.tensors[name].row_bytes
         return expert_bytes + sum(self.checkpoint.tensors[name].nbytes for name in self.shared)
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from loading import EXPERTS, load_rank, rewrite_config, same, share_of, stored, weights_of
+from loading import EXPERTS, load_rank, rewrite_config, rewrite_tensors, same, share_of, stored, weights_of
 from safetensors.torch import save_file
 
 from epmoe import convert, manifest
 from epmoe.checkpoint import SINGLE, Checkpoint
 from epmoe.convert import ExpertReader
 from epmoe.errors import UserError
-from epmoe.models import Place
+from epmoe.models import MODELS, Place
+from epmoe.models.gpt_oss import GptOss
 from epmoe.placement import contiguous
 from epmoe.quant.bf16 import Bf16Matrix
 from epmoe.quant.mxfp4 import Mxfp4Matrix
@@ -58,6 +59,42 @@ def test_tied_embeddings_and_no_attention_bias(tmp_path: Path) -> None:
     model, _ = load_rank(tmp_path)
     assert "lm_head.weight" not in stored(tmp_path)
     assert not any("unembedding" in name or name.endswith("attention.qkv.bias") for name, _ in model.named_parameters())
+
+
+class WithoutExpertBiases(GptOss):
+    """Another family: its experts are two matrices, and nothing is added to their products."""
+
+    @staticmethod
+    def expert_names(layer: int) -> tuple[str, None, str, None]:
+        gate_up, _, down, _ = GptOss.expert_names(layer)
+        return gate_up, None, down, None
+
+
+def test_a_family_without_expert_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds zeros for them, reads none, and refuses a checkpoint that has some."""
+    path = make_checkpoint(tmp_path)
+
+    def zero(tensors: dict[str, torch.Tensor]) -> None:
+        for name in biases(tensors):
+            tensors[name].zero_()
+
+    def remove(tensors: dict[str, torch.Tensor]) -> None:
+        for name in biases(tensors):
+            del tensors[name]
+
+    def biases(tensors: dict[str, torch.Tensor]) -> list[str]:
+        return [name for name in tensors if ".experts." in name and name.endswith("_bias")]
+
+    rewrite_tensors(path, zero)
+    with_zeros, _ = load_rank(path, 1, 3)
+    monkeypatch.setitem(MODELS, "gpt_oss", f"{__name__}:WithoutExpertBiases")
+    with pytest.raises(UserError, match="which a model of its config[.]json does not have"):
+        load_rank(path, 1, 3)
+    rewrite_tensors(path, remove)
+    without, report = load_rank(path, 1, 3)
+    assert all(same(a, b) for a, b in zip(weights_of(without), weights_of(with_zeros), strict=True))
+    assert sum(weights.gate_up_bias_LN.count_nonzero() for weights in weights_of(without)) == 0
+    assert report.bytes_read == share_of(path, len(contiguous(5, 3).experts[1]), 5)
 
 
 def test_auto_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

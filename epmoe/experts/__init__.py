@@ -21,7 +21,8 @@ EXPERTS = {
 class GatedActivation:
     """out = gate · sigmoid(alpha · gate) · (up + up_offset), gate = min(gate, limit), up = clamp(up, ±limit).
 
-    The defaults are gpt-oss's; another family is another record (alpha 1, limit inf, up_offset 0 is plain SwiGLU).
+    The defaults are gpt-oss's; another family is another record (alpha 1, limit inf, up_offset 0 is plain SwiGLU). A
+    family without biases names none (`expert_names` in epmoe/models), and zeros take their place.
     """
 
     alpha: float = 1.702

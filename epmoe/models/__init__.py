@@ -8,7 +8,8 @@ A model class is an `nn.Module` that knows neither ranks nor collectives nor bac
     vocab_chunk                                a DecodeStep may ask for ids from and up to multiples of this only
     moe_layers() -> list[MoE]                  in layer order; the loader installs their experts
     shared_tensors(config) -> dict             {name in the checkpoint: Place} of all but the experts
-    expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes
+    expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes, and a bias
+                                               that the family does not have is None
 
 Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `activation` to the loader, `windows`, `kv_heads`,
 `head_dim` to the cache, `vocab`, `max_positions` to the engine.

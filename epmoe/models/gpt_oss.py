@@ -255,7 +255,7 @@ class GptOss(nn.Module):
         return places
 
     @staticmethod
-    def expert_names(layer: int) -> tuple[str, str, str, str]:
+    def expert_names(layer: int) -> tuple[str, str | None, str, str | None]:
         """Names of the experts' gate_up, its bias, down and its bias in the checkpoint; a format adds its suffixes."""
         stem = f"model.layers.{layer}.mlp.experts."
         return stem + "gate_up_proj", stem + "gate_up_proj_bias", stem + "down_proj", stem + "down_proj_bias"
