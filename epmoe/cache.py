@@ -29,12 +29,12 @@ from epmoe.transfer import to_device
 GATHER_POSITIONS = 2**20
 
 # A step of so many tokens runs as two micro-batches, so that the rows of one travel between the ranks while the other
-# computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 839 µs at once and
-# 2 · 461 in halves (README). The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
+# computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 812 µs at once and
+# 2 · 443 in halves (README). The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
 # loss is about the same and the gain half; for fewer there is little to win. The limit is an estimate by these figures.
 # Whether a step is halved follows from its tokens alone, not from the ranks: a library's product of 4096 rows may give
 # other bits than one of 8192, and slots promise the same bits on any number of ranks. So one rank, which gains nothing,
-# halves as well: 2 · 1574 µs for 3051 where it has all 32 experts, 3 % of them.
+# halves as well: 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them.
 HALVES_FROM = 4096
 
 Span = tuple[int, int, int, int]  # of one sequence in a step: begin, end, cached, sequence

@@ -327,7 +327,7 @@ class Engine:
         kinds = {(size, size) for size in (*tokens, *(size - 1 for size in tokens[1:]))}
         # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
         if max(tokens, default=0) >= HALVES_FROM:
-            kinds |= {(HALVES_FROM - less,) * 2 for less in (1, 16) if less < HALVES_FROM}
+            kinds |= {(HALVES_FROM - less,) * 2 for less in (1, 16)}
         kinds |= {(2 * prompts, 2) for prompts in _powers(min(len(several), self.prefill_chunk // 2))}
         new = sorted(kinds - self.warm, reverse=True)  # the largest first, the others fit its memory
         for most, each in with_bar(new, "prefills", self.ranks, progress=self.progress):

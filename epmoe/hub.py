@@ -80,9 +80,8 @@ def missing(path: Path, *, weights_only: bool = False) -> list[str]:
 
     `weights_only` asks for config.json and the weights, and not for the tokenizer.
     """
-    absent = [name for name in ("config.json", TOKENIZER) if not (path / name).exists()]
-    if weights_only and TOKENIZER in absent:
-        absent.remove(TOKENIZER)
+    small = ("config.json",) if weights_only else ("config.json", TOKENIZER)
+    absent = [name for name in small if not (path / name).exists()]
     if (path / SINGLE).exists():
         return absent
     try:
@@ -125,8 +124,8 @@ def _fetch_small(name: str, path: Path) -> None:
                 hint = "HF_HUB_OFFLINE=1 does not try"
                 print(f"epmoe: no {file} of {name}, its download failed ({failure}); {hint}", file=sys.stderr)
             break  # the next one would wait for the network just as long
-    if missing(path):
-        raise UserError(f"checkpoint={name}: {_shown(missing(path))} is not in the local cache {path}, {why}")
+    if absent := missing(path):
+        raise UserError(f"checkpoint={name}: {_shown(absent)} is not in the local cache {path}, {why}")
 
 
 def _fetch(name: str, file: str, commit: str) -> str:

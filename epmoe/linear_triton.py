@@ -15,7 +15,7 @@ from torch import nn
 
 from epmoe.gpu import after_previous, early, next_may_begin
 
-# Of one program. 4 x 8, 2 x 8, 1 x 4, 4 x 4 were within 6 % on an H200 (scripts/bench/NOTES.md).
+# Of one program. 4 x 8, 2 x 8, 1 x 4, 4 x 4 were within 8 % on an H200 (scripts/bench/NOTES.md).
 ROWS = 2
 WARPS = 4
 

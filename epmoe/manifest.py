@@ -32,6 +32,19 @@ class Matrix:
     stored: type[ExpertMatrix]
     wanted: type[ExpertMatrix]
 
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """What the checkpoint must hold of it: each tensor's shape and the dtypes that it may have.
+
+        Raises:
+            UserError: sizes that the format cannot store.
+        """
+        found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+        for name, (shape, dtype) in self.stored.stored(self.name, self.shape).items():
+            found[name] = (shape, (dtype,))
+        if self.bias is not None:
+            found[self.bias] = (self.shape[:2], FLOATS)
+        return found
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -74,10 +87,7 @@ class Manifest:
         promised: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
         promised = {name: (shape, FLOATS) for name, shape in self.shapes.items()}
         for matrix in self.matrices():
-            for name, (shape, dtype) in matrix.stored.stored(matrix.name, matrix.shape).items():
-                promised[name] = (shape, (dtype,))
-            if matrix.bias:
-                promised[matrix.bias] = (matrix.shape[:2], FLOATS)
+            promised |= matrix.tensors()
         return promised
 
     def check(self) -> None:
@@ -117,7 +127,7 @@ class Manifest:
         """Bytes of tensors that a rank with `local` experts reads."""
         expert_bytes = 0
         for matrix in self.matrices():
-            for name in (*matrix.stored.stored(matrix.name, matrix.shape), *([matrix.bias] if matrix.bias else [])):
+            for name in matrix.tensors():
                 expert_bytes += local * self.checkpoint.tensors[name].row_bytes
         return expert_bytes + sum(self.checkpoint.tensors[name].nbytes for name in self.shared)
 

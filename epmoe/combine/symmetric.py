@@ -11,6 +11,7 @@ rows before that rank's kernel has come to the first barrier, nor after its kern
 Letters: T tokens · K experts per token · H hidden.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class SymmetricRows:
         if self.buffer is None or x_TH.dtype not in (torch.bfloat16, torch.float32):
             return None
         shape = (x_TH.shape[0], top_k, x_TH.shape[1])
-        count = shape[0] * shape[1] * shape[2]
+        count = math.prod(shape)
         if self._padded(count, x_TH.dtype) * x_TH.element_size() > self.buffer.nbytes:
             return None
         return self.buffer.view(x_TH.dtype)[:count].view(shape).zero_()
