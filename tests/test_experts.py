@@ -179,18 +179,17 @@ def test_bits_do_not_follow_the_batch(hidden: int, intermediate: int, dtype: tor
 
 
 @triton.jit
-def decode_kernel(word_ptr, scale_ptr, value_ptr, WIDE: tl.constexpr, PTX: tl.constexpr, N: tl.constexpr):
-    """Row n of N, a run of 256 columns: 64 words and 2 scale words → 4 runs of 64 values."""
-    n_N = tl.arange(0, N)[:, None]
-    i_64 = tl.arange(0, 64)[None, :]
-    run, words = tl.program_id(0), tl.num_programs(0) * 64
-    word = tl.load(word_ptr + n_N * words + run * 64 + i_64)
+def decode_kernel(word_ptr, scale_ptr, value_ptr, WIDE: tl.constexpr, PTX: tl.constexpr):
+    """Program (run, strip): a run of 256 columns of 64 rows, 64 words and 2 scale words each → 4 runs of 64 values."""
+    run, runs, strip = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    n_N, i_64 = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    word = tl.load(word_ptr + ((strip * runs + run) * 64 + n_N) * 64 + i_64)
     # As in the products: a scale word for 32 words, so that the two of a register share it.
-    scale_N2 = tl.load(scale_ptr + (run * 2 + tl.arange(0, 2)[None, :]) * N + n_N)
-    scale = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (N, 2, 32)), (N, 64))
+    scale_N2 = tl.load(scale_ptr + ((strip * runs + run) * 2 + tl.arange(0, 2)[None, :]) * 64 + n_N)
+    scale = tl.reshape(tl.broadcast_to(scale_N2[:, :, None], (64, 2, 32)), (64, 64))
     for j in tl.static_range(4):
         values = words_to_values(word, scale, j, WIDE, PTX)
-        tl.store(value_ptr + n_N * words * 4 + run * 256 + 64 * j + i_64, values)
+        tl.store(value_ptr + ((strip * 64 + n_N) * runs + run) * 256 + 64 * j + i_64, values)
 
 
 def run_decode(device: str, wide: bool, ptx: bool) -> None:
@@ -201,7 +200,7 @@ def run_decode(device: str, wide: bool, ptx: bool) -> None:
     matrix = WordMatrix.pack(Mxfp4Matrix(block_NG16[None].to(device), scale_NG[None].to(device)))
     assert matrix.wide == wide
     value_NC = torch.empty(256, 512, dtype=torch.bfloat16, device=device)
-    decode_kernel[(2,)](matrix.word_LNW, matrix.scale_LVN, value_NC, WIDE=wide, PTX=ptx, N=256)
+    decode_kernel[(2, 4)](matrix.word_LZX, matrix.scale_LZVB, value_NC, WIDE=wide, PTX=ptx)
     wanted_NC = decode(block_NG16, scale_NG, torch.bfloat16).to(device)
     nan_NC = wanted_NC.isnan()
     assert torch.equal(value_NC.isnan(), nan_NC)

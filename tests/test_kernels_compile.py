@@ -13,6 +13,7 @@ from compile_sm90 import MOST_SHARED, MOST_TENSOR, compile_kernel
 from test_experts import decode_kernel
 
 from epmoe.experts import hopper_kernels
+from epmoe.experts.mxfp4_words import STRIP
 from epmoe.experts.tiles import TILES, Tile, table
 from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
 from epmoe.router import triton as router
@@ -91,13 +92,13 @@ def test_one_scale_a_register(arch: int) -> None:
 def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
     """Nothing spills, and the assembler lets the products run beside the conversions (it warns when it does not)."""
 
-    def block(dtype: str, rows: int, columns: int) -> str:
-        return f"tensordesc<{dtype}{[rows, columns]},{hopper_kernels.SHARED.value!r}>"
+    def block(dtype: str, layout: Any, *shape: int) -> str:
+        return f"tensordesc<{dtype}{list(shape)},{layout.value!r}>"
 
     types = {
-        **dict.fromkeys(("x_desc", "h_desc"), block("bf16", tile.tokens, 256)),
-        **dict.fromkeys(("x_half_desc", "h_half_desc"), block("bf16", tile.tokens // 2, 256)),
-        "word_desc": block("i16", tile.weight_rows, 64),
+        **dict.fromkeys(("x_desc", "h_desc"), block("bf16", hopper_kernels.SHARED, tile.tokens, 256)),
+        **dict.fromkeys(("x_half_desc", "h_half_desc"), block("bf16", hopper_kernels.SHARED, tile.tokens // 2, 256)),
+        "word_desc": block("i16", hopper_kernels.WORDS, tile.weight_rows // STRIP, STRIP, 64),
         **dict.fromkeys(("x_ptr", "h_ptr", "y_ptr", "bias_ptr"), "*bf16"),
         "word_ptr": "*i16",
         **dict.fromkeys(("scale_ptr", "offset_ptr", "slot_ptr"), "*i32"),
@@ -115,7 +116,7 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
 def test_the_kernel_that_compares_the_twins_pairs_words_as_the_products_do(wide: bool) -> None:
     """On all bytes and scale bytes (test_experts_gpu.py), which means something only where a register's words agree."""
     types = {"word_ptr": "*i16", "scale_ptr": "*i32", "value_ptr": "*bf16"}
-    cost = compile_kernel(decode_kernel, types, {"WIDE": wide, "PTX": True, "N": 256})
+    cost = compile_kernel(decode_kernel, types, {"WIDE": wide, "PTX": True})
     assert cost["factors"] > 0 and cost["unlike"] == 0
 
 

@@ -75,8 +75,8 @@ def test_ptx_gives_the_values(wide: bool) -> None:
     scale_NG = torch.randint(0, 256 if wide else 129, (COUNT // 32, 8), dtype=torch.uint8, generator=generator)
     matrix = WordMatrix.pack(Mxfp4Matrix(block_NG16[None], scale_NG[None]))
     wanted_NJC = decode(block_NG16, scale_NG, torch.bfloat16).unflatten(1, (4, 64))
-    register_NR = matrix.word_LNW[0].contiguous().view(torch.int32).long() & ALL
-    scale_NR = (matrix.scale_LVN[0].T.long() & ALL).repeat_interleave(16, dim=1)
+    register_NR = matrix.word_LZX.view(-1, 64).view(torch.int32).long() & ALL
+    scale_NR = (matrix.scale_LZVB[0].mT.flatten(0, 1).long() & ALL).repeat_interleave(16, dim=1)
     for j in range(4):
         byte_NR = scale_NR >> 8 * j & 255
         if wide:  # 2^(scale − 127), as `_factor` makes it in Triton's own operations

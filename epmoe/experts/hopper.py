@@ -11,8 +11,8 @@ import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epmoe.experts import GatedActivation
-from epmoe.experts.hopper_kernels import SHARED, down_kernel, gate_up_kernel
-from epmoe.experts.mxfp4_words import WordMatrix
+from epmoe.experts.hopper_kernels import SHARED, WORDS, down_kernel, gate_up_kernel
+from epmoe.experts.mxfp4_words import STRIP, WordMatrix
 from epmoe.experts.tiles import Tile, hopper_serves
 from epmoe.experts.triton_kernels import gather_kernel
 from epmoe.router import Dispatch
@@ -48,8 +48,8 @@ def gate_up(
     gate_up_kernel[(grid,)](
         *_blocks(x_RH, matrix, tile),
         x_RH,
-        matrix.word_LNW,
-        matrix.scale_LVN,
+        matrix.word_LZX,
+        matrix.scale_LZVB,
         bias_LN,
         dispatch.offset_L1,
         h_RI,
@@ -77,8 +77,8 @@ def down(
     down_kernel[(grid,)](
         *_blocks(h_RI, matrix, tile),
         h_RI,
-        matrix.word_LNW,
-        matrix.scale_LVN,
+        matrix.word_LZX,
+        matrix.scale_LZVB,
         bias_LH,
         dispatch.offset_L1,
         dispatch.slot_R,
@@ -92,12 +92,13 @@ def down(
 
 def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
     """What the copy engine needs to know of x, in blocks of the tile's tokens and of half as many, and of the words."""
-    blocks = (
-        (x_RC, tile.tokens, 256),
-        (x_RC, tile.tokens // 2, 256),
-        (matrix.word_LNW.flatten(0, 1), tile.weight_rows, 64),
-    )
-    return [TensorDescriptor.from_tensor(tensor, [rows, columns], SHARED.value) for tensor, rows, columns in blocks]
+    describe = TensorDescriptor.from_tensor
+    line_ZAQ = matrix.word_LZX.flatten(0, 1).unflatten(1, (-1, 64))  # a run of 4 pairs is a line of each row
+    return [
+        describe(x_RC, [tile.tokens, 256], SHARED.value),
+        describe(x_RC, [tile.tokens // 2, 256], SHARED.value),
+        describe(line_ZAQ, [tile.weight_rows // STRIP, STRIP, 64], WORDS.value),
+    ]
 
 
 def _constants(tile: Tile, matrix: WordMatrix) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """The two grouped products for many rows an expert, on Hopper: what triton_kernels.py computes, bit for bit, in Gluon.
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
-rows of this rank, sorted by expert · V columns of scale words (mxfp4_words.py) · in a program: B weight rows, M rows of
-R (tokens), C columns.
+rows of this rank, sorted by expert · of the weights (mxfp4_words.py): P pairs of 32-column groups, Z strips of 64
+rows, V columns of scale words · in a program: B weight rows, M rows of R (tokens), C columns.
 
 With many rows arithmetic is the limit, and in plain Triton each product waits for the one before it, since its left
 operand is made in registers. Gluon lets a program say what runs beside what:
@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from epmoe.experts import mxfp4_words
 from epmoe.experts.mxfp4_words import words_to_values
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
@@ -36,17 +37,20 @@ _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed i
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
 # … and of 16 for the run of one pair at the end of a row.
 _SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
+# The words of a run, whole strips.
+WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3))
 _RUN = gl.constexpr(256)  # columns of a run of 4 pairs
+_STRIP = gl.constexpr(mxfp4_words.STRIP)
 
 
 @gluon.jit(do_not_specialize=["num_local"])
 def gate_up_kernel(
     x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [M, 256]
     x_half_desc,  # the same in blocks [M/2, 256]
-    word_desc,  # int16 [L·2I, 16·P] in blocks [B, 64], rows interleaved: even gate, odd up
+    word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows; even gate, odd up
     x_ptr,
     word_ptr,
-    scale_ptr,  # int32 [L, V, 2I]
+    scale_ptr,  # int32 [L, Z, V, 64]
     bias_ptr,  # [L, 2I]
     offset_ptr,  # int32 [L+1]
     h_ptr,  # out [R, I]
@@ -80,10 +84,10 @@ def gate_up_kernel(
 def down_kernel(
     h_desc,  # [R, I] bf16 in blocks [M, 256]
     h_half_desc,  # the same in blocks [M/2, 256]
-    word_desc,  # int16 [L·H, 16·P] in blocks [B, 64]
+    word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows
     h_ptr,
     word_ptr,
-    scale_ptr,  # int32 [L, V, H]
+    scale_ptr,  # int32 [L, Z, V, 64]
     bias_ptr,  # [L, H]
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
@@ -199,35 +203,38 @@ def _product(
     word_desc, word_ptr, scale_ptr = weights
     pairs: gl.constexpr = (COLUMNS + 63) // 64
     runs: gl.constexpr = pairs // 4
+    scales: gl.constexpr = runs * 2 + pairs % 4  # V
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     x_s2MC = gl.allocate_shared_memory(gl.bfloat16, [2, M, _RUN], SHARED)
-    word_s2BQ = gl.allocate_shared_memory(gl.int16, [2, B, _RUN // 4], SHARED)
+    word_s2ZBQ = gl.allocate_shared_memory(gl.int16, [2, B // _STRIP, _STRIP, _RUN // 4], WORDS)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
     _sync()
-    word_row = expert * rows + n
-    buffers = (x_s2MC, word_s2BQ, ready)
-    _copy_run(x_desc, word_desc, buffers, 0, first, word_row, B, M)
+    strip = expert * gl.cdiv(rows, _STRIP) + n // _STRIP
+    buffers = (x_s2MC, word_s2ZBQ, ready)
+    _copy_run(x_desc, word_desc, buffers, 0, first, strip, B, M)
     if pairs % 4:
-        x_sMC, word_sBQ = _copy_rest(x_ptr, word_ptr, word_row, first, stop, rows - n, COLUMNS, B, M)
+        x_sMC, rest_sBQ = _copy_rest(x_ptr, word_ptr, strip, first, stop, rows - n, COLUMNS, B, M)
 
-    n_B = n + gl.arange(0, B, layout=gl.SliceLayout(1, left))
-    scale_B = scale_ptr + expert.to(gl.int64) * (runs * 2 + pairs % 4) * rows + n_B
-    scale0_B = gl.load(scale_B, n_B < rows, other=0)
-    scale1_B = gl.load(scale_B + rows, n_B < rows, other=0)
+    b_B = gl.arange(0, B, layout=gl.SliceLayout(1, left))
+    real_B = n + b_B < rows
+    scale_B = scale_ptr + (strip.to(gl.int64) + b_B // _STRIP) * (scales * _STRIP) + b_B % _STRIP
+    scale0_B = gl.load(scale_B, real_B, other=0)
+    scale1_B = gl.load(scale_B + _STRIP, real_B, other=0)
     acc_BM = gl.zeros([B, M], gl.float32, layout=mma)
     for run in range(0, runs):
         side = run % 2
         mbarrier.wait(ready.index(side), run // 2 % 2)
         # the next run's scales, or the rest's, a run ahead
-        scale_B += 2 * rows
-        next0_B = gl.load(scale_B, (n_B < rows) & (2 * run + 2 < 2 * runs + pairs % 4), other=0)
-        next1_B = gl.load(scale_B + rows, (n_B < rows) & (run + 1 < runs), other=0)
+        scale_B += 2 * _STRIP
+        next0_B = gl.load(scale_B, real_B & (2 * run + 2 < scales), other=0)
+        next1_B = gl.load(scale_B + _STRIP, real_B & (run + 1 < runs), other=0)
         x_MC = x_s2MC.index(side)
-        word0_BQ = word_s2BQ.index(side).slice(0, 32, dim=1).load(left)
-        word1_BQ = word_s2BQ.index(side).slice(32, 32, dim=1).load(left)
+        word_sBQ = word_s2ZBQ.index(side).reshape([B, _RUN // 4])
+        word0_BQ = word_sBQ.slice(0, 32, dim=1).load(left)
+        word1_BQ = word_sBQ.slice(32, 32, dim=1).load(left)
         # Each product is waited for when the one after it has begun; until then its operand keeps its registers.
         even_BQ = _values(word0_BQ, scale0_B, 0, WIDE)
         acc_BM = warpgroup_mma(even_BQ, x_MC.slice(0, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
@@ -235,7 +242,7 @@ def _product(
         # Now the run before is multiplied, so its buffers are free: in all threads, after _sync.
         if run + 1 < runs:
             _sync()
-            _copy_run(x_desc, word_desc, buffers, run + 1, first, word_row, B, M)
+            _copy_run(x_desc, word_desc, buffers, run + 1, first, strip, B, M)
         odd_BQ = _values(word1_BQ, scale1_B, 0, WIDE)
         acc_BM = warpgroup_mma(odd_BQ, x_MC.slice(32, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
         acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
@@ -250,7 +257,7 @@ def _product(
     if pairs % 4:
         async_copy.wait_group(0)
         fence_async_shared()
-        word_BQ = word_sBQ.load(left)
+        word_BQ = rest_sBQ.load(left)
         for j in gl.static_range(4):
             value_BQ = _values(word_BQ, scale0_B, j, WIDE)
             acc_BM = warpgroup_mma(value_BQ, x_sMC.slice(16 * j, 16, dim=1).permute([1, 0]), acc_BM, is_async=True)
@@ -262,19 +269,17 @@ def _product(
 
 
 @gluon.jit
-def _copy_run(x_desc, word_desc, buffers, run, row, word_row, B: gl.constexpr, M: gl.constexpr):
+def _copy_run(x_desc, word_desc, buffers, run, row, strip, B: gl.constexpr, M: gl.constexpr):
     """Start copying a run's x [M, 256] and words [B, 64]; its side's barrier tells when they are there."""
-    x_s2MC, word_s2BQ, ready = buffers
+    x_s2MC, word_s2ZBQ, ready = buffers
     side = run % 2
     mbarrier.expect(ready.index(side), M * _RUN * 2 + B * _RUN // 2)
     tma.async_copy_global_to_shared(x_desc, [row, run * _RUN], ready.index(side), x_s2MC.index(side))
-    tma.async_copy_global_to_shared(word_desc, [word_row, run * (_RUN // 4)], ready.index(side), word_s2BQ.index(side))
+    tma.async_copy_global_to_shared(word_desc, [strip, run * _STRIP, 0], ready.index(side), word_s2ZBQ.index(side))
 
 
 @gluon.jit
-def _copy_rest(
-    x_ptr, word_ptr, word_row, first, stop, real_rows, COLUMNS: gl.constexpr, B: gl.constexpr, M: gl.constexpr
-):
+def _copy_rest(x_ptr, word_ptr, strip, first, stop, real_rows, COLUMNS: gl.constexpr, B: gl.constexpr, M: gl.constexpr):
     """Start copying the run of one pair that ends a row: x [M, 64] and words [B, 16]."""
     pairs: gl.constexpr = (COLUMNS + 63) // 64
     x_sMC = gl.allocate_shared_memory(gl.bfloat16, [M, 64], _SHARED_REST)
@@ -288,8 +293,9 @@ def _copy_rest(
     word_sBQ = gl.allocate_shared_memory(gl.int16, [B, 16], _SHARED_REST)
     by_word: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
     b_B = gl.arange(0, B, layout=gl.SliceLayout(1, by_word))
-    q_Q = (pairs - 1) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, by_word))
-    word_BQ = word_ptr + word_row.to(gl.int64) * (pairs * 16) + (b_B[:, None] * (pairs * 16) + q_Q[None, :])
+    q_Q = gl.arange(0, 16, layout=gl.SliceLayout(0, by_word))
+    of_B = (strip.to(gl.int64) + b_B // _STRIP) * (_STRIP * 16 * pairs) + (pairs - 1) * 16 * _STRIP + b_B % _STRIP * 16
+    word_BQ = word_ptr + of_B[:, None] + q_Q[None, :]
     async_copy.async_copy_global_to_shared(word_sBQ, word_BQ, mask=(b_B < real_rows)[:, None])
     async_copy.commit_group()
     return x_sMC, word_sBQ

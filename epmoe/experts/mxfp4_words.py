@@ -1,7 +1,8 @@
 """The layout of MXFP4 weights that the Triton kernels read, and how they turn it into numbers.
 
-Letters: L experts on this rank · N output rows · C contraction columns · G groups of 32 columns that share a scale ·
-P pairs of groups (64 columns) · W = 16·P words of a row · V columns of scales.
+Letters: L experts on this rank · N output rows · Z strips of B = 64 of them · C contraction columns · G groups of 32
+columns that share a scale · P pairs of groups (64 columns) · W = 16·P words of a row · X = B·W words of a strip · V
+columns of scales.
 
 A row is cut into runs of 4 pairs, and of 2 and 1 for what is left. A run of n pairs is 64·n columns and 16·n words of
 16 bits. Word i of a run holds four E2M1 codes, j = 0 … 3, of the run's columns
@@ -11,8 +12,16 @@ A row is cut into runs of 4 pairs, and of 2 and 1 for what is left. A run of n p
 so a tile of words gives four tiles of values that are neighbours in x (a run of 4 pairs: 128 bytes of bf16 each): four
 products, the columns in their natural order, and nothing is ever interleaved. The scale bytes of such a tile stand
 together too: 32 words (or a smaller run) share one scale word of 32 bits, whose byte j is the scale of their codes j.
-A matrix has V of them a row, the rows side by side. Inside a word, with s the sign, a b the
-exponent, m the mantissa of code j:
+A row has V of them.
+
+In memory a strip of 64 rows lies together, run by run, the rows of a run one after the other (8 KiB for a run of 4
+pairs), and its scale words likewise: what a program asks for at a time is one piece of memory. With whole rows one
+after the other each row of a run was a piece of 128 bytes by itself, and products of few rows took up to a fifth longer
+(scripts/bench/NOTES.md, entry 20). The last strip is filled up with zeros.
+
+    word[l, z]:  run 0: row 0 (64 words) row 1 … row 63 | run 1: row 0 … | … | a last run of one pair: 16 words a row
+
+Inside a word, with s the sign, a b the exponent, m the mantissa of code j:
 
     bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
     code  s0 b3 m3 s1 s3 a3 s2 a0 b0 m0 a1 b1 m1 a2 b2 m2
@@ -40,15 +49,18 @@ from epmoe.quant.mxfp4 import Mxfp4Matrix
 # (mask, left shift) pairs that bring the four bits of a code, sign first, to their places in a word
 _PLACES = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((12, 8), (3, 13)))
 _EXPERTS_AT_ONCE = 4  # bounds the temporary memory of a conversion
+# Rows of a strip: as many as the tensor cores' left operand has, so that every tile is whole strips.
+STRIP = 64
 
 
 @dataclass(frozen=True)
 class WordMatrix:
-    """One projection [L, N, C] in words. C is padded to an even number of groups: codes 0, scale bytes 127."""
+    """One projection [L, N, C] in words. C is padded to an even number of groups (codes 0, scale bytes 127), N to whole
+    strips."""
 
     shape: tuple[int, int, int]
-    word_LNW: torch.Tensor  # int16
-    scale_LVN: torch.Tensor  # int32
+    word_LZX: torch.Tensor  # int16
+    scale_LZVB: torch.Tensor  # int32
     wide: bool  # any scale byte is above 128
 
     @classmethod
@@ -56,37 +68,55 @@ class WordMatrix:
         """Needs memory for the result and for temporaries of a few experts. Synchronises with the host once."""
         block_LNG16, scale_LNG = matrix.blocks_LNG16, matrix.scales_LNG
         experts, rows, groups = scale_LNG.shape
-        pairs = (groups + 1) // 2
-        word_LNW = torch.empty(experts, rows, pairs * 16, dtype=torch.int16, device=block_LNG16.device)
+        pairs, strips = (groups + 1) // 2, -(-rows // STRIP)
+        word_LZX = torch.empty(experts, strips, STRIP * pairs * 16, dtype=torch.int16, device=block_LNG16.device)
         for some in torch.arange(experts).split(_EXPERTS_AT_ONCE):
             part = slice(int(some[0]), int(some[-1]) + 1)
             byte_LND = _pad_groups(block_LNG16[part], 2, 0).flatten(2)
             for first, last, size in runs(pairs):
                 byte_LNRJD = byte_LND[:, :, 32 * first : 32 * last].unflatten(2, (-1, 4, 8 * size))
-                word_LNW[part, :, 16 * first : 16 * last] = _words(byte_LNRJD).flatten(2)
+                word_LZX[part, :, _words_before(first) : _words_before(last)] = _strips(_words(byte_LNRJD)).flatten(2)
         padded_LNG, scales = _pad_groups(scale_LNG, 2, 127), []
         for first, last, size in runs(pairs):
             byte_LNRVJ = _scale_bytes(padded_LNG[:, :, 2 * first : 2 * last].unflatten(2, (-1, 2 * size)))
-            scales.append(byte_LNRVJ.permute(0, 2, 3, 1, 4).flatten(1, 2).contiguous().view(torch.int32).squeeze(-1))
-        return cls((experts, rows, groups * 32), word_LNW, torch.cat(scales, dim=1), bool((scale_LNG > 128).any()))
+            scale_LNRV = byte_LNRVJ.clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
+            scales.append(_strips(scale_LNRV).transpose(3, 4).flatten(2, 3))
+        return cls((experts, rows, groups * 32), word_LZX, torch.cat(scales, dim=2), bool((scale_LNG > 128).any()))
 
     def unpack(self) -> Mxfp4Matrix:
         """The inverse of `pack`, exact."""
         groups = self.shape[2] // 32
         blocks, scales, column = [], [], 0
         for first, last, size in runs((groups + 1) // 2):
-            blocks.append(_bytes(self.word_LNW[:, :, 16 * first : 16 * last].unflatten(2, (-1, 16 * size))).flatten(2))
             count, columns = (last - first) // size, max(1, size // 2)
-            scale_LRVN = self.scale_LVN[:, column : column + count * columns].unflatten(1, (count, columns))
-            byte_LNRVJ = scale_LRVN.unsqueeze(-1).view(torch.uint8).permute(0, 3, 1, 2, 4)
-            scales.append(_scale_groups(byte_LNRVJ, size).flatten(2))
+            words = self.word_LZX[:, :, _words_before(first) : _words_before(last)]
+            blocks.append(_bytes(self._rows(words.unflatten(2, (count, STRIP, 16 * size)))).flatten(2))
+            scale_LZRVB = self.scale_LZVB[:, :, column : column + count * columns].unflatten(2, (count, columns))
+            scale_LNRV = self._rows(scale_LZRVB.transpose(3, 4))
+            scales.append(_scale_groups(scale_LNRV.unsqueeze(-1).contiguous().view(torch.uint8), size).flatten(2))
             column += count * columns
         block_LNG16 = torch.cat(blocks, dim=2).unflatten(2, (-1, 16))[:, :, :groups].contiguous()
         return Mxfp4Matrix(block_LNG16, torch.cat(scales, dim=2)[:, :, :groups].contiguous())
 
+    def _rows(self, x_LZRBx: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_strips`: [L, N, R, …]."""
+        return x_LZRBx.transpose(2, 3).flatten(1, 2)[:, : self.shape[1]]
+
     @property
     def nbytes(self) -> int:
-        return self.word_LNW.nbytes + self.scale_LVN.nbytes
+        return self.word_LZX.nbytes + self.scale_LZVB.nbytes
+
+
+def _words_before(pair: int) -> int:
+    """Words of a strip before its runs from `pair` on."""
+    return STRIP * 16 * pair
+
+
+def _strips(x_LNRx: torch.Tensor) -> torch.Tensor:
+    """[L, N, R, …] of R runs → [L, Z, R, B, …]: strip by strip, run by run; the last strip is filled up with zeros."""
+    experts, rows, *rest = x_LNRx.shape
+    padded = x_LNRx.new_zeros(experts, -rows % STRIP, *rest)
+    return torch.cat([x_LNRx, padded], dim=1).unflatten(1, (-1, STRIP)).transpose(2, 3)
 
 
 def _pad_groups(tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:

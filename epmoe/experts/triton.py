@@ -113,8 +113,8 @@ def gate_up(
     elif grid:
         gate_up_kernel[(grid,)](
             x_TH,
-            matrix.word_LNW,
-            matrix.scale_LVN,
+            matrix.word_LZX,
+            matrix.scale_LZVB,
             bias_LN,
             dispatch.offset_L1,
             dispatch.slot_R,
@@ -158,8 +158,8 @@ def down(
     elif grid:
         down_kernel[(grid,)](
             h_RI,
-            matrix.word_LNW,
-            matrix.scale_LVN,
+            matrix.word_LZX,
+            matrix.scale_LZVB,
             bias_LH,
             dispatch.offset_L1,
             dispatch.slot_R,
@@ -231,7 +231,7 @@ def _check(x: torch.Tensor, matrix: WordMatrix, bias_LN: torch.Tensor, dispatch:
     assert x.dtype in TILES, f"experts=triton computes in bfloat16 or float32, not {x.dtype}"
     assert bias_LN.shape == matrix.shape[:2] and dispatch.offset_L1.shape == (matrix.shape[0] + 1,)
     assert dispatch.offset_L1.dtype == dispatch.slot_R.dtype == torch.int32
-    tensors = (x, matrix.word_LNW, matrix.scale_LVN, bias_LN, dispatch.offset_L1, dispatch.slot_R)
+    tensors = (x, matrix.word_LZX, matrix.scale_LZVB, bias_LN, dispatch.offset_L1, dispatch.slot_R)
     assert all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
 
 

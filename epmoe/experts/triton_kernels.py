@@ -1,8 +1,8 @@
 """Two grouped products straight from 4-bit weights, with everything around them fused: gate_up and down.
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
-rows of this rank, sorted by expert · P pairs of 32-column groups (mxfp4_words.py) · in a program: B weight rows, M rows
-of R (tokens), Q words.
+rows of this rank, sorted by expert · of the weights (mxfp4_words.py): P pairs of 32-column groups, Z strips of 64
+rows, X words of a strip, V columns of scale words · in a program: B weight rows, M rows of R (tokens), Q words.
 
 A program owns B weight rows of one expert and M of its rows, and computes w_BC · x_CMᵀ: weights are the left operand,
 because the tensor cores take that one from registers, where the 4-bit codes become numbers; a batch of few tokens then
@@ -22,15 +22,18 @@ experts' offsets, on the device; those without one end at once, and an expert th
 import triton
 import triton.language as tl
 
+from epmoe.experts import mxfp4_words
 from epmoe.experts.mxfp4_words import words_to_values
 from epmoe.gpu import after_previous
+
+STRIP = tl.constexpr(mxfp4_words.STRIP)
 
 
 @triton.jit(do_not_specialize=["num_local", "top_k"])
 def gate_up_kernel(
     x_ptr,  # [T, H]
-    word_ptr,  # int16 [L, 2I, 16·P], rows interleaved: even gate, odd up
-    scale_ptr,  # int32 [L, V, 2I]
+    word_ptr,  # int16 [L, Z, X], rows interleaved: even gate, odd up
+    scale_ptr,  # int32 [L, Z, V, 64]
     bias_ptr,  # [L, 2I]
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
@@ -76,8 +79,8 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=["num_local"])
 def down_kernel(
     h_ptr,  # [R, I]
-    word_ptr,  # int16 [L, H, 16·P]
-    scale_ptr,  # int32 [L, V, H]
+    word_ptr,  # int16 [L, Z, X]
+    scale_ptr,  # int32 [L, Z, V, 64]
     bias_ptr,  # [L, H]
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
@@ -172,21 +175,23 @@ def _product(
     scales: tl.constexpr = whole // 2 + pairs % 4 // 2 + pairs % 2
     real_B = n_B < rows
     x_M = x_ptr + x_row_M.to(tl.int64) * COLUMNS
-    word_B = word_ptr + (expert.to(tl.int64) * rows + n_B) * (pairs * 16)
-    scale_B = scale_ptr + expert.to(tl.int64) * scales * rows + n_B
+    strip_B = expert.to(tl.int64) * tl.cdiv(rows, STRIP) + n_B // STRIP
+    row_B = n_B % STRIP
+    word_B = word_ptr + strip_B * (STRIP * 16 * pairs)  # each row's strip
+    scale_B = scale_ptr + strip_B * (STRIP * scales) + row_B
 
     acc_BM = tl.zeros((n_B.shape[0], x_row_M.shape[0]), tl.float32)
     for word in range(0, whole * 16, Q):
+        run = word // 64
         acc_BM = _words_product(
             acc_BM,
             x_M,
             used_M,
-            word_B,
-            scale_B + word // 32 * rows,
+            word_B + run * (STRIP * 64) + row_B * 64,
+            scale_B + word // 32 * STRIP,
             real_B,
-            word,
-            word // 64 * 4,
-            rows,
+            word - run * 64,
+            run * 4,
             COLUMNS,
             4,
             Q,
@@ -196,17 +201,17 @@ def _product(
         )
     if pairs % 4 >= 2:
         some: tl.constexpr = Q if Q < 32 else 32
-        to_B = scale_B + whole // 2 * rows
-        for word in tl.static_range(whole * 16, whole * 16 + 32, some):
+        of_B = word_B + whole * 16 * STRIP + row_B * 32
+        to_B = scale_B + whole // 2 * STRIP
+        for word in tl.static_range(0, 32, some):
             acc_BM = _words_product(
-                acc_BM, x_M, used_M, word_B, to_B, real_B, word, whole, rows, COLUMNS, 2, some, WIDE, PTX, DOT
+                acc_BM, x_M, used_M, of_B, to_B, real_B, word, whole, COLUMNS, 2, some, WIDE, PTX, DOT
             )
     if pairs % 2 == 1:
         last: tl.constexpr = pairs - 1
-        to_B = scale_B + (scales - 1) * rows
-        acc_BM = _words_product(
-            acc_BM, x_M, used_M, word_B, to_B, real_B, last * 16, last, rows, COLUMNS, 1, 16, WIDE, PTX, DOT
-        )
+        of_B = word_B + last * 16 * STRIP + row_B * 16
+        to_B = scale_B + (scales - 1) * STRIP
+        acc_BM = _words_product(acc_BM, x_M, used_M, of_B, to_B, real_B, 0, last, COLUMNS, 1, 16, WIDE, PTX, DOT)
     return acc_BM
 
 
@@ -215,12 +220,11 @@ def _words_product(
     acc_BM,
     x_M,
     used_M,
-    word_B,
-    scale_B,  # the words' first scales
+    word_B,  # each row's words of a run
+    scale_B,  # the scales of the first of its Q words
     real_B,
-    word,  # the first of Q words of a row
-    pair,  # the first pair of their run
-    rows,
+    word,  # the first of Q words of the run
+    pair,  # the first pair of the run
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,  # pairs of the run
     Q: tl.constexpr,
@@ -233,11 +237,11 @@ def _words_product(
     VQ: tl.constexpr = (Q + 31) // 32
     i_Q = tl.arange(0, Q)
     word_BQ = tl.load(word_B[:, None] + (word + i_Q)[None, :], real_B[:, None], other=0)
-    scale_BV = tl.load(scale_B[:, None] + (tl.arange(0, VQ) * rows)[None, :], real_B[:, None], other=0)
+    scale_BV = tl.load(scale_B[:, None] + (tl.arange(0, VQ) * STRIP)[None, :], real_B[:, None], other=0)
     scale_BQ = tl.reshape(tl.broadcast_to(scale_BV[:, :, None], (B, VQ, Q // VQ)), (B, Q))
     for j in tl.static_range(4):
         # code j of the run's word i is column 16 · SIZE · j + i of the run
-        column_Q = pair * 64 + 16 * SIZE * j + (word - pair * 16) + i_Q
+        column_Q = pair * 64 + 16 * SIZE * j + word + i_Q
         used_QM = used_M[None, :]
         if COLUMNS % 64 != 0:
             used_QM = used_QM & (column_Q < COLUMNS)[:, None]
