@@ -56,15 +56,18 @@ def decode_kernel(
     starts from its score.
     """
     next_may_begin(PDL)
-    _, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
+    tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     m_M = tl.arange(0, M)
     d_D = tl.arange(0, DP)
     n_N = tl.arange(0, N)
     real_D = d_D < D
-    for item in range(tl.program_id(0), tl.sum(tiles_B, 0) * J, tl.num_programs(0)):
+    tiles = tl.sum(tiles_B, 0)
+    for item in range(tl.program_id(0), tiles * J, tl.num_programs(0)):
         tile, j = item // J, item % J
-        b, split = _locate(tiles_B, tile)
-        splits = _pick(tiles_B, b)
+        b, split, splits = tile, 0, 1
+        if tiles > rows:  # else each sequence has one split, and nothing need be looked up
+            b, split = _locate(tiles_B, tile)
+            splits = _pick(tiles_B, b)
         token = tl.load(token_ptr + b)
         position = tl.load(position_ptr + b).to(tl.int32)
         sequence = tl.load(sequence_ptr + b)
@@ -140,10 +143,10 @@ def combine_kernel(
     """Program (b, e): the splits of a sequence's head, S at a time, upwards."""
     next_may_begin(PDL)
     b, e = tl.program_id(0), tl.program_id(1)
-    _, tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
-    splits = _pick(tiles_B, b)
+    splits = _splits(tl.load(position_ptr + b).to(tl.int32), WINDOW, SPLIT)
     if splits == 1:
         return
+    tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     first = tl.sum(tl.where(tl.arange(0, ROWS) < b, tiles_B, 0), 0)
     s_S = tl.arange(0, S)
     d_D = tl.arange(0, DP)
@@ -168,13 +171,18 @@ def combine_kernel(
 
 @triton.jit
 def _decode_tiles(position_ptr, rows, WINDOW: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):
-    """(each sequence's position, its splits), both int32 [ROWS]; no splits beyond the B sequences."""
+    """Each sequence's splits, int32 [ROWS]; none beyond the B sequences."""
     b_B = tl.arange(0, ROWS)
-    position_B = tl.load(position_ptr + b_B, b_B < rows, other=-1).to(tl.int32)
-    seen_B = position_B + 1
+    return _splits(tl.load(position_ptr + b_B, b_B < rows, other=-1).to(tl.int32), WINDOW, SPLIT)
+
+
+@triton.jit
+def _splits(position, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
+    """How many splits a sequence at this position has, the position itself included."""
+    seen = position + 1
     if WINDOW:
-        seen_B = tl.minimum(seen_B, WINDOW)
-    return position_B, (seen_B + SPLIT - 1) // SPLIT
+        seen = tl.minimum(seen, WINDOW)
+    return (seen + SPLIT - 1) // SPLIT
 
 
 @triton.jit

@@ -115,8 +115,9 @@ def _words_before(pair: int) -> int:
 def _strips(x_LNRx: torch.Tensor) -> torch.Tensor:
     """[L, N, R, …] of R runs → [L, Z, R, B, …]: strip by strip, run by run; the last strip is filled up with zeros."""
     experts, rows, *rest = x_LNRx.shape
-    padded = x_LNRx.new_zeros(experts, -rows % STRIP, *rest)
-    return torch.cat([x_LNRx, padded], dim=1).unflatten(1, (-1, STRIP)).transpose(2, 3)
+    if missing := -rows % STRIP:
+        x_LNRx = torch.cat([x_LNRx, x_LNRx.new_zeros(experts, missing, *rest)], dim=1)
+    return x_LNRx.unflatten(1, (-1, STRIP)).transpose(2, 3)
 
 
 def _pad_groups(tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:

@@ -105,6 +105,8 @@ def _padded(experts: int) -> int:
 
 # Below the key of every logit: -inf has the lowest, 0x807fffff as int32.
 _TAKEN = tl.constexpr(-(1 << 31))
+# The half of a key that orders bf16 numbers, and the one in which the lower of equal numbers' ids is the larger.
+_UPPER, _LOWER = tl.constexpr(-(1 << 16)), tl.constexpr((1 << 16) - 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_local"])
@@ -201,8 +203,13 @@ def _top(
     """
     id_E = tl.arange(0, BLOCK_E)
     real_TE = real_T[:, None] & (id_E < E)[None, :]
-    logit_TE = tl.load(logits_ptr + token_T[:, None] * E + id_E[None, :], mask=real_TE, other=0.0).to(tl.float32)
-    key_TE = tl.where((id_E < E)[None, :], _ordered(logit_TE), _TAKEN)
+    logit_TE = tl.load(logits_ptr + token_T[:, None] * E + id_E[None, :], mask=real_TE, other=0.0)
+    # A bf16 logit leaves room in its key for the id, so that a round is one maximum instead of a maximum with its place.
+    PACKED: tl.constexpr = logit_TE.dtype == tl.bfloat16
+    key_TE = _ordered(logit_TE.to(tl.float32))
+    if PACKED:
+        key_TE = (key_TE & _UPPER) | (id_E ^ _LOWER)[None, :]
+    key_TE = tl.where((id_E < E)[None, :], key_TE, _TAKEN)
 
     # The exponentials of later rounds need the first round's logit, and the weights need their sum: the K values of a
     # token wait in registers, addressed by comparison since a tile cannot be indexed.
@@ -213,7 +220,13 @@ def _top(
     first_T = tl.zeros([BLOCK_T], tl.float32)
     sum_T = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
-        best_T, id_T = tl.max(key_TE, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        if PACKED:
+            best_T = tl.max(key_TE, axis=1)
+            id_T = (best_T & _LOWER) ^ _LOWER
+            # Of a negative number the lower bits of the key are ones.
+            best_T = tl.where(best_T < 0, best_T | _LOWER, best_T & _UPPER)
+        else:
+            best_T, id_T = tl.max(key_TE, axis=1, return_indices=True, return_indices_tie_break_left=True)
         logit_T = _unordered(best_T)
         if k == 0:
             first_T = logit_T
