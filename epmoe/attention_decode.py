@@ -64,10 +64,9 @@ def decode_kernel(
     tiles = tl.sum(tiles_B, 0)
     for item in range(tl.program_id(0), tiles * J, tl.num_programs(0)):
         tile, j = item // J, item % J
-        b, split, splits = tile, 0, 1
+        b, split = tile, 0
         if tiles > rows:  # else each sequence has one split, and nothing need be looked up
             b, split = _locate(tiles_B, tile)
-            splits = _pick(tiles_B, b)
         token = tl.load(token_ptr + b)
         position = tl.load(position_ptr + b).to(tl.int32)
         sequence = tl.load(sequence_ptr + b)
@@ -111,7 +110,7 @@ def decode_kernel(
             score_MN = tl.where(real_N[None, :], score_MN, float("-inf"))
             top_M, sum_M, acc_MD = take(score_MN, v_ND, scale, top_M, sum_M, acc_MD)
 
-        if splits == 1:
+        if _splits(position, WINDOW, SPLIT) == 1:
             to_MD = out_ptr + (token * (J * G) + head_M)[:, None] * D + d_D[None, :]
             finish(sink_ptr, to_MD, head_M, m_M < G, real_MD, top_M, sum_M, acc_MD)
         else:
@@ -190,9 +189,3 @@ def _locate(tiles_I, tile):
     """The owner of the tile-th of all tiles, and which of the owner's tiles it is."""
     passed_I = tl.cumsum(tiles_I, 0) <= tile
     return tl.sum(passed_I.to(tl.int32), 0), tile - tl.sum(tl.where(passed_I, tiles_I, 0), 0)
-
-
-@triton.jit
-def _pick(value_I, index):
-    """value[index]: a tile cannot be indexed."""
-    return tl.sum(tl.where(tl.arange(0, value_I.shape[0]) == index, value_I, 0), 0)

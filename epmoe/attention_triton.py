@@ -245,13 +245,14 @@ def _padded(head_dim: int) -> int:
 
 
 def _bucket(count: int) -> int:
-    """A length of the kernels' vectors: 32, 128, 512 ...; few, since each compiles a kernel.
+    """A length of the kernels' vectors: 32, 128, 256, 1024 ...; few, since each compiles a kernel.
 
-    32 are the lanes of a warp: each warp sums them by itself, without waiting for the others.
+    32 are the lanes of a warp: each warp sums them by itself, without waiting for the others. 256 are what the most
+    sequences of a graph need; with 512 the decode kernel took more registers than four programs have.
     """
     length = 32
     while length < count:
-        length *= 4
+        length *= 2 if length == 128 else 4
     return length
 
 

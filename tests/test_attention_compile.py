@@ -7,7 +7,7 @@ import torch
 from compile_sm90 import MOST_SHARED, compile_kernel
 
 from epmoe import attention_decode, attention_prefill
-from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL
+from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL, _bucket
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
@@ -40,7 +40,7 @@ def compiled(
     return cost
 
 
-@pytest.mark.parametrize("rows", [64, 256])
+@pytest.mark.parametrize("rows", [_bucket(rows) for rows in (1, 64, 256)])
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:

@@ -65,8 +65,8 @@ def test_no_spills(kernel: Any, dtype: torch.dtype, tile: Tile) -> None:
     cost = compiled(kernel, dtype, tile)
     assert cost["spills"] == 0
     assert (cost["waits"], cost["early"]) == (kernel is gate_up_kernel, 0)
-    # With 8 tokens or fewer weight rows Triton takes an older instruction, whose sums may round otherwise.
-    assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
+    # With 8 tokens Triton takes an older instruction; test_experts_gpu.py holds it to the same bits.
+    assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16 and tile.tokens > 8)
     if dtype == torch.bfloat16:
         assert compiled(kernel, dtype, tile, local=128, wide=True)["spills"] == 0
 
@@ -99,6 +99,7 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
         **dict.fromkeys(("x_desc", "h_desc"), block("bf16", hopper_kernels.SHARED, tile.tokens, 256)),
         **dict.fromkeys(("x_half_desc", "h_half_desc"), block("bf16", hopper_kernels.SHARED, tile.tokens // 2, 256)),
         "word_desc": block("i16", hopper_kernels.WORDS, tile.weight_rows // STRIP, STRIP, 64),
+        "word_half_desc": block("i16", hopper_kernels.WORDS, tile.weight_rows // STRIP // 2, STRIP, 64),
         **dict.fromkeys(("x_ptr", "h_ptr", "y_ptr", "bias_ptr"), "*bf16"),
         "word_ptr": "*i16",
         **dict.fromkeys(("scale_ptr", "offset_ptr", "slot_ptr"), "*i32"),

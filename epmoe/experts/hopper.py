@@ -91,13 +91,14 @@ def down(
 
 
 def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
-    """What the copy engine needs to know of x, in blocks of the tile's tokens and of half as many, and of the words."""
+    """What the copy engine needs to know of x and of the words: in blocks of a tile, and in blocks of half a tile."""
     describe = TensorDescriptor.from_tensor
     line_ZAQ = matrix.word_LZX.flatten(0, 1).unflatten(1, (-1, 64))  # a run of 4 pairs is a line of each row
     return [
         describe(x_RC, [tile.tokens, 256], SHARED.value),
         describe(x_RC, [tile.tokens // 2, 256], SHARED.value),
         describe(line_ZAQ, [tile.weight_rows // STRIP, STRIP, 64], WORDS.value),
+        describe(line_ZAQ, [tile.weight_rows // STRIP // 2, STRIP, 64], WORDS.value),
     ]
 
 

@@ -12,7 +12,7 @@ operand is made in registers. Gluon lets a program say what runs beside what:
     copy engine (TMA)   x and words of run r+1 …                                         (two buffers, a barrier each)
 
 The sum runs over the columns upwards in steps of 16 in one accumulator, as there: same bits. A program's tile is B × M;
-the last of an expert's rows take half of M where that holds them.
+the last weight rows take half of B where that holds them, else the last of an expert's rows half of M.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -48,6 +48,7 @@ def gate_up_kernel(
     x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [M, 256]
     x_half_desc,  # the same in blocks [M/2, 256]
     word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows; even gate, odd up
+    word_half_desc,  # the same in blocks [B/128, 64, 64]
     x_ptr,
     word_ptr,
     scale_ptr,  # int32 [L, Z, V, 64]
@@ -72,7 +73,11 @@ def gate_up_kernel(
         return
     n = gl.program_id(0) % tiles_n * B
     weights = (word_desc, word_ptr, scale_ptr)
-    if stop - first <= M // 2:
+    if rows - n <= B // 2:
+        of_half = (word_half_desc, word_ptr, scale_ptr)
+        last_BM = _product(x_desc, x_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE)
+        _store_h(last_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
+    elif stop - first <= M // 2:
         half_BM = _product(x_half_desc, x_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE)
         _store_h(half_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
     else:
@@ -85,6 +90,7 @@ def down_kernel(
     h_desc,  # [R, I] bf16 in blocks [M, 256]
     h_half_desc,  # the same in blocks [M/2, 256]
     word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows
+    word_half_desc,  # the same in blocks [B/128, 64, 64]
     h_ptr,
     word_ptr,
     scale_ptr,  # int32 [L, Z, V, 64]
@@ -108,7 +114,11 @@ def down_kernel(
         return
     n = gl.program_id(0) % tiles_n * B
     weights = (word_desc, word_ptr, scale_ptr)
-    if stop - first <= M // 2:
+    if rows - n <= B // 2:
+        of_half = (word_half_desc, word_ptr, scale_ptr)
+        last_BM = _product(h_desc, h_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE)
+        _store_y(last_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
+    elif stop - first <= M // 2:
         half_BM = _product(h_half_desc, h_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE)
         _store_y(half_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
     else:
