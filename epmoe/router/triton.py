@@ -204,7 +204,7 @@ def _top(
     id_E = tl.arange(0, BLOCK_E)
     real_TE = real_T[:, None] & (id_E < E)[None, :]
     logit_TE = tl.load(logits_ptr + token_T[:, None] * E + id_E[None, :], mask=real_TE, other=0.0)
-    # A bf16 logit leaves room in its key for the id, so that a round is one maximum instead of a maximum with its place.
+    # A bf16 logit leaves room in its key for the id, so that a round is one maximum, not one with its place.
     PACKED: tl.constexpr = logit_TE.dtype == tl.bfloat16
     key_TE = _ordered(logit_TE.to(tl.float32))
     if PACKED:
