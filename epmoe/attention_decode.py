@@ -130,42 +130,50 @@ def combine_kernel(
     sum_ptr,  # float32 [tiles, E]
     out_ptr,  # out [T, E, D]: rows of sequences with several splits
     rows,
-    E: tl.constexpr,
+    J: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    GP: tl.constexpr,  # G rounded up to a power of two
     DP: tl.constexpr,
     S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (b, e): the splits of a sequence's head, S at a time, upwards."""
+    """Program (b, j): the splits of a group's query heads, S at a time, upwards.
+
+    A group's heads together: as a program each, the 16,384 heads of 256 sequences took 18 µs on an H100 to find that
+    there was nothing to combine.
+    """
     next_may_begin(PDL)
-    b, e = tl.program_id(0), tl.program_id(1)
+    b, j = tl.program_id(0), tl.program_id(1)
     splits = _splits(tl.load(position_ptr + b).to(tl.int32), WINDOW, SPLIT)
     if splits == 1:
         return
     tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     first = tl.sum(tl.where(tl.arange(0, ROWS) < b, tiles_B, 0), 0)
-    s_S = tl.arange(0, S)
-    d_D = tl.arange(0, DP)
-    top = tl.load(sink_ptr + e).to(tl.float32) * LOG2E
-    total = 1.0
-    acc_D = tl.zeros([DP], tl.float32)
+    s_S, d_D, g_G = tl.arange(0, S), tl.arange(0, DP), tl.arange(0, GP)
+    head_G, real_G, real_D = j * G + g_G, g_G < G, d_D < D
+    top_G = tl.load(sink_ptr + head_G, real_G, other=0).to(tl.float32) * LOG2E
+    total_G = tl.full([GP], 1.0, tl.float32)
+    acc_GD = tl.zeros([GP, DP], tl.float32)
     for start in range(0, splits, S):
-        real_S = start + s_S < splits
-        at_S = (first + start + s_S) * E + e
-        top_S = tl.load(top_ptr + at_S, real_S, other=LOWEST)
-        sum_S = tl.load(sum_ptr + at_S, real_S, other=0)
-        part_SD = tl.load(part_ptr + at_S[:, None] * D + d_D[None, :], real_S[:, None] & (d_D < D)[None, :], other=0)
-        above = tl.maximum(top, tl.max(top_S, 0))
-        weight_S = tl.exp2(top_S - above)
-        shrink = tl.exp2(top - above)
-        total = total * shrink + tl.sum(sum_S * weight_S, 0)
-        acc_D = acc_D * shrink + tl.sum(part_SD * weight_S[:, None], 0)
-        top = above
-    to = out_ptr + tl.load(token_ptr + b) * (E * D) + e * D
-    tl.store(to + d_D, (acc_D / total).to(out_ptr.dtype.element_ty), d_D < D)
+        real_GS = real_G[:, None] & (start + s_S < splits)[None, :]
+        at_GS = (first + start + s_S)[None, :] * (J * G) + head_G[:, None]
+        top_GS = tl.load(top_ptr + at_GS, real_GS, other=LOWEST)
+        sum_GS = tl.load(sum_ptr + at_GS, real_GS, other=0)
+        at_GSD = at_GS[:, :, None] * D + d_D[None, None, :]
+        part_GSD = tl.load(part_ptr + at_GSD, real_GS[:, :, None] & real_D[None, None, :], other=0)
+        above_G = tl.maximum(top_G, tl.max(top_GS, 1))
+        weight_GS = tl.exp2(top_GS - above_G[:, None])
+        shrink_G = tl.exp2(top_G - above_G)
+        total_G = total_G * shrink_G + tl.sum(sum_GS * weight_GS, 1)
+        acc_GD = acc_GD * shrink_G[:, None] + tl.sum(part_GSD * weight_GS[:, :, None], 1)
+        top_G = above_G
+    to_GD = out_ptr + tl.load(token_ptr + b) * (J * G * D) + head_G[:, None] * D + d_D[None, :]
+    out_GD = (acc_GD / total_G[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(to_GD, out_GD, real_G[:, None] & real_D[None, :])
 
 
 @triton.jit

@@ -128,9 +128,25 @@ def _decode(
         num_stages=tile.stages,
     )
     if not single:
-        combine_kernel[(rows, heads)](
-            decode.token_B, decode.position_B, sink_E, *parts, out_TED, rows, E=heads, S=SPLITS, **shared, num_warps=2
+        combine_kernel[(rows, kv_heads)](
+            decode.token_B,
+            decode.position_B,
+            sink_E,
+            *parts,
+            out_TED,
+            rows,
+            J=kv_heads,
+            G=heads // kv_heads,
+            S=SPLITS,
+            **shared,
+            **combine_options(heads // kv_heads, head_dim),
         )
+
+
+def combine_options(group: int, head_dim: int) -> dict[str, int]:
+    """64 of a step's values are a thread's."""
+    padded = triton.next_power_of_2(group)
+    return {"GP": padded, "num_warps": min(16, max(1, padded * SPLITS * _padded(head_dim) // (32 * 64)))}
 
 
 def _prefill(

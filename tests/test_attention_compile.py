@@ -7,7 +7,7 @@ import torch
 from compile_sm90 import MOST_SHARED, compile_kernel
 
 from epmoe import attention_decode, attention_prefill
-from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL, _bucket
+from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL, _bucket, combine_options
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
@@ -57,8 +57,9 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_combine(dtype: torch.dtype) -> None:
-    constants = {**SIZES, "E": 64, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
-    compiled(attention_decode.combine_kernel, dtype, constants, 2, 3)
+    constants = {**SIZES, "G": 8, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
+    options = combine_options(8, SIZES["D"])
+    compiled(attention_decode.combine_kernel, dtype, constants | {"GP": options["GP"]}, options["num_warps"], 3)
 
 
 def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
