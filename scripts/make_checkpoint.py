@@ -8,8 +8,12 @@ Every number of the architecture is an option; what is left out comes from the s
 """
 
 import argparse
+import sys
 import time
 from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from epmoe.errors import UserError
 from epmoe.synthetic import SIZES, Synthetic, make_checkpoint

@@ -45,3 +45,21 @@ def test_chosen_interpreter() -> None:
     assert script("setup").stdout == f"{sys.executable}\n"
     done = script("setup", EPMOE_PYTHON="/no/such/python")
     assert done.returncode == 2 and "EPMOE_PYTHON=/no/such/python is no program" in done.stderr
+
+
+# As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path.
+BARE = """
+import runpy, sys
+root, file = sys.argv[1:]
+sys.path = [each for each in sys.path if each != root]
+sys.argv = [file, "--help"]
+runpy.run_path(file, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["make_checkpoint", "bench/attention", "bench/load", "bench/moe", "bench/router"])
+def test_runs_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BARE, str(ROOT), str(ROOT / "scripts" / f"{name}.py")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

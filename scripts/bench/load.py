@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
 from epmoe import ranks
 from epmoe.checkpoint import Checkpoint
 from epmoe.load import load, model_of
