@@ -57,7 +57,7 @@ class TritonExperts:
 
     @classmethod
     def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:
-        """Regroups codes and scales (mxfp4_words.py): the same size, but for an odd number of 32-column groups.
+        """Regroups codes and scales (mxfp4_words.py): the same size where rows are whole strips of 64 and groups even.
 
         Raises:
             UserError: another format than mxfp4, or a device that Triton cannot compile for.

@@ -57,7 +57,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     device = logits_TE.device
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise UserError("router=triton needs a GPU and this rank runs on the CPU: choose router=reference")
-    assert 1 <= top_k <= experts, f"top_k={top_k} of {experts} experts"
+    assert 1 <= top_k <= experts <= 1 << 16, f"top_k={top_k} of {experts} experts"  # an id has half of a key
     assert logits_TE.is_contiguous() and logits_TE.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert local_E.shape == (experts,) and local_E.dtype == torch.int32 and local_E.is_contiguous()
     assert local_E.device == device
