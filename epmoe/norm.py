@@ -31,14 +31,16 @@ def add_rows(rows_TKH: torch.Tensor) -> torch.Tensor:
 
 
 def add_norm(
-    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, *, clear: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add_rows(rows), the norm of that), both [T, H] in x's dtype; without rows x itself comes back.
 
-    The reference, for any device and dtype; norm_triton.py has the fast one.
+    `clear` leaves zeros in the rows. The reference, for any device and dtype; norm_triton.py has the fast one.
     """
     if rows_TKH is not None:
         x_TH = x_TH + add_rows(rows_TKH)
+        if clear:
+            rows_TKH.zero_()
     wide_TH = x_TH.float()
     wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
     return x_TH, (wide_TH * weight_H.float()).to(x_TH.dtype)
@@ -69,9 +71,11 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden))
         self.eps = eps
 
-    def forward(self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the residual stream with `rows` added, its norm), [T, H] each; changes neither argument."""
-        return implementation(x_TH.device).add_norm(x_TH, rows_TKH, self.weight, self.eps)
+    def forward(
+        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, *, clear: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the residual stream with `rows` added, its norm), [T, H] each; `clear` leaves zeros in the rows."""
+        return implementation(x_TH.device).add_norm(x_TH, rows_TKH, self.weight, self.eps, clear=clear)
 
     def with_linear(
         self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear

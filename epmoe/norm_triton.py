@@ -26,7 +26,7 @@ FEW = 2048
 
 
 def add_norm(
-    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, *, clear: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `norm.add_norm`: (x + the rows, its norm). One launch; x and rows are contiguous.
 
@@ -49,6 +49,7 @@ def add_norm(
             eps,
             H=hidden,
             K=top_k,
+            CLEAR=clear,
             **tile_options(hidden),
             **early(x_TH.device),
         )
@@ -98,13 +99,14 @@ def tile_options(hidden: int) -> dict[str, int]:
 @triton.jit
 def add_norm_kernel(
     x_ptr,  # [T, H]
-    rows_ptr,  # [T, K, H]; None when K is 0
+    rows_ptr,  # [T, K, H], with CLEAR zeros afterwards; None when K is 0
     weight_ptr,  # [H]
     sum_ptr,  # out [T, H]; not written when K is 0
     norm_ptr,  # out [T, H]
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
+    CLEAR: tl.constexpr,
     HP: tl.constexpr,  # H rounded up to a power of two
     PDL: tl.constexpr,
 ):
@@ -115,6 +117,10 @@ def add_norm_kernel(
     sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if K:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
+        if CLEAR:
+            zero_H = tl.zeros([HP], rows_ptr.dtype.element_ty)
+            for k in tl.static_range(K):
+                tl.store(rows_ptr + (t * K + k) * H + h_H, zero_H, real_H)
     tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
 
 

@@ -58,6 +58,12 @@ def compare(case: Case, device: str, dtype: torch.dtype, tolerance: float) -> No
     wanted_sum_TH, wanted_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
     moved_TH, moved_TKH = x_TH.to(device), None if rows_TKH is None else rows_TKH.to(device)
     sum_TH, norm_TH = norm_triton.add_norm(moved_TH, moved_TKH, weight_H.to(device), eps)
+    if moved_TKH is not None:
+        given_TKH = moved_TKH.clone()
+        again = norm_triton.add_norm(moved_TH, given_TKH, weight_H.to(device), eps, clear=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, (sum_TH, norm_TH), strict=True))
+        assert not given_TKH.any() and not given_TKH.signbit().any()
+        assert torch.equal(moved_TKH.cpu(), operands(case, dtype)[1]), "cleared what it was not told to"
     assert torch.equal(moved_TH.cpu(), operands(case, dtype)[0]), "changed its argument"
     assert sum_TH.dtype == norm_TH.dtype == dtype
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
@@ -140,6 +146,16 @@ def test_three_roundings() -> None:
     assert norm_TH.item() == 1.25 and norm_TH.dtype == torch.bfloat16
 
 
+def test_the_reference_clears_when_told() -> None:
+    x_TH, rows_TKH, weight_H, eps = operands(Case("four slots", 3, 4))
+    assert rows_TKH is not None
+    kept_TKH = rows_TKH.clone()
+    wanted = add_norm(x_TH, kept_TKH, weight_H, eps)
+    got = add_norm(x_TH, rows_TKH, weight_H, eps, clear=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert kept_TKH.any() and not rows_TKH.any()
+
+
 def test_the_norm_is_rms() -> None:
     """Against the formula in float64, with an epsilon that shows."""
     x_TH, _, weight_H, _ = operands(Case("plain", 4, None))
@@ -158,16 +174,17 @@ def test_one_place_chooses() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("rows", [0, 1, 4])
-def test_compiles_without_spills(rows: int, arch: int) -> None:
+@pytest.mark.parametrize(("rows", "clear"), [(0, False), (1, False), (4, False), (4, True)])
+def test_compiles_without_spills(rows: int, clear: bool, arch: int) -> None:
     types = {**dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "sum_ptr", "norm_ptr"), "*bf16"), "eps": "fp32"}
     options = norm_triton.tile_options(2880)
     constants = {"H": 2880, "K": rows, "HP": options["HP"], "PDL": arch >= 90} | ({} if rows else {"rows_ptr": None})
     signature = {name: kind for name, kind in types.items() if name not in constants}
-    cost = compile_kernel(norm_triton.add_norm_kernel, signature, constants, options["num_warps"], arch=arch)
+    cleared = {**constants, "CLEAR": clear}
+    cost = compile_kernel(norm_triton.add_norm_kernel, signature, cleared, options["num_warps"], arch=arch)
     assert cost["spills"] == 0, cost
     assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
-    if rows:
+    if rows and not clear:
         signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
         constants |= {"E": 32, "B": norm_triton.OUTPUTS}
         cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)

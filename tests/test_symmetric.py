@@ -15,10 +15,10 @@ import torch.distributed as dist
 from loading import rank_of
 from spawn import run_ranks
 
-from epmoe.combine import symmetric
+from epmoe.combine import Pending, symmetric
 from epmoe.combine.slots import Slots
 from epmoe.combine.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
-from epmoe.norm import add_rows
+from epmoe.norm import AddNorm, add_rows
 from epmoe.ranks import Ranks
 
 SUMMED: list[int] = []  # bytes of each call
@@ -109,6 +109,17 @@ def test_rows_are_zeros_of_the_shape_that_was_asked_for() -> None:
     # 2046 values are 4092 bytes: they fit, and so does their padding; in a buffer of 4092 bytes the padding would not.
     assert shared.rows(torch.ones(1, 2046, dtype=torch.bfloat16), 1) is not None
     assert SymmetricRows(torch.zeros(4092, dtype=torch.uint8), group).rows(torch.ones(1, 1023), 1) is None
+    # Who takes the rows leaves zeros, which is believed; who only looks at them does not.
+    looked_TKH = shared.rows(torch.ones(2, 33), 3)
+    assert looked_TKH is not None
+    Pending(looked_TKH.fill_(1), place=shared).wait()
+    taken_TKH = shared.rows(torch.ones(2, 33), 3)
+    assert taken_TKH is not None and not taken_TKH.any()
+    rows_TKH, clear = Pending(taken_TKH.fill_(1), place=shared).take()
+    assert clear and torch.equal(rows_TKH, torch.ones(2, 3, 33))
+    left_TKH = shared.rows(torch.ones(2, 33), 3)
+    assert left_TKH is not None and left_TKH.all()
+    assert Pending(torch.ones(1, 1, 1)).take()[1] is False
     last_TKH = shared.rows(torch.ones(1, 33), 3)
     assert last_TKH is not None and shared.holds(last_TKH)
     shared.close()
@@ -190,8 +201,13 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def replay(ranks: Ranks) -> list[bool]:
-    """A graph of several layers, each writing where the last one did; replayed with other values, without a wait."""
+    """A graph of several layers, each writing where the last one did; replayed with other values, without a wait.
+
+    As in the model, a norm reads the rows and leaves zeros, upon which the next layer relies.
+    """
     slots, layers, tokens = Slots(ranks), 6, 24
+    norm = AddNorm(2880, 1e-5).to(ranks.device, torch.bfloat16).requires_grad_(False)
+    x_TH = torch.zeros(tokens, 2880, dtype=torch.bfloat16, device=ranks.device)
     source = torch.zeros(layers, tokens, 4, 2880, dtype=torch.bfloat16, device=ranks.device)
     found = torch.zeros_like(source)
 
@@ -199,7 +215,10 @@ def replay(ranks: Ranks) -> list[bool]:
         for layer in range(layers):
             place = slots.rows(source[layer, :, 0], 4, overlap=False)
             assert place is not None
-            found[layer] = slots(place.copy_(source[layer]), overlap=False).wait()
+            rows_TKH, clear = slots(place.add_(source[layer]), overlap=False).take()
+            assert clear
+            found[layer] = rows_TKH
+            norm(x_TH, rows_TKH, clear=clear)
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())

@@ -20,18 +20,36 @@ COMBINES = {
 }
 
 
+class Place(Protocol):
+    """Memory of a combine's own that the experts write their rows into; it must hold zeros before they do."""
+
+    def zeros_again(self) -> None:
+        """Take for granted that what comes next on the stream leaves zeros where the rows were."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pending:
     """Rows that may still be on their way. Holding this keeps their memory from being used again."""
 
     rows_TJH: torch.Tensor
     work: dist.Work | None = None  # None: they are here
+    place: Place | None = None  # whose memory the rows are in; None: their own
 
     def wait(self) -> torch.Tensor:
         """The rows [T, J, H], as what comes next on the current stream sees them; only a CPU's host waits for them."""
         if self.work is not None:
             self.work.wait()
         return self.rows_TJH
+
+    def take(self) -> tuple[torch.Tensor, bool]:
+        """The rows, as `wait` gives them, and whether who reads them must leave zeros in their place.
+
+        That saves the next layer a kernel; nobody else may read them afterwards.
+        """
+        if self.place is not None:
+            self.place.zeros_again()
+        return self.wait(), self.place is not None
 
 
 class Combine(Protocol):

@@ -6,7 +6,8 @@ the same rows: 7.4 µs against 10.7 at one token of gpt-oss, 25.8 against 38.7 a
 
 One buffer serves all layers and steps. Nothing remote touches it between two calls: no peer reads or writes a rank's
 rows before that rank's kernel has come to the first barrier, nor after its kernel has ended. And the rows are consumed
-(by the norm of the next block, epmoe/norm.py) before the next layer's experts write theirs, all in one stream.
+before the next layer's experts write theirs, all in one stream: by the norm of the next block (epmoe/norm.py), which
+leaves the zeros that other ranks' slots must hold then.
 
 Letters: T tokens · K experts per token · H hidden.
 """
@@ -42,6 +43,9 @@ class SymmetricRows:
     def __init__(self, buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
         self.buffer: torch.Tensor | None = buffer  # uint8
         self.group, self.size = group, group.size()
+        # Whether the buffer may hold anything but zeros by the time that the next rows are asked for. A whole step of
+        # the model leaves zeros, so a captured one may be replayed after any other.
+        self.dirty = True
 
     def rows(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
         """Zeros [T, K, H] in x's dtype at the buffer's beginning; None when it is too small or of another dtype.
@@ -54,7 +58,14 @@ class SymmetricRows:
         count = math.prod(shape)
         if self._padded(count, x_TH.dtype) * x_TH.element_size() > self.buffer.nbytes:
             return None
-        return self.buffer.view(x_TH.dtype)[:count].view(shape).zero_()
+        if self.dirty:
+            self.buffer.zero_()
+        self.dirty = True
+        return self.buffer.view(x_TH.dtype)[:count].view(shape)
+
+    def zeros_again(self) -> None:
+        """Take for granted that what comes next on the stream leaves zeros where the last rows were."""
+        self.dirty = False
 
     def holds(self, y_TKH: torch.Tensor) -> bool:
         """Whether these rows are in the buffer."""

@@ -130,7 +130,8 @@ class Block(nn.Module):
         last block only some tokens are wanted: [O, H] and [O, J, H].
         """
         with named("attention"):
-            x_TH, norm_TH = self.attention_norm(x_TH, rows.wait() if rows is not None else None)
+            rows_TJH, clear = (None, False) if rows is None else rows.take()
+            x_TH, norm_TH = self.attention_norm(x_TH, rows_TJH, clear=clear)
             attended_TH = self.attention(norm_TH, cos_sin, cached, plan, wanted_O)
         if wanted_O is not None:
             x_TH = x_TH[wanted_O]
@@ -149,10 +150,10 @@ class MicroBatch:
     wanted_O: torch.Tensor | None  # tokens whose logits are wanted; None: all
     rows: Pending | None = None
 
-    def end(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """After the last block, of the wanted tokens: the residual stream and the rows still to be added to it."""
+    def end(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """After the last block, of the wanted tokens: the residual stream and what `Pending.take` gives."""
         assert self.rows is not None, "a model has layers"
-        return self.x_TH, self.rows.wait()
+        return self.x_TH, *self.rows.take()
 
 
 class GptOss(nn.Module):
@@ -203,14 +204,15 @@ class GptOss(nn.Module):
                     wanted_O=batch.wanted_O if last else None,
                     overlap=len(batches) > 1,
                 )
-        x_OH, rows_OJH = batches[0].end()
-        if isinstance(step, DecodeStep):
-            return self._logits(x_OH, rows_OJH, step.part)
-        if len(batches) == 2:  # each half has a row for every wanted token, which means something in the token's own
+        x_OH, rows_OJH, clear = batches[0].end()
+        if len(batches) == 2 and isinstance(
+            step, Step
+        ):  # each half has a row for every wanted token, which means something in the token's own
             own_O11 = (step.output_O < batches[0].tokens)[:, None, None]
-            later_OH, later_OJH = batches[1].end()
+            later_OH, later_OJH, _ = batches[1].end()
             x_OH, rows_OJH = torch.where(own_O11[:, 0], x_OH, later_OH), torch.where(own_O11, rows_OJH, later_OJH)
-        return self._logits(x_OH, rows_OJH, None)
+        norm_OH = self.norm(x_OH, rows_OJH, clear=clear)[1]
+        return self._logits(norm_OH, step.part if isinstance(step, DecodeStep) else None)
 
     def _begin(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
         if isinstance(step, DecodeStep):
@@ -225,9 +227,9 @@ class GptOss(nn.Module):
         """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
         return VOCAB_CHUNK
 
-    def _logits(self, x_OH: torch.Tensor, rows_OJH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+    def _logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
-        return part_logits(self.norm(x_OH, rows_OJH)[1], weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
+        return part_logits(norm_OH, weight_VH, part or (0, len(weight_VH)), VOCAB_CHUNK)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
