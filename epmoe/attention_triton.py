@@ -16,7 +16,7 @@ from functools import cache
 import torch
 import triton
 
-from epmoe.attention_decode import decode_kernel
+from epmoe.attention_decode import combine_kernel, decode_kernel
 from epmoe.attention_prefill import place_kernel, prefill_kernel
 from epmoe.cache import Decode, PagedRows, Plan, RingRows
 from epmoe.gpu import dependent
@@ -24,7 +24,7 @@ from epmoe.gpu import dependent
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
 # again, are few. It sets the order of summation, so it is one number for all batches and lengths.
 SPLIT = 256
-# Splits that are added at a time; it sets their order, too.
+# Splits that the combining kernel adds at a time.
 SPLITS = 16
 
 
@@ -42,11 +42,6 @@ class Tile:
 DECODE: dict[torch.dtype, Tile] = {
     torch.bfloat16: Tile(queries=16, positions=64, warps=4, stages=3, programs=4),
     torch.float32: Tile(queries=16, positions=32, warps=4, stages=2, programs=4),
-}
-# Of layers with a window within SPLIT: two blocks are all that a program has to do at a time.
-WINDOW_DECODE: dict[torch.dtype, Tile] = {
-    torch.bfloat16: Tile(queries=16, positions=64, warps=4, stages=2, programs=5),
-    torch.float32: DECODE[torch.float32],
 }
 PREFILL: dict[torch.dtype, Tile] = {
     torch.bfloat16: Tile(queries=128, positions=64, warps=8, stages=3),
@@ -94,14 +89,15 @@ def _decode(
     sink_E: torch.Tensor,
     out_TED: torch.Tensor,
 ) -> None:
-    """One launch."""
+    """One launch for a window within SPLIT, else two."""
     (_, heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
-    layout, group = _layout(decode.pool), triton.next_power_of_2(heads // kv_heads)
-    tile = (WINDOW_DECODE if 0 < layout.window <= SPLIT else DECODE)[q_TED.dtype]
+    tile, layout = DECODE[q_TED.dtype], _layout(decode.pool)
     tiles = most_tiles(decode.pool, rows)
     single = tiles == rows  # no sequence has more than one split
     part = torch.empty(0 if single else tiles * heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     parts = part.split([tiles * heads * head_dim, tiles * heads, tiles * heads]) if not single else (part,) * 3
+    shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
         q_TED,
         k_TJD,
@@ -115,7 +111,6 @@ def _decode(
         sink_E,
         out_TED,
         *parts,
-        decode.pool.arrived_SJ,
         rows,
         q_TED.stride(0),
         k_TJD.stride(0),
@@ -126,19 +121,32 @@ def _decode(
         J=kv_heads,
         G=heads // kv_heads,
         PAGE=layout.page,
-        WINDOW=layout.window,
-        ROWS=_bucket(rows),
-        SPLIT=SPLIT,
-        M=max(tile.queries, group),
+        M=max(tile.queries, triton.next_power_of_2(heads // kv_heads)),
         N=tile.positions,
-        GP=group,
-        S=SPLITS,
-        D=head_dim,
-        DP=_padded(head_dim),
-        PDL=dependent(q_TED.device),
+        **shared,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    if not single:
+        combine_kernel[(rows, kv_heads)](
+            decode.token_B,
+            decode.position_B,
+            sink_E,
+            *parts,
+            out_TED,
+            rows,
+            J=kv_heads,
+            G=heads // kv_heads,
+            S=SPLITS,
+            **shared,
+            **combine_options(heads // kv_heads, head_dim),
+        )
+
+
+def combine_options(group: int, head_dim: int) -> dict[str, int]:
+    """64 of a step's values are a thread's."""
+    padded = triton.next_power_of_2(group)
+    return {"GP": padded, "num_warps": min(16, max(1, padded * SPLITS * _padded(head_dim) // (32 * 64)))}
 
 
 def _prefill(

@@ -173,17 +173,11 @@ class Plan:
     span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
 
 
-def counters(sequences: int, kv_heads: int, device: torch.device) -> torch.Tensor:
-    """int32 zeros [sequences + 1, J], in which a kernel counts what it has done of a sequence; it leaves zeros."""
-    return torch.zeros(sequences + 1, kv_heads, dtype=torch.int32, device=device)
-
-
 class PagedRows:
     """Rows of full-attention layers: pages from a common stock, reserved when a sequence is admitted."""
 
-    def __init__(self, tokens: int, sequences: int, page: int, kv_heads: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, sequences: int, page: int, device: torch.device) -> None:
         self.page, self.pages, self.device = page, -(-tokens // page), device
-        self.arrived_SJ = counters(sequences, kv_heads, device)
         self.rows = (self.pages + 1) * page
         self.free = list(range(self.pages))[::-1]
         self.held: dict[int, list[int]] = {}
@@ -214,9 +208,8 @@ class PagedRows:
 class RingRows:
     """Rows of layers with a window: a ring a sequence, in which position p overwrites position p − ring."""
 
-    def __init__(self, window: int, sequences: int, page: int, kv_heads: int, device: torch.device) -> None:
+    def __init__(self, window: int, sequences: int, page: int, device: torch.device) -> None:
         self.window, self.ring, self.device = window, (-(-window // page) + 1) * page, device
-        self.arrived_SJ = counters(sequences, kv_heads, device)
         self.rows = (sequences + 1) * self.ring
 
     def columns(self, position: int) -> int:
@@ -254,9 +247,9 @@ class Cache:
         assert tokens > 0 and sequences > 0 and page > 0
         self.windows, self.tokens, self.sequences = tuple(windows), tokens, sequences
         self.device = torch.device(device)
-        self.paged = PagedRows(tokens, sequences, page, kv_heads, self.device)
+        self.paged = PagedRows(tokens, sequences, page, self.device)
         self.pools: dict[int | None, PagedRows | RingRows] = {
-            window: self.paged if window is None else RingRows(window, sequences, page, kv_heads, self.device)
+            window: self.paged if window is None else RingRows(window, sequences, page, self.device)
             for window in self.windows
         }
         self.free = list(range(sequences))[::-1]

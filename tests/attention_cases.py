@@ -130,7 +130,6 @@ def compare(case: Case, device: str, dtype: torch.dtype, rtol: float, atol: floa
         for got, wanted in zip(store.layer(0), reference, strict=True):
             # keys: a product of the rotation may be fused with its sum
             torch.testing.assert_close(got[:, :rows], wanted[:, :rows], rtol=rtol, atol=atol, equal_nan=True)
-        assert not any(pool.arrived_SJ.any() for pool in store.pools.values())  # as the next layer must find them
 
 
 def owned_rows(store: Cache) -> int:

@@ -7,7 +7,7 @@ import torch
 from compile_sm90 import MOST_SHARED, compile_kernel
 
 from epmoe import attention_decode, attention_prefill
-from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_DECODE, WINDOW_PREFILL, Tile, _bucket
+from epmoe.attention_triton import DECODE, PLACED, PREFILL, SPLIT, SPLITS, WINDOW_PREFILL, _bucket, combine_options
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
@@ -24,7 +24,7 @@ def compiled(
         **{f"{name}_ptr": DTYPES[dtype] for name in POINTERS},
         **dict.fromkeys(("cos_ptr", "sin_ptr", "part_ptr", "top_ptr", "sum_ptr"), "*fp32"),
         **dict.fromkeys(("token_ptr", "position_ptr", "sequence_ptr"), "*i64"),
-        **dict.fromkeys(("table_ptr", "span_ptr", "arrived_ptr"), "*i32"),
+        **dict.fromkeys(("table_ptr", "span_ptr"), "*i32"),
         **dict.fromkeys(INTEGERS, "i32"),
         "scale": "fp32",
     }
@@ -40,24 +40,26 @@ def compiled(
     return cost
 
 
-def decode_constants(layout: dict[str, int], dtype: torch.dtype, rows: int) -> tuple[dict[str, int], Tile]:
-    """Constants and tile of the decode kernel as it is launched on a GPU of Hopper's generation."""
-    tile = (WINDOW_DECODE if layout["WINDOW"] else DECODE)[dtype]
-    constants = {**SIZES, **layout, "G": 8, "GP": 8, "ROWS": rows, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
-    return {**constants, "M": tile.queries, "N": tile.positions}, tile
-
-
 @pytest.mark.parametrize("rows", [_bucket(rows) for rows in (1, 64, 256)])
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
     """All programs of a launch are on the machine at once: one that waits for a place costs half of the time again."""
-    constants, tile = decode_constants(layout, dtype, rows)
+    tile = DECODE[dtype]
+    constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants["PDL"] = True
     cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
     assert tile.programs * tile.warps * 32 * cost["registers"] <= 65536
     assert tile.programs * (cost["shared"] + 1024) <= 227 << 10
-    if dtype == torch.bfloat16:  # keys and values of the blocks ahead are under way: the page table must not stall them
-        assert cost["shared"] >= (tile.stages - 1) * 2 * tile.positions * 64 * 2
+    if dtype == torch.bfloat16:  # keys and values of two blocks ahead are under way: the page table must not stall them
+        assert cost["shared"] >= 2 * 2 * tile.positions * 64 * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine(dtype: torch.dtype) -> None:
+    constants = {**SIZES, "G": 8, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
+    options = combine_options(8, SIZES["D"])
+    compiled(attention_decode.combine_kernel, dtype, constants | {"GP": options["GP"]}, options["num_warps"], 3)
 
 
 def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
@@ -91,7 +93,8 @@ def test_place(dtype: torch.dtype, layout: dict[str, int]) -> None:
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     """Ampere and Blackwell compile the same kernels; their tiles were not chosen for them, so spills are theirs."""
-    constants, tile = decode_constants(layout, torch.bfloat16, 32)
+    tile = DECODE[torch.bfloat16]
+    constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
     constants["PDL"] = arch >= 90
     compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
     constants, warps, stages = prefill_constants(layout, torch.bfloat16)

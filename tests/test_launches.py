@@ -30,12 +30,12 @@ from epmoe.models import gpt_oss
 from epmoe.sampler import Level
 
 
-def layer(product: str, ranks: int) -> list[str]:
+def layer(product: str, *attention: str, ranks: int) -> list[str]:
     combine = ranks > 1
     return [
         "add_norm_kernel",  # adds the experts' slots of the layer before
         product,  # queries, keys and values
-        "decode_kernel",
+        *attention,
         product,
         "add_norm_linear_kernel",  # the router's logits, too
         "_few",
@@ -102,9 +102,11 @@ def step(path: Path, rows: int, ranks: int) -> list[str]:
 @pytest.mark.parametrize(("rows", "product"), [(1, "linear_kernel"), (3, "linear")])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, product: str, ranks: int) -> None:
-    """Eight a layer, with a window or without (the cache is longer than one split), ten around them.
+    """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them.
 
     Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows.
     """
     launched = interpreted(step, tiny_checkpoint, rows, ranks)
-    assert launched == [*BEFORE, *layer(product, ranks), *layer(product, ranks), *AFTER]
+    window = layer(product, "decode_kernel", ranks=ranks)
+    full = layer(product, "decode_kernel", "combine_kernel", ranks=ranks)
+    assert launched == [*BEFORE, *window, *full, *AFTER]
