@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from epmoe.cache import Gather, Plan, Prefill
-from epmoe.linear import linear
+from epmoe.linear import linear, product_f32
 
 # True: the torch implementation on every device, for comparison. It is slow on a GPU, and a DecodeStep then waits for
 # its positions, so that it cannot be captured in a graph.
@@ -94,13 +94,6 @@ def rotate(x_THD: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> t
     first, second = x_THD.float().chunk(2, dim=-1)
     cos, sin = cos_TF[:, None], sin_TF[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)
-
-
-def product_f32(a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> torch.Tensor:
-    """Batched product, summed and returned in float32 whatever the operands' dtype."""
-    if a_BMK.dtype == torch.float32 or a_BMK.device.type == "cpu":  # torch has out_dtype on accelerators only
-        return torch.bmm(a_BMK.float(), b_BKN.float())
-    return torch.bmm(a_BMK, b_BKN, out_dtype=torch.float32)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""A linear layer of a step's tokens, y = x · weightᵀ + bias: attention's projections.
+"""A linear layer of a step's tokens, y = x · weightᵀ + bias: attention's projections; the library's float32 products.
 
 Letters: T tokens · H inputs · N outputs.
 """
@@ -27,3 +27,15 @@ def suits_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
     ones; they are the same on any number of ranks, which all have the same tokens.
     """
     return device.type == "cuda" and dtype == torch.bfloat16 and 0 < tokens <= FEW
+
+
+def product_f32(a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor | None = None) -> torch.Tensor:
+    """The product of two matrices, or of two batches [B, M, K] and [B, K, N], summed in float32 and given in float32.
+
+    Written into `out_MN` where that is given, which may be part of a matrix.
+    """
+    product = torch.bmm if a_MK.dim() == 3 else torch.mm
+    if a_MK.dtype == torch.float32 or a_MK.device.type == "cpu":  # torch has out_dtype on accelerators only
+        return product(a_MK.float(), b_KN.float(), out=out_MN)
+    # out_dtype and out are one overload, which does not take None
+    return product(a_MK, b_KN, out_dtype=torch.float32, **({} if out_MN is None else {"out": out_MN}))

@@ -7,6 +7,8 @@ Letters: T rows · H hidden · V vocabulary.
 
 import torch
 
+from epmoe.linear import product_f32
+
 # Up to so many rows one Triton kernel is faster than the library's products of chunks: on one H200, 201,088 x 2,880,
 # 263 µs against 307 for 1 row, 304 against 342 for 64. More were not measured.
 FEW = 64
@@ -46,13 +48,5 @@ def part_logits_torch(x_TH: torch.Tensor, weight_VH: torch.Tensor, part: tuple[i
     logits_TV = torch.empty(len(x_TH), len(weight_VH), dtype=torch.float32, device=x_TH.device)
     for begin in range(*part, chunk):
         ids = slice(begin, min(begin + chunk, part[1]))
-        _product_into(logits_TV[:, ids], x_TH, weight_VH[ids].T)
+        product_f32(x_TH, weight_VH[ids].T, out_MN=logits_TV[:, ids])
     return logits_TV[:, slice(*part)]
-
-
-def _product_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
-    """The product of two matrices, summed in float32 and written to `out` in float32, which may be part of a matrix."""
-    if a_MK.dtype == torch.float32 or a_MK.device.type == "cpu":  # torch has out_dtype on accelerators only
-        torch.mm(a_MK.float(), b_KN.float(), out=out_MN)
-    else:
-        torch.mm(a_MK, b_KN, out_dtype=torch.float32, out=out_MN)

@@ -45,6 +45,8 @@ CASES = [
     Case("block borders", None, (((0, 31), (1, 32), (2, 33)), 3, 3, ((0, 31), (1, 33), (2, 64)), 3)),
     Case("split borders", None, (((0, 255), (1, 254), (2, 300)), 3, 3, 3), heads=2, kv_heads=1),
     Case("three splits beside one", None, (((0, 700), (1, 2)), 2, 2), heads=2, kv_heads=1),
+    Case("splits of two groups of three", None, (((0, 300), (1, 600)), 2, 2), heads=6, head_dim=24),
+    Case("window far into a sequence", 7, (((0, 300),), 1, 1), heads=2, kv_heads=1),
     Case("ring wraps", 7, (((0, 30), (1, 3)), 2, ((0, 2), (1, 9)), 2, ((0, 1), (1, 13)), 2)),
     Case("window of one", 1, (((0, 5),), 1, ((0, 40),), 1)),
     Case("window of whole blocks", 64, (((0, 70),), 1, ((0, 140),), 1)),

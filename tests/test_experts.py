@@ -98,7 +98,7 @@ def test_pack_round_trip(backend: str) -> None:
 
 def run_round_trip(backend: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    for hidden, inter, experts in ((32, 32, 1), (96, 64, 5), (128, 160, 2)):
+    for hidden, inter, experts in ((32, 32, 1), (96, 64, 5), (128, 160, 2), (544, 448, 2)):
         matrices = [
             Mxfp4Matrix(
                 torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator),

@@ -48,7 +48,16 @@ def test_what_was_measured_stands_beside_the_choice() -> None:
             assert all(point["us"][str(tile)] > 0 for point in measured["points"])
 
 
-@pytest.mark.parametrize("name", [FEW, "hopper:128x128x64x8x2"])
+def test_the_tuner_tries_what_is_shipped() -> None:
+    """Else a run of it would lose what was found by naming tiles by hand."""
+    from scripts.bench.tune import CANDIDATES, HOPPER  # needs triton, as the kernels do
+
+    tried = {0: CANDIDATES.split(), 9: (CANDIDATES + HOPPER).split()}
+    for generation, names in tried.items():
+        assert {str(tile) for _, tile in table(torch.bfloat16, generation)} <= set(names)
+
+
+@pytest.mark.parametrize("name", [FEW, "hopper:128x64x64x4x2"])
 def test_names_of_tiles(name: str) -> None:
     assert str(Tile.parse(name)) == name
     assert Tile.parse(FEW) == Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=3, kernel="triton")
@@ -60,6 +69,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "limits that fall": ({"up_to": 5}, "at least double"),
     "limits too near": ({"up_to": 13}, "at least double"),
     "no limit in the middle": ({"up_to": None}, "at least double"),
+    "half a strip": ({"kernel": "hopper", "weight_rows": 64}, "a multiple of 128 weight rows"),
+    "warps without rows": ({"kernel": "hopper", "weight_rows": 128, "warps": 8}, "at least 32 a warp"),
     "an unknown field": ({"splits": 2}, "has the fields"),
 }
 

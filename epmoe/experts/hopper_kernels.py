@@ -2,7 +2,8 @@
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
 rows of this rank, sorted by expert · of the weights (mxfp4_words.py): P pairs of 32-column groups, Z strips of 64
-rows, V columns of scale words · in a program: B weight rows, M rows of R (tokens), C columns.
+rows, V columns of scale words · in a program: B weight rows (in arrays of words: a strip's), M rows of R (tokens), C
+columns.
 
 With many rows arithmetic is the limit, and in plain Triton each product waits for the one before it, since its left
 operand is made in registers. Gluon lets a program say what runs beside what:

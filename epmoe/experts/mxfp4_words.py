@@ -16,8 +16,8 @@ A row has V of them.
 
 In memory a strip of 64 rows lies together, run by run, the rows of a run one after the other (8 KiB for a run of 4
 pairs), and its scale words likewise: what a program asks for at a time is one piece of memory. With whole rows one
-after the other each row of a run was a piece of 128 bytes by itself, and products of few rows took up to a fifth longer
-(scripts/bench/NOTES.md, entry 20). The last strip is filled up with zeros.
+after the other each row of a run was a piece of 128 bytes by itself, and products of few rows took up to a quarter
+longer (scripts/bench/NOTES.md, entry 20). The last strip is filled up with zeros.
 
     word[l, z]:  run 0: row 0 (64 words) row 1 … row 63 | run 1: row 0 … | … | a last run of one pair: 16 words a row
 

@@ -37,7 +37,7 @@ class Tile:
 
     @classmethod
     def parse(cls, name: str) -> "Tile":
-        """The inverse of str(): "64x16x64x4x3", of another kernel than triton "hopper:128x128x64x8x2"."""
+        """The inverse of str(): "64x16x64x4x3", of another kernel than triton "hopper:128x64x64x4x2"."""
         kernel, _, sizes = name.rpartition(":")
         weight_rows, tokens, words, warps, stages = map(int, sizes.split("x"))
         return cls(weight_rows, tokens, words, warps, stages, kernel or "triton")
@@ -84,6 +84,11 @@ def _read_table(where: str, rows: list[dict[str, Any]]) -> Table:
     # in a prefill.
     if len({tile.words for tile in tiles}) > 1:
         raise ValueError(f"{where}: one order of summation needs the same words in all tiles: {list(map(str, tiles))}")
+    for (
+        tile
+    ) in tiles:  # the last rows take half a tile (hopper_kernels.py): whole strips of 64, at least 16 rows a warp
+        if tile.kernel == "hopper" and (tile.weight_rows % 128 or tile.weight_rows < 32 * tile.warps):
+            raise ValueError(f"{where}: {tile} must have a multiple of 128 weight rows, at least 32 a warp")
     if unknown := {tile.kernel for tile in tiles} - set(KERNELS):
         raise ValueError(f"{where}: unknown kernel {sorted(unknown)[0]!r}; known: {', '.join(KERNELS)}")
     return tuple(zip(limits, tiles, strict=True))

@@ -35,6 +35,8 @@ from epmoe.router import Dispatch
 _TILE = 8192
 _MOST_TOKENS = 64
 _THREAD = 16
+# What one program of 32 warps, the most there are, holds of a token's logits. An id would have room for 65,536.
+MOST_EXPERTS = 32 * 32 * _THREAD
 # Tokens of the one program that does everything, if its tile is no larger than that.
 _FEW_TOKENS: tuple[int, ...] = (16, 64)
 
@@ -57,7 +59,8 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     device = logits_TE.device
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise UserError("router=triton needs a GPU and this rank runs on the CPU: choose router=reference")
-    assert 1 <= top_k <= experts <= 1 << 16, f"top_k={top_k} of {experts} experts"  # an id has half of a key
+    assert 1 <= top_k <= experts, f"top_k={top_k} of {experts} experts"
+    assert experts <= MOST_EXPERTS, f"{experts} experts, and a program has room for {MOST_EXPERTS}"
     assert logits_TE.is_contiguous() and logits_TE.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert local_E.shape == (experts,) and local_E.dtype == torch.int32 and local_E.is_contiguous()
     assert local_E.device == device

@@ -46,8 +46,8 @@ Forward = Callable[[int], Any]  # the number of the call → its launches
 
 # weight rows × tokens × words × warps × stages; `words` sets the order of summation, so it is one number in a table
 VARIANTS = (
-    "64x16x64x4x3 64x16x64x4x4 64x16x32x4x6 128x16x64x4x3 128x16x64x4x4 128x16x64x8x3 128x32x64x4x3 128x32x64x8x3 "
-    "128x64x32x8x4 128x64x64x4x2 128x64x64x8x2 128x64x64x8x3 256x64x64x8x2 128x128x32x8x3 128x128x32x8x4 "
+    "64x8x64x4x3 64x16x64x4x3 64x16x64x4x4 64x16x32x4x6 128x16x64x4x3 128x16x64x4x4 128x16x64x8x3 128x32x64x4x3 "
+    "128x32x64x8x3 128x64x32x8x4 128x64x64x4x2 128x64x64x8x2 128x64x64x8x3 256x64x64x8x2 128x128x32x8x3 128x128x32x8x4 "
     "128x128x64x8x2 256x128x32x8x3"
 )
 

@@ -33,8 +33,10 @@ from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, swee
 
 Point = dict[str, Any]  # rows: T·K/E; experts, tokens: how they came about; us: {tile: µs a call}
 
-CANDIDATES = "64x16x64x4x3 64x16x64x4x4 128x16x64x4x3 128x32x64x4x3 128x64x64x8x2 128x64x64x8x3 128x128x64x8x2"
-QUICK = "64x16x64x4x3 128x32x64x4x3 128x64x64x8x2"
+CANDIDATES = (
+    "64x8x64x4x3 64x16x64x4x3 64x16x64x4x4 128x16x64x4x3 128x32x64x4x3 128x64x64x8x2 128x64x64x8x3 128x128x64x8x2"
+)
+QUICK = "64x8x64x4x3 64x16x64x4x3 128x32x64x4x3 128x64x64x8x2"
 # on that generation these too
 HOPPER = " hopper:128x32x64x4x2 hopper:128x64x64x4x2 hopper:256x64x64x8x2 hopper:256x128x64x8x2"
 # A tile more is worth it when it saves this much of the time at one point: each is compiled before a run is ready, and
