@@ -106,11 +106,12 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
         **dict.fromkeys(("alpha", "limit", "up_offset"), "fp32"),
         "weight_ptr": "*fp32",
     }
-    constants = {"COLUMNS": 2880, "LOCAL": 32, "B": tile.weight_rows, "M": tile.tokens, "WIDE": wide}
+    constants = {"COLUMNS": 2880, "LOCAL": 32, "B": tile.weight_rows, "M": tile.tokens, "WIDE": wide, "PDL": True}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     cost = compile_kernel(kernel, signature, constants, tile.warps, divisible=("rows",))
     assert cost["spills"] == cost["serialized"] == cost["unlike"] == 0 and cost["wgmma"] > 0 < cost["factors"]
     assert cost["shared"] <= MOST_SHARED[90]
+    assert (cost["waits"], cost["early"]) == (4, 0)  # a wait for each way through the kernel
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from epmoe.experts import mxfp4_words
 from epmoe.experts.mxfp4_words import words_to_values
+from epmoe.gpu import after_previous, next_may_begin
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
@@ -66,23 +67,25 @@ def gate_up_kernel(
     B: gl.constexpr,
     M: gl.constexpr,
     WIDE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """h[r] = activation(x[r] · gate_upᵀ + bias)."""
     tiles_n = gl.cdiv(rows, B)
     expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M)
     if expert >= num_local:
+        after_previous(PDL)
         return
     n = gl.program_id(0) % tiles_n * B
     weights = (word_desc, word_ptr, scale_ptr)
     if rows - n <= B // 2:
         of_half = (word_half_desc, word_ptr, scale_ptr)
-        last_BM = _product(x_desc, x_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE)
+        last_BM = _product(x_desc, x_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE, PDL)
         _store_h(last_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
     elif stop - first <= M // 2:
-        half_BM = _product(x_half_desc, x_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE)
+        half_BM = _product(x_half_desc, x_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE, PDL)
         _store_h(half_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
     else:
-        acc_BM = _product(x_desc, x_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M, WIDE)
+        acc_BM = _product(x_desc, x_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M, WIDE, PDL)
         _store_h(acc_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit, up_offset)
 
 
@@ -107,23 +110,25 @@ def down_kernel(
     B: gl.constexpr,
     M: gl.constexpr,
     WIDE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias)."""
     tiles_n = gl.cdiv(rows, B)
     expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M)
     if expert >= num_local:
+        after_previous(PDL)
         return
     n = gl.program_id(0) % tiles_n * B
     weights = (word_desc, word_ptr, scale_ptr)
     if rows - n <= B // 2:
         of_half = (word_half_desc, word_ptr, scale_ptr)
-        last_BM = _product(h_desc, h_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE)
+        last_BM = _product(h_desc, h_ptr, of_half, expert, n, first, stop, rows, COLUMNS, B // 2, M, WIDE, PDL)
         _store_y(last_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
     elif stop - first <= M // 2:
-        half_BM = _product(h_half_desc, h_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE)
+        half_BM = _product(h_half_desc, h_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M // 2, WIDE, PDL)
         _store_y(half_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
     else:
-        acc_BM = _product(h_desc, h_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M, WIDE)
+        acc_BM = _product(h_desc, h_ptr, weights, expert, n, first, stop, rows, COLUMNS, B, M, WIDE, PDL)
         _store_y(acc_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
 
 
@@ -206,6 +211,7 @@ def _product(
     B: gl.constexpr,
     M: gl.constexpr,
     WIDE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """float32 [B, M]: rows n … of the expert's matrix times rows first … of x, over all columns.
 
@@ -225,7 +231,7 @@ def _product(
     _sync()
     strip = expert * gl.cdiv(rows, _STRIP) + n // _STRIP
     buffers = (x_s2MC, word_s2ZBQ, ready)
-    _copy_run(x_desc, word_desc, buffers, 0, first, strip, B, M)
+    _copy_run(x_desc, word_desc, buffers, 0, first, strip, B, M, PDL)
     if pairs % 4:
         x_sMC, rest_sBQ = _copy_rest(x_ptr, word_ptr, strip, first, stop, rows - n, COLUMNS, B, M)
 
@@ -253,7 +259,7 @@ def _product(
         # Now the run before is multiplied, so its buffers are free: in all threads, after _sync.
         if run + 1 < runs:
             _sync()
-            _copy_run(x_desc, word_desc, buffers, run + 1, first, strip, B, M)
+            _copy_run(x_desc, word_desc, buffers, run + 1, first, strip, B, M, False)
         odd_BQ = _values(word1_BQ, scale1_B, 0, WIDE)
         acc_BM = warpgroup_mma(odd_BQ, x_MC.slice(32, 32, dim=1).permute([1, 0]), acc_BM, is_async=True)
         acc_BM, even_BQ, odd_BQ = warpgroup_mma_wait(1, deps=[acc_BM, even_BQ, odd_BQ])
@@ -280,13 +286,18 @@ def _product(
 
 
 @gluon.jit
-def _copy_run(x_desc, word_desc, buffers, run, row, strip, B: gl.constexpr, M: gl.constexpr):
-    """Start copying a run's x [M, 256] and words [B, 64]; its side's barrier tells when they are there."""
+def _copy_run(x_desc, word_desc, buffers, run, row, strip, B: gl.constexpr, M: gl.constexpr, PDL: gl.constexpr):
+    """Start copying a run's words [B, 64] and x [M, 256]; its side's barrier tells when they are there.
+
+    With PDL the kernel in front, which makes x, may still run (gpu.py): the words are under way before it has ended.
+    """
     x_s2MC, word_s2ZBQ, ready = buffers
     side = run % 2
     mbarrier.expect(ready.index(side), M * _RUN * 2 + B * _RUN // 2)
-    tma.async_copy_global_to_shared(x_desc, [row, run * _RUN], ready.index(side), x_s2MC.index(side))
     tma.async_copy_global_to_shared(word_desc, [strip, run * _STRIP, 0], ready.index(side), word_s2ZBQ.index(side))
+    after_previous(PDL)
+    next_may_begin(PDL)
+    tma.async_copy_global_to_shared(x_desc, [row, run * _RUN], ready.index(side), x_s2MC.index(side))
 
 
 @gluon.jit

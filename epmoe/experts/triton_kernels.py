@@ -24,7 +24,7 @@ import triton.language as tl
 
 from epmoe.experts import mxfp4_words
 from epmoe.experts.mxfp4_words import words_to_values
-from epmoe.gpu import after_previous
+from epmoe.gpu import after_previous, next_may_begin
 
 STRIP = tl.constexpr(mxfp4_words.STRIP)
 
@@ -123,8 +123,10 @@ def gather_kernel(
     COLUMNS: tl.constexpr,  # H
     M: tl.constexpr,
     C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[r] = x[slot[r] // K]: the rows of the tokens, sorted by expert, M at a time."""
+    next_may_begin(PDL)
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     used_M = row_M < tl.load(offset_ptr + num_local)
     token_M = tl.load(slot_ptr + row_M, used_M, other=0).to(tl.int64) // top_k
