@@ -141,7 +141,7 @@ def test_router_on_other_generations(experts: int, top_k: int, arch: int) -> Non
     few, many = router.few_options(64, experts), router.tile_options(experts)
     for kernel, tile in ((router._few, few), (router._choose, many), (router._index, many)):
         assert tile
-        constants = {"E": experts, "K": top_k, **tile} | ({"PDL": arch >= 90} if kernel is router._few else {})
+        constants = {"E": experts, "K": top_k, **tile, "PDL": arch >= 90}
         warps = constants.pop("num_warps")
         signature = {name: types[name] for name in kernel.arg_names if name not in constants}
         assert compile_kernel(kernel, signature, constants, warps, arch=arch)["spills"] == 0

@@ -15,7 +15,7 @@ from epmoe.experts.hopper_kernels import SHARED, WORDS, down_kernel, gate_up_ker
 from epmoe.experts.mxfp4_words import STRIP, WordMatrix
 from epmoe.experts.tiles import Tile, hopper_serves
 from epmoe.experts.triton_kernels import gather_kernel
-from epmoe.gpu import dependent, early
+from epmoe.gpu import early
 from epmoe.router import Dispatch
 
 _GATHERED = 4  # rows a program of the gather
@@ -45,7 +45,7 @@ def gate_up(
         COLUMNS=columns,
         M=_GATHERED,
         C=1024,
-        PDL=dependent(x_TH.device),
+        **early(x_TH.device),
     )
     gate_up_kernel[(grid,)](
         *_blocks(x_RH, matrix, tile),

@@ -126,6 +126,7 @@ def gather_kernel(
     PDL: tl.constexpr,
 ):
     """out[r] = x[slot[r] // K]: the rows of the tokens, sorted by expert, M at a time."""
+    after_previous(PDL)
     next_may_begin(PDL)
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     used_M = row_M < tl.load(offset_ptr + num_local)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from epmoe.errors import UserError
-from epmoe.gpu import after_previous, early, next_may_begin
+from epmoe.gpu import after_previous, dependent, early, next_may_begin
 from epmoe.profile import named
 from epmoe.router import Dispatch
 
@@ -80,9 +80,10 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         tile = tile_options(experts)
         blocks = triton.cdiv(tokens, tile["BLOCK_T"])
         count_BE = torch.empty((blocks, experts), dtype=torch.int32, device=device)
-        _choose[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile)
+        _choose[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile, PDL=dependent(device))
         with named("dispatch"):
-            _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, **sizes, **tile)
+            options = {**sizes, **tile, **early(device)}
+            _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, **options)
     return Dispatch(*chosen, *index, num_experts=experts)
 
 
@@ -175,8 +176,10 @@ def _choose(
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Experts, weights and counts of one block."""
+    next_may_begin(PDL)
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     id_E = tl.arange(0, BLOCK_E)
@@ -272,12 +275,15 @@ def _index(
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Each block sums all blocks' counts itself (B·E integers from the L2 cache), which saves a launch in between."""
     block = tl.program_id(0)
     id_E = tl.arange(0, BLOCK_E)
     local_E = tl.load(local_ptr + id_E, mask=id_E < E, other=-1)
     mine_E = local_E >= 0
+    after_previous(PDL)
+    next_may_begin(PDL)
 
     all_E = tl.zeros([BLOCK_E], tl.int32)
     earlier_E = tl.zeros([BLOCK_E], tl.int32)
