@@ -59,11 +59,11 @@ def compare(case: Case, device: str, dtype: torch.dtype, tolerance: float) -> No
     moved_TH, moved_TKH = x_TH.to(device), None if rows_TKH is None else rows_TKH.to(device)
     sum_TH, norm_TH = norm_triton.add_norm(moved_TH, moved_TKH, weight_H.to(device), eps)
     if moved_TKH is not None:
-        given_TKH = moved_TKH.clone()
+        given_TKH, fresh_TKH = moved_TKH.clone(), operands(case, dtype)[1]
         again = norm_triton.add_norm(moved_TH, given_TKH, weight_H.to(device), eps, clear=True)
         assert all(torch.equal(a, b) for a, b in zip(again, (sum_TH, norm_TH), strict=True))
         assert not given_TKH.any() and not given_TKH.signbit().any()
-        assert torch.equal(moved_TKH.cpu(), operands(case, dtype)[1]), "cleared what it was not told to"
+        assert fresh_TKH is not None and torch.equal(moved_TKH.cpu(), fresh_TKH), "cleared what it was not told to"
     assert torch.equal(moved_TH.cpu(), operands(case, dtype)[0]), "changed its argument"
     assert sum_TH.dtype == norm_TH.dtype == dtype
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
