@@ -1,6 +1,6 @@
 """A linear layer of a step's tokens, y = x · weightᵀ + bias: attention's projections; the library's float32 products.
 
-Letters: T tokens · H inputs · N outputs.
+Letters: T tokens · H inputs · N outputs · of a product of any two matrices: [M, K] times [K, N], in B pairs.
 """
 
 import torch

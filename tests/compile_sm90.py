@@ -39,7 +39,8 @@ def compile_kernel(
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
     each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
     "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
-    and "early": what it does in front of that though others could see it (epmoe/gpu.py)}`.
+    and "early": what it does in front of that though others could see it (epmoe/gpu.py), "loads": how many loads stand
+    there, "copies": copies to shared memory but those of words, whose blocks have three dimensions}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -67,7 +68,7 @@ def compile_kernel(
     cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
     factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
-    cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), "early": _early(compiled.asm["ptx"])}
+    cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
@@ -87,10 +88,21 @@ def table(compiled: Sequence[tuple[str, int, str]]) -> list[str]:
     return [head, *sorted(rows, key=lambda row: row[16 * len(archs) :])]
 
 
-def _early(ptx: str) -> int:
-    """Stores, and calls of the next kernel, in front of the wait for the kernel before; 0 where nothing waits."""
-    before, waits, _ = ptx.partition("griddepcontrol.wait")
-    return len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)) if waits else 0
+def _early(ptx: str) -> dict[str, int]:
+    """What stands in front of a wait for the kernel before; zeros where nothing waits.
+
+    Stores, calls of the next kernel and loads: in front of the first wait. Copies: in front of any, back to where the
+    barriers were made that tell of them.
+    """
+    before, *others = ptx.split("griddepcontrol.wait")
+    if not others:
+        return {"early": 0, "loads": 0, "copies": 0}
+    started = [part[part.rfind("mbarrier.init") :] for part in (before, *others[:-1]) if "mbarrier.init" in part]
+    return {
+        "early": len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)),
+        "loads": len(re.findall(r"\bld\.global", before)),
+        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.2d)", part)) for part in started),
+    }
 
 
 def _assemble(ptx: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from test_experts import decode_kernel
 from epmoe.experts import hopper_kernels
 from epmoe.experts.mxfp4_words import STRIP
 from epmoe.experts.tiles import TILES, Tile, table
-from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel
+from epmoe.experts.triton_kernels import down_kernel, gate_up_kernel, gather_kernel
 from epmoe.router import triton as router
 
 DTYPES = {torch.bfloat16: ("*bf16", tl.bfloat16), torch.float32: ("*fp32", tl.float32)}
@@ -111,7 +111,19 @@ def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
     cost = compile_kernel(kernel, signature, constants, tile.warps, divisible=("rows",))
     assert cost["spills"] == cost["serialized"] == cost["unlike"] == 0 and cost["wgmma"] > 0 < cost["factors"]
     assert cost["shared"] <= MOST_SHARED[90]
-    assert (cost["waits"], cost["early"]) == (4, 0)  # a wait for each way through the kernel
+    # A wait for each way through the kernel. The words are on their way before it, and x is not.
+    assert (cost["waits"], cost["early"], cost["copies"]) == (4, 0, 0)
+
+
+def test_gather() -> None:
+    """All that it reads comes from the kernel before it."""
+    types = {
+        **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"),
+        **dict.fromkeys(("offset_ptr", "slot_ptr"), "*i32"),
+        **dict.fromkeys(("num_local", "top_k"), "i32"),
+    }
+    cost = compile_kernel(gather_kernel, types, {"COLUMNS": 2880, "M": 4, "C": 1024, "PDL": True})
+    assert (cost["spills"], cost["waits"], cost["early"], cost["loads"]) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("wide", [False, True])

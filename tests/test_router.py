@@ -277,6 +277,7 @@ def test_triton_compiles_without_spills(experts: int, top_k: int, logits: str) -
     wanted = [(kernels._few, tile) for tile in few if tile]
     wanted += [(kernel, kernels.tile_options(experts)) for kernel in (kernels._choose, kernels._index)]
     assert few[0]
+    assert kernels.tile_options(kernels.MOST_EXPERTS)["num_warps"] == 32 < kernels.tile_options(16385)["num_warps"]
     for kernel, tile in wanted:
         constants = {"E": experts, "K": top_k, **tile, "PDL": True}
         warps = constants.pop("num_warps")

@@ -7,6 +7,8 @@ Letters: T tokens · K experts per token · H hidden.
 
 import io
 from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ import torch
 import torch.distributed as dist
 from loading import rank_of
 from spawn import run_ranks
+from steps import make_step
 
+from epmoe import cache
+from epmoe.checkpoint import Checkpoint
 from epmoe.combine import Pending, symmetric
 from epmoe.combine.slots import Slots
 from epmoe.combine.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
+from epmoe.load import load
 from epmoe.norm import AddNorm, add_rows
 from epmoe.ranks import Ranks
 
@@ -112,10 +118,10 @@ def test_rows_are_zeros_of_the_shape_that_was_asked_for() -> None:
     # Who takes the rows leaves zeros, which is believed; who only looks at them does not.
     looked_TKH = shared.rows(torch.ones(2, 33), 3)
     assert looked_TKH is not None
-    Pending(looked_TKH.fill_(1), place=shared).wait()
+    Pending(looked_TKH.fill_(1), memory=shared).wait()
     taken_TKH = shared.rows(torch.ones(2, 33), 3)
     assert taken_TKH is not None and not taken_TKH.any()
-    rows_TKH, clear = Pending(taken_TKH.fill_(1), place=shared).take()
+    rows_TKH, clear = Pending(taken_TKH.fill_(1), memory=shared).take()
     assert clear and torch.equal(rows_TKH, torch.ones(2, 3, 33))
     left_TKH = shared.rows(torch.ones(2, 33), 3)
     assert left_TKH is not None and left_TKH.all()
@@ -165,6 +171,58 @@ def test_sums_in_padded_runs_of_the_buffer(size: int) -> None:
     first, *others = run_ranks(sums, size, 500)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+# (tokens that each sequence brings, whose logits are wanted): too many for the buffer, in halves, none wanted …
+STEPS = [
+    ((3, 2), "last"),
+    ((9,), "none"),
+    ((1, 1, 1, 1), "all"),
+    ((30, 2), "last"),
+    ((50, 9), "last"),
+    ((1,), "all"),
+    ((5, 7, 2, 1), "none"),
+    ((2, 2), "all"),
+    ((38,), "last"),
+    ((1, 1), "last"),
+]
+
+
+def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[torch.Tensor], list[bool], int]:
+    """Each step's logits, whether the buffer was all zeros after it, and how many times rows went by it."""
+    if shared:
+        pretend()
+        symmetric.BYTES = 8 << 10
+    cache.HALVES_FROM = 40
+    model, _ = load(Checkpoint.open(checkpoint), ranks, progress=False, combine="slots", dtype="float32")
+    config, combine = model.config, model.moe_layers()[0].combine
+    sizes = {"tokens": 800, "sequences": 4, "page": 4}
+    store = cache.Cache(
+        config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32, device=ranks.device
+    )
+    handles, lengths = [store.admit(180) for _ in range(4)], [0] * 4
+    random, found, zeros = torch.Generator().manual_seed(1), [], []
+    for counts, wanted in STEPS:
+        chunks = []
+        for index, count in enumerate(counts):
+            ids = torch.randint(0, config.vocab, (count,), generator=random).tolist()
+            chunks.append((handles[index], ids, lengths[index]))
+            lengths[index] += count
+        step = make_step(chunks, every=wanted == "all")
+        if wanted == "none":
+            step = replace(step, output_O=step.output_O[:0])
+        with torch.inference_mode():
+            found.append(model(step, store).clone())
+        zeros.append(combine.symmetric is not None and not combine.symmetric.buffer.any())
+    return found, zeros, len(SUMMED)
+
+
+def test_a_model_leaves_zeros_after_every_step(tiny_checkpoint: Path) -> None:
+    """Of any size, one after the other: the next step and every layer within relies on them. The bits of one rank."""
+    ((alone, _, _),) = run_ranks(steps_of_a_model, 1, str(tiny_checkpoint), False)
+    for found, zeros, times in run_ranks(steps_of_a_model, 2, str(tiny_checkpoint), True):
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert all(zeros) and times > len(STEPS)
 
 
 # On GPUs

@@ -20,7 +20,7 @@ COMBINES = {
 }
 
 
-class Place(Protocol):
+class Reused(Protocol):
     """Memory of a combine's own that the experts write their rows into; it must hold zeros before they do."""
 
     def zeros_again(self) -> None:
@@ -34,7 +34,7 @@ class Pending:
 
     rows_TJH: torch.Tensor
     work: dist.Work | None = None  # None: they are here
-    place: Place | None = None  # whose memory the rows are in; None: their own
+    memory: Reused | None = None  # that the rows are in; None: their own
 
     def wait(self) -> torch.Tensor:
         """The rows [T, J, H], as what comes next on the current stream sees them; only a CPU's host waits for them."""
@@ -47,16 +47,17 @@ class Pending:
 
         That saves the next layer a kernel; nobody else may read them afterwards.
         """
-        if self.place is not None:
-            self.place.zeros_again()
-        return self.wait(), self.place is not None
+        if self.memory is not None:
+            self.memory.zeros_again()
+        return self.wait(), self.memory is not None
 
 
 class Combine(Protocol):
     """Constructed once with the rank's `Ranks`, by every rank of the expert group; then a `rows` and a call each layer.
 
     With `overlap` another micro-batch goes on before the rows are asked for: they have memory of their own and travel
-    beside its work. Without, they must be consumed before the next `rows`, which may be the same memory.
+    beside its work. Without, they must be consumed before the next `rows`, which may be the same memory; and who got
+    them by `Pending.take` must have left the zeros that it asked for.
     """
 
     def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> torch.Tensor | None:

@@ -36,5 +36,5 @@ class Slots:
         if self.symmetric and self.symmetric.holds(y_TKH):
             assert not overlap
             self.symmetric.add(y_TKH)
-            return Pending(y_TKH, place=self.symmetric)
+            return Pending(y_TKH, memory=self.symmetric)
         return Pending(y_TKH, dist.all_reduce(y_TKH, group=self.group, async_op=overlap))

@@ -44,13 +44,15 @@ class SymmetricRows:
         self.buffer: torch.Tensor | None = buffer  # uint8
         self.group, self.size = group, group.size()
         # Whether the buffer may hold anything but zeros by the time that the next rows are asked for. A whole step of
-        # the model leaves zeros, so a captured one may be replayed after any other.
+        # the model leaves zeros, so a captured one may be replayed after any other; but not after one that raised
+        # half-way, which ends the run (watch.py).
         self.dirty = True
 
     def rows(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
         """Zeros [T, K, H] in x's dtype at the buffer's beginning; None when it is too small or of another dtype.
 
-        The answer is the same on every rank. What the last call gave is overwritten.
+        The answer is the same on every rank. The last call's rows are gone: set to zero here, or, if they were taken
+        (`Pending.take`), by who took them.
         """
         if self.buffer is None or x_TH.dtype not in (torch.bfloat16, torch.float32):
             return None
@@ -60,7 +62,7 @@ class SymmetricRows:
             return None
         if self.dirty:
             self.buffer.zero_()
-        self.dirty = True
+        self.dirty = count > 0
         return self.buffer.view(x_TH.dtype)[:count].view(shape)
 
     def zeros_again(self) -> None:
@@ -74,7 +76,7 @@ class SymmetricRows:
     def add(self, y_TKH: torch.Tensor) -> None:
         """Sum over the ranks, in place, of rows that `rows` gave; a collective. Never waits; fits a CUDA graph."""
         assert self.buffer is not None and self.holds(y_TKH) and y_TKH.storage_offset() == 0
-        # What the padding holds is added up as well, and never read.
+        # The padding's zeros are added up as well; a larger step's rows will lie there.
         flat = self.buffer.view(y_TKH.dtype)[: self._padded(y_TKH.numel(), y_TKH.dtype)]
         _two_shot(flat, self.group)
 

@@ -205,9 +205,8 @@ class GptOss(nn.Module):
                     overlap=len(batches) > 1,
                 )
         x_OH, rows_OJH, clear = batches[0].end()
-        if len(batches) == 2 and isinstance(
-            step, Step
-        ):  # each half has a row for every wanted token, which means something in the token's own
+        if len(batches) == 2 and isinstance(step, Step):
+            # Each half has a row for every wanted token, which means something in the token's own.
             own_O11 = (step.output_O < batches[0].tokens)[:, None, None]
             later_OH, later_OJH, _ = batches[1].end()
             x_OH, rows_OJH = torch.where(own_O11[:, 0], x_OH, later_OH), torch.where(own_O11, rows_OJH, later_OJH)
