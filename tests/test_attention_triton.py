@@ -19,6 +19,18 @@ def test_interpreted(case: Case) -> None:
     interpreted(compare, case, "cpu", torch.float32, 1e-4, 2e-5)
 
 
+def in_pairs(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_triton, "SPLITS", 2)
+        compare(case, "cpu", torch.float32, 1e-4, 2e-5)
+
+
+def test_more_splits_than_are_added_at_a_time() -> None:
+    """Three, two at a time: the second time has to shrink what the first time left."""
+    (case,) = (case for case in CASES if case.name == "splits of two groups of three")
+    interpreted(in_pairs, case)
+
+
 def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the switch: kernels on CUDA, torch elsewhere, and torch everywhere when told."""
     assert attention.implementation(torch.device("cuda", 0)) is attention_triton.cached_attention
