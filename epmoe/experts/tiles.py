@@ -86,10 +86,10 @@ def _read_table(where: str, rows: list[dict[str, Any]]) -> Table:
         raise ValueError(f"{where}: one order of summation needs the same words in all tiles: {list(map(str, tiles))}")
     # The last rows take half a tile (hopper_kernels.py): whole strips of 64, 16 rows a warp at least, tokens by 8. Its
     # products are of groups of four warps.
-    for tile in tiles:
-        if tile.kernel == "hopper" and (tile.weight_rows % 128 or tile.weight_rows < 32 * tile.warps):
+    for tile in (tile for tile in tiles if tile.kernel == "hopper"):
+        if tile.weight_rows % 128 or tile.weight_rows < 32 * tile.warps:
             raise ValueError(f"{where}: {tile} must have a multiple of 128 weight rows, at least 32 a warp")
-        if tile.kernel == "hopper" and (tile.tokens % 16 or tile.warps % 4):
+        if tile.tokens % 16 or tile.warps % 4:
             raise ValueError(f"{where}: {tile} must have a multiple of 16 tokens and of 4 warps")
     if unknown := {tile.kernel for tile in tiles} - set(KERNELS):
         raise ValueError(f"{where}: unknown kernel {sorted(unknown)[0]!r}; known: {', '.join(KERNELS)}")
