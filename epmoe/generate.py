@@ -15,18 +15,22 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from epmoe import BEGAN
-from epmoe.checkpoint import Checkpoint
+from epmoe.cache.fit import fit_cache
 from epmoe.config import parse
-from epmoe.engine import Engine, check
-from epmoe.graphs import choose_graphs
-from epmoe.hub import resolve
-from epmoe.load import DTYPES, load, model_of
-from epmoe.memory import fit_cache, told_when_full
-from epmoe.output import Output, check_writable, closing_line, standard_output, write_lines
-from epmoe.profile import profiled
-from epmoe.prompts import get_requests
-from epmoe.ranks import main, start
-from epmoe.tokenizer import Tokenizer, eos_ids
+from epmoe.engine.engine import Engine
+from epmoe.engine.graphs import choose_graphs
+from epmoe.engine.request import check
+from epmoe.ranks.command import main
+from epmoe.ranks.memory import told_when_full
+from epmoe.ranks.mesh import start
+from epmoe.ranks.profile import profiled
+from epmoe.text.output import Output, check_writable, standard_output, write_lines
+from epmoe.text.prompts import get_requests
+from epmoe.text.report import closing_line
+from epmoe.text.tokenizer import Tokenizer, eos_ids
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.hub import resolve
+from epmoe.weights.load import DTYPES, load, model_of
 
 
 def generate() -> None:

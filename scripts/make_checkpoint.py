@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from epmoe.errors import UserError
-from epmoe.synthetic import SIZES, Synthetic, make_checkpoint
+from epmoe.weights.synthetic import SIZES, Synthetic, make_checkpoint
 
 _CHOICES = {"dtype_experts": ("mxfp4", "bf16"), "rope_spelling": ("scaling", "parameters")}
 

@@ -39,7 +39,7 @@ PROMPTS = (
     "HOPE, n.",
     "",
 )
-SAMPLE_WINDOWS = 8  # of the held-out windows, those that tests/test_demo.py evaluates again
+SAMPLE_WINDOWS = 8  # of the held-out windows, those that tests/demo/test_demo.py evaluates again
 QUICK_SHAPE = Shape(vocab=512, hidden=64, intermediate=64, layers=2, heads=2, kv_heads=1, window=16, context=64)
 QUICK_STEPS, QUICK_BATCH, QUICK_SHARE = 30, 4, 20
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic gpt-oss checkpoint of the smallest size, for reading only."""
-    from epmoe.synthetic import make_checkpoint
+    from epmoe.weights.synthetic import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", size="tiny")
 

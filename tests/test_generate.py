@@ -14,11 +14,11 @@ import torch
 from spawn import commands
 
 from epmoe import generate
-from epmoe.checkpoint import Checkpoint
 from epmoe.errors import UserError
-from epmoe.ranks import Launch
-from epmoe.synthetic import make_checkpoint
-from epmoe.tokenizer import Tokenizer
+from epmoe.ranks.launch import Launch
+from epmoe.text.tokenizer import Tokenizer
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.synthetic import make_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CPU = "runtime.device=cpu"
@@ -212,7 +212,7 @@ def test_a_device_that_runs_full_is_one_line(
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr("epmoe.engine.Engine.generate", full)
+    monkeypatch.setattr("epmoe.engine.engine.Engine.generate", full)
     with pytest.raises(UserError, match=r"^cpu ran out of memory with \d+\.\d GB left: lower runtime.max_batch"):
         here(checkpoint, "prompt=a")
 

@@ -28,21 +28,23 @@ from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import Options, check_steps, parse
 from epmoe.bench.weights import RandomCheckpoint
-from epmoe.cache import Cache
-from epmoe.checkpoint import Checkpoint
+from epmoe.cache.cache import Cache
+from epmoe.cache.fit import fit_cache
 from epmoe.config import Config
-from epmoe.engine import Engine, Request, choose_chunk
+from epmoe.engine.engine import Engine, choose_chunk
+from epmoe.engine.graphs import choose_graphs
+from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
-from epmoe.graphs import choose_graphs
-from epmoe.hub import resolve
-from epmoe.load import DTYPES, LoadReport, load
-from epmoe.manifest import Manifest
-from epmoe.memory import fit_cache, peak_bytes
-from epmoe.placement import PLACEMENTS
-from epmoe.profile import profiled
-from epmoe.ranks import Ranks, main, start
-from epmoe.sampler import SamplingParams
+from epmoe.moe.placement import PLACEMENTS
+from epmoe.ranks.command import main
+from epmoe.ranks.memory import peak_bytes
+from epmoe.ranks.mesh import Ranks, start
+from epmoe.ranks.profile import profiled
 from epmoe.tables import lookup
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.hub import resolve
+from epmoe.weights.load import DTYPES, LoadReport, load
+from epmoe.weights.manifest import Manifest
 
 PROFILED_TOKENS = 8  # new tokens of each batch in a trace; a whole run's would be too large to open
 

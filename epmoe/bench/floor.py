@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import torch
 
-from epmoe.manifest import Manifest
+from epmoe.weights.manifest import Manifest
 
 EMBEDDING, PROJECTION = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from epmoe import config
 from epmoe.config import GROUPS, KEYS, Config
 from epmoe.errors import UserError
-from epmoe.synthetic import SIZES
+from epmoe.weights.synthetic import SIZES
 
 # Keys of epmoe.generate that say nothing to a benchmark, which makes its own prompts and runs as many as it is told.
 REFUSED = ("prompt", "prompts", "system", "chat", "output", "max_new_tokens", "sampling", "runtime.max_batch")

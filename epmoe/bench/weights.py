@@ -1,8 +1,8 @@
 """Random weights of a named size, made on the device in seconds: a checkpoint without files.
 
-The distributions are those of epmoe/synthetic.py (block bytes uniform, scale bytes 119 or 120, embeddings of deviation
-1), drawn by the device's own generator: a stream for each (layer, expert) of an experts' tensor, and one for each other
-tensor. So a rank makes just its own experts, and an expert has the same values whatever the number of ranks.
+The distributions are those of epmoe/weights/synthetic.py (block bytes uniform, scale bytes 119 or 120, embeddings of
+deviation 1), drawn by the device's own generator: a stream for each (layer, expert) of an experts' tensor, and one for
+each other tensor. So a rank makes just its own experts, and an expert has the same values whatever the number of ranks.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from typing import Self
 
 import torch
 
-from epmoe.checkpoint import Checkpoint, TensorInfo
-from epmoe.reader import Reader
-from epmoe.synthetic import SIZES, Drawn, config_of, tensors_of
+from epmoe.weights.checkpoint import Checkpoint, TensorInfo
+from epmoe.weights.reader import Reader
+from epmoe.weights.synthetic import SIZES, Drawn, config_of, tensors_of
 
 # Positions cost no weights: every size has as many as gpt-oss, so that any prompt fits.
 POSITIONS = 131072

@@ -1,7 +1,7 @@
 """gpt-oss: pre-norm blocks of attention with sinks and a mixture of experts (openai/gpt-oss-20b and -120b).
 
 Letters: T tokens of a step · O of them whose logits are wanted · H hidden · J rows a token that are still to be added
-to the residual stream (epmoe/norm.py) · V vocabulary.
+to the residual stream (epmoe/layers/norm.py) · V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,22 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import nn
 
-from epmoe.attention import Attention, Rope, Rotary
-from epmoe.cache import Cache, DecodeStep, Plan, Step
-from epmoe.combine import Pending
-from epmoe.experts import GatedActivation
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache
+from epmoe.cache.plan import Plan
+from epmoe.layers.attention import Attention
+from epmoe.layers.norm import AddNorm
+from epmoe.layers.rotary import Rope, Rotary
+from epmoe.layers.vocabulary import part_logits
 from epmoe.models import Place
-from epmoe.models.config import Keys, read_rope
-from epmoe.moe import MoE
-from epmoe.norm import AddNorm
-from epmoe.profile import named
-from epmoe.vocabulary import part_logits
+from epmoe.models.keys import Keys, read_rope
+from epmoe.moe.exchange import Pending
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.layer import MoE
+from epmoe.trace import named
 
-# Ids that a library's product computes at a time, and of which ranks share whole chunks (epmoe/vocabulary.py): small
-# enough that they share evenly, large enough to be read at full speed (94 MB).
+# Ids that a library's product computes at a time, and of which ranks share whole chunks (epmoe/layers/vocabulary.py):
+# small enough that they share evenly, large enough to be read at full speed (94 MB).
 VOCAB_CHUNK = 16384
 
 

@@ -33,9 +33,11 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe import attention_triton
-from epmoe.attention_triton import Tile, cached_attention
-from epmoe.cache import Cache, DecodeStep, Plan, Step
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache
+from epmoe.cache.plan import Plan
+from epmoe.kernels.attention import launch as attention_triton
+from epmoe.kernels.attention.launch import Tile, cached_attention
 from scripts.bench.moe import REPLAYS, limits, measure_us
 
 LEAST_CALLS, MOST_CALLS = 16, 512

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from epmoe.experts import GatedActivation
-from epmoe.quant import ExpertWeights
-from epmoe.quant.mxfp4 import Mxfp4Matrix
-from epmoe.router import Dispatch
+from epmoe.formats import ExpertWeights
+from epmoe.formats.mxfp4 import Mxfp4Matrix
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.router import Dispatch
 
 
 @cache

@@ -10,8 +10,8 @@ cache (a read of all of them comes first), the slowest rank counts, the median o
     plain   read 32 MiB into one pinned buffer, copy it to the device, wait, again, until this rank's bytes are through:
             one thread, no overlap, into one device buffer. The bytes are exactly those that the rank loads.
     read    the same without the copy            copy    the same without the read
-    ring    epmoe.reader alone: all tensors that the rank loads, into their own memory, none packed
-    load    epmoe.load: checks, ring, packing, everything up to a model that can run
+    ring    epmoe.weights.reader alone: all tensors that the rank loads, into their own memory, none packed
+    load    epmoe.weights.load: checks, ring, packing, everything up to a model that can run
 
 One load of a tiny checkpoint comes first, so that imports, the device's start and the pinning of the ring's buffers
 (`pin`, once a process) are not in `load`.
@@ -36,12 +36,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe import ranks
-from epmoe.checkpoint import Checkpoint
-from epmoe.load import load, model_of
-from epmoe.placement import contiguous
-from epmoe.reader import Reader, Span
-from epmoe.synthetic import SIZES, make_checkpoint
+from epmoe.moe.placement import contiguous
+from epmoe.ranks import command, mesh
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.load import load, model_of
+from epmoe.weights.reader import Reader, Span
+from epmoe.weights.synthetic import SIZES, make_checkpoint
 
 PLAIN_BYTES = 32 << 20
 THREADS = (1, 2, 4, 8, 12)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this process is a rank; results go there
     options = parser.parse_args()
     if options.worker:
-        ranks.main(lambda: work(options))
+        command.main(lambda: work(options))
     if not (options.checkpoint / "config.json").exists():
         begin = time.perf_counter()
         make_checkpoint(options.checkpoint, options.size)
@@ -84,7 +84,7 @@ def measure(size: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def work(options: argparse.Namespace) -> None:
     """One rank: measure and write the seconds of each kind to a file."""
-    with ranks.start(device=options.device, timeout_s=600) as mine, tempfile.TemporaryDirectory() as tiny:
+    with mesh.start(device=options.device, timeout_s=600) as mine, tempfile.TemporaryDirectory() as tiny:
         accelerated = mine.device.type != "cpu"
         synchronize(mine.device)
         begin = time.perf_counter()
@@ -128,7 +128,7 @@ def work(options: argparse.Namespace) -> None:
 Tensor = tuple[Path, list[Span], tuple[int, ...], torch.dtype]
 
 
-def share_of(checkpoint: Checkpoint, mine: ranks.Ranks) -> Iterator[Tensor]:
+def share_of(checkpoint: Checkpoint, mine: mesh.Ranks) -> Iterator[Tensor]:
     """What this rank reads: (file, spans, shape, dtype) of each tensor."""
     _, config = model_of(checkpoint)
     ids = contiguous(config.num_experts, mine.expert_size).experts[mine.expert_rank]

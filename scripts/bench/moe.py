@@ -31,14 +31,14 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe.experts import GatedActivation
-from epmoe.experts.tiles import TILES, Tile, table
-from epmoe.experts.triton import TritonExperts
-from epmoe.gpu import generation
-from epmoe.quant import ExpertWeights
-from epmoe.quant.mxfp4 import Mxfp4Matrix
-from epmoe.router import Dispatch
-from epmoe.router.reference import route
+from epmoe.formats import ExpertWeights
+from epmoe.formats.mxfp4 import Mxfp4Matrix
+from epmoe.kernels.gpu import generation
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.experts.triton.launch import TritonExperts
+from epmoe.moe.experts.triton.tiles import TILES, Tile, table
+from epmoe.moe.router import Dispatch
+from epmoe.moe.router.reference import route
 from scripts.bench.hub_peer import HubExperts
 
 CALLS, REPLAYS = 16, 20

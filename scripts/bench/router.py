@@ -21,7 +21,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe.router import ROUTERS
+from epmoe.moe.router import ROUTERS
 from epmoe.tables import lookup
 from scripts.bench.moe import CALLS, REPLAYS, measure_us
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Choose the tiles of the experts' products on this GPU and write them to epmoe/experts/tiles.json.
+"""Choose the tiles of the experts' products on this GPU and write them to epmoe/moe/experts/triton/tiles.json.
 
     scripts/bench/tune.py                              minutes
     scripts/bench/tune.py --quick --output tiles.json  fewer candidates and points
@@ -25,10 +25,10 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe.experts import GatedActivation
-from epmoe.experts.tiles import FILE, Tile, hopper_serves, read_tables
-from epmoe.experts.triton import TritonExperts
-from epmoe.gpu import generation
+from epmoe.kernels.gpu import generation
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.experts.triton.launch import TritonExperts
+from epmoe.moe.experts.triton.tiles import FILE, Tile, hopper_serves, read_tables
 from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, sweep
 
 Point = dict[str, Any]  # rows: T·K/E; experts, tokens: how they came about; us: {tile: µs a call}

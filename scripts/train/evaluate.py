@@ -1,6 +1,6 @@
 """The held-out loss of a checkpoint through epmoe's own path: loader, router, experts, combine, cache.
 
-    python3 scripts/train/evaluate.py epmoe/demo                       # the windows that tests/test_demo.py evaluates
+    python3 scripts/train/evaluate.py epmoe/demo                       # the windows that tests/demo/test_demo.py evaluates
     torchrun --nproc-per-node 2 scripts/train/evaluate.py epmoe/demo   # the same figure, to the bit
 
 Letters: S tokens of a window · V vocabulary.
@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from epmoe import ranks as epmoe_ranks
-from epmoe.cache import Cache, Step
-from epmoe.checkpoint import Checkpoint
-from epmoe.load import load
-from epmoe.ranks import Ranks
+from epmoe.batch import Step
+from epmoe.cache.cache import Cache
+from epmoe.ranks import command, mesh
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.load import load
 from scripts.train import data
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    with epmoe_ranks.start(device=args.device) as ranks:
+    with mesh.start(device=args.device) as ranks:
         loss, choices = held_out_loss(ranks, args.checkpoint, sample_windows(args.checkpoint))
         if ranks.is_main:
             share = choices.min().item() / choices[0].sum().item()
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    epmoe_ranks.main(main)
+    command.main(main)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from epmoe.quant.mxfp4 import decode, encode
+from epmoe.formats.mxfp4 import decode, encode
 from scripts.train.data import save_tokenizer, special_ids
 from scripts.train.model import Shape
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epmoe.quant.mxfp4 import decode, encode
+from epmoe.formats.mxfp4 import decode, encode
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Which row of a layer's keys and values holds a position: pages for full attention, a ring for a window.
+
+Letters: B sequences · C positions.
+"""
+
+import torch
+
+from epmoe.ranks.transfer import to_device
+
+
+class PagedRows:
+    """Rows of full-attention layers: pages from a common stock, reserved when a sequence is admitted."""
+
+    def __init__(self, tokens: int, sequences: int, page: int, device: torch.device) -> None:
+        self.page, self.pages, self.device = page, -(-tokens // page), device
+        self.rows = (self.pages + 1) * page
+        self.free = list(range(self.pages))[::-1]
+        self.held: dict[int, list[int]] = {}
+        self.table = torch.zeros(sequences + 1, self.pages, dtype=torch.int32, device=device)
+        self.table[sequences] = self.pages  # the spare sequence: all its positions share the last page
+
+    def needs(self, max_tokens: int) -> int:
+        return -(-max_tokens // self.page)
+
+    def admit(self, sequence: int, max_tokens: int) -> None:
+        held = [self.free.pop() for _ in range(self.needs(max_tokens))]
+        self.held[sequence] = held
+        self.table[sequence, : len(held)] = to_device(held, torch.int32, self.table.device)
+
+    def release(self, sequence: int) -> None:
+        self.free.extend(reversed(self.held.pop(sequence)))
+
+    def columns(self, position: int) -> int:
+        """How many positions a token attends to, its own included."""
+        return position + 1
+
+    def row(self, sequence_B1: torch.Tensor, position_BC: torch.Tensor) -> torch.Tensor:
+        """int64 [B, C]: the row of each position; sequences as a column [B, 1]."""
+        page_BC = self.table[sequence_B1, position_BC // self.page]
+        return page_BC.long() * self.page + position_BC % self.page
+
+
+class RingRows:
+    """Rows of layers with a window: a ring a sequence, in which position p overwrites position p − ring."""
+
+    def __init__(self, window: int, sequences: int, page: int, device: torch.device) -> None:
+        self.window, self.ring, self.device = window, (-(-window // page) + 1) * page, device
+        self.rows = (sequences + 1) * self.ring
+
+    def columns(self, position: int) -> int:
+        """How many positions a token attends to, its own included."""
+        return min(position + 1, self.window)
+
+    def row(self, sequence_B1: torch.Tensor, position_BC: torch.Tensor) -> torch.Tensor:
+        """int64 [B, C]: the row of each position; sequences as a column [B, 1]."""
+        return sequence_B1 * self.ring + position_BC % self.ring

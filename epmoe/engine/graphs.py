@@ -1,0 +1,142 @@
+"""CUDA graphs of the decode step, one for each batch bucket and variant; without graphs the same step is called.
+
+A batch is filled up to the next bucket with rows of the cache's spare sequence, with and without graphs, so that both
+run the same kernels on the same shapes and give the same tokens.
+
+Letters: B rows of a step.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from epmoe.engine.decode_step import Decoder, Variant
+from epmoe.errors import UserError
+from epmoe.layers import attention
+from epmoe.ranks.mesh import Ranks
+from epmoe.ranks.transfer import to_device
+from epmoe.weights.load import LoadReport
+
+# Up to so many rows, in steps of so many. Small batches double; then steps stay small against the batch: a row too many
+# costs little, a graph a little memory and a tenth of a second at start.
+STEPS = ((2, 1), (4, 2), (8, 4), (64, 8), (256, 32), (sys.maxsize, 128))
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes for up to `most` rows: 1, 2, 4, 8, 16, 24 … 64, 96 … 256, 384 …; the last one is `most` itself."""
+    found = []
+    size = 1
+    while size < most:
+        found.append(size)
+        size += next(step for limit, step in STEPS if size < limit)
+    return [*found, most]
+
+
+def choose_graphs(wanted: str, ranks: Ranks, report: LoadReport) -> bool:
+    """runtime.graphs as a truth; `auto` says what it took on an accelerator.
+
+    Raises:
+        UserError: graphs are asked for where there can't be any.
+    """
+    # The torch references look at values, so they wait for the device.
+    waiting = [f"{kind}={name}" for kind in ("experts", "router") if (name := getattr(report, kind)) == "reference"]
+    if attention.REFERENCE_ONLY:
+        waiting.append("attention's reference")
+    reason = "runtime.device=cpu" if ranks.device.type == "cpu" else ", ".join(waiting)
+    if wanted == "true" and reason:
+        raise UserError(f"runtime.graphs=true is not possible with {reason}: take runtime.graphs=auto")
+    chosen = wanted != "false" and not reason
+    if wanted == "auto" and ranks.is_main and ranks.device.type != "cpu":
+        print(f"epmoe: graphs={str(chosen).lower()} (auto{': ' + reason if reason else ''})", file=sys.stderr)
+    return chosen
+
+
+Job = TypeVar("Job")
+
+
+def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) -> Iterator[Job]:
+    """The jobs, one by one, behind a progress bar on rank 0's terminal."""
+    from tqdm import tqdm
+
+    hidden = not (jobs and progress and ranks.is_main and sys.stderr.isatty())
+    yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
+
+
+class Graphs:
+    """Runs a Decoder's steps, replaying graphs where `capture` is set.
+
+    All graphs share one pool of memory: what a step leaves is in the Decoder's own buffers, so the next may overwrite
+    the rest. Ranks capture and replay in the same order, since the step holds collectives.
+    """
+
+    def __init__(self, decoder: Decoder, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
+        self.decoder, self.ranks, self.capture = decoder, ranks, capture
+        self.progress = progress
+        self.buckets = buckets(len(decoder.id_M))
+        self.ready: set[tuple[int, Variant]] = set()
+        self.graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self.rows: list[int] = []  # what the device's sequence_M holds
+        if capture:
+            self.stream = torch.cuda.Stream(ranks.device)
+            self.pool = torch.cuda.graph_pool_handle()
+            ranks.at_end.add(self)
+
+    def bucket(self, count: int) -> int:
+        return next(size for size in self.buckets if size >= count)
+
+    def launch(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
+        """Start a step of these sequences; their ids [B] on the device, which the next step overwrites."""
+        rows = self.bucket(len(handles))
+        padded = [*handles, *[self.decoder.state.spare] * (rows - len(handles))]
+        if padded != self.rows[:rows]:
+            self.rows = padded
+            self.decoder.sequence_M[:rows] = to_device(padded, torch.int64, self.ranks.device)
+        if self.capture:
+            self.graphs[rows, variant].replay()
+        else:
+            self.decoder.step(rows, variant)
+        return self.decoder.id_M[: len(handles)]
+
+    def prepare(self, most: int, variants: Iterable[Variant]) -> None:
+        """Run, and capture, every step of up to `most` rows that was not run before, on spare rows; a collective.
+
+        The run compiles kernels and lets libraries allocate, neither of which a capture can do.
+        """
+        keys = [(size, variant) for variant in sorted(variants) for size in self.buckets if size <= self.bucket(most)]
+        new = [key for key in reversed(keys) if key not in self.ready]  # the largest first, the others fit its memory
+        if not new or self.ranks.device.type == "cpu":
+            return
+        begin = time.perf_counter()
+        self.rows = [self.decoder.state.spare] * len(self.decoder.sequence_M)
+        self.decoder.sequence_M.fill_(self.decoder.state.spare)
+        run = self._capture if self.capture else self.decoder.step
+        for key in with_bar(new, "decode steps", self.ranks, progress=self.progress):
+            run(*key)
+            self.ready.add(key)
+        if self.ranks.is_main:
+            torch.accelerator.synchronize(self.ranks.device)
+            what = "captured" if self.capture else "warmed up"
+            print(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+
+    def _capture(self, rows: int, variant: Variant) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.ranks.device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):  # a library's workspace belongs to a stream: run where the capture will
+            self.decoder.step(rows, variant)
+        # thread_local: the process group's watchdog may ask for events of earlier collectives from its own thread.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            self.decoder.step(rows, variant)
+        torch.cuda.current_stream(self.ranks.device).wait_stream(self.stream)
+        self.graphs[rows, variant] = graph
+
+    def close(self) -> None:
+        """Let go of the graphs. A process group waits at its end until no graph holds a collective of it."""
+        for graph in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+        self.ready.clear()
+        if self.capture:
+            self.pool = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone takes no new ones

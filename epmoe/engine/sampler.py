@@ -1,0 +1,205 @@
+"""Sampler: logits → the next token's id, the same on every rank, in every batch and for every split of the vocabulary.
+
+Filters run in the order of transformers: repetition penalty → temperature → top-k → top-p → min-p. What is left is
+sampled by the Gumbel trick, argmax(score + noise), whose noise is a hash of (seed, position, token id): there is no
+generator state, so a token does not depend on the batch, the row, the rank or the order of requests.
+
+Sums over the vocabulary (the normaliser, the cumulated probability of top-p) are sums of integers, probabilities in
+units of 2^-40 of the largest one. Integer sums are exact in any order, so no kernel, thread count or batch shape and no
+later split over ranks can move a token across a threshold.
+
+    sample             rows with parameters on the host
+      choose           the same with all parameters on the device; never waits for it, so it fits a CUDA graph
+
+Letters: B rows (sequences) · V vocabulary · P parameters of a row · Q log-probabilities asked for.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from epmoe.engine.request import Level, SamplingParams, TokenLogprobs
+from epmoe.layers.greedy import join_largest, largest
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+UNIT = 2.0**40  # weight of the most likely token; 2^40 · 2^22 tokens still fits int64
+# Filters work in float64 and int64: this many rows at a time, so that a batch of 256 rows and 200 000 tokens takes no
+# more than a few hundred megabytes.
+FILTER_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The parameters of B rows as tensors."""
+
+    value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, repetition penalty
+    seed_B: torch.Tensor  # int64
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], device: torch.device) -> "Knobs":
+        value_BP = torch.tensor([each.row() for each in params], dtype=torch.float64)
+        seed_B = torch.tensor([each.seed for each in params], dtype=torch.int64)
+        return Knobs(value_BP.to(device), seed_B.to(device))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> "Knobs":
+        return Knobs(self.value_BP[rows], self.seed_B[rows])
+
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """Five float64 [B, 1]."""
+        return self.value_BP.split(1, dim=1)
+
+
+def sample(
+    logits_BV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    seen_BV: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Choose one token a row: int64 [B] on the logits' device. A row that holds NaN yields V, which is no token.
+
+    `positions[b]` is the index that the chosen token will have in its sequence. `seen_BV` (bool) marks the ids of
+    prompt and output so far; it is needed where a row has a repetition penalty. Does not change its arguments.
+    """
+    assert len(params) == len(positions) == logits_BV.shape[0]
+    assert seen_BV is not None or all(each.repetition_penalty == 1 for each in params), "a penalty needs the ids seen"
+    level = max((each.level for each in params), default=Level.GREEDY)
+    position_B = torch.tensor(positions, dtype=torch.int64, device=logits_BV.device)
+    return choose(logits_BV, Knobs.of(params, logits_BV.device), position_B, seen_BV, level)
+
+
+def choose(
+    logits_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
+) -> torch.Tensor:
+    """`sample`, with everything on the device; `level` is at least that of every row.
+
+    Without `seen_BV` no row is penalised.
+    """
+    assert logits_BV.dtype == torch.float32
+    if level == Level.GREEDY:
+        return join_largest(largest(logits_BV, 0), logits_BV.shape[1])
+    chunks = [slice(begin, begin + FILTER_ROWS) for begin in range(0, len(logits_BV), FILTER_ROWS)]
+    chosen = [
+        _choose(logits_BV[rows], knobs[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
+        for rows in chunks
+    ]
+    return torch.cat(chosen)
+
+
+def _choose(
+    scores_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
+) -> torch.Tensor:
+    if level == Level.FILTER and seen_BV is not None:
+        scores_BV = _penalise(scores_BV, knobs, seen_BV)
+    token_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
+    noisy_BV = _filter(scores_BV, knobs, level) + gumbel(knobs.seed_B, position_B, token_V)
+    warm_B = knobs.value_BP[:, 0] > 0
+    return torch.where(warm_B, argmax_lowest(noisy_BV), argmax_lowest(scores_BV))
+
+
+def log_probabilities(logits_BV: torch.Tensor, id_B: torch.Tensor, top: int) -> list[TokenLogprobs]:
+    """log softmax of the raw logits (before penalty, temperature and filters) at `id_B` and for the `top` largest.
+
+    Ties go to the lower id.
+    """
+    return to_logprobs(*top_logprobs(logits_BV, id_B, top))
+
+
+def top_logprobs(
+    logits_BV: torch.Tensor, id_B: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`log_probabilities` on the device: chosen_B (float64), id_BQ (int64), logprob_BQ (float64)."""
+    logits_BV = logits_BV.double()
+    max_B1 = logits_BV.amax(1, keepdim=True)
+    total_B1 = _weights(logits_BV).sum(1, keepdim=True)
+    logprob_BV = logits_BV - max_B1 - torch.log(total_B1.double() / UNIT)
+    id_BQ = logits_BV.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    return logprob_BV.gather(1, id_B[:, None])[:, 0], id_BQ, logprob_BV.gather(1, id_BQ)
+
+
+def to_logprobs(chosen_B: torch.Tensor, id_BQ: torch.Tensor, logprob_BQ: torch.Tensor) -> list[TokenLogprobs]:
+    tops = zip(id_BQ.tolist(), logprob_BQ.tolist(), strict=True)
+    return [
+        TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
+        for chosen, (ids, values) in zip(chosen_B.tolist(), tops, strict=True)
+    ]
+
+
+def argmax_lowest(scores_BV: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: the index of each row's largest value, the lowest where several are equal; V where the row has NaN.
+
+    torch.argmax promises the first of equal values (bf16 logits are equal often), and takes NaN for the largest.
+    """
+    id_B1 = scores_BV.argmax(1, keepdim=True)
+    return torch.where(scores_BV.gather(1, id_B1).isnan(), scores_BV.shape[1], id_B1)[:, 0]
+
+
+def gumbel(seed_B: torch.Tensor, position_B: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
+    """float64 [B, V] of standard Gumbel noise; an element is a function of (seed, position, token id) alone.
+
+    The hash bits are the same on every device, the logarithms' last bits on devices of one type.
+    uniform = (52 hash bits + ½) / 2^52 lies strictly between 0 and 1, so that noise = -log(-log(uniform)) is finite.
+    """
+    bits_BV = hash_bits(seed_B, position_B, token_V)
+    uniform_BV = (_shift_right(bits_BV, 12).double() + 0.5) * 2.0**-52
+    return uniform_BV.log_().neg_().log_().neg_()
+
+
+def hash_bits(seed_B: torch.Tensor, position_B: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
+    """int64 [B, V] of 64 well-mixed bits: a row is the SplitMix64 stream whose start is a hash of seed and position."""
+    start_B = _mix(_mix(seed_B + _signed(GOLDEN)) + position_B * _signed(GOLDEN))
+    return _mix(start_B[:, None] + (token_V + 1) * _signed(GOLDEN))
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser, a bijection of 64 bits; int64 products wrap around as uint64 ones do."""
+    z = (z ^ _shift_right(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical shift: torch's >> on int64 copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    """A 64-bit pattern as the int64 that holds it."""
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _penalise(logits_BV: torch.Tensor, knobs: Knobs, seen_BV: torch.Tensor) -> torch.Tensor:
+    """Divide seen tokens' logits by the penalty, multiply the negative ones (Keskar et al. 2019, as transformers)."""
+    penalty_B1 = knobs.columns()[4].float()
+    penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+    return torch.where(seen_BV, penalised_BV, logits_BV)
+
+
+def _weights(scores_BV: torch.Tensor) -> torch.Tensor:
+    """int64 [B, V]: probabilities relative to the row's largest, in units of 1 / UNIT."""
+    return ((scores_BV - scores_BV.amax(1, keepdim=True)).exp() * UNIT).round().long()
+
+
+def _filter(scores_BV: torch.Tensor, knobs: Knobs, level: Level) -> torch.Tensor:
+    """float64 [B, V]: score / temperature, and -inf for what min-p and, at level FILTER, top-k and top-p exclude.
+
+    top-k keeps exactly k tokens and breaks ties to the lower id (transformers keeps all that equal the k-th). top-p
+    keeps the fewest tokens, most likely first, whose share of what top-k left reaches p. min-p keeps tokens at least
+    min_p times as likely as the most likely one, which always stays. A greedy row (temperature 0) keeps its scores.
+    """
+    vocab = scores_BV.shape[1]
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1, _ = knobs.columns()
+    scores_BV = scores_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)  # float64, since the column is
+    keep_BV = (scores_BV - scores_BV.amax(1, keepdim=True)).exp() >= min_p_B1
+    if level == Level.FILTER:
+        top_k_B1 = torch.where(top_k_B1 > 0, top_k_B1, vocab)
+        order_BV = scores_BV.sort(dim=1, descending=True, stable=True).indices
+        among_k_BV = torch.arange(vocab, device=scores_BV.device) < top_k_B1
+        weight_BV = _weights(scores_BV).gather(1, order_BV) * among_k_BV
+        before_BV = weight_BV.cumsum(1) - weight_BV
+        among_p_BV = (before_BV < top_p_B1 * weight_BV.sum(1, keepdim=True)) | (top_p_B1 == 1)
+        keep_BV &= torch.empty_like(keep_BV).scatter_(1, order_BV, among_k_BV & among_p_BV)
+    nan_B1 = scores_BV.isnan().any(1, keepdim=True)
+    return scores_BV.masked_fill(~keep_BV & ~nan_B1, -math.inf)

@@ -1,0 +1,1 @@
+"""What is fast, in Triton: the functions of epmoe/layers under the same names."""

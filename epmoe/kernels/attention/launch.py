@@ -1,0 +1,279 @@
+"""Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
+
+Letters: T tokens of a step · B sequences that decode · P spans, sequences that bring several tokens · E query heads ·
+J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a layer's cache.
+
+A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for
+every SPLIT positions that the sequences can have together. Nothing waits for the device, and the grids of a decode
+follow B and the cache's capacity only: it fits a CUDA graph. A row's result does not depend on the batch
+(attention_kernels.py, Order).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from epmoe.cache.plan import Decode, Plan
+from epmoe.cache.rows import PagedRows, RingRows
+from epmoe.kernels.attention.decode import combine_kernel, decode_kernel
+from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
+from epmoe.kernels.gpu import dependent
+
+# Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
+# again, are few. It sets the order of summation, so it is one number for all batches and lengths.
+SPLIT = 256
+# Splits that the combining kernel adds at a time.
+SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`queries` (tokens × heads of a group, padded) × `positions` a block."""
+
+    queries: int
+    positions: int
+    warps: int
+    stages: int
+    programs: int = 0  # a multiprocessor; only a decode's grid follows it
+
+
+DECODE: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=16, positions=64, warps=4, stages=3, programs=4),
+    torch.float32: Tile(queries=16, positions=32, warps=4, stages=2, programs=4),
+}
+PREFILL: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=128, positions=64, warps=8, stages=3),
+    # For comparison, not for speed: float32 has no exact tensor core product.
+    torch.float32: Tile(queries=32, positions=32, warps=4, stages=2),
+}
+# Of layers with a window: a program has few blocks to do and much to wait for, so more of them share a multiprocessor.
+WINDOW_PREFILL: dict[torch.dtype, Tile] = {
+    torch.bfloat16: Tile(queries=64, positions=64, warps=4, stages=2),
+    torch.float32: PREFILL[torch.float32],
+}
+# Tokens that one program of the placing kernel moves.
+PLACED = 64
+
+
+def cached_attention(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    sink_E: torch.Tensor,
+) -> torch.Tensor:
+    """As `attention.cached_attention`: rotate, attend to [cached | new], write keys and values; [T, E, D].
+
+    bfloat16 or float32, the cache in the same dtype; the tokens of q, k and v may stand apart by any stride.
+    """
+    _check(q_TED, k_TJD, v_TJD, cos_sin, cached, sink_E)
+    out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
+    if plan.decode is not None:
+        _decode(q_TED, k_TJD, v_TJD, cos_sin, cached, plan.decode, sink_E, out_TED)
+    if plan.prefills:
+        _prefill(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, sink_E, out_TED)
+    return out_TED
+
+
+def _decode(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    decode: Decode,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
+) -> None:
+    """One launch for a window within SPLIT, else two."""
+    (_, heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
+    tile, layout = DECODE[q_TED.dtype], _layout(decode.pool)
+    tiles = most_tiles(decode.pool, rows)
+    single = tiles == rows  # no sequence has more than one split
+    part = torch.empty(0 if single else tiles * heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
+    parts = part.split([tiles * heads * head_dim, tiles * heads, tiles * heads]) if not single else (part,) * 3
+    shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    shared["PDL"] = dependent(q_TED.device)
+    decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
+        q_TED,
+        k_TJD,
+        v_TJD,
+        *cos_sin,
+        decode.token_B,
+        decode.position_B,
+        decode.sequence_B,
+        layout.table,
+        *cached,
+        sink_E,
+        out_TED,
+        *parts,
+        rows,
+        q_TED.stride(0),
+        k_TJD.stride(0),
+        v_TJD.stride(0),
+        layout.table_stride,
+        cached[0].shape[1],
+        _scale(head_dim),
+        J=kv_heads,
+        G=heads // kv_heads,
+        PAGE=layout.page,
+        M=max(tile.queries, triton.next_power_of_2(heads // kv_heads)),
+        N=tile.positions,
+        **shared,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if not single:
+        combine_kernel[(rows, kv_heads)](
+            decode.token_B,
+            decode.position_B,
+            sink_E,
+            *parts,
+            out_TED,
+            rows,
+            J=kv_heads,
+            G=heads // kv_heads,
+            S=SPLITS,
+            **shared,
+            **combine_options(heads // kv_heads, head_dim),
+        )
+
+
+def combine_options(group: int, head_dim: int) -> dict[str, int]:
+    """64 of a step's values are a thread's."""
+    padded = triton.next_power_of_2(group)
+    return {"GP": padded, "num_warps": min(16, max(1, padded * SPLITS * _padded(head_dim) // (32 * 64)))}
+
+
+def _prefill(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
+) -> None:
+    """All spans in two launches: put keys and values into place, attend."""
+    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    layout, counts = _layout(plan.prefills[0].pool), [prefill.end - prefill.begin for prefill in plan.prefills]
+    tile = (WINDOW_PREFILL if layout.window else PREFILL)[q_TED.dtype]
+    group = triton.next_power_of_2(heads // kv_heads)
+    queries = max(tile.queries, group)
+    place = cached
+    if layout.window:  # the queries' ring forgets: a scratch has the window before each span, and the spans
+        rows = tokens + len(counts) * layout.window
+        key_JRD, value_JRD = torch.empty(2, kv_heads, rows, head_dim, dtype=k_TJD.dtype, device=k_TJD.device)
+        place = key_JRD, value_JRD
+    shared = {
+        "span_ptr": plan.span_P4,
+        "spans": len(counts),
+        "table_ptr": layout.table,
+        "table_stride": layout.table_stride,
+        "cache_rows": cached[0].shape[1],
+        "place_rows": place[0].shape[1],
+        "J": kv_heads,
+        "D": head_dim,
+        "DP": _padded(head_dim),
+        "PAGE": layout.page,
+        "WINDOW": layout.window,
+    }
+    place_kernel[(sum(triton.cdiv(count + layout.window, PLACED) for count in counts), kv_heads)](
+        k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared
+    )
+    prefill_kernel[(sum(triton.cdiv(count, queries // group) for count in counts), kv_heads)](
+        q_TED,
+        *cos_sin,
+        *place,
+        *cached,
+        sink_E,
+        out_TED,
+        q_TED.stride(0),
+        _scale(head_dim),
+        G=heads // kv_heads,
+        M=queries,
+        GP=group,
+        N=tile.positions,
+        **shared,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the kernels turn (sequence, position) into a row."""
+
+    table: torch.Tensor | None  # int32 [sequences, pages]
+    table_stride: int
+    page: int  # rows of a page, or of a ring
+    window: int  # 0: none
+
+
+def _layout(pool: PagedRows | RingRows) -> _Layout:
+    if isinstance(pool, RingRows):
+        return _Layout(None, 0, pool.ring, pool.window)
+    return _Layout(pool.table, pool.table.stride(0), pool.page, 0)
+
+
+def most_tiles(pool: PagedRows | RingRows, rows: int) -> int:
+    """The most splits that `rows` sequences can have together, whatever their lengths."""
+    if isinstance(pool, RingRows):
+        return rows * triton.cdiv(pool.window, SPLIT)
+    whole = pool.pages * pool.page
+    # Sequences share the pages, and each may have one split that is not full; the spare one has one position.
+    return min(rows * triton.cdiv(whole, SPLIT), whole // SPLIT + rows)
+
+
+def _check(
+    q_TED: torch.Tensor,
+    k_TJD: torch.Tensor,
+    v_TJD: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    sink_E: torch.Tensor,
+) -> None:
+    """What the kernels take for granted."""
+    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    assert q_TED.dtype in DECODE, f"attention's kernels compute in bfloat16 or float32, not {q_TED.dtype}"
+    assert k_TJD.shape == v_TJD.shape == (tokens, kv_heads, head_dim) and heads % kv_heads == 0 and head_dim % 2 == 0
+    for x in (q_TED, k_TJD, v_TJD):
+        assert x.dtype == q_TED.dtype and x.stride()[1:] == (head_dim, 1)
+    for store_JRD in cached:
+        assert store_JRD.dtype == q_TED.dtype and store_JRD.is_contiguous()
+        assert store_JRD.shape[0] == kv_heads and store_JRD.shape[2] == head_dim
+    for turn_TF in cos_sin:
+        assert turn_TF.dtype == torch.float32 and turn_TF.is_contiguous() and turn_TF.shape == (tokens, head_dim // 2)
+    assert sink_E.shape == (heads,) and sink_E.is_contiguous()
+
+
+def _scale(head_dim: int) -> float:
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _bucket(count: int) -> int:
+    """A length of the kernels' vectors: 32, 128, 256, 1024 ...; few, since each compiles a kernel.
+
+    32 are the lanes of a warp: each warp sums them by itself, without waiting for the others. 256 are what the most
+    sequences of a graph need; with 512 the decode kernel took more registers than four programs have.
+    """
+    length = 32
+    while length < count:
+        length *= 2 if length == 128 else 4
+    return length
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # In the interpreter, few enough that a program does several splits.
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,1 @@
+"""What the model computes, in torch: the definition that the fast versions in epmoe/kernels are compared with."""

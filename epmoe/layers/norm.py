@@ -1,0 +1,84 @@
+"""The residual stream between two blocks: add what a block hands over, and normalise for the next one.
+
+A block's output comes as K rows a token that are still to be added: one from attention, a token's slots from the
+experts (epmoe/combine). So their sum, the residual and the next norm are one pass over memory, and one kernel on a GPU:
+
+    x[t] += round(((+0 + rows[t, 0]) + rows[t, 1]) + … + rows[t, K-1])        in float32, rounded as each step says
+    norm(x)[t] = x[t] / rms(x[t]) · weight                                    in float32, rounded once
+
+The experts' router reads the norm next: for few tokens its product is made in the same kernel.
+
+Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
+"""
+
+import sys
+from types import ModuleType
+
+import torch
+from torch import nn
+
+
+def add_rows(rows_TKH: torch.Tensor) -> torch.Tensor:
+    """[T, K, H] → [T, H]: a token's rows, added in float32 in the order of k, rounded once.
+
+    Starts from +0, so that a row of -0 gives +0, as it does after other ranks' zeros were added to it. `sum(1)` would
+    leave the order to the library.
+    """
+    sum_TH = torch.zeros(rows_TKH.shape[0], rows_TKH.shape[2], dtype=torch.float32, device=rows_TKH.device)
+    for row_TH in rows_TKH.unbind(1):
+        sum_TH += row_TH
+    return sum_TH.to(rows_TKH.dtype)
+
+
+def add_norm(
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, *, clear: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + add_rows(rows), the norm of that), both [T, H] in x's dtype; without rows x itself comes back.
+
+    `clear` leaves zeros in the rows. The reference, for any device and dtype; norm_triton.py has the fast one.
+    """
+    if rows_TKH is not None:
+        x_TH = x_TH + add_rows(rows_TKH)
+        if clear:
+            rows_TKH.zero_()
+    wide_TH = x_TH.float()
+    wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
+    return x_TH, (wide_TH * weight_H.float()).to(x_TH.dtype)
+
+
+def add_norm_linear(
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `add_norm` gives, and a linear layer of the norm: [T, E] in x's dtype."""
+    x_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
+    return x_TH, norm_TH, linear(norm_TH)
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module whose add_norm and add_norm_linear run on a device."""
+    if device.type != "cuda":
+        return sys.modules[__name__]
+    from epmoe.kernels import norm as norm_triton  # only here: a CPU machine need not have triton
+
+    return norm_triton
+
+
+class AddNorm(nn.Module):
+    """RMSNorm of the residual stream, after the rows that are still to be added to it."""
+
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden))
+        self.eps = eps
+
+    def forward(
+        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, *, clear: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the residual stream with `rows` added, its norm), [T, H] each; `clear` leaves zeros in the rows."""
+        return implementation(x_TH.device).add_norm(x_TH, rows_TKH, self.weight, self.eps, clear=clear)
+
+    def with_linear(
+        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `forward` gives, and `linear` of the norm."""
+        return implementation(x_TH.device).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)

@@ -1,0 +1,80 @@
+"""Rotary positions with YaRN (arXiv 2309.00071).
+
+Letters: T tokens · H heads · D head dimension · F = D/2 frequencies.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions with YaRN (arXiv 2309.00071); every number comes from the checkpoint's config.json.
+
+    Dimension pairs that turn more than `beta_fast` times within the original context keep their frequency, those that
+    turn less than `beta_slow` times are slowed down by `factor`, and a linear ramp lies between. With `truncate` the
+    ends of the ramp are rounded outwards to whole dimensions. `concentration` scales both cos and sin.
+    """
+
+    head_dim: int
+    theta: float
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position: int
+    truncate: bool
+    concentration: float
+
+    def ramp_ends(self) -> tuple[float, float]:
+        """The ramp's ends as frequency indices: up to the first, frequencies stay; from the second, they are slow."""
+
+        def index(turns: float) -> float:  # of the dimension pair that turns so often within the original context
+            return (
+                self.head_dim
+                * math.log(self.original_max_position / (turns * 2 * math.pi))
+                / (2 * math.log(self.theta))
+            )
+
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        return low, high if high != low else high + 0.001
+
+    def frequency_F(self) -> torch.Tensor:
+        """Radians a position, [D/2] float32 on the CPU.
+
+        In float32 like every public implementation: far out, the rounding of a frequency is visible in the angle.
+        """
+        index_F = torch.arange(self.head_dim // 2, dtype=torch.float32, device="cpu")
+        wavelength_F = self.theta ** (2 * index_F / self.head_dim)
+        low, high = self.ramp_ends()
+        keep_F = 1 - ((index_F - low) / (high - low)).clamp(0, 1)
+        return (1 - keep_F) / (self.factor * wavelength_F) + keep_F / wavelength_F
+
+
+class Rotary:
+    """cos and sin for a step's positions. Not a module: it has no parameters, and nothing for the loader to assign."""
+
+    def __init__(self, rope: Rope) -> None:
+        self.concentration = rope.concentration
+        self.frequency_F = rope.frequency_F()
+
+    def __call__(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos_TF and sin_TF, float32, times the concentration."""
+        self.frequency_F = self.frequency_F.to(position_T.device)  # moves once
+        if position_T.device.type == "cuda":
+            from epmoe.kernels import rotary as rotary_triton  # only here: a CPU machine need not have triton
+
+            return rotary_triton.cos_sin(position_T, self.frequency_F, self.concentration)
+        angle_TF = position_T[:, None].float() * self.frequency_F
+        return angle_TF.cos() * self.concentration, angle_TF.sin() * self.concentration
+
+
+def rotate(x_THD: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of each head; in float32, rounded once to x's dtype."""
+    first, second = x_THD.float().chunk(2, dim=-1)
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)

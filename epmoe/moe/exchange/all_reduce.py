@@ -1,0 +1,32 @@
+"""Combine by all-reduce: one row a token on the wire, and sums that depend on the number of ranks.
+
+Letters: T tokens · K experts per token · H hidden.
+"""
+
+import torch
+import torch.distributed as dist
+
+from epmoe.layers.norm import add_rows
+from epmoe.moe.exchange import Pending
+from epmoe.ranks.mesh import Ranks
+
+
+class AllReduce:
+    """y[t] = Σ over ranks of round(Σ over this rank's k of y[t, k]); a bf16 sum is rounded again at every hop.
+
+    For networks and large batches, where K times the traffic of `Slots` costs more than its reproducibility is worth.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.group = ranks.expert_group
+
+    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> None:
+        """The sum over this rank's slots travels, so the rows may be anywhere."""
+
+    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
+        """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
+        if self.group is None or not y_TKH.numel():
+            return Pending(y_TKH)
+        sum_TH = add_rows(y_TKH)
+        work = dist.all_reduce(sum_TH, group=self.group, async_op=overlap)
+        return Pending(sum_TH[:, None], work)

@@ -1,0 +1,40 @@
+"""Combine by slots: the same bits for any number of ranks and any placement of the experts.
+
+A slot is one (token, k) pair and has exactly one owner, so summing a slot's row over the ranks is x + 0 + … + 0: exact,
+in whatever order the network adds. Every rank then has all K rows of a token, to be added in the one order k = 0 … K-1
+by `add_rows`.
+
+GPUs of one node add the rows of small steps, decode steps above all, in symmetric memory (symmetric.py), into which the
+experts have written them; everything else goes by the process group's all-reduce. No bit depends on which.
+
+Letters: T tokens · K experts per token · H hidden.
+"""
+
+import torch
+import torch.distributed as dist
+
+from epmoe.moe.exchange import Pending
+from epmoe.moe.exchange.symmetric import connect
+from epmoe.ranks.mesh import Ranks
+
+
+class Slots:
+    """y[t, k] = its owner's row. Carries K rows a token. Constructing it is a collective of the expert group."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.group = ranks.expert_group
+        self.symmetric = connect(ranks)
+
+    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> torch.Tensor | None:
+        """Zeros in symmetric memory, where this step's rows go by it: it has room for one micro-batch."""
+        return self.symmetric.rows(x_TH, top_k) if self.symmetric and not overlap else None
+
+    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
+        """[T, K, H] with zeros in other ranks' slots → the same tensor with all slots."""
+        if self.group is None or not y_TKH.numel():
+            return Pending(y_TKH)
+        if self.symmetric and self.symmetric.holds(y_TKH):
+            assert not overlap
+            self.symmetric.add(y_TKH)
+            return Pending(y_TKH, memory=self.symmetric)
+        return Pending(y_TKH, dist.all_reduce(y_TKH, group=self.group, async_op=overlap))

@@ -1,0 +1,1 @@
+"""The experts' products in Triton, straight from packed MXFP4."""

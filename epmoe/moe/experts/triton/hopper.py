@@ -1,0 +1,118 @@
+"""Launches of hopper_kernels.py: the same two products as triton.py's, for many rows an expert on a Hopper GPU.
+
+Letters: T tokens · H hidden · I intermediate · K experts per token · R = T·K rows of this rank, sorted by expert.
+
+The copy engine reads blocks of neighbouring rows, so gate_up's tokens are gathered first, [R, H] in x's dtype. That
+memory is free again when `gate_up` returns, and serves for the result of `down` then.
+"""
+
+import torch
+import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from epmoe.kernels.gpu import early
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.experts.triton.hopper_kernels import SHARED, WORDS, down_kernel, gate_up_kernel
+from epmoe.moe.experts.triton.kernels import gather_kernel
+from epmoe.moe.experts.triton.tiles import Tile, hopper_serves
+from epmoe.moe.experts.triton.words import STRIP, WordMatrix
+from epmoe.moe.router import Dispatch
+
+_GATHERED = 4  # rows a program of the gather
+
+
+def gate_up(
+    x_TH: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LN: torch.Tensor,
+    dispatch: Dispatch,
+    activation: GatedActivation,
+    h_RI: torch.Tensor,
+    tile: Tile,
+    grid: int,
+) -> None:
+    """As `triton.gate_up`, into `h_RI`."""
+    num_local, rows, columns = matrix.shape
+    assert hopper_serves(columns), columns
+    x_RH = x_TH.new_empty(len(h_RI), columns)
+    gather_kernel[(triton.cdiv(len(h_RI), _GATHERED),)](
+        x_TH,
+        dispatch.offset_L1,
+        dispatch.slot_R,
+        x_RH,
+        num_local,
+        dispatch.expert_TK.shape[1],
+        COLUMNS=columns,
+        M=_GATHERED,
+        C=1024,
+        **early(x_TH.device),
+    )
+    gate_up_kernel[(grid,)](
+        *_blocks(x_RH, matrix, tile),
+        x_RH,
+        matrix.word_LZX,
+        matrix.scale_LZVB,
+        bias_LN,
+        dispatch.offset_L1,
+        h_RI,
+        rows,
+        num_local,
+        activation.alpha,
+        activation.limit,
+        activation.up_offset,
+        **_constants(tile, matrix),
+        **early(h_RI.device),
+    )
+
+
+def down(
+    h_RI: torch.Tensor,
+    matrix: WordMatrix,
+    bias_LH: torch.Tensor,
+    dispatch: Dispatch,
+    y_TKH: torch.Tensor,
+    tile: Tile,
+    grid: int,
+) -> None:
+    """As `triton.down`, into the slots of this rank in `y_TKH`."""
+    num_local, rows, columns = matrix.shape
+    assert hopper_serves(columns), columns
+    down_kernel[(grid,)](
+        *_blocks(h_RI, matrix, tile),
+        h_RI,
+        matrix.word_LZX,
+        matrix.scale_LZVB,
+        bias_LH,
+        dispatch.offset_L1,
+        dispatch.slot_R,
+        dispatch.weight_TK,
+        y_TKH,
+        rows,
+        num_local,
+        **_constants(tile, matrix),
+        **early(h_RI.device),
+    )
+
+
+def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
+    """What the copy engine needs to know of x and of the words: in blocks of a tile, and in blocks of half a tile."""
+    describe = TensorDescriptor.from_tensor
+    # All experts' strips one after the other; of each, the lines of 64 words: of a run of 4 pairs, one for each row.
+    strip_line_word = matrix.word_LZX.flatten(0, 1).unflatten(1, (-1, 64))
+    return [
+        describe(x_RC, [tile.tokens, 256], SHARED.value),
+        describe(x_RC, [tile.tokens // 2, 256], SHARED.value),
+        describe(strip_line_word, [tile.weight_rows // STRIP, STRIP, 64], WORDS.value),
+        describe(strip_line_word, [tile.weight_rows // STRIP // 2, STRIP, 64], WORDS.value),
+    ]
+
+
+def _constants(tile: Tile, matrix: WordMatrix) -> dict[str, object]:
+    return {
+        "COLUMNS": matrix.shape[2],
+        "LOCAL": triton.next_power_of_2(matrix.shape[0]),
+        "B": tile.weight_rows,
+        "M": tile.tokens,
+        "WIDE": matrix.wide,
+        "num_warps": tile.warps,
+    }

@@ -1,0 +1,1 @@
+"""This process among its peers: coordinates, watch, device memory."""

@@ -1,0 +1,56 @@
+"""Between the host and the device without waiting: small lists go there, results come back behind an event.
+
+The host waits for an event by asking again and again, with a deadline: a collective inside a CUDA graph has no
+watchdog, and a host that waited in the driver could not say what it waited for.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+SPIN_S = 0.02  # longer waits than a decode step's are for a prefill, where half a millisecond does not count
+NAP_S = 0.0005
+
+
+class NoArrival(RuntimeError):
+    """The device did not finish a step within the bound."""
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of `values` (numbers, or rows of them) on the device; later work on the current stream sees it."""
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type in ("cpu", "meta") or not values:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Arrival:
+    """Copies of some tensors on their way to the host, as they are at this point of the current stream."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.event: torch.Event | None = None
+        if tensors[0].device.type == "cpu":
+            self.tensors = [tensor.clone() for tensor in tensors]
+            return
+        self.tensors = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+        for here, there in zip(self.tensors, tensors, strict=True):
+            here.copy_(there, non_blocking=True)
+        self.event = torch.Event(tensors[0].device)
+        self.event.record()
+
+    def wait(self, timeout_s: float) -> list[torch.Tensor]:
+        """The tensors on the host.
+
+        Raises:
+            NoArrival: not within `timeout_s`. The ranks' watch (epmoe/ranks/watch.py) usually ends the process before.
+        """
+        if self.event is not None:
+            begin = time.monotonic()
+            while not self.event.query():
+                waited = time.monotonic() - begin
+                if waited > timeout_s:
+                    raise NoArrival(f"a step did not end within {timeout_s:g} s (runtime.timeout_s): does a rank hang?")
+                time.sleep(0 if waited < SPIN_S else NAP_S)  # also lets the watch's thread run
+        return self.tensors

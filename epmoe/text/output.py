@@ -1,0 +1,157 @@
+"""Output: token ids → text on standard output while it is made, a JSON-lines file, the closing line.
+
+Standard output has the text alone, each prompt's followed by a newline. Of several prompts, texts come in the order of
+the prompts with a blank line between: the first unfinished one is streamed, later ones wait for their turn. Whoever
+needs to tell them apart for certain takes the file.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from epmoe.engine.request import Request, Result
+from epmoe.errors import UserError
+from epmoe.ranks.mesh import Ranks
+from epmoe.text.stream import StopStrings, TextStream
+from epmoe.text.tokenizer import Tokenizer
+
+
+class Answer:
+    """One request's text as far as it is known: without special tokens, cut before a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.stream, self.stops = TextStream(tokenizer), StopStrings(stops)
+        self.pieces: list[str] = []
+        self.printed = 0  # pieces
+        self.finished = False
+
+    def feed(self, token: int) -> bool:
+        """Whether a stop string is complete now."""
+        self.pieces.append(self.stops.feed(self.stream.feed(token)))
+        return self.stops.found
+
+    def finish(self) -> None:
+        self.pieces.append(self.stops.feed(self.stream.flush()) + self.stops.flush())
+        self.finished = True
+
+
+class Output:
+    """The engine's listener. Every rank has one, since all must agree where a stop string ends a text.
+
+    Args:
+        stdout: None but on rank 0.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], stdout: TextIO | None) -> None:
+        self.answers = [Answer(tokenizer, request.params.stop) for request in requests]
+        self.stdout = stdout
+        self.turn = 0  # the answer that is being printed
+
+    def on_token(self, index: int, token: int) -> bool:
+        """Take a token; print what can be printed. Whether a stop string ends the request here."""
+        if self.stdout is None and not self.answers[index].stops.stops:
+            return False
+        stopped = self.answers[index].feed(token)
+        self._print()
+        return stopped
+
+    def on_finish(self, index: int, result: Result) -> None:
+        """No more tokens come for this request."""
+        self.answers[index].finish()
+        self._print()
+
+    def _print(self) -> None:
+        if self.stdout is None:
+            return
+        while self.turn < len(self.answers):
+            answer = self.answers[self.turn]
+            text = "".join(answer.pieces[answer.printed :])
+            answer.printed = len(answer.pieces)
+            if answer.finished:
+                self.turn += 1
+                text += "\n" if self.turn == len(self.answers) else "\n\n"
+            if text:
+                _write(self.stdout, text)
+            if not answer.finished:
+                return
+
+    def record(self, index: int, request: Request, result: Result) -> dict[str, Any]:
+        """A request's line in the file; times in seconds from the beginning of generation."""
+        line = {
+            "index": index,
+            "prompt_tokens": len(request.ids),
+            "ids": result.ids,
+            "text": "".join(self.answers[index].pieces),
+            "finish_reason": result.finish_reason,
+            "first_token_s": round(result.first_token_s, 6),
+            "total_s": round(result.total_s, 6),
+        }
+        if request.params.logprobs:
+            line["logprobs"] = [{"logprob": each.chosen, "top": each.top} for each in result.logprobs]
+        return line
+
+
+def _write(stdout: TextIO, text: str) -> None:
+    """Write at once. Raises UserError when the disk is full; BrokenPipeError, no mistake, for `ranks.main` to judge."""
+    try:
+        stdout.write(text)
+        stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
+
+
+def _file(name: str) -> Path:
+    """Where `output` is written: behind a link, so that the link stays."""
+    return Path(os.path.realpath(os.path.expanduser(name)))
+
+
+def check_writable(name: str) -> None:
+    """Raises UserError now for an output file that could not be written at the end."""
+    if not name:
+        return
+    path = _file(name)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the name is too long, or goes through a file
+        raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
+    if path.is_dir():
+        raise UserError(f"output={name} is a directory: give a file name")
+    if path.exists() and not path.is_file():  # a device or a pipe; the file would take its place
+        raise UserError(f"output={name} is no plain file: give a file name")
+    if not path.parent.is_dir():
+        raise UserError(f"output={name}: the directory {path.parent} does not exist: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"output={name}: the directory {path.parent} cannot be written: choose another")
+
+
+def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Write a JSON-lines file; it appears under its name when it is whole, or not at all."""
+    path = _file(name)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def standard_output(ranks: Ranks) -> TextIO | None:
+    """Standard output in UTF-8 on rank 0, None elsewhere."""
+    if not ranks.is_main:
+        return None
+    if hasattr(sys.stdout, "reconfigure"):  # not what a test puts in its place
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    return sys.stdout

@@ -1,0 +1,186 @@
+"""Prompts: from the command line, a file, JSON lines or standard input → the engine's requests, the same on every rank.
+
+    prompt="…"            one prompt
+    prompts=file.txt      the whole file is one prompt
+    prompts=file.jsonl    one prompt a line: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
+                          any key of the group `sampling` and max_new_tokens for this prompt alone
+    prompts=-             all of standard input is one prompt
+
+Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for
+the date. They wait for the requests, so standard input must end within runtime.start_timeout_s.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from epmoe.config import Config, Sampling, update_sampling
+from epmoe.engine.request import Request, SamplingParams
+from epmoe.errors import UserError
+from epmoe.ranks.mesh import Ranks
+from epmoe.text.tokenizer import Tokenizer
+
+# What the embedded model continues when nothing is asked.
+DEFAULT_PROMPT = "It was a fine morning, and"
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text or a conversation; `place` says where it came from, for messages about it."""
+
+    place: str
+    content: str | Sequence[Message]
+    params: SamplingParams
+
+
+def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Request]:
+    """All requests of this run, in order; a collective.
+
+    Raises:
+        UserError: no prompt, an unreadable file, a bad line (with its number), a template that refuses the messages.
+    """
+    requests = None
+    if ranks.is_main:
+        found = read(config)
+        chat = choose_chat(config.chat, tokenizer)
+        if config.chat == "auto":
+            reason = "" if chat == "on" else ": the checkpoint has no chat template"
+            print(f"epmoe: chat={chat} (auto{reason})", file=sys.stderr)
+        ids = [encode(prompt, tokenizer, chat, config.system) for prompt in found]
+        requests = [[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)]
+    ranks.meet()  # standard input, or another node's download, may have taken its time
+    shared = ranks.broadcast_json(requests)
+    return [Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])})) for ids, params in shared]
+
+
+def read(config: Config) -> list[Prompt]:
+    """The prompts that the configuration names."""
+    default = _params(config.sampling, config.max_new_tokens, "sampling")
+    if config.prompts.endswith(".jsonl"):
+        return _json_lines(config)
+    if config.prompts == "-":
+        if sys.stdin.isatty():
+            print("epmoe: reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
+        return [Prompt("standard input", _decoded(sys.stdin.buffer.read(), "standard input"), default)]
+    if config.prompts:
+        return [Prompt(config.prompts, _read_file(config.prompts), default)]
+    if config.prompt is not None:
+        return [Prompt("prompt", config.prompt, default)]
+    if config.checkpoint:
+        raise UserError("no prompt: give prompt='some text', prompts=FILE, or prompts=- for standard input")
+    print(f"epmoe: no prompt given, continuing {DEFAULT_PROMPT!r}", file=sys.stderr)
+    return [Prompt("prompt", DEFAULT_PROMPT, default)]
+
+
+def choose_chat(wanted: str, tokenizer: Tokenizer) -> str:
+    """`chat` as on or off; auto is on where the checkpoint has a chat template."""
+    if wanted != "auto":
+        return wanted
+    return "off" if tokenizer.chat is None else "on"
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) -> list[int]:
+    """Token ids of a prompt, through the chat template if `chat` is on, or auto and the checkpoint has one.
+
+    `system` becomes the first message of a conversation that has no system message of its own.
+    """
+    is_text = isinstance(prompt.content, str)
+    use_chat = choose_chat(chat, tokenizer) == "on"
+    if use_chat and tokenizer.chat is None:
+        raise UserError("chat=on, but the checkpoint has no chat template: use chat=off")
+    if not use_chat and not is_text:
+        raise UserError(f"{prompt.place}: messages need the checkpoint's chat template: give a prompt, or chat=on")
+    if not use_chat and system is not None:
+        raise UserError(f"system={system!r} needs the checkpoint's chat template: leave it out, or use chat=on")
+    if prompt.content == "":
+        raise UserError(f"{prompt.place} is empty: give some text")
+    if not use_chat:
+        assert isinstance(prompt.content, str)
+        return tokenizer.encode(prompt.content, special=True)
+    assert tokenizer.chat is not None
+    messages = list(prompt.content) if not isinstance(prompt.content, str) else [_user(prompt.content)]
+    if system is not None and all(message["role"] != "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.encode(tokenizer.chat.render(messages), special=False)
+    except UserError as error:
+        raise UserError(f"{prompt.place}: {error}") from None
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _params(sampling: Sampling, max_new_tokens: int, place: str) -> SamplingParams:
+    values = asdict(sampling)
+    try:
+        return SamplingParams(**{**values, "stop": tuple(values["stop"])}, max_new_tokens=max_new_tokens)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _read_file(name: str) -> str:
+    try:
+        return _decoded(Path(os.path.expanduser(name)).read_bytes(), f"prompts={name}")
+    except OSError as error:
+        raise UserError(f"prompts={name} cannot be read ({error.strerror}): give a file, or - for stdin") from error
+
+
+def _decoded(data: bytes, place: str) -> str:
+    """UTF-8 text without the newline that ends a file's last line."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 text (byte {error.start}): convert it") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _json_lines(config: Config) -> list[Prompt]:
+    text = _read_file(config.prompts)
+    # Not splitlines(): JSON strings may hold line separators such as U+2028.
+    lines = [(f"{config.prompts}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={config.prompts} has no lines: give one JSON object a line")
+    return [_json_line(place, line, config) for place, line in lines]
+
+
+def _json_line(place: str, line: str, config: Config) -> Prompt:
+    """Raises UserError with `place` for what is no JSON object, unknown keys, wrong types, values out of range."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise UserError(f'{place}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')
+    sampling = [item.name for item in fields(Sampling)]
+    known = ["prompt", "messages", "max_new_tokens", *sampling]
+    for name in given:
+        if name not in known:
+            raise UserError(f"{place}: unknown key {name!r}; known: {', '.join(known)}")
+    if ("prompt" in given) == ("messages" in given):
+        raise UserError(f"{place}: give either prompt or messages")
+    content = given["prompt"] if "prompt" in given else given["messages"]
+    if "prompt" in given and not isinstance(content, str):
+        raise UserError(f"{place}: prompt={content!r} is not text")
+    if "messages" in given and not _is_conversation(content):
+        raise UserError(f"{place}: messages must be a list of objects, each with a text `role`, and not empty")
+    most = given.get("max_new_tokens", config.max_new_tokens)
+    if type(most) is not int:
+        raise UserError(f"{place}: max_new_tokens={most!r} is not a whole number")
+    own = {name: given[name] for name in sampling if name in given}
+    return Prompt(place, content, _params(update_sampling(config.sampling, own, place), most, place))
+
+
+def _is_conversation(value: Any) -> bool:
+    """Other keys of a message are for its chat template to judge."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+    )

@@ -1,0 +1,74 @@
+"""This rank's experts of one layer: read in the checkpoint's format, brought to the wanted one.
+
+A conversion takes a few experts at a time, so that what is in memory beside the result is one chunk: its stored bytes
+and its values in bfloat16 (exact for MXFP4), CHUNK_BYTES or one expert, whichever is more. Joining the chunks holds the
+matrix twice for a moment.
+
+Letters: L experts on this rank · N output rows of a matrix · H hidden.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from epmoe.formats import ExpertMatrix, ExpertWeights, ReadExperts
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.manifest import Matrix
+
+CHUNK_BYTES = 256 << 20
+
+
+class ExpertReader:
+    """Reads the experts `ids` (this rank's, ascending) of a checkpoint onto a device."""
+
+    def __init__(self, checkpoint: Checkpoint, ids: Sequence[int], device: torch.device) -> None:
+        self.checkpoint, self.ids, self.device = checkpoint, ids, device
+        self.on_host = device.type == "cpu"  # where conversions run; the host too once the device was too full
+
+    def weights(self, gate_up: Matrix, down: Matrix, dtype: torch.dtype) -> ExpertWeights:
+        """One layer's weights, biases in `dtype`.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit on the device.
+        """
+        return ExpertWeights(
+            gate_up=self.matrix(gate_up),
+            gate_up_bias_LN=self._bias(gate_up, dtype),
+            down=self.matrix(down),
+            down_bias_LH=self._bias(down, dtype),
+        )
+
+    def matrix(self, matrix: Matrix) -> ExpertMatrix:
+        """One projection as `matrix.wanted`; when the device is too full to convert there, by way of the host."""
+        if matrix.stored is matrix.wanted:
+            return matrix.stored.read(matrix.name, self.ids, self._to(self.device))
+        if not self.on_host:
+            try:
+                return self._convert(matrix, self.device)
+            except torch.OutOfMemoryError:
+                # Retry after this block: while it lasts, the exception keeps the failed try's tensors alive.
+                self.on_host = True
+            print(
+                f"epmoe: {self.device} is too full to convert {matrix.name} from {matrix.stored.format} to "
+                f"{matrix.wanted.format}: it and the matrices after it are converted on the host, which is slower",
+                file=sys.stderr,
+            )
+        return self._convert(matrix, torch.device("cpu")).to(self.device)
+
+    def _convert(self, matrix: Matrix, device: torch.device) -> ExpertMatrix:
+        _, rows, columns = matrix.shape
+        count = max(1, CHUNK_BYTES // (rows * columns * torch.bfloat16.itemsize))
+        parts = []
+        for start in range(0, len(self.ids), count):
+            part = matrix.stored.read(matrix.name, self.ids[start : start + count], self._to(device))
+            parts.append(matrix.wanted.quantize(part.dequantize(torch.bfloat16)))
+        return parts[0] if len(parts) == 1 else matrix.wanted.cat(parts)
+
+    def _bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        if matrix.bias is None:
+            return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
+        return self._to(self.device)(matrix.bias, self.ids).to(dtype)
+
+    def _to(self, device: torch.device) -> ReadExperts:
+        return lambda name, ids: self.checkpoint.read_rows(name, ids, device)

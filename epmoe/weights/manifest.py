@@ -1,0 +1,210 @@
+"""What config.json promises of a checkpoint: every tensor's name, shape and dtype, the format of each layer's experts.
+
+`Manifest.check` compares the promise with the headers, so that a contradiction is refused before any weight is read.
+
+Letters: E experts · L experts on this rank · N output rows of a matrix · C its contraction columns.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from epmoe.errors import UserError
+from epmoe.formats import FORMATS, ExpertMatrix
+from epmoe.models import Place
+from epmoe.tables import lookup
+from epmoe.weights.checkpoint import Checkpoint
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what biases and shared tensors may be stored in
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One projection of all E experts of one layer, with its bias [E, N]."""
+
+    name: str
+    bias: str | None  # None: the family has none, and zeros take its place
+    shape: tuple[int, int, int]  # (E, N, C)
+    stored: type[ExpertMatrix]
+    wanted: type[ExpertMatrix]
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """What the checkpoint must hold of it: each tensor's shape and the dtypes that it may have.
+
+        Raises:
+            UserError: sizes that the format cannot store.
+        """
+        found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+        for name, (shape, dtype) in self.stored.stored(self.name, self.shape).items():
+            found[name] = (shape, (dtype,))
+        if self.bias is not None:
+            found[self.bias] = (self.shape[:2], FLOATS)
+        return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The tensors that a model of this config.json consists of."""
+
+    checkpoint: Checkpoint
+    shared: Mapping[str, Place]  # name in the checkpoint → place in the model: all but the experts
+    shapes: Mapping[str, tuple[int, ...]]  # of the shared tensors, by name in the checkpoint
+    layers: tuple[tuple[Matrix, Matrix], ...]  # gate_up and down of each layer
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: Any, config: Any, quant: str) -> Self:
+        """The promise for `model` (on meta), with `quant` a name of FORMATS or auto, the stored format.
+
+        Raises:
+            UserError: an unknown format in config.json or in `quant`.
+        """
+        shared = model.shared_tensors(config)
+        shapes = _shapes(shared, dict(model.named_parameters()))
+        layers = []
+        for layer in range(config.layers):
+            gate_up, gate_up_bias, down, down_bias = model.expert_names(layer)
+            stored, wanted = _formats(checkpoint, gate_up.rpartition(".")[0], quant)
+            shape = (config.num_experts, 2 * config.intermediate, config.hidden)
+            first = Matrix(gate_up, gate_up_bias, shape, stored, wanted)
+            shape = (config.num_experts, config.hidden, config.intermediate)
+            layers.append((first, Matrix(down, down_bias, shape, stored, wanted)))
+        return cls(checkpoint, shared, shapes, tuple(layers))
+
+    def matrices(self) -> Iterator[Matrix]:
+        for pair in self.layers:
+            yield from pair
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Every tensor that the checkpoint must hold: its shape and the dtypes that it may have.
+
+        Raises:
+            UserError: sizes that a format cannot store.
+        """
+        promised: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+        promised = {name: (shape, FLOATS) for name, shape in self.shapes.items()}
+        for matrix in self.matrices():
+            promised |= matrix.tensors()
+        return promised
+
+    def check(self) -> None:
+        """Compare with the checkpoint's headers.
+
+        Raises:
+            UserError: the first tensor that is missing, of a wrong shape or dtype, or not part of the model.
+        """
+        self._check_formats()
+        promised, found = self.tensors(), self.checkpoint.tensors
+        missing = [name for name in promised if name not in found]
+        extra = [name for name in found if name not in promised]
+        if missing:
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} lacks {_first(missing)}, which its config.json calls for: "
+                f"complete the checkpoint or correct config.json"
+            )
+        if extra:
+            raise UserError(
+                f"{found[extra[0]].file} holds {_first(extra)}, which a model of its config.json does not have: "
+                f"correct config.json or remove it"
+            )
+        for name, (shape, dtypes) in promised.items():
+            info = found[name]
+            if info.shape != shape:
+                raise UserError(
+                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json"
+                    f"{self._reason(info.shape, shape)} gives {list(shape)}: they do not belong together"
+                )
+            if info.dtype not in dtypes:
+                raise UserError(
+                    f"{info.file}: {name} has dtype {_short(info.dtype)}, expected "
+                    f"{' or '.join(map(_short, dtypes))}: convert the checkpoint"
+                )
+
+    def bytes_to_read(self, local: int) -> int:
+        """Bytes of tensors that a rank with `local` experts reads."""
+        expert_bytes = 0
+        for matrix in self.matrices():
+            for name in matrix.tensors():
+                expert_bytes += local * self.checkpoint.tensors[name].row_bytes
+        return expert_bytes + sum(self.checkpoint.tensors[name].nbytes for name in self.shared)
+
+    def bytes_of_weights(self, local: int, dtype: torch.dtype) -> int:
+        """Bytes of the weights of a rank with `local` experts, in the wanted formats, before a backend packs them.
+
+        Raises:
+            UserError: sizes that a wanted format cannot store.
+        """
+        values = sum(math.prod(shape) for shape in self.shapes.values())
+        matrix_bytes = 0
+        for matrix in self.matrices():
+            values += local * matrix.shape[1]
+            for shape, stored in matrix.wanted.stored(matrix.name, (local, *matrix.shape[1:])).values():
+                matrix_bytes += math.prod(shape) * stored.itemsize
+        return matrix_bytes + values * dtype.itemsize
+
+    def _check_formats(self) -> None:
+        """A config.json that names the wrong format is told so, not that dozens of tensors are missing."""
+        found = self.checkpoint.tensors
+        for matrix in self.matrices():
+            if set(matrix.stored.stored(matrix.name, matrix.shape)) <= set(found):
+                continue
+            for other in FORMATS:
+                names = list(lookup("quant", FORMATS, other).stored(matrix.name, (1, 32, 32)))
+                if set(names) <= set(found):
+                    raise UserError(
+                        f"{found[names[0]].file} holds {names[0]}, so {other} experts, but the quantization_config of "
+                        f"{self.checkpoint.path / 'config.json'} says {matrix.stored.format}: correct config.json"
+                    )
+
+    def _reason(self, found: tuple[int, ...], promised: tuple[int, ...]) -> str:
+        """The keys of config.json that hold the numbers in which two shapes differ, for the message."""
+        numbers = {b for a, b in zip(found, promised, strict=False) if a != b}
+        keys = [f"{k}={v}" for k, v in self.checkpoint.config.items() if type(v) is int and v in numbers]
+        return f" ({', '.join(keys)})" if keys else ""
+
+
+def _shapes(shared: Mapping[str, Place], parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor; their places must cover every row of every parameter once."""
+    filled = dict.fromkeys(parameters, 0)
+    for place in shared.values():
+        begin, end = place.rows or (0, len(parameters[place.parameter]))
+        assert begin == filled[place.parameter] < end, f"{place} does not follow the place before it"
+        filled[place.parameter] = end
+    assert all(filled[name] == len(value) for name, value in parameters.items()), "a parameter has rows without a place"
+    return {name: tuple(place.of(parameters[place.parameter]).shape) for name, place in shared.items()}
+
+
+def _formats(checkpoint: Checkpoint, module: str, quant: str) -> tuple[type[ExpertMatrix], type[ExpertMatrix]]:
+    """The formats in which the experts `module` are stored and wanted.
+
+    quantization_config's modules_to_not_convert are left in bf16, by who wrote the checkpoint and by us.
+    """
+    file = checkpoint.path / "config.json"
+    settings = checkpoint.config.get("quantization_config") or {}
+    skipped = settings.get("modules_to_not_convert") or [] if isinstance(settings, dict) else None
+    if not isinstance(skipped, list) or not all(isinstance(pattern, str) for pattern in skipped):
+        raise UserError(f"{file}: quantization_config must be an object, its modules_to_not_convert a list of names")
+    method = lookup(f"{file}: quantization_config.quant_method", FORMATS, str(settings.get("quant_method", "bf16")))
+    plain = lookup("quant", FORMATS, "bf16")
+    wanted = method if quant == "auto" else lookup("quant", FORMATS, quant)
+    return (plain, plain) if any(_matches(module, pattern) for pattern in skipped) else (method, wanted)
+
+
+def _matches(module: str, pattern: str) -> bool:
+    """Whether `pattern` names the module, one that contains it, or the end of its name; `*` stands for any text.
+
+    The published list reads model.layers.*.self_attn, model.embed_tokens, lm_head.
+    """
+    text = re.escape(pattern).replace(r"\*", ".*")
+    return re.fullmatch(rf"(?:.*\.)?{text}(?:\..*)?", module) is not None
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

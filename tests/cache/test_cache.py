@@ -1,0 +1,226 @@
+"""The cache's bookkeeping: who owns which row, what is given back, and how many bytes it takes.
+
+That the right values are read and written is test_attention.py's matter.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import make_step
+
+from epmoe.batch import DecodeStep
+from epmoe.cache.cache import Cache, CacheFull
+from epmoe.cache.plan import Gather, Plan
+from epmoe.errors import UserError
+
+
+def new_cache(windows: list[int | None], *, tokens: int = 64, sequences: int = 4, page: int = 4) -> Cache:
+    return Cache(windows, 2, 8, tokens=tokens, sequences=sequences, page=page, dtype=torch.float32, device="cpu")
+
+
+def rows_of(cache: Cache, window: int | None, handle: int, count: int) -> list[int]:
+    """The rows of a sequence's positions 0 .. count."""
+    return cache.pools[window].row(torch.tensor([[handle]]), torch.arange(count)[None])[0].tolist()
+
+
+def test_bytes_follow_the_windows() -> None:
+    """Protects memory: a sliding layer takes ⌈window/page⌉ + 1 pages a sequence however long the sequences are."""
+    row = 2 * 2 * 8 * 4  # key and value, 2 heads, 8 dimensions, float32
+    spare = 4 * row  # the page that fills up batches
+    full, ring = 64 * row, (4 + 1) * (2 + 1) * 4 * row  # window 7: 2 pages of 4, and 1; 4 sequences and the spare one
+    assert new_cache([None]).nbytes == full + spare
+    assert new_cache([7]).nbytes == ring
+    assert new_cache([7, None, 7, None, 9]).nbytes == 2 * ring + 2 * (full + spare) + (4 + 1) * (3 + 1) * 4 * row
+    assert new_cache([7, None], tokens=6400).nbytes == ring + 100 * full + spare
+    assert new_cache([None], tokens=61).nbytes == full + spare  # whole pages
+
+
+def test_gpt_oss_20b_bytes() -> None:
+    """Protects the figure people plan with: a token of context costs the full-attention half of the layers only."""
+    cache = Cache([128, None] * 12, 8, 64, tokens=16384, sequences=8, page=16, dtype=torch.bfloat16, device="meta")
+    token = 2 * 8 * 64 * 2
+    assert cache.nbytes == 12 * (16384 + 16) * token + 12 * (8 + 1) * 144 * token
+
+
+def test_nothing_is_allocated_after_the_constructor() -> None:
+    """Protects against growth: admitting, planning and releasing leave the storage where it was."""
+    cache = new_cache([7, None])
+    places = [layer.data_ptr() for layer in cache.layers]
+    for _ in range(20):
+        handle = cache.admit(30)
+        cache.plan(make_step([(handle, [0] * 5, 0)]))
+        cache.release(handle)
+    assert [layer.data_ptr() for layer in cache.layers] == places
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 7, 8, 9, 16])
+def test_ring_holds_the_window_and_overwrites_the_rest(window: int) -> None:
+    """Protects the ring's size: the last `window` positions have rows of their own, and old rows come again."""
+    cache = new_cache([window])
+    handles = [cache.admit(1000) for _ in range(4)]
+    seen: set[int] = set()
+    for handle in handles:
+        rows = rows_of(cache, window, handle, 1000)
+        for end in range(window, 1000):
+            assert len(set(rows[end - window : end + 1])) == window + 1
+        ring = set(rows)
+        assert len(ring) == (-(-window // 4) + 1) * 4 and not ring & seen
+        seen |= ring
+    seen |= set(rows_of(cache, window, cache.spare, 1000))
+    assert seen == set(range(cache.pools[window].rows))
+
+
+def test_full_when_pages_are_short() -> None:
+    """Protects admission: reserved by the page, refused when short, admitted again after a release."""
+    cache = new_cache([None, 7])  # 16 pages
+    first = cache.admit(33)  # 9 pages
+    assert cache.fits(28) and not cache.fits(29)
+    with pytest.raises(CacheFull):
+        cache.admit(29)
+    second = cache.admit(28)  # 7 pages
+    with pytest.raises(CacheFull):
+        cache.admit(1)
+    cache.release(first)
+    third = cache.admit(36)
+    assert not set(rows_of(cache, None, third, 36)) & set(rows_of(cache, None, second, 28))
+
+
+def test_full_when_sequences_are_short() -> None:
+    """Protects the rings: there are only so many, though pages be plenty."""
+    cache = new_cache([None, 7], sequences=2)
+    handle, _ = cache.admit(4), cache.admit(4)
+    with pytest.raises(CacheFull):
+        cache.admit(4)
+    cache.release(handle)
+    cache.admit(4)
+
+
+def test_sliding_layers_alone_need_no_pages() -> None:
+    """Protects long sequences of a model without full attention: the number of tokens is no limit."""
+    cache = new_cache([7, 7], tokens=4)
+    cache.admit(100_000)
+
+
+def test_what_can_never_fit_is_the_users_mistake() -> None:
+    """Protects against waiting for ever: longer than the whole cache is an error with a remedy, not CacheFull."""
+    cache = new_cache([None])
+    with pytest.raises(UserError, match=r"65 tokens.*cache of 64.*runtime\.cache_tokens"):
+        cache.admit(65)
+
+
+def test_refused_admission_takes_nothing() -> None:
+    """Protects against leaks on the unhappy path."""
+    cache = new_cache([None])
+    cache.admit(60)
+    for _ in range(10):
+        with pytest.raises(CacheFull):
+            cache.admit(8)
+    cache.admit(4)
+
+
+def test_double_release_is_a_bug() -> None:
+    """Protects the stock of pages: a page given back twice would have two owners."""
+    cache = new_cache([None])
+    handle = cache.admit(8)
+    cache.release(handle)
+    with pytest.raises(KeyError):
+        cache.release(handle)
+
+
+def test_more_tokens_than_reserved_is_a_bug() -> None:
+    """Protects the neighbours' pages: a sequence cannot outgrow its reservation."""
+    cache = new_cache([None])
+    handle = cache.admit(8)
+    cache.plan(make_step([(handle, [0] * 3, 5)]))
+    with pytest.raises(AssertionError, match="reserved"):
+        cache.plan(make_step([(handle, [0] * 4, 5)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
+def test_rows_have_one_owner_and_come_back(actions: list[tuple[bool, int]]) -> None:
+    """Protects the accounts over any history: no row with two owners, and an empty cache is whole again."""
+    cache = new_cache([None, 7], sequences=5)
+    live: dict[int, int] = {}
+    for wants_in, size in actions:
+        if wants_in:
+            fits = cache.fits(size)
+            try:
+                live[cache.admit(size)] = size
+                assert fits
+            except CacheFull:
+                assert not fits
+        elif live:
+            handle = list(live)[size % len(live)]
+            cache.release(handle)
+            del live[handle]
+        for window, most in ((None, 1000), (7, 12)):
+            owned = [rows_of(cache, window, handle, min(size, most)) for handle, size in live.items()]
+            flat = [row for rows in owned for row in rows]
+            assert len(flat) == len(set(flat)) and all(0 <= row < cache.pools[window].rows for row in flat)
+    for handle in live:
+        cache.release(handle)
+    assert sorted(cache.paged.free) == list(range(16)) and sorted(cache.free) == list(range(5))
+
+
+def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]) -> Plan:
+    return cache.plan(make_step([(handle, [0] * new, cached) for handle, new, cached in chunks]))[window]
+
+
+def gathers_of(plan: Plan) -> tuple[Gather, ...]:
+    assert plan.decode is not None
+    return plan.decode.gathers
+
+
+def test_plan_of_a_window() -> None:
+    """Protects the traffic: a sliding layer reads window − 1 cached rows at most and writes `window` at most."""
+    cache = new_cache([7, None])
+    a, b = cache.admit(60), cache.admit(4)
+    rows = rows_of(cache, 7, a, 60)
+    (prefill,) = plan_of(cache, 7, [(a, 20, 30)]).prefills
+    assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[43:50]
+    (prefill,) = plan_of(cache, 7, [(a, 3, 2)]).prefills
+    assert prefill.past_C.tolist() == rows[0:2] and prefill.row_R.tolist() == rows[2:5]
+    (decode,) = gathers_of(plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]))
+    assert decode.row_BC[0].tolist() == rows[34:41] and decode.row_B[0] == rows[40]
+    assert decode.valid_BC.sum(1).tolist() == [7, 1]
+    assert set(decode.row_BC[1].tolist()) == {rows_of(cache, 7, b, 1)[0]}  # masked columns stay with their sequence
+
+
+def test_plan_of_full_attention() -> None:
+    """Protects the reads: every cached row, in order; the rows of a step's new tokens and no others are written."""
+    cache = new_cache([7, None])
+    a, b = cache.admit(40), cache.admit(20)
+    rows = rows_of(cache, None, a, 40)
+    plan = plan_of(cache, None, [(b, 1, 5), (a, 20, 12)])
+    assert plan.prefills[0].past_C.tolist() == rows[:12] and plan.prefills[0].row_R.tolist() == rows[12:32]
+    assert (plan.prefills[0].begin, plan.prefills[0].end) == (1, 21)
+    (decode,) = gathers_of(plan)
+    assert decode.row_BC.tolist() == [rows_of(cache, None, b, 6)] and decode.token_B.tolist() == [0]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_plan_of_a_decode_step(window: int | None) -> None:
+    """Protects the fixed batch: the same rows as a Step's, and filling rows read and write rows of their own."""
+    cache = new_cache([window])
+    a, b = cache.admit(40), cache.admit(20)
+    rows = {row for handle, count in ((a, 40), (b, 20)) for row in rows_of(cache, window, handle, count)}
+    spare, zero = cache.spare, torch.zeros(4, dtype=torch.int64)
+    step = DecodeStep(zero, torch.tensor([30, 0, 4, 0]), torch.tensor([a, spare, b, spare]))
+    (got,) = gathers_of(cache.plan(step)[window])
+    (wanted,) = gathers_of(plan_of(cache, window, [(a, 1, 30), (b, 1, 4)]))
+    assert got.token_B.tolist() == [0, 1, 2, 3]
+    for name in ("row_B", "row_BC", "valid_BC"):
+        assert torch.equal(getattr(got, name)[[0, 2]], getattr(wanted, name))
+    assert not rows & set(got.row_BC[[1, 3]].flatten().tolist()) and got.valid_BC.sum(1).tolist()[1::2] == [1, 1]
+
+
+def test_the_spare_sequence_is_nobodys() -> None:
+    """Protects the requests' rows: the spare handle is never admitted, and its page never reserved."""
+    cache = new_cache([None, 7])
+    handles = [cache.admit(16) for _ in range(4)]
+    assert cache.spare not in handles and not cache.paged.free
+    spare = set(rows_of(cache, None, cache.spare, 64))
+    assert not spare & {row for handle in handles for row in rows_of(cache, None, handle, 16)}
+    assert max(spare) < cache.paged.rows

@@ -1,0 +1,275 @@
+"""Configuration: text is literal, every mistake is one line that names value and remedy, nothing is written to disk."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from epmoe import config
+from epmoe.config import GROUPS, KEYS, Sampling, parse, presets, update_sampling
+from epmoe.engine.request import MIN_TEMPERATURE, SamplingParams
+from epmoe.errors import UserError
+
+TEXTS = {
+    "words": "Once upon a time",
+    "empty": "",
+    "comma": "one, two,three,",
+    "quotes": """it's "so" 'called' ``code``""",
+    "unbalanced": """ ' " ( [ { """,
+    "braces": '{"a": [1, 2], "b": {c: d}}',
+    "equals": "a=b==c=",
+    "dollar": "costs $5 and $HOME",
+    "interpolation": "${prompt} ${oc.env:HOME} ${",
+    "newlines": "first\nsecond\r\n\n\tindented\n",
+    "unicode": "Größe 数学 🙂 \u200d\u00a0é",
+    "null": "null",
+    "true": "true",
+    "number": "1e3",
+    "missing": "???",
+    "backslashes": r"C:\new\table \\ \" \' \n",
+    "list": "[a, b]",
+    "range": "range(1,3)",
+    "sweep": "choice(a,b)",
+    "plus": "+x ~y --help",
+    "comment": "# no comment: - yaml",
+    "spaces": "  both ends  ",
+}
+PLAIN_TEXT_KEYS = [each.name for each in KEYS.values() if each.text and each.type != list[str]]
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_text_is_literal(text: str) -> None:
+    """Hydra would split, unquote, resolve or refuse most of these."""
+    chosen = parse([f"prompt={text}", f"system={text}", f"sampling.stop={text}", "sampling=sample"])
+    assert chosen.prompt == chosen.system == text
+    assert chosen.sampling.stop == ([text] if text else [])
+    assert chosen.sampling.temperature == 1
+
+
+@pytest.mark.parametrize("key", PLAIN_TEXT_KEYS)
+def test_every_text_key_is_literal(key: str) -> None:
+    text = "a, ${b}='{c}\"\n"
+    assert config._get(parse([f"{key}={text}"]), key) == text
+
+
+def test_text_keys_are_those_of_the_design() -> None:
+    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"}
+
+
+def test_last_value_wins_and_stop_collects() -> None:
+    """scripts put defaults before "$@"."""
+    assert parse(["prompt=a", "max_new_tokens=1", "prompt=b", "max_new_tokens=2"]) == parse(
+        ["prompt=b", "max_new_tokens=2"]
+    )
+    assert parse(["sampling.stop=a,b", "sampling.stop=\n"]).sampling.stop == ["a,b", "\n"]
+    assert parse(["sampling.stop=a", "sampling.stop=", "sampling.stop=b"]).sampling.stop == ["b"]
+
+
+@pytest.mark.parametrize("value", ["auto", "true", "false"])
+def test_graphs_takes_words(value: str) -> None:
+    """Two of which are truths in YAML."""
+    assert parse([f"runtime.graphs={value}"]).runtime.graphs == value
+
+
+def test_absent_text_differs_from_empty_text() -> None:
+    assert parse([]).prompt is None
+    assert parse(["prompt="]).prompt == ""
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_presets(group: str) -> None:
+    """Each preset fills its whole group with valid values, and its first line says what it is for."""
+    for name, about in presets(group).items():
+        parse([f"{group}={name}"])
+        assert about and "=" not in about
+
+
+def test_a_key_overrides_its_preset_whatever_the_order() -> None:
+    assert parse(["sampling.temperature=0.5", "sampling=sample"]).sampling.temperature == 0.5
+    assert parse(["sampling=sample", "sampling.seed=7"]).sampling == dataclasses.replace(
+        parse([]).sampling, temperature=1.0, seed=7
+    )
+
+
+# command line → what the one line must say
+MISTAKES = {
+    "typo": (["promt=x"], ["'promt'", "did you mean prompt?", "max_new_tokens", "runtime"]),
+    "typo in group": (["sampling.temprature=1"], ["'sampling.temprature'", "did you mean sampling.temperature?"]),
+    "key without its group": (["temperature=1"], ["'temperature'", "sampling"]),
+    "unknown with plus": (["+frob=1"], ["'+frob'", "known: checkpoint"]),
+    "unknown with two pluses": (["++frob=1"], ["'++frob'", "known: checkpoint"]),
+    "plus": (["+max_new_tokens=1"], ["'+max_new_tokens'", "write max_new_tokens=value"]),
+    "plus on text": (["+prompt=x"], ["'+prompt'", "write prompt=value"]),
+    "deletion": (["~prompt"], ["'~prompt'"]),
+    "package": (["mesh@runtime=default"], ["'mesh@runtime'", "known"]),
+    "hydra's own": (["hydra.run.dir=/x"], ["'hydra.run.dir'", "known"]),
+    "no value": (["Hello"], ["'Hello'", "key=value", "--help"]),
+    "option": (["--prompt=x"], ["'--prompt'", "--cfg job"]),
+    "cfg of what": (["--cfg"], ["--cfg job"]),
+    "unknown preset": (["sampling=gredy"], ["sampling='gredy'", "focused", "did you mean greedy?"]),
+    "preset as dictionary": (["sampling={temperature:1}"], ["unknown preset", "greedy"]),
+    "not whole": (["max_new_tokens=1.5"], ["max_new_tokens='1.5'", "a whole number, at least 1"]),
+    "word for number": (["runtime.threads=many"], ["runtime.threads='many'", "a whole number"]),
+    "empty for number": (["max_new_tokens="], ["max_new_tokens=''", "a whole number"]),
+    "null for number": (["sampling.top_p=null"], ["sampling.top_p='null'", "a number from 1e-06 to 1"]),
+    "truth for number": (["runtime.page=true"], ["runtime.page='true'", "a whole number"]),
+    "word for truth": (["runtime.progress=maybe"], ["runtime.progress='maybe'", "true or false"]),
+    "list": (["max_new_tokens=[1]"], ["max_new_tokens='[1]'", "a whole number"]),
+    "several values": (["experts=reference,triton"], ["'reference,triton'", "several values"]),
+    "unreadable": (["quant={mxfp4"], ["quant='{mxfp4'", "one of auto, mxfp4"]),
+    "zero tokens": (["max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
+    "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "0 or at least 1e-06"]),
+    "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or at least 1e-06"]),
+    "above one": (["sampling.min_p=1.1"], ["sampling.min_p=1.1", "from 0 to 1"]),
+    "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0", "from 1e-06 to 1"]),
+    "too many": (["sampling.logprobs=101"], ["sampling.logprobs=101", "from 0 to 100"]),
+    "not a number": (["sampling.temperature=nan"], ["sampling.temperature=nan", "out of range"]),
+    "infinite": (["sampling.temperature=inf"], ["sampling.temperature=inf", "out of range"]),
+    "seed too large": ([f"sampling.seed={2**63}"], [f"sampling.seed={2**63}", "out of range"]),
+    "too many digits": (["max_new_tokens=1" + 400 * "0"], ["max_new_tokens=1000", "out of range"]),
+    "number for truth": (["sampling.ignore_eos=2"], ["sampling.ignore_eos='2'", "true or false"]),
+    "no time": (["runtime.timeout_s=0"], ["runtime.timeout_s=0", "from 1 to 1000000"]),
+    "more time than a clock holds": (["runtime.timeout_s=1e308"], ["runtime.timeout_s=1e+308", "from 1 to 1000000"]),
+    "more threads than a machine": ([f"runtime.threads={2**40}"], ["runtime.threads=", "from 1 to 1024"]),
+    "a page larger than memory": ([f"runtime.page={2**62}"], ["runtime.page=", "from 1 to 65536"]),
+    "unknown format": (["quant=mxfp5"], ["quant='mxfp5'", "auto, mxfp4, bf16", "did you mean mxfp4?"]),
+    "unknown experts": (["experts=trition"], ["experts='trition'", "reference", "did you mean triton?"]),
+    "unknown router": (["router=x"], ["router='x'", "reference"]),
+    "unknown combine": (["combine=allreduce"], ["combine='allreduce'", "slots", "did you mean all_reduce?"]),
+    "unknown placement": (["placement=auto"], ["placement='auto'", "contiguous"]),
+    "unknown device": (["runtime.device=gpu"], ["runtime.device='gpu'", "auto, cpu, cuda"]),
+    "unknown dtype": (["runtime.dtype=fp16"], ["runtime.dtype='fp16'", "float32"]),
+    "unknown graphs": (["runtime.graphs=True"], ["runtime.graphs='True'", "auto, true, false"]),
+    "two sources of prompts": (["prompt=x", "prompts=y"], ["prompts='y'", "exclude each other"]),
+    "empty prompt and a file": (["prompt=", "prompts=y"], ["exclude each other"]),
+    "not UTF-8": (["prompt=caf\udce9"], ["prompt='caf\\udce9'", "UTF-8"]),
+    "interpolation": (["runtime.page=${nowhere}"], ["runtime.page='${nowhere}'", "a whole number from 1"]),
+    "interpolated name": (["quant=${experts}"], ["quant='${experts}'", "one of auto, mxfp4"]),
+    "missing value": (["runtime.page=???"], ["runtime.page='???'", "a whole number from 1"]),
+    "newline in a name": (["experts=tri\nton"], ["experts="]),
+}
+
+
+@pytest.mark.parametrize("arguments, says", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line(arguments: list[str], says: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in says:
+        assert part in message
+
+
+def test_wrong_value_in_a_file_names_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """conf/ may be edited too."""
+    for file in config.conf_dir().rglob("*.yaml"):
+        copy = tmp_path / file.relative_to(config.conf_dir())
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(file.read_text())
+    monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
+    for content, says in {"expert: 0\nfrobnicate: 1\n": "frobnicate", "expert: [": "default.yaml"}.items():
+        (tmp_path / "mesh" / "default.yaml").write_text(content)
+        with pytest.raises(UserError, match=says) as caught:
+            parse([])
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["prompt=x", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for each in KEYS.values():
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {each.name}="))
+        assert each.about in line and len(line) <= 120
+        assert all(name in line for name in each.known())
+    for group in GROUPS:
+        assert all(f"  {group}={name}" in shown for name in presets(group))
+    assert [line.split()[0] for line in shown.splitlines() if line.endswith("(default)")] == [
+        "mesh=default", "sampling=greedy", "runtime=default"]  # fmt: skip
+
+
+def test_what_the_command_line_takes_the_sampler_takes() -> None:
+    """A temperature that only the sampler refuses would be refused after every rank has started."""
+    for value in (0.0, MIN_TEMPERATURE):
+        found = parse([f"sampling.temperature={value}"]).sampling.temperature
+        assert found == value == SamplingParams(temperature=found).temperature
+    for check in (lambda cold: parse([f"sampling.temperature={cold}"]), lambda cold: SamplingParams(temperature=cold)):
+        with pytest.raises(UserError, match="at least 1e-06"):
+            check(MIN_TEMPERATURE * 0.999)
+
+
+def test_the_help_promises_the_seed_no_more_than_holds() -> None:
+    """combine=all_reduce sums in an order that depends on the number of ranks (tests/whole/test_bitwise.py)."""
+    assert KEYS["sampling.seed"].about.endswith("; with combine=slots on any number of ranks")
+
+
+def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it prints is YAML that reads back as the very configuration, whatever the text holds."""
+    everything = "".join(TEXTS.values())
+    texts = [f"sampling.stop={text}" for text in TEXTS.values() if text]
+    for prompt in ("", "null", everything):
+        arguments = ["sampling=sample", f"prompt={prompt}", *texts]
+        with pytest.raises(SystemExit):
+            parse(["--cfg", "job", *arguments])
+        assert yaml.safe_load(capsys.readouterr().out) == dataclasses.asdict(parse(arguments))
+
+
+def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for arguments in (["--help"], ["--cfg", "job"]):
+        with pytest.raises(SystemExit):
+            parse(arguments)
+    assert capsys.readouterr().out == ""
+
+
+def test_update_sampling() -> None:
+    """A JSON line's keys are checked like the command line's, and its place is named."""
+    base = parse(["sampling=sample"]).sampling
+    changed = update_sampling(base, {"top_k": 5, "temperature": 1, "stop": ["${x}", "a"]}, "prompts.jsonl:3")
+    assert changed == dataclasses.replace(base, top_k=5, temperature=1, stop=["${x}", "a"])
+    assert base == parse(["sampling=sample"]).sampling
+    for wrong, says in {
+        "topk": "did you mean top_k?",
+        "top_k": "a whole number",
+        "ignore_eos": "true or false",
+        "stop": "a list of texts",
+    }.items():
+        with pytest.raises(UserError, match=f"^prompts.jsonl:3: .*{wrong}.*{says.replace('?', '.')}"):
+            update_sampling(base, {wrong: 1.5}, "prompts.jsonl:3")
+    with pytest.raises(UserError, match=r"^prompts.jsonl:3: .*top_p=2 is out of range"):
+        update_sampling(base, {"top_p": 2}, "prompts.jsonl:3")
+    assert isinstance(changed, Sampling)
+
+
+def test_import_is_cheap_and_nothing_is_written(tmp_path: Path) -> None:
+    """Without torch the import takes a fraction of a second; Hydra's usual outputs/ and logs must not appear."""
+    program = "import sys, epmoe.config; assert 'torch' not in sys.modules; epmoe.config.parse(sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", program, "prompt=x"], cwd=tmp_path, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistake_on_two_ranks(tmp_path: Path) -> None:
+    """Under torchrun the line is printed once, every rank exits with 2, and no process group was started."""
+    program = tmp_path / "command.py"
+    program.write_text(
+        "import runpy\n"
+        "import torch.distributed as dist\n"
+        "def forbidden(*a, **k): raise SystemExit('a process group was started')\n"
+        "dist.init_process_group = forbidden\n"
+        "runpy.run_module('epmoe.generate', run_name='__main__', alter_sys=True)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "experts=tritn"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    line = "epmoe: error: experts='tritn' is unknown; known: auto, reference, triton (did you mean triton?)"
+    assert done.stderr.splitlines().count(line) == 1 and done.stderr.count("is unknown") == 1
+    assert "a process group was started" not in done.stderr and done.stdout == ""
+    assert "exitcode  : 2" in done.stderr

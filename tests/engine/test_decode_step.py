@@ -1,0 +1,85 @@
+"""The state of the sequences around a decode step: the kernels against torch.
+
+Letters: B rows of a step · S handles of the cache · V vocabulary.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compile_sm90 import compile_kernel
+from interpret import interpreted
+
+from epmoe.engine.decode_step import State
+from epmoe.kernels import sequence_state as decode_triton
+from epmoe.ranks.mesh import Ranks
+
+VOCAB, SEQUENCES = 50, 90
+
+
+def state(seen: bool) -> State:
+    made = State(SimpleNamespace(spare=SEQUENCES), VOCAB, Ranks(0, 1, 0, 1, torch.device("cpu")))  # type: ignore[arg-type]
+    made.token_S.copy_(torch.arange(100, 101 + SEQUENCES))
+    made.position_S.copy_(torch.arange(7, 8 + SEQUENCES))
+    if seen:
+        made.keep_seen()
+    return made
+
+
+def rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, among them V; sequences in no order, the last five spare; positions."""
+    random = torch.Generator().manual_seed(count)
+    sequence_B = torch.randperm(SEQUENCES, generator=random)[:count]
+    sequence_B[-5:] = SEQUENCES
+    id_B = torch.randint(VOCAB + 1, (count,), generator=random)
+    id_B[0] = VOCAB
+    return id_B, sequence_B, torch.randint(1000, (count,), generator=random)
+
+
+def compare(count: int, seen: bool, device: str) -> None:
+    ours, theirs = state(seen), state(seen)
+    id_B, sequence_B, position_B = rows(count)
+    token_S, position_S = theirs.token_S.to(device), theirs.position_S.to(device)
+    seen_SV = None if theirs.seen_SV is None else theirs.seen_SV.to(device)
+    taken = decode_triton.take(sequence_B.to(device), token_S, position_S)
+    for got_B, wanted_B in zip(taken, ours.take(sequence_B), strict=True):
+        assert torch.equal(got_B.cpu(), wanted_B)
+    ours.advance(id_B, sequence_B, position_B)
+    id_B, sequence_B, position_B = id_B.to(device), sequence_B.to(device), position_B.to(device)
+    decode_triton.advance(id_B, sequence_B, position_B, token_S, position_S, seen_SV, VOCAB)
+    assert torch.equal(token_S.cpu(), ours.token_S) and torch.equal(position_S.cpu(), ours.position_S)
+    if seen_SV is not None and ours.seen_SV is not None:
+        assert torch.equal(seen_SV.cpu(), ours.seen_SV)
+
+
+CASES = [(1, False), (5, True), (64, True), (65, False)]
+
+
+@pytest.mark.parametrize(("count", "seen"), CASES)
+def test_kernels_in_the_interpreter(count: int, seen: bool) -> None:
+    interpreted(compare, count, seen, "cpu")
+
+
+def test_the_state_after_a_token() -> None:
+    made = state(seen=True)
+    made.advance(
+        torch.tensor([3, VOCAB, 9, 4]), torch.tensor([5, 0, SEQUENCES, SEQUENCES]), torch.tensor([11, 1, 1, 2])
+    )
+    assert made.token_S[[5, 0, SEQUENCES, 1]].tolist() == [3, VOCAB - 1, 0, 101]
+    assert made.position_S[[5, 0, SEQUENCES, 1]].tolist() == [11, 1, 0, 8]
+    assert made.seen_SV is not None
+    assert made.seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_spills(arch: int) -> None:
+    for kernel in (decode_triton.take_kernel, decode_triton.advance_kernel):
+        types = {name: "i32" if name in ("rows", "spare", "vocab") else "*i64" for name in kernel.arg_names}
+        signature = {name: "*u8" if name == "seen_ptr" else kind for name, kind in types.items() if name != "B"}
+        assert compile_kernel(kernel, signature, {"B": decode_triton.ROWS}, arch=arch)["spills"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "seen"), CASES)
+def test_kernels_on_a_gpu(count: int, seen: bool) -> None:
+    compare(count, seen, "cuda")

@@ -1,0 +1,425 @@
+"""The engine on a fake model: scheduling, ends of requests, admission; tokens never depend on a request's neighbours.
+
+The fake model keeps, for each cache handle, the tokens it was fed, and computes logits from all of them. So a chunk
+that is dropped, fed twice or fed to another sequence changes the output.
+"""
+
+import io
+import random
+import sys
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from loading import rank_of
+from spawn import run_ranks
+
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache, CacheFull
+from epmoe.cache.fit import fit_cache
+from epmoe.engine.engine import Engine, choose_chunk
+from epmoe.engine.request import Request, Result, SamplingParams
+from epmoe.errors import UserError
+from epmoe.ranks.mesh import Ranks
+
+VOCAB = 97
+EOS = 96
+SEQUENCES = 64
+ONE = rank_of(0, 1)
+
+
+class FakeCache:
+    """Counts pages of `page` positions, as the real cache does; holds the tokens that the model was fed."""
+
+    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
+        self.page, self.pages, self.sequences = page, tokens // page, sequences
+        self.spare = sequences
+        self.reserved: dict[int, int] = {}
+        self.fed: dict[int, list[int]] = {}
+
+    def fits(self, max_tokens: int) -> bool:
+        held = sum(-(-each // self.page) for each in self.reserved.values())
+        return len(self.reserved) < self.sequences and held - (-max_tokens // self.page) <= self.pages
+
+    def admit(self, max_tokens: int) -> int:
+        if not self.fits(max_tokens):
+            raise CacheFull
+        handle = next(handle for handle in range(self.sequences) if handle not in self.reserved)
+        self.reserved[handle], self.fed[handle] = max_tokens, []
+        return handle
+
+    def release(self, handle: int) -> None:
+        del self.reserved[handle], self.fed[handle]
+
+
+@dataclass
+class FakeConfig:
+    vocab: int = VOCAB
+    max_positions: int = 400
+
+
+class FakeModel:
+    """Logits are a hash of all tokens of the sequence so far."""
+
+    def __init__(self, **config: int) -> None:
+        self.config = FakeConfig(**config)
+        self.vocab_chunk = 10  # so that several ranks share the vocabulary
+        self.steps: list[Step | DecodeStep] = []
+
+    def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+        self.steps.append(step)
+        if isinstance(step, DecodeStep):
+            return self.decode(step, cache)
+        tokens, positions = step.token_T.tolist(), step.position_T.tolist()
+        last: dict[int, list[int]] = {}
+        assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
+        assert len(set(step.sequence_B)) == len(step.sequence_B)
+        for b, handle in enumerate(step.sequence_B):
+            begin, end = step.start_B1[b : b + 2]
+            assert end > begin and step.cached_B[b] == len(cache.fed[handle])
+            last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
+        logits = [logits_of(last[row]) for row in step.output_O.tolist()]
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+
+    def decode(self, step: DecodeStep, cache: Any) -> torch.Tensor:
+        rows = list(zip(step.sequence_B.tolist(), step.token_B.tolist(), step.position_B.tolist(), strict=True))
+        handles = [handle for handle, _, _ in rows if handle != cache.spare]
+        assert handles and len(set(handles)) == len(handles)
+        assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
+        fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
+        logits = torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
+        return logits[:, slice(*step.part)] if step.part else logits
+
+    def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
+        fed: list[int] = cache.fed[handle]
+        assert positions == list(range(len(fed), len(fed) + len(tokens)))
+        fed += tokens
+        assert len(fed) <= cache.reserved[handle]
+        return list(fed)
+
+    def prefills(self) -> list[Step]:
+        return [step for step in self.steps if isinstance(step, Step)]
+
+    def batches(self) -> list[int]:
+        """Rows of each decode step that belong to a sequence; the fake cache's spare handle is the highest."""
+        found = [step.sequence_B.tolist() for step in self.steps if isinstance(step, DecodeStep)]
+        return [sum(handle < SEQUENCES for handle in handles) for handles in found]
+
+
+def logits_of(tokens: list[int]) -> torch.Tensor:
+    """A function of the whole sequence."""
+    generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40)
+    logits_V = torch.randn(VOCAB, generator=generator) * 4
+    logits_V[EOS] += 3  # so that some sequences end early
+    return logits_V
+
+
+def engine(model: FakeModel | None = None, cache: Any = None, **limits: Any) -> Engine:
+    held: Any = cache or FakeCache()
+    return Engine(model or FakeModel(), held, ONE, eos_ids=[EOS], **limits)
+
+
+def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
+    """The same by hand, for greedy requests: one token after the other."""
+    ids = list(request.ids)
+    for _ in range(request.params.max_new_tokens):
+        ids.append(int(logits_of(ids).argmax()))
+        if ids[-1] == EOS and not request.params.ignore_eos:
+            return tuple(ids[len(request.ids) :]), "eos"
+        if len(ids) == max_positions:
+            break
+    return tuple(ids[len(request.ids) :]), "length"
+
+
+def some_requests(count: int, seed: int = 0, **params: float) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 5, 17, 40]))),
+            SamplingParams(max_new_tokens=rng.choice([1, 3, 20]), seed=rng.randrange(1000), **params),  # type: ignore[arg-type]
+        )
+        for _ in range(count)
+    ]
+
+
+def outputs(results: list[Result]) -> list[tuple[tuple[int, ...], str]]:
+    return [(result.ids, result.finish_reason) for result in results]
+
+
+LIMITS = {
+    "one at a time": {"max_batch": 1},
+    "chunks of one token": {"prefill_chunk": 1},
+    "chunks that cut prompts": {"prefill_chunk": 7, "max_batch": 5},
+    "all at once": {"prefill_chunk": 4096, "max_batch": 64},
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
+    requests = some_requests(24)
+    model = FakeModel()
+    results = engine(model, None, **LIMITS[case]).generate(requests)
+    assert outputs(results) == [expected(request) for request in requests]
+    assert {reason for _, reason in outputs(results)} == {"eos", "length"}  # the cases cover both
+    for step in model.prefills():
+        assert len(step.token_T) <= LIMITS[case].get("prefill_chunk", 2048)
+        assert len(step.sequence_B) <= LIMITS[case].get("max_batch", 64)
+    assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
+
+
+def test_a_chunk_is_chosen_by_the_kind_of_device() -> None:
+    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 16384, 16384]
+    assert choose_chunk(5, torch.device("cpu")) == choose_chunk(5, torch.device("cuda")) == 5
+    assert engine().prefill_chunk == 2048
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
+    requests = some_requests(16, temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+    together = outputs(engine().generate(requests))
+    assert together == outputs(engine(max_batch=1).generate(requests))
+    assert together == outputs(engine(cache=FakeCache(tokens=80), prefill_chunk=3).generate(requests))
+    backwards = outputs(engine().generate(requests[::-1]))
+    assert together == backwards[::-1]
+
+
+def test_sequences_join_a_running_batch() -> None:
+    """Continuous: a short request's place is taken while a long one still runs."""
+    model = FakeModel()
+    lengths = [40, 2, 2, 2, 2]
+    requests = [Request((1, 2, n), SamplingParams(max_new_tokens=k, ignore_eos=True)) for n, k in enumerate(lengths)]
+    engine(model, max_batch=2).generate(requests)
+    # A place is free one step after its sequence's last one was launched, when the host has read its token.
+    assert model.batches() == [2, 1] * 4 + [1] * 31
+    assert len(model.prefills()) == 4  # the first two share one
+
+
+def test_prompts_and_decodes_take_turns() -> None:
+    """A long prompt does not stop those that decode."""
+    model = FakeModel()
+    short = Request((5,), SamplingParams(max_new_tokens=12, ignore_eos=True))
+    long = Request(tuple(range(60)), SamplingParams(max_new_tokens=1))
+    engine(model, prefill_chunk=10).generate([short, long])
+    kinds = ["decode" if isinstance(step, DecodeStep) else len(step.token_T) for step in model.steps]
+    assert kinds == [10, "decode"] * 6 + [1] + ["decode"] * 5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@torch.inference_mode()
+def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tokens and by prompts of several tokens, up to the most that a step can have in any order of the requests."""
+    model = FakeModel()
+    short, long = Request((7,), SamplingParams()), Request(tuple(range(60)), SamplingParams())
+    requests = ([short] * 50 + [Request((3, 4, 5), SamplingParams())] * 40 + [long] * 2)[::order]
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tested = engine(model, max_batch=20, prefill_chunk=100, progress=True)
+    tested._warm_prefills(requests)
+    steps = model.prefills()
+    assert {1, 2, 4, 8, 16, 32, 64, 100} | {3, 7, 15, 31, 63, 99} <= {len(step.token_T) for step in steps}
+    assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
+    several = {sum(stop - start > 1 for start, stop in pairwise(step.start_B1)) for step in steps}
+    assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
+    assert not tested.cache.reserved
+    assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
+    tested._warm_prefills(requests[::-1])
+    assert len(model.prefills()) == len(steps)  # once is enough
+
+
+@torch.inference_mode()
+def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
+    """A cache that holds few requests with their new tokens may hold many prompts of others."""
+    model = FakeModel()
+    short = [Request(tuple(range(30)), SamplingParams(max_new_tokens=2, ignore_eos=True))] * 3
+    long = Request(tuple(range(32)), SamplingParams(max_new_tokens=69, ignore_eos=True))
+    tested = engine(model, cache=FakeCache(tokens=100), prefill_chunk=200)
+    tested._warm_prefills([*short, long])
+    warm = max(len(step.token_T) for step in model.prefills())
+    count = len(model.prefills())
+    tested.generate([*short, long])
+    later = [len(step.token_T) for step in model.prefills()[count:]]
+    assert max(later) == 90 <= warm
+
+
+def test_the_next_step_is_launched_before_the_last_ids_are_read() -> None:
+    """The step after an end-of-text has been launched when it is read; its token is neither shown nor counted."""
+    model = FakeModel()
+    request = next(each for each in some_requests(40) if expected(each)[1] == "eos" and len(expected(each)[0]) > 4)
+    shown: list[tuple[int, int]] = []  # token, steps that had been launched
+
+    def on_token(index: int, token: int) -> bool:
+        shown.append((token, len(model.steps)))
+        return False
+
+    (result,) = engine(model).generate([request], on_token)
+    ids = expected(request)[0]
+    assert result.ids == ids and shown == [(token, number + 2) for number, token in enumerate(ids[:-1])]
+    assert len(model.steps) == len(ids) + 1
+
+
+def test_no_step_is_launched_beyond_the_length() -> None:
+    """It would need a position that the sequence has not reserved; FakeModel.feed holds every step to that."""
+    model = FakeModel()
+    engine(model).generate([Request((1, 2), SamplingParams(max_new_tokens=7, ignore_eos=True))])
+    assert len(model.steps) == 7
+
+
+def test_full_cache_lets_requests_wait_in_order() -> None:
+    cache = FakeCache(tokens=48)
+    requests = [replace(r, params=replace(r.params, max_new_tokens=5)) for r in some_requests(20)]
+    finished: list[int] = []
+    results = engine(cache=cache).generate(requests, on_finish=lambda index, result: finished.append(index))
+    assert outputs(results) == [expected(request) for request in requests]
+    assert sorted(finished) == list(range(20))
+    assert not cache.reserved  # everything was given back
+
+
+def test_pages_are_given_back_when_a_run_fails() -> None:
+    cache = FakeCache()
+
+    def fail(index: int, token: int) -> bool:
+        raise OSError("standard output is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        engine(cache=cache).generate(some_requests(3), on_token=fail)
+    assert not cache.reserved
+
+
+def test_callbacks_see_every_token_in_order_and_can_stop() -> None:
+    requests = [replace(r, params=replace(r.params, max_new_tokens=20)) for r in some_requests(8, seed=3)]
+    seen: dict[int, list[int]] = {index: [] for index in range(8)}
+
+    def on_token(index: int, token: int) -> bool:
+        seen[index].append(token)
+        return index == 2 and len(seen[index]) == 4
+
+    results = engine().generate(requests, on_token)
+    assert results[2].finish_reason == "stop" and len(results[2].ids) == 4
+    for index, result in enumerate(results):
+        ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
+        assert tuple(seen[index]) == ids
+
+
+def test_stop_at_the_last_allowed_token_is_a_stop() -> None:
+    request = Request((1,), SamplingParams(max_new_tokens=1, ignore_eos=True))
+    (result,) = engine().generate([request], lambda index, token: True)
+    assert result.finish_reason == "stop"
+
+
+def test_output_ends_where_the_models_positions_end() -> None:
+    request = Request(tuple(range(10)), SamplingParams(max_new_tokens=50, ignore_eos=True))
+    (result,) = engine(FakeModel(max_positions=16)).generate([request])
+    assert len(result.ids) == 6 and result.finish_reason == "length"
+
+
+def test_repetition_penalty_knows_prompt_and_output() -> None:
+    """So large a penalty forbids every token that was there before, also one that was just chosen."""
+    prompt = tuple(range(10))
+    params = SamplingParams(max_new_tokens=50, repetition_penalty=1e6, ignore_eos=True)
+    for result in engine().generate([Request(prompt, params), Request(prompt[:1], params)]):
+        assert len({*result.ids, 0}) == 51
+    assert not set(engine().generate([Request(prompt, params)])[0].ids) & set(prompt)
+
+
+def test_times_are_ordered() -> None:
+    for result in engine(max_batch=2).generate(some_requests(6)):
+        assert 0 < result.first_token_s <= result.total_s
+
+
+def test_log_probabilities_come_with_each_token() -> None:
+    asked = [replace(r, params=replace(r.params, logprobs=n)) for n, r in enumerate(some_requests(4))]
+    for count, (request, result) in enumerate(zip(asked, engine().generate(asked), strict=True)):
+        assert len(result.logprobs) == (len(result.ids) if count else 0)
+        tokens = list(request.ids)
+        for token, found in zip(result.ids, result.logprobs, strict=False):
+            raw = logits_of(tokens).double().log_softmax(0)
+            assert found.chosen == pytest.approx(raw[token].item(), abs=1e-9)
+            assert len(found.top) == count and found.top[0][0] == int(raw.argmax())
+            tokens.append(token)
+
+
+BAD = {
+    "is empty": Request((), SamplingParams()),
+    "400 positions": Request(tuple([1] * 400), SamplingParams()),
+    "vocab_size is 97": Request((97,), SamplingParams()),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_prompts_are_named(message: str) -> None:
+    with pytest.raises(UserError, match=f"prompt 2 .*{message}"):
+        engine().generate([Request((1,), SamplingParams()), BAD[message]])
+
+
+def disagreeing_rank(ranks: Ranks, chunk: int) -> list[tuple[tuple[int, ...], str]]:
+    """The model of rank 1 would choose other tokens than that of rank 0."""
+
+    class Own(FakeModel):
+        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+            return super().__call__(step, cache).roll(ranks.rank, 1)
+
+    held: Any = FakeCache()
+    model = Own()
+    model.vocab_chunk = chunk
+    return outputs(Engine(model, held, ranks, eos_ids=[EOS], max_batch=3).generate(some_requests(6)))
+
+
+def test_all_ranks_take_rank_zeros_tokens() -> None:
+    """Ranks that chose for themselves would soon call the model with different steps, and hang."""
+    zero, one = run_ranks(disagreeing_rank, 2, VOCAB)
+    assert zero == one == [expected(request) for request in some_requests(6)]
+    zero, one = run_ranks(disagreeing_rank, 2, 10)  # here each has a part of the vocabulary
+    assert zero == one
+
+
+@pytest.mark.parametrize("good", [0, 1, 3])
+def test_nan_logits_are_an_error(good: int) -> None:
+    """At the position that had them, though another step was launched meanwhile; with log-probabilities asked for."""
+
+    class Broken(FakeModel):
+        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+            return super().__call__(step, cache) * (float("nan") if len(self.steps) > good else 1)
+
+    with pytest.raises(UserError, match=f"NaN at position {2 + good} of prompt 1"):
+        engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])
+
+
+@dataclass
+class Shape:
+    windows: tuple[int | None, ...] = (8, None)
+    kv_heads: int = 2
+    head_dim: int = 4
+
+
+def fit(needs: list[int], **options: int) -> Cache:
+    settings: dict[str, Any] = {"page": 16, "max_batch": 64, **options}
+    return fit_cache(Shape(), needs, ONE, dtype=torch.float32, **settings)
+
+
+def test_cache_takes_what_the_requests_need() -> None:
+    """In whole pages for each request, and for no more requests than run at a time."""
+    assert fit([1, 16, 17]).tokens == 16 + 16 + 32
+    assert fit([1, 16, 17, 100], max_batch=2).tokens == 32 + 112
+    assert fit([5], cache_tokens=100).tokens == 112
+
+
+def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rings of two pages for ten sequences and the spare one; pages of the full layer, one of them spare.
+    ring, page = 2 * 2 * 4 * 4 * 32 * 11, 2 * 2 * 4 * 4 * 16
+    monkeypatch.setattr("epmoe.cache.fit.free_bytes", lambda device: int((ring + 26 * page) / 0.7) + 1)
+    assert fit([160] * 10).tokens == 25 * 16
+    with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
+        fit([10, 500] + [10] * 8)
+
+
+def test_a_set_capacity_beyond_the_memory_names_the_key() -> None:
+    """Before anything of that size is made: the list of its pages alone would fill the memory."""
+    with pytest.raises(UserError, match=r"runtime\.cache_tokens=\d+ needs .* GB are free: lower it"):
+        fit([10], cache_tokens=10**12)
+
+
+def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
+        fit([10, 10, 200], cache_tokens=100)

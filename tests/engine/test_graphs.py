@@ -1,0 +1,437 @@
+"""Decode steps in static buffers, as CUDA graphs or not: same tokens, nothing compiled late, no wait without a bound.
+
+On the CPU the step is called where a GPU replays it: the same function, with the same buckets and spare rows.
+"""
+
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from signal import SIGKILL, SIGSTOP, Signals
+from typing import Any, cast
+
+import pytest
+import torch
+from bitwise_run import requests as bitwise_requests
+from spawn import commands, run_ranks
+from steps import make_step
+
+from epmoe.batch import HALVES_FROM, DecodeStep
+from epmoe.cache.fit import fit_cache
+from epmoe.engine import sampler
+from epmoe.engine.decode_step import vocabulary_part
+from epmoe.engine.engine import Engine
+from epmoe.engine.graphs import buckets, choose_graphs
+from epmoe.engine.request import Request, Result, SamplingParams
+from epmoe.errors import UserError
+from epmoe.layers import attention
+from epmoe.models import gpt_oss
+from epmoe.moe.exchange import symmetric
+from epmoe.ranks.mesh import Ranks
+from epmoe.ranks.transfer import Arrival, NoArrival
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.load import DTYPES, LoadReport, load
+from epmoe.weights.synthetic import make_checkpoint
+
+EOS = range(40, 60)  # a random model seldom says the checkpoint's own
+STOP = 7  # the text layer's stop strings are this, to the engine: a token at which the callback says stop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Small, with the head dimension of the published models."""
+    shape: dict[str, Any] = {"hidden": 192, "heads": 8, "head_dim": 64, "experts": 8, "top_k": 3, "max_position": 16384}
+    return str(make_checkpoint(tmp_path_factory.mktemp("graphs"), **shape))
+
+
+def rank_on(device: str) -> Ranks:
+    return Ranks(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+
+
+def build(mine: Ranks, checkpoint: str, asked: Sequence[Request], **limits: Any) -> Engine:
+    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine=limits.pop("combine", "slots"))
+    needs = [request.cached(model.config.max_positions) for request in asked]
+    settings: dict[str, Any] = {"max_batch": 5, "prefill_chunk": 16, **limits}
+    cache = fit_cache(
+        model.config, needs, mine, dtype=DTYPES[report.dtype], page=4, max_batch=int(settings["max_batch"])
+    )
+    return Engine(model, cache, mine, eos_ids=EOS, **settings)
+
+
+def mixed() -> list[Request]:
+    """Greedy and sampled, short and beyond the window, more than run at a time; some end by eos, some by length."""
+    found = []
+    for index, request in enumerate(bitwise_requests(300) * 2):
+        kind = request.params
+        changed = {"max_new_tokens": 4 + 5 * (index % 5), "logprobs": index % 3, "ignore_eos": index % 4 == 3}
+        params = SamplingParams(**{**vars(kind), **changed, "seed": kind.seed + index})
+        found.append(Request(request.ids[index // 6 :] or (index,), params))
+    return found
+
+
+def stop_at(shown: dict[int, list[int]]) -> Any:
+    """A callback that records, and stops some requests as a stop string does."""
+
+    def on_token(index: int, token: int) -> bool:
+        shown.setdefault(index, []).append(token)
+        return index % 2 == 0 and token % 16 == STOP
+
+    return on_token
+
+
+def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ...], str]:
+    """A request alone, a Step a token, the sampler with parameters on the host: what the engine did before."""
+    cache, params, ids = engine.cache, request.params, list(request.ids)
+    handle = cache.admit(request.cached(engine.max_positions))
+    new, cached = list(request.ids), 0
+    seen = torch.zeros(1, engine.vocab, dtype=torch.bool)
+    while True:
+        with torch.inference_mode():
+            logits = engine.model(make_step([(handle, new, cached)], every=False), cache)
+        seen[0, ids] = True
+        token = int(sampler.sample(logits, [params], [len(ids)], seen))
+        cached, new = len(ids), [token]
+        ids.append(token)
+        reason = "length" if len(ids) == request.length(engine.max_positions) else ""
+        if token in EOS and not params.ignore_eos:
+            reason = "eos"
+        elif index % 2 == 0 and token % 16 == STOP:
+            reason = "stop"
+        if reason:
+            cache.release(handle)
+            return tuple(ids[len(request.ids) :]), reason
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch": 1}, {"max_batch": 12, "prefill_chunk": 500}], ids=str)
+def test_same_tokens_as_one_request_after_the_other(checkpoint: str, limits: dict[str, int]) -> None:
+    """Requests join and leave, batches are filled up to buckets, ids are read a step late: no token changes."""
+    asked = mixed()
+    engine = build(rank_on("cpu"), checkpoint, asked, **limits)
+    shown: dict[int, list[int]] = {}
+    results = engine.generate(asked, stop_at(shown))
+    expected = [by_hand(engine, index, request) for index, request in enumerate(asked)]
+    assert [(result.ids, result.finish_reason) for result in results] == expected
+    assert {reason for _, reason in expected} == {"eos", "stop", "length"}
+    for index, result in enumerate(results):  # not even a callback sees the token of the step after the end
+        assert tuple(shown.get(index, ())) == (result.ids[:-1] if result.finish_reason == "eos" else result.ids)
+        assert len(result.logprobs) == (len(result.ids) if asked[index].params.logprobs else 0)
+    assert not engine.cache.reserved
+    again = engine.generate(asked, stop_at({}))  # the same buffers, with what the first run left in them
+    assert [(each.ids, each.logprobs) for each in again] == [(each.ids, each.logprobs) for each in results]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 64, 65, 100, 256, 1000])
+def test_buckets(most: int) -> None:
+    sizes = buckets(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most
+    assert all(larger <= max(2 * size, size + size // 4 + 8) for size, larger in pairwise(sizes))
+    assert {1, 2, 4, 8, 16, 24, 64} & set(range(most)) <= set(sizes)
+
+
+@pytest.mark.parametrize("level", sampler.Level)
+def test_the_sampler_never_looks_at_values(level: sampler.Level) -> None:
+    """On the meta device there are none: whatever would wait for a GPU fails here."""
+    meta = torch.device("meta")
+    knobs = sampler.Knobs(
+        torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
+    )
+    seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
+    position = torch.empty(40, dtype=torch.int64, device=meta)
+    assert sampler.choose(torch.empty(40, 300, device=meta), knobs, position, seen, level).shape == (40,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
+def test_parts_of_the_vocabulary(size: int) -> None:
+    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
+    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
+    if size in (1, 14):
+        assert parts == [None] * size
+        return
+    edges = [0, *(part[1] for part in parts if part)]
+    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
+    assert all(edge % 16384 == 0 for edge in edges[:-1])
+    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1
+
+
+def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set[Any]]:
+    """All greedy, then with others among them; also the parts of the vocabulary that were asked for."""
+    gpt_oss.VOCAB_CHUNK = chunk
+    greedy = [Request(each.ids, SamplingParams(max_new_tokens=12)) for each in mixed()]
+    engine = build(mine, checkpoint, greedy, **({"graphs": True} if mine.device.type != "cpu" else {}))
+    parts: set[Any] = set()
+    model = engine.model
+
+    def spy(step: Any, cache: Any) -> torch.Tensor:
+        if isinstance(step, DecodeStep):
+            parts.add(step.part)
+        return model(step, cache)
+
+    engine.decoder.model = cast(Any, spy)
+    first = outcome(engine.generate(greedy))
+    alone = set(parts)
+    return [first, outcome(engine.generate([*greedy[:6], *mixed()[6:]]))], alone
+
+
+def test_ranks_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
+    """Each projects to its chunks where all rows are greedy; the tokens are those of one rank."""
+    ((one, parts),) = run_ranks(run_greedy, 1, checkpoint, 64)
+    assert parts == {None}
+    found = run_ranks(run_greedy, 3, checkpoint, 64)
+    assert [parts for _, parts in found] == [{(0, 64)}, {(64, 192)}, {(192, 320)}]
+    assert all(results == one for results, _ in found)
+
+
+def report(**names: str) -> LoadReport:
+    chosen = {"quant": "mxfp4", "experts": "triton", "router": "triton", "combine": "slots", "dtype": "bfloat16"}
+    return LoadReport(bytes_read=0, seconds=0.0, **(chosen | names))
+
+
+def test_graphs_are_chosen_where_they_can_be(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    cuda, cpu = Ranks(0, 1, 0, 1, torch.device("cuda", 0)), rank_on("cpu")
+    assert choose_graphs("auto", cuda, report()) and choose_graphs("true", cuda, report())
+    assert not choose_graphs("false", cuda, report()) and not choose_graphs("false", cpu, report())
+    assert not choose_graphs("auto", cpu, report())
+    assert not choose_graphs("auto", cuda, report(experts="reference"))
+    assert capsys.readouterr().err.splitlines() == [
+        "epmoe: graphs=true (auto)",
+        "epmoe: graphs=false (auto: experts=reference)",
+    ]
+    with pytest.raises(UserError, match=r"runtime\.graphs=true is not possible with router=reference"):
+        choose_graphs("true", cuda, report(router="reference"))
+    with pytest.raises(UserError, match=r"with runtime\.device=cpu"):
+        choose_graphs("true", cpu, report())
+    monkeypatch.setattr(attention, "REFERENCE_ONLY", True)
+    assert not choose_graphs("auto", cuda, report())
+
+
+def test_a_wait_has_a_bound() -> None:
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    arrival = Arrival([torch.zeros(1)])
+    never: Any = Never()
+    arrival.event = never
+    begin = time.monotonic()
+    with pytest.raises(NoArrival, match=r"within 0\.2 s \(runtime\.timeout_s\)"):
+        arrival.wait(0.2)
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
+# On GPUs
+
+
+def outcome(results: Sequence[Result]) -> list[Any]:
+    return [(each.ids, each.finish_reason, each.logprobs) for each in results]
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token(checkpoint: str) -> None:
+    """Nor a log-probability's last bit: both run the same kernels on the same shapes. Twice, for what is left over."""
+    asked = mixed()
+    eager = build(rank_on("cuda"), checkpoint, asked)
+    expected = outcome(eager.generate(asked, stop_at({})))
+    assert {reason for _, reason, _ in expected} == {"eos", "stop", "length"}
+    graphs = build(rank_on("cuda"), checkpoint, asked, graphs=True)
+    for _ in range(2):
+        assert outcome(graphs.generate(asked, stop_at({}))) == expected
+    assert graphs.graphs.graphs and not eager.graphs.graphs
+    graphs.graphs.close()  # as at the end of a group; the next run captures anew
+    assert outcome(graphs.generate(asked, stop_at({}))) == expected
+
+
+def crowd() -> list[Request]:
+    """More prompts than the 64 for which attention's vectors suffice, and tokens for every tile of the experts."""
+    lengths = [1, 2, 3, 17, 33, *range(1, 12)] * 10 + [299, 300, 7]
+    return [Request(tuple(range(1, count + 1)), SamplingParams(max_new_tokens=5)) for count in lengths]
+
+
+def large() -> list[Request]:
+    """Steps that run as halves (cache.HALVES_FROM), and some just below."""
+    lengths = [6001, 4096, 4000, 30, 9000, 4095, 1, 2, 2047, 5000, 17]
+    ids = [tuple((7 * index) % 300 for index in range(count)) for count in lengths]
+    return [Request(each, SamplingParams(max_new_tokens=3)) for each in ids]
+
+
+COMPILES = {
+    "large": (large, {"max_batch": 4, "prefill_chunk": 8192}),
+    "few": (mixed, {}),
+    "many": (crowd, {"max_batch": 100, "prefill_chunk": 512}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("case", COMPILES)
+def test_nothing_compiles_and_nothing_is_captured_after_prepare(
+    checkpoint: str, case: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts kernels that Triton compiles or loads from its cache; another prompt length, batch or end brings none."""
+    import triton
+
+    compiled: list[str] = []
+    captured: list[str] = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def count(*args: Any, **keys: Any) -> None:
+        captured.append(str(keys))
+        begin(*args, **keys)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", count)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *args, **keys: compiled.append(str(keys)))
+    make, limits = COMPILES[case]
+    asked = make()
+    engine = build(rank_on("cuda"), checkpoint, asked, graphs=graphs, **limits)
+    engine.prepare(asked)
+    assert bool(captured) == graphs
+    compiled.clear()
+    captured.clear()
+    engine.generate(asked, stop_at({}))
+    engine.generate(asked[::-1])
+    engine.generate(sorted(asked, key=lambda request: len(request.ids)))
+    for some in (asked[3:9], asked[:1], asked[-2:], asked[5::7], asked[::2]):
+        engine.generate(some)
+    assert not compiled and not captured
+
+
+@pytest.mark.gpu
+def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
+    """The host may not wait for the device between two steps, with another batch neither."""
+    asked = mixed()
+    engine = build(rank_on("cuda"), checkpoint, asked, graphs=True)
+    engine.prepare(asked)
+    with torch.inference_mode():
+        handles = [engine.cache.admit(30) for _ in range(3)]
+        for handle, request in zip(handles, asked, strict=False):
+            engine.state.admit(handle, request.ids, request.params)
+        # Nothing prefills these sequences, which would set where they are: without this they would go on where the
+        # prefills of prepare left their handles, and read rows that nobody wrote.
+        engine.state.token_S.zero_()
+        engine.state.position_S.zero_()
+        variants = sorted({variant for _, variant in engine.graphs.ready})
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            arrivals = [Arrival([engine.graphs.launch(handles[:n], v)]) for v in variants for n in (3, 2, 1)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for arrival in arrivals:
+            assert int(arrival.wait(10)[0].max()) < engine.vocab
+
+
+@pytest.mark.gpu
+def test_a_step_that_does_not_end_is_given_up() -> None:
+    arrival_of = torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # about two seconds
+    arrival = Arrival([arrival_of])
+    with pytest.raises(NoArrival):
+        arrival.wait(0.3)
+    assert arrival.wait(60)[0].tolist() == [1]
+
+
+def run(mine: Ranks, checkpoint: str, graphs: bool) -> list[Any]:
+    asked = mixed()
+    return outcome(build(mine, checkpoint, asked, graphs=graphs).generate(asked, stop_at({})))
+
+
+@pytest.mark.multigpu
+def test_graphs_on_two_gpus_give_the_bits_of_one(checkpoint: str) -> None:
+    """Ids and log-probabilities; the group also ends, which it would not while a graph holds its collectives."""
+    (one,) = run_ranks(run, 1, checkpoint, True, timeout=240, device="cuda")
+    for graphs in (True, False):
+        found = run_ranks(run, 2, checkpoint, graphs, timeout=240, device="cuda")
+        assert found[0] == found[1] == one
+
+
+def run_by_the_group(mine: Ranks, checkpoint: str, combine: str, graphs: bool) -> list[Any]:
+    """As `run`, where ranks have no symmetric memory."""
+    symmetric.possible = lambda ranks: False
+    asked = mixed()
+    return outcome(build(mine, checkpoint, asked, graphs=graphs, combine=combine).generate(asked, stop_at({})))
+
+
+@pytest.mark.multigpu
+def test_graphs_hold_the_process_groups_collectives(checkpoint: str) -> None:
+    """Kernels that come in early stand behind NCCL's then (epmoe/kernels/gpu.py): slots give the bits of one GPU."""
+    (one,) = run_ranks(run, 1, checkpoint, True, timeout=240, device="cuda")
+    assert run_ranks(run_by_the_group, 2, checkpoint, "slots", True, timeout=240, device="cuda") == [one, one]
+    found = [
+        run_ranks(run_by_the_group, 2, checkpoint, "all_reduce", graphs, timeout=240, device="cuda")
+        for graphs in (True, False)
+    ]
+    assert found[0][0] == found[0][1] == found[1][0] == found[1][1]
+
+
+def run_large(mine: Ranks, checkpoint: str) -> list[Any]:
+    """Prompts that are fed in halves, then graphs, then both again: the two ways of combining take turns."""
+    rng = random.Random(5)
+    asked = [
+        Request(
+            tuple(rng.randrange(300) for _ in range(length)),
+            SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=1),
+        )
+        for length in (5000, 1, 700, 4200)
+    ]
+    engine = build(mine, checkpoint, asked, graphs=True, prefill_chunk=0)
+    assert engine.prefill_chunk > HALVES_FROM
+    return [outcome(engine.generate(asked)) for _ in range(3)]
+
+
+@pytest.mark.multigpu
+def test_halves_and_graphs_take_turns_with_the_bits_of_one_gpu(checkpoint: str) -> None:
+    (one,) = run_ranks(run_large, 1, checkpoint, timeout=240, device="cuda")
+    assert one[0] == one[1] == one[2]
+    assert run_ranks(run_large, 2, checkpoint, timeout=240, device="cuda") == [one, one]
+
+
+def generate(*keys: str) -> None:
+    from epmoe.generate import generate as body
+
+    sys.argv[1:] = list(keys)
+    body()
+
+
+@pytest.mark.multigpu
+def test_gpus_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
+    ((one, _),) = run_ranks(run_greedy, 1, checkpoint, 64, timeout=240, device="cuda")
+    found = run_ranks(run_greedy, 2, checkpoint, 64, timeout=240, device="cuda")
+    assert [parts for _, parts in found] == [{(0, 128)}, {(128, 320)}]
+    assert all(results == one for results, _ in found)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("number", [SIGKILL, SIGSTOP])
+def test_lost_rank_is_named_while_graphs_run(number: Signals, tmp_path: Path) -> None:
+    """The collectives in a graph wait for ever; the watch ends the other rank within the bound."""
+    place = make_checkpoint(tmp_path / "long", max_position=65536)
+    keys = [f"checkpoint={place}", "prompt=x", "max_new_tokens=60000", "sampling.ignore_eos=true"]
+    keys += ["runtime.device=cuda", "runtime.graphs=true", "runtime.timeout_s=20"]
+    with commands(generate, 2, *keys, folder=tmp_path, env={"PYTHONUNBUFFERED": "1"}) as started:
+        deadline = time.monotonic() + 120
+        while len(started[0].stdout) < 20:
+            assert time.monotonic() < deadline and started[0].process.is_alive(), started[0].stderr
+            time.sleep(0.05)
+        assert "decode steps captured" in started[0].stderr
+        begin = time.monotonic()
+        started[1].signal(number)
+        assert started[0].wait(25) == 1
+        assert time.monotonic() - begin < (10 if number == SIGKILL else 20)
+        assert any(line.startswith("epmoe: rank 1 ") for line in started[0].stderr.splitlines())
+
+
+@pytest.mark.gpu
+def test_the_command_gives_the_same_text_with_and_without_graphs(checkpoint: str, tmp_path: Path) -> None:
+    texts = []
+    for graphs in ("true", "false"):
+        output = tmp_path / f"{graphs}.jsonl"
+        keys = [f"checkpoint={checkpoint}", "prompt=some text", f"output={output}", f"runtime.graphs={graphs}"]
+        with commands(generate, 1, *keys, "max_new_tokens=20", folder=tmp_path) as started:
+            assert started[0].wait(120) == 0, started[0].stderr
+            texts.append(started[0].stdout)
+        assert os.path.getsize(output)
+    assert texts[0] == texts[1]

@@ -1,0 +1,85 @@
+"""One run whose every bit is compared: load, generate, and keep all logits. test_bitwise starts it on several ranks.
+
+As a program (`python bitwise_run.py CHECKPOINT FILE`, also under torchrun) it writes rank 0's result to FILE.
+"""
+
+import hashlib
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache
+from epmoe.cache.fit import fit_cache
+from epmoe.engine.engine import Engine
+from epmoe.engine.request import Request, SamplingParams
+from epmoe.ranks import mesh
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.load import DTYPES, load
+
+Run = tuple[list[tuple[int, ...]], torch.Tensor]  # new ids of each request, all logits
+
+
+class Recorder:
+    """A model that remembers the logits it gave, but those of rows that only fill up a batch."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
+        if not isinstance(step, DecodeStep):
+            logits_OV = self.model(step, cache)
+            self.logits.append(logits_OV.cpu().clone())
+            return logits_OV
+        logits_BV = self.model(replace(step, part=None), cache)
+        self.logits.append(logits_BV[step.sequence_B != cache.spare].cpu().clone())
+        return logits_BV[:, slice(*step.part)] if step.part else logits_BV
+
+
+def requests(vocab: int) -> list[Request]:
+    """Greedy, sampled; prompts of one token, within and beyond the window, a prefill chunk and YaRN's original 64."""
+    rng = random.Random(8)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 2},
+        {"temperature": 1.5, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 3},
+        {"repetition_penalty": 1.5},
+        {"temperature": 1.0, "seed": 2**60},
+    ]
+    lengths = [90, 1, 5, 23, 12, 3]
+    return [
+        Request(
+            tuple(rng.randrange(vocab) for _ in range(length)),
+            SamplingParams(max_new_tokens=10, ignore_eos=True, **kind),
+        )
+        for length, kind in zip(lengths, kinds, strict=True)
+    ]
+
+
+def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any]) -> Run:
+    """Each request's new ids, and all logits as they were made, [all outputs, V]; `options` are the loader's."""
+    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, **options)
+    asked = requests(model.config.vocab)
+    needs = [request.cached(model.config.max_positions) for request in asked]
+    cache = fit_cache(model.config, needs, mine, dtype=DTYPES[report.dtype], page=4, max_batch=4)
+    recorder = Recorder(model)
+    results = Engine(recorder, cache, mine, prefill_chunk=16, max_batch=4).generate(asked)
+    return [result.ids for result in results], torch.cat(recorder.logits)
+
+
+def digest(found: Run) -> str:
+    ids, logits = found
+    return f"{ids} {tuple(logits.shape)} {hashlib.sha256(logits.numpy().tobytes()).hexdigest()}"
+
+
+if __name__ == "__main__":
+    with mesh.start(device="cpu") as here:
+        found = digest(run(here, sys.argv[1], {"combine": "slots"}))
+        if here.is_main:
+            Path(sys.argv[2]).write_text(found)

@@ -1,0 +1,128 @@
+"""Compile a Triton kernel for a GPU that is not here, and read what it costs: registers and spills.
+
+Triton lowers to PTX on any machine; the `ptxas` in its wheel turns that into machine code and, with `-v`, reports the
+registers and the bytes of them that it had to spill to memory. A spill in an inner loop is a silent loss of speed, so
+tests hold kernels to none. What each compile costs is kept in COMPILED, and conftest.py ends a test run with the table.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+# The most shared memory that a block may have, in bytes, by generation.
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MOST_TENSOR = 512  # columns
+# (kernel and its constants, generation, its cost in words) of every compile of this process that a test has not taken.
+COMPILED: list[tuple[str, int, str]] = []
+
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def compile_kernel(
+    fn: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = 90,
+    divisible: Sequence[str] = (),
+) -> dict[str, int]:
+    """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
+    "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
+    each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
+    "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
+    and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
+    loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions}`.
+
+    Args:
+        signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
+            aligned, as torch allocates them.
+        constexprs: value of each `tl.constexpr` argument.
+        divisible: integer arguments that are always multiples of 16, which Triton makes use of at a launch.
+    """
+    names = fn.arg_names
+    missing = set(names) - set(signature) - set(constexprs)
+    assert not missing, f"no type or value for {missing}"
+    gluon = isinstance(fn, GluonJITFunction)
+    source = (GluonASTSource if gluon else ASTSource)(
+        fn=fn,
+        signature={name: "constexpr" if name in constexprs else signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in constexprs and (signature[name].startswith("*") or name in divisible)
+        },
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+    cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
+    factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
+    cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
+    cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
+    cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
+    pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
+    values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
+    what = " ".join([fn.__name__, *list(pointers)[:1], *values, f"warps={num_warps} stages={num_stages}"])
+    COMPILED.append((what, arch, "{registers} {spills} {shared}".format(**cost)))
+    return cost
+
+
+def table(compiled: Sequence[tuple[str, int, str]]) -> list[str]:
+    """Lines of COMPILED's entries for people: a row for a kernel and its constants, a column for a generation."""
+    found: dict[str, dict[int, str]] = {}
+    for what, arch, cost in compiled:
+        found.setdefault(what, {})[arch] = cost
+    archs = sorted({arch for _, arch, _ in compiled})
+    head = "".join(f"{f'sm_{arch}':>16}" for arch in archs) + "   kernel and constants"
+    rows = ["".join(f"{costs.get(arch, '-'):>16}" for arch in archs) + f"   {what}" for what, costs in found.items()]
+    return [head, *sorted(rows, key=lambda row: row[16 * len(archs) :])]
+
+
+def _early(ptx: str) -> dict[str, int]:
+    """What stands in front of a wait for the kernel before; zeros where nothing waits.
+
+    Stores, calls of the next kernel and loads: in front of the first wait. Copies: in front of any, back to where the
+    barriers were made that tell of them.
+    """
+    before, *others = ptx.split("griddepcontrol.wait")
+    if not others:
+        return {"early": 0, "loads": 0, "copies": 0}
+    started = [part[part.rfind("mbarrier.init") :] for part in (before, *others[:-1]) if "mbarrier.init" in part]
+    return {
+        "early": len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)),
+        "loads": len(re.findall(r"\bld\.global", before)),
+        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.2d)", part)) for part in started),
+    }
+
+
+def _assemble(ptx: str) -> dict[str, int]:
+    target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+    assert target is not None, "Triton's PTX names no target"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        # Triton's own choice: the wheel's ptxas for older devices does not know Blackwell.
+        blackwell = int(re.findall(r"\d+", target[1])[0]) >= 100
+        command = [
+            str(_BIN / ("ptxas-blackwell" if blackwell else "ptxas")),
+            "-v",
+            f"--gpu-name={target[1].rstrip(',')}",
+            "-o",
+            f"{folder}/kernel.cubin",
+            str(source),
+        ]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    assert registers and spills, f"ptxas reported neither registers nor spills:\n{report}"
+    return {"registers": max(registers), "spills": sum(spills), "serialized": report.count("are serialized")}

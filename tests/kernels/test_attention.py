@@ -1,0 +1,55 @@
+"""Attention's kernels in Triton's interpreter against the reference."""
+
+import random
+
+import pytest
+import torch
+from attention_cases import CASES, Case, compare
+from interpret import interpreted
+
+from epmoe.cache.cache import Cache
+from epmoe.kernels.attention import launch as attention_triton
+from epmoe.kernels.attention.launch import SPLIT, most_tiles
+from epmoe.layers import attention
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted(case: Case) -> None:
+    """Pages, rings, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
+    # float32 sums of up to 700 positions in another order
+    interpreted(compare, case, "cpu", torch.float32, 1e-4, 2e-5)
+
+
+def in_pairs(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_triton, "SPLITS", 2)
+        compare(case, "cpu", torch.float32, 1e-4, 2e-5)
+
+
+def test_more_splits_than_are_added_at_a_time() -> None:
+    """Three, two at a time: the second time has to shrink what the first time left."""
+    (case,) = (case for case in CASES if case.name == "splits of two groups of three")
+    interpreted(in_pairs, case)
+
+
+def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the switch: kernels on CUDA, torch elsewhere, and torch everywhere when told."""
+    assert attention.implementation(torch.device("cuda", 0)) is attention_triton.cached_attention
+    assert attention.implementation(torch.device("cpu")) is attention.cached_attention
+    monkeypatch.setattr(attention, "REFERENCE_ONLY", True)
+    assert attention.implementation(torch.device("cuda", 0)) is attention.cached_attention
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 8])
+def test_splits_fit_their_memory(sequences: int) -> None:
+    """Protects the workspace: however the pages are shared out, the splits together are no more than most_tiles."""
+    cache = Cache([None, 300], 1, 8, tokens=2000, sequences=sequences, page=16, dtype=torch.float32, device="meta")
+    choice = random.Random(sequences)
+    for _ in range(200):
+        left, splits = cache.paged.pages, 0
+        for _ in range(sequences):
+            pages = choice.randint(0, left)
+            left -= pages
+            splits += -(-max(1, pages * 16) // SPLIT)  # at least its own position: a spare row has that
+        assert splits <= most_tiles(cache.paged, sequences)
+    assert most_tiles(cache.pools[300], sequences) == 2 * sequences

@@ -1,0 +1,111 @@
+"""Attention's kernels, compiled for sm_90 without a GPU at gpt-oss's shapes: no spills, products that overlap."""
+
+from typing import Any
+
+import pytest
+import torch
+from compile_sm90 import MOST_SHARED, compile_kernel
+
+from epmoe.kernels.attention import decode as attention_decode
+from epmoe.kernels.attention import prefill as attention_prefill
+from epmoe.kernels.attention.launch import (
+    DECODE,
+    PLACED,
+    PREFILL,
+    SPLIT,
+    SPLITS,
+    WINDOW_PREFILL,
+    _bucket,
+    combine_options,
+)
+
+DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
+SIZES = {"J": 8, "D": 64, "DP": 64}
+FULL, RING = {"PAGE": 16, "WINDOW": 0}, {"PAGE": 144, "WINDOW": 128}
+INTEGERS = ("rows", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows", "place_rows")
+POINTERS = ("q", "k", "v", "key", "value", "old_key", "old_value", "ring_key", "ring_value", "sink", "out")
+
+
+def compiled(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int, arch: int = 90
+) -> dict[str, int]:
+    types = {
+        **{f"{name}_ptr": DTYPES[dtype] for name in POINTERS},
+        **dict.fromkeys(("cos_ptr", "sin_ptr", "part_ptr", "top_ptr", "sum_ptr"), "*fp32"),
+        **dict.fromkeys(("token_ptr", "position_ptr", "sequence_ptr"), "*i64"),
+        **dict.fromkeys(("table_ptr", "span_ptr"), "*i32"),
+        **dict.fromkeys(INTEGERS, "i32"),
+        "scale": "fp32",
+    }
+    if constants.get("PAGE") == RING["PAGE"]:
+        constants = {**constants, "table_ptr": None}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
+    strides = [name for name in ("q_stride", "k_stride", "v_stride", "cache_rows") if name in signature]
+    cost = compile_kernel(kernel, signature, constants, warps, stages, arch, divisible=strides)
+    print(f"{kernel.__name__} sm_{arch} {dtype} {constants}: {cost}")
+    assert arch != 90 or cost["spills"] == 0
+    assert cost["shared"] <= MOST_SHARED[arch], "more shared memory than a block may have"
+    return cost
+
+
+@pytest.mark.parametrize("rows", [_bucket(rows) for rows in (1, 64, 256)])
+@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
+    """All programs of a launch are on the machine at once: one that waits for a place costs half of the time again."""
+    tile = DECODE[dtype]
+    constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants["PDL"] = True
+    cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
+    assert tile.programs * tile.warps * 32 * cost["registers"] <= 65536
+    assert tile.programs * (cost["shared"] + 1024) <= 227 << 10
+    if dtype == torch.bfloat16:  # keys and values of two blocks ahead are under way: the page table must not stall them
+        assert cost["shared"] >= 2 * 2 * tile.positions * 64 * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine(dtype: torch.dtype) -> None:
+    constants = {**SIZES, "G": 8, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
+    options = combine_options(8, SIZES["D"])
+    compiled(attention_decode.combine_kernel, dtype, constants | {"GP": options["GP"]}, options["num_warps"], 3)
+
+
+def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
+    """Constants, warps and stages of the prefill kernel as it is launched."""
+    tile = (WINDOW_PREFILL if layout["WINDOW"] else PREFILL)[dtype]
+    constants = {**SIZES, **layout, "G": 8, "GP": 8, "M": tile.queries, "N": tile.positions}
+    return constants, tile.warps, tile.stages
+
+
+@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
+    """bf16 runs on Hopper's tensor cores, both products, and ptxas need not make them wait for each other.
+
+    It warns when it does; the queries' way through memory in prefill_kernel avoids it.
+    """
+    constants, warps, stages = prefill_constants(layout, dtype)
+    cost = compiled(attention_prefill.prefill_kernel, dtype, constants, warps, stages)
+    assert cost["serialized"] == 0 and (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
+    if dtype == torch.bfloat16:  # one program's softmax runs beside another's product
+        assert 2 * warps * 32 * cost["registers"] <= 65536
+
+
+@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_place(dtype: torch.dtype, layout: dict[str, int]) -> None:
+    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **layout, "M": PLACED}, 4, 3)
+
+
+@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_generations(arch: int, layout: dict[str, int]) -> None:
+    """Ampere and Blackwell compile the same kernels; their tiles were not chosen for them, so spills are theirs."""
+    tile = DECODE[torch.bfloat16]
+    constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants["PDL"] = arch >= 90
+    compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
+    constants, warps, stages = prefill_constants(layout, torch.bfloat16)
+    compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, warps, stages, arch)

@@ -1,0 +1,211 @@
+"""A large step in two halves: cut where nothing changes for attention, the same bits on any number of ranks, and the
+rows of one half on their way while the other computes.
+
+The limit from which steps are halved is brought down to a few tokens, so that prompts of some dozen tokens are cut.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from bitwise_run import Run, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spawn import run_ranks
+from steps import make_step
+
+from epmoe import batch
+from epmoe.batch import Step
+from epmoe.cache.cache import Cache
+from epmoe.layers.attention import Attention
+from epmoe.moe.exchange import Pending
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.load import DTYPES, load
+from epmoe.weights.synthetic import make_checkpoint
+
+FEW = 6  # tokens from which steps are halved here
+
+
+def spans_of(step: Step) -> list[tuple[int, list[int], list[int], int]]:
+    """(sequence, tokens, positions, cached) of each sequence."""
+    edges = zip(step.start_B1[:-1], step.start_B1[1:], strict=True)
+    return [
+        (sequence, step.token_T[begin:end].tolist(), step.position_T[begin:end].tolist(), cached)
+        for (begin, end), sequence, cached in zip(edges, step.sequence_B, step.cached_B, strict=True)
+    ]
+
+
+@given(counts=st.lists(st.integers(1, 90), min_size=1, max_size=12), seed=st.integers(0, 99), least=st.integers(1, 300))
+@settings(max_examples=300, deadline=None)
+def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
+    """Every token once and in its place; no sequence's single token is split off; about half each; small steps stay."""
+    rng = random.Random(seed)
+    cached = [rng.randrange(50) for _ in counts]
+    ids = [[rng.randrange(1000) for _ in range(count)] for count in counts]
+    step = make_step([(10 + i, ids[i], cached[i]) for i in range(len(counts))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "HALVES_FROM", least)
+        halves = step.halves()
+    tokens = sum(counts)
+    if tokens < least:
+        assert halves == (step,)
+        return
+    assert len(halves) == 2 or tokens <= 3
+    joined: dict[int, tuple[list[int], int]] = {}
+    for half in halves:
+        for sequence, token, position, before in spans_of(half):
+            assert position == list(range(before, before + len(token)))
+            whole = counts[sequence - 10]
+            assert len(token) > 1 or whole == 1, "a token of a longer sequence stands alone"
+            joined.setdefault(sequence, ([], before))[0].extend(token)
+        assert half.token_T.data_ptr() % 16 == 0
+    begin = 0
+    for half in halves:  # each half wants as many rows as the step, and its own are right
+        end = begin + len(half.token_T)
+        wanted = [(row, of - begin) for row, of in zip(half.output_O.tolist(), step.output_O.tolist(), strict=True)]
+        assert all(0 <= row < end - begin and (row == of or not 0 <= of < end - begin) for row, of in wanted)
+        begin = end
+    assert joined == {10 + i: (ids[i], cached[i]) for i in range(len(counts))}
+    if len(halves) == 2:
+        assert abs(len(halves[0].token_T) - tokens / 2) <= 65
+
+
+@pytest.mark.parametrize("tokens", [4096, 4097, 5000, 8191, 8192])
+def test_real_steps_are_cut_at_multiples_of_64(tokens: int) -> None:
+    step = make_step([(0, [0] * tokens, 0)])
+    first, second = step.halves()
+    assert len(first.token_T) % 64 == 0 and 0 <= len(first.token_T) - tokens / 2 < 64
+    assert second.cached_B == (len(first.token_T),) and len(first.token_T) + len(second.token_T) == tokens
+    assert make_step([(0, [0] * 4095, 0)]).halves()[0].start_B1 == (0, 4095)
+
+
+# Real ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("halves"), experts=11, top_k=3, layers=3))
+
+
+def run_halved(mine: Ranks, place: str, options: dict[str, Any], least: int) -> tuple[Run, int]:
+    """bitwise_run's requests, in prefills of 16 tokens; and how many steps were halved."""
+    batch.HALVES_FROM = least
+    halved: list[int] = []
+    real = Step.halves
+
+    def halves(step: Step) -> tuple[Step, ...]:
+        found = real(step)
+        halved.append(len(found) - 1)
+        return found
+
+    steps: Any = Step
+    steps.halves = halves
+    return run(mine, place, options), sum(halved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_halved_steps_give_the_same_bits_on_any_number_of_ranks(checkpoint: str, dtype: str) -> None:
+    """Tokens and all logits, of prompts that are cut within and between sequences, with a window and without."""
+    options = {"combine": "slots", "dtype": dtype}
+    (((ids, logits), halved),) = run_ranks(run_halved, 1, checkpoint, options, FEW)
+    assert halved > 5 and logits.isfinite().all()
+    for size in (2, 4):
+        for (found_ids, found_logits), count in run_ranks(run_halved, size, checkpoint, options, FEW, timeout=120):
+            assert count == halved and found_ids == ids
+            assert torch.equal(found_logits, logits)
+
+
+def test_halving_changes_no_token(checkpoint: str) -> None:
+    """Against whole steps: a library's product of another number of rows may round otherwise, and nothing else may."""
+    ((whole, none),) = run_ranks(run_halved, 1, checkpoint, {"combine": "slots"}, 10**6)
+    ((halved, some),) = run_ranks(run_halved, 1, checkpoint, {"combine": "slots"}, FEW)
+    assert none == 0 and some > 5 and halved[0] == whole[0]
+    torch.testing.assert_close(halved[1], whole[1], atol=2e-5, rtol=0)  # logits are about 1, sums of 2^10 products
+
+
+def prefill(mine: Ranks, place: str, least: int, spans: list[list[tuple[int, int]]]) -> tuple[torch.Tensor, list[str]]:
+    """Logits of steps of (sequence, tokens), the sequences growing; and the order of what happened in the last one."""
+    batch.HALVES_FROM = least
+    model, report = load(Checkpoint.open(place), mine, progress=False, combine="slots")
+    config, most = model.config, 1 + max(sequence for step in spans for sequence, _ in step)
+    lengths, wanted = [0] * most, [0] * most
+    for sequence, count in (each for step in spans for each in step):
+        wanted[sequence] += count
+    shape, size = (config.windows, config.kv_heads, config.head_dim), sum(wanted) + 4 * most
+    cache = Cache(*shape, tokens=size, sequences=most, page=4, dtype=DTYPES[report.dtype], device=mine.device)
+    handles = [cache.admit(count) for count in wanted]
+    log: list[str] = []
+    spy(log)
+    rng, found = random.Random(3), []
+    for step in spans:
+        chunks = []
+        for sequence, count in step:
+            chunks.append((handles[sequence], [rng.randrange(config.vocab) for _ in range(count)], lengths[sequence]))
+            lengths[sequence] += count
+        log.clear()
+        with torch.inference_mode():
+            found.append(model(make_step(chunks, every=mine.device.type == "cpu", device=mine.device), cache).cpu())
+    return torch.cat(found), log
+
+
+def spy(log: list[str]) -> None:
+    """Write down, in order, each layer's attention, each sending of rows and each waiting for rows under way."""
+    attend, send, wait = Attention.forward, dist.all_reduce, Pending.wait
+
+    def attending(*args: Any) -> Any:
+        log.append("attend")
+        return attend(*args)
+
+    def sending(*args: Any, **keys: Any) -> Any:
+        log.append("send" if keys.get("async_op") else "send and wait")
+        return send(*args, **keys)
+
+    def waiting(pending: Pending) -> Any:
+        if pending.work is not None:
+            log.append("wait")
+        return wait(pending)
+
+    classes: Any = (Attention, Pending)
+    classes[0].forward, classes[1].wait, dist.all_reduce = attending, waiting, sending
+
+
+SPANS = [[(0, 13), (1, 9)], [(1, 30), (0, 2), (2, 8)], [(0, 5), (2, 21)]]
+
+
+def test_rows_travel_while_the_other_half_computes(checkpoint: str) -> None:
+    """Each half's rows of a layer are waited for only after the other half's attention and experts of that layer."""
+    (one, alone), *_ = run_ranks(prefill, 1, checkpoint, FEW, SPANS)
+    assert alone == ["attend"] * 6
+    for logits, log in run_ranks(prefill, 2, checkpoint, FEW, SPANS):
+        assert torch.equal(logits, one)
+        turn = ["wait", "attend", "send"]
+        assert log == [*turn[1:] * 2, *turn * 4, "wait", "wait"]  # three layers
+    for _, log in run_ranks(prefill, 2, checkpoint, 10**6, SPANS):
+        assert log == ["attend", "send and wait"] * 3
+
+
+# On GPUs: real layer shapes, steps as large as they are there.
+
+
+@pytest.fixture(scope="module")
+def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("shapes"), "20b", layers=4, vocab=8192, shards=1)
+
+
+LARGE = [[(0, 4096)], [(0, 1500), (1, 6692)], [(2, 3001), (0, 2), (1, 1120), (3, 1)], [(3, 8192)], [(2, 8191)]] * 3
+
+
+@pytest.mark.multigpu
+@pytest.mark.timeout(900)
+def test_large_prefills_have_the_same_bits_on_any_number_of_gpus(real_shapes: Path) -> None:
+    """Three times over, with other tokens: rows that were used before they had come would show."""
+    ((one, _),) = run_ranks(prefill, 1, str(real_shapes), 4096, LARGE, timeout=240, device="cuda")
+    assert one.isfinite().all() and len(one) == 27
+    for size in (2, 4):
+        if size <= torch.cuda.device_count():
+            for logits, log in run_ranks(prefill, size, str(real_shapes), 4096, LARGE, timeout=240, device="cuda"):
+                assert torch.equal(logits, one) and log.count("send") == log.count("wait") == 8

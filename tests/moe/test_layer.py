@@ -1,0 +1,91 @@
+"""The MoE layer over real ranks: the same bits as one rank, for every placement of the experts.
+
+Letters: T tokens · H hidden · E experts · K experts per token.
+"""
+
+import pytest
+import torch
+from expert_cases import Case, of_experts, random_weights
+from loading import rank_of
+from spawn import run_ranks
+
+from epmoe.layers.norm import add_rows
+from epmoe.moe.exchange import Combine
+from epmoe.moe.exchange.slots import Slots
+from epmoe.moe.experts.reference import ReferenceExperts
+from epmoe.moe.layer import MoE
+from epmoe.moe.placement import Placement, contiguous
+from epmoe.moe.router.reference import route
+from epmoe.ranks.mesh import Ranks
+
+CASE = Case("layer", tokens=11, hidden=96, intermediate=64, experts=7, top_k=3)
+# No run of neighbours, and a rank with a single expert.
+SCATTERED = Placement(7, ((0, 2, 6), (4,), (1, 3, 5)))
+
+
+def layer(placement: Placement, rank: int, combine: Combine) -> MoE:
+    """The layer as one rank holds it; the same weights and router on every rank."""
+    torch.manual_seed(0)
+    moe = MoE(CASE.hidden, CASE.experts, CASE.top_k).requires_grad_(False)
+    weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
+    mine = placement.experts[rank]
+    experts = ReferenceExperts.pack(of_experts(weights, mine), CASE.activation)
+    moe.install(experts, route, combine, placement.local_E(rank, torch.device("cpu")), len(mine))
+    return moe
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randn(count, CASE.hidden, generator=torch.Generator().manual_seed(5))
+
+
+def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
+    moe = layer(placement, ranks.expert_rank, Slots(ranks))
+    return [add_rows(moe(x_TH, moe.router(x_TH)).wait()) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[torch.Tensor]:
+    return run_ranks(outputs, 1, contiguous(CASE.experts, 1))[0]
+
+
+@pytest.mark.parametrize(
+    "placement", [contiguous(7, 2), contiguous(7, 3), SCATTERED], ids=["2 ranks", "3 ranks", "scattered"]
+)
+def test_ranks_give_the_bits_of_one_rank(placement: Placement, one_rank: list[torch.Tensor]) -> None:
+    """Each rank ends with the whole layer's output, bit for bit: uneven shares, a single token, no token."""
+    results = run_ranks(outputs, len(placement.experts), placement)
+    for rank, result in enumerate(results):
+        for actual, wanted in zip(result, one_rank, strict=True):
+            assert actual.shape == wanted.shape
+            assert torch.equal(actual.view(torch.int32), wanted.view(torch.int32)), f"rank {rank}"
+
+
+def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:
+    """Against a dense sum over all experts in float64, so that all ranks being wrong alike is seen."""
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
+    weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
+    x_TH = tokens(CASE.tokens).double()
+    logits_TE = x_TH @ moe.router.weight.double().T + moe.router.bias.double()
+    kept_TE = logits_TE >= logits_TE.sort(dim=1).values[:, [-CASE.top_k]]
+    gate_TE = logits_TE.masked_fill(~kept_TE, -torch.inf).softmax(1)
+    both_TEN = torch.einsum("th,enh->ten", x_TH, weights.gate_up.dequantize(torch.float32).double())
+    both_TEN += weights.gate_up_bias_LN
+    gate, up = both_TEN[..., 0::2].clamp(max=7), both_TEN[..., 1::2].clamp(-7, 7)
+    h_TEI = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    y_TEH = torch.einsum("tei,ehi->teh", h_TEI, weights.down.dequantize(torch.float32).double())
+    wanted_TH = (gate_TE[..., None] * (y_TEH + weights.down_bias_LH)).sum(1)
+    torch.testing.assert_close(one_rank[0].double(), wanted_TH, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_are_the_router_alone() -> None:
+    """A model's state must not grow by what the loader installs."""
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
+    assert {name: tuple(p.shape) for name, p in moe.state_dict().items()} == {
+        "router.weight": (7, 96),
+        "router.bias": (7,),
+    }
+
+
+def test_forward_before_install_is_refused() -> None:
+    with pytest.raises(AssertionError, match="install"):
+        MoE(8, 4, 2)(torch.zeros(1, 8), torch.zeros(1, 4))

@@ -1,0 +1,80 @@
+"""Starting takes ranks different times: who is ready first waits for long, and still sees at once who is gone."""
+
+import sys
+import time
+from pathlib import Path
+from signal import SIGKILL, SIGSTOP, Signals
+from typing import Any
+
+import pytest
+from spawn import Command, commands
+
+from epmoe import generate
+from epmoe.ranks import launch, mesh
+
+
+def generate_slowly(step: str, slow: int, *keys: str) -> None:
+    """The real command, whose `step` takes rank `slow` three seconds longer than timeout_s."""
+    sys.argv[1:] = ["runtime.device=cpu", "runtime.timeout_s=3", *keys]
+    real = getattr(generate, step)
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        if launch.Launch.read().rank == slow:
+            time.sleep(6)
+        return real(*arguments, **options)
+
+    setattr(generate, step, late)
+    generate.generate()
+
+
+@pytest.mark.parametrize(("step", "slow"), [("resolve", 1), ("load", 0), ("load", 2)])
+def test_a_slow_node_is_waited_for(step: str, slow: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A download and the reading of weights may take one node longer than a collective may wait."""
+    keys = [f"checkpoint={tiny_checkpoint}", "prompt=x", "max_new_tokens=4"]
+    with commands(generate_slowly, 3, step, slow, *keys, folder=tmp_path) as started:
+        assert [command.wait(40) for command in started] == [0, 0, 0], started[0].stderr
+        assert started[0].stdout and "4 tokens in" in started[0].stderr
+
+
+def meet_late(seconds: float) -> None:
+    """Rank 1 comes late to the second meeting."""
+    with mesh.start(device="cpu", timeout_s=8.0, start_timeout_s=1.0) as mine:
+        mine.meet()
+        print("waiting", flush=True)
+        if mine.rank == 1:
+            time.sleep(seconds)
+        mine.meet()
+
+
+def wait_until_waiting(started: list[Command]) -> None:
+    deadline = time.monotonic() + 60
+    while not all(command.stdout for command in started):
+        assert time.monotonic() < deadline, [command.stderr for command in started]
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_never_ready_is_named(tmp_path: Path) -> None:
+    """It is alive and answers, so that only start_timeout_s ends the wait; the message names that key."""
+    with commands(meet_late, 3, 1000.0, folder=tmp_path) as started:
+        assert [command.wait(30) for command in started] == [1, 1, 1]
+        late = "epmoe: rank 1 was not ready within 1 s of the others (runtime.start_timeout_s); rank {} ends too\n"
+        assert [command.stderr for command in started] == [late.format(rank) for rank in range(3)]
+
+
+def wait_for_ever() -> None:
+    with mesh.start(device="cpu", timeout_s=8.0) as mine:
+        print("waiting", flush=True)
+        if mine.rank == 1:
+            time.sleep(1000)
+        mine.meet()
+
+
+@pytest.mark.parametrize(("number", "says"), [(SIGKILL, "ended without a word"), (SIGSTOP, "has been silent for 6 s")])
+def test_a_rank_that_goes_while_others_wait_is_named(number: Signals, says: str, tmp_path: Path) -> None:
+    """The long wait does not hide a death: within 8 s, not within start_timeout_s."""
+    with commands(wait_for_ever, 3, folder=tmp_path) as started:
+        wait_until_waiting(started)
+        started[1].signal(number)
+        for rank in (0, 2):
+            assert started[rank].wait(8) == 1
+            assert started[rank].stderr.startswith(f"epmoe: rank 1 {says}")

@@ -1,0 +1,84 @@
+"""A key/value cache that free memory bounds: rank 0 says so, and a fixed capacity gives the same bits on any ranks."""
+
+import io
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from bitwise_run import requests
+from spawn import run_ranks
+
+from epmoe.cache.cache import Cache
+from epmoe.cache.fit import CACHE_SHARE, _bytes, fit_cache
+from epmoe.engine.engine import Engine
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.hub import DEMO
+from epmoe.weights.load import load
+
+PAGE, BATCH = 4, 6
+WANTED = 49 * PAGE  # of bitwise_run's six requests: 25 + 3 + 4 + 8 + 6 + 3 pages
+ROOM = 28 * PAGE  # what a third of the memory holds; all of it would hold more than WANTED
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rank's run came to."""
+
+    tokens: int  # positions of the cache
+    together: int  # most sequences at a time
+    outputs: list[str]  # ids and log-probabilities of each request; a float's repr tells all its bits
+    said: list[str]  # lines on standard error while the cache was made
+
+
+def run(mine: Ranks, cache_tokens: int) -> Found:
+    """The embedded model in a host that has room for ROOM positions on each of three ranks, for all on one."""
+    model, _ = load(Checkpoint.open(DEMO), mine, combine="slots", dtype="float32", progress=False)
+    config, admit, held = model.config, Cache.admit, []
+    asked = [replace(each, params=replace(each.params, logprobs=5)) for each in requests(config.vocab)]
+    needs = [request.cached(config.max_positions) for request in asked]
+
+    def empty(tokens: int) -> Cache:
+        shape = config.windows, config.kv_heads, config.head_dim
+        return Cache(*shape, tokens=tokens, sequences=BATCH, page=PAGE, dtype=torch.float32, device="meta")
+
+    def counted(cache: Cache, tokens: int) -> int:
+        handle = admit(cache, tokens)
+        held.append(len(cache.paged.held))
+        return handle
+
+    fixed, per_page = _bytes(empty(PAGE), empty(2 * PAGE))
+    free = 3 * int((fixed + ROOM // PAGE * per_page) / CACHE_SHARE + 1)
+    options = {"page": PAGE, "max_batch": BATCH, "cache_tokens": cache_tokens}
+    with redirect_stderr(io.StringIO()) as said, patch("epmoe.cache.fit.free_bytes", lambda device: free):
+        cache = fit_cache(config, needs, mine, dtype=torch.float32, **options)
+    with patch.object(Cache, "admit", counted):
+        results = Engine(model, cache, mine, prefill_chunk=16, max_batch=BATCH).generate(asked)
+    outputs = [repr((each.ids, each.logprobs)) for each in results]
+    return Found(cache.tokens, max(held), outputs, said.getvalue().splitlines())
+
+
+def test_rank_0_says_that_memory_bounds_the_cache() -> None:
+    """Once, and only where it does: one rank has the memory of all three. Fewer sequences run together then."""
+    (one,) = run_ranks(run, 1, 0)
+    three = run_ranks(run, 3, 0)
+    assert (one.tokens, one.together, one.said) == (WANTED, BATCH, [])
+    assert all(each.tokens == ROOM and each.together == three[0].together < BATCH for each in three)
+    assert [len(each.said) for each in three] == [1, 0, 0]
+    for part in ("epmoe: free memory bounds", f" {ROOM} positions", f"want {WANTED}:", "runtime.cache_tokens=N"):
+        assert part in three[0].said[0]
+
+
+@pytest.mark.parametrize("cache_tokens", [ROOM, WANTED])
+def test_a_fixed_capacity_gives_the_same_bits_though_memory_differs(cache_tokens: int) -> None:
+    """Log-probabilities on 1 and 3 ranks, where without it the ranks would have other batches (the test above).
+
+    The smaller capacity holds back as many requests on one rank as on three; the larger one holds back none.
+    """
+    runs = run_ranks(run, 1, cache_tokens) + run_ranks(run, 3, cache_tokens)
+    assert {each.tokens for each in runs} == {cache_tokens}
+    assert {each.together < BATCH for each in runs} == {cache_tokens == ROOM}
+    assert all(each.said == [] for each in runs)
+    assert all(each == runs[0] for each in runs[1:])

@@ -1,0 +1,155 @@
+"""Output: texts in the order of the prompts, stop strings, files that are whole or not there."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
+from epmoe.errors import UserError
+from epmoe.text.output import Output, check_writable, write_lines
+from epmoe.text.tokenizer import Tokenizer
+from epmoe.weights.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    """Ids 0 to 255 are bytes."""
+    return Tokenizer.of(Checkpoint.open(tiny_checkpoint))
+
+
+def output(tokenizer: Tokenizer, count: int, stop: tuple[str, ...] = (), main: bool = True) -> Output:
+    requests = [Request((1,), SamplingParams(stop=stop))] * count
+    return Output(tokenizer, requests, io.StringIO() if main else None)
+
+
+def printed(out: Output) -> str:
+    assert isinstance(out.stdout, io.StringIO)
+    return out.stdout.getvalue()
+
+
+DONE = Result((), "length", 0.1, 0.2, ())
+
+
+def test_one_text_is_streamed(tokenizer: Tokenizer) -> None:
+    out = output(tokenizer, 1)
+    shown = []
+    for byte in "aé".encode():
+        assert not out.on_token(0, byte)
+        shown.append(printed(out))
+    out.on_finish(0, DONE)
+    assert [*shown, printed(out)] == ["a", "a", "aé", "aé\n"]
+
+
+def test_several_texts_come_in_order(tokenizer: Tokenizer) -> None:
+    out = output(tokenizer, 3)
+    for index, letter in ((0, "a"), (2, "x"), (1, "m"), (0, "b")):
+        out.on_token(index, ord(letter))
+    assert printed(out) == "ab"  # the first is streamed, the others wait
+    out.on_finish(2, DONE)
+    out.on_finish(0, DONE)
+    assert printed(out) == "ab\n\nm"  # now the second is streamed
+    out.on_finish(1, DONE)
+    assert printed(out) == "ab\n\nm\n\nx\n"
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_every_rank_sees_a_stop_string(tokenizer: Tokenizer, main: bool) -> None:
+    out = output(tokenizer, 1, ("END",), main)
+    assert [out.on_token(0, byte) for byte in b"aEEND"] == [False, False, False, False, True]
+    out.on_finish(0, DONE)
+    assert "".join(out.answers[0].pieces) == "aE"
+    if main:
+        assert printed(out) == "aE\n"
+
+
+def test_what_was_held_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
+    out = output(tokenizer, 1, ("END",))
+    for byte in b"aEN\xc3":  # half a stop string, half a character
+        out.on_token(0, byte)
+    assert printed(out) == "a"
+    out.on_finish(0, DONE)
+    assert printed(out) == "aEN\ufffd\n"
+
+
+def test_record_of_a_request(tokenizer: Tokenizer) -> None:
+    out = output(tokenizer, 1)
+    out.on_token(0, ord("a"))
+    logprobs = (TokenLogprobs(-0.5, ((97, -0.5), (98, -2.0))),)
+    request = Request((1, 2, 3), SamplingParams(logprobs=2))
+    line = json.loads(json.dumps(out.record(0, request, Result((97,), "stop", 0.25, 0.5, logprobs))))
+    assert line == {
+        "index": 0,
+        "prompt_tokens": 3,
+        "ids": [97],
+        "text": "a",
+        "finish_reason": "stop",
+        "first_token_s": 0.25,
+        "total_s": 0.5,
+        "logprobs": [{"logprob": -0.5, "top": [[97, -0.5], [98, -2.0]]}],
+    }
+
+
+def test_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_text("old\n")
+    with pytest.raises(TypeError):
+        write_lines(str(file), [{"a": 1}, {"b": object()}])  # fails half-way
+    assert file.read_text() == "old\n" and list(tmp_path.iterdir()) == [file]
+    with file.open() as old:
+        write_lines(str(file), [{"a": "é"}, {"b": 2}])
+        assert old.read() == "old\n"  # replaced in one step, not written over
+    assert file.read_text(encoding="utf-8") == '{"a": "é"}\n{"b": 2}\n'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_places_that_cannot_be_written_are_found_early(tmp_path: Path) -> None:
+    check_writable("")
+    check_writable(str(tmp_path / "new.jsonl"))
+    for name, message in {str(tmp_path): "is a directory", str(tmp_path / "no" / "o.jsonl"): "does not exist"}.items():
+        with pytest.raises(UserError, match=message):
+            check_writable(name)
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """Who may write to /dev would lose /dev/stdout to a file of that name."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path / "pipe"), os.devnull):
+        with pytest.raises(UserError, match="is no plain file"):
+            check_writable(name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/o.jsonl", "a" * 300, "loop/o.jsonl", "file/o.jsonl"])
+def test_a_strange_place_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the generation, not after it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output=.*: "):
+        check_writable(name)
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    file, link = tmp_path / "file.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    check_writable(str(link))
+    write_lines(str(link), [{"a": 1}])
+    assert link.is_symlink() and file.read_text() == '{"a": 1}\n'
+
+
+def test_full_disk_is_one_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under standard output as under the file, of which nothing is left."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = output(tokenizer, 1)
+    monkeypatch.setattr(out.stdout, "flush", fail)
+    with pytest.raises(UserError, match=r"standard output cannot be written \(No space left on device\)"):
+        out.on_token(0, ord("a"))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"o\.jsonl cannot be written \(No space left on device\)"):
+        write_lines(str(tmp_path / "o.jsonl"), [{"a": 1}])
+    assert list(tmp_path.iterdir()) == []

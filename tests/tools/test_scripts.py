@@ -1,0 +1,68 @@
+"""scripts/test refuses to pass for GPUs that are not there, and records what was run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    # This interpreter as it is: a test must not install anything.
+    env = {**os.environ, "EPMOE_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **env}
+    return subprocess.run([str(ROOT / "scripts" / name), *arguments], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("option, needed", [("--gpu", 1), ("--multigpu", 2)])
+def test_refuses_without_devices(option: str, needed: int) -> None:
+    done = script("test", option)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"scripts/test: {option} needs {needed} CUDA device(s), found 0: no test was run\n"
+
+
+def test_record(tmp_path: Path) -> None:
+    """Counts and the commit are those of the run; pytest's own arguments pass through."""
+    file = tmp_path / "record.json"
+    done = script("test", "--json", str(file), "tests/tools/test_launch.py", "-k", "one_node", EPMOE_COMMIT="abc")
+    assert done.returncode == 0, done.stdout
+    record = json.loads(file.read_text())
+    assert {key: record[key] for key in ("passed", "failed", "error", "skipped")} == {
+        "passed": 1,
+        "failed": 0,
+        "error": 0,
+        "skipped": 0,
+    }
+    assert record["commit"] == "abc" and record["devices"] == [] and record["exit_status"] == 0
+    assert record["deselected"] > 0 and list(record["durations"]) == ["tests/tools/test_launch.py::test_one_node"]
+    assert done.stdout.splitlines()[-1].startswith("=") and "1 passed" in done.stdout.splitlines()[-1]
+
+
+def test_chosen_interpreter() -> None:
+    assert script("setup").stdout == f"{sys.executable}\n"
+    done = script("setup", EPMOE_PYTHON="/no/such/python")
+    assert done.returncode == 2 and "EPMOE_PYTHON=/no/such/python is no program" in done.stderr
+
+
+# As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path.
+BARE = """
+import runpy, sys
+root, file = sys.argv[1:]
+sys.path = [each for each in sys.path if each != root]
+sys.argv = [file, "--help"]
+runpy.run_path(file, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["make_checkpoint", "train_demo", "bench/attention", "bench/load", "bench/moe", "bench/router", "bench/tune"],
+)
+def test_runs_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BARE, str(ROOT), str(ROOT / "scripts" / f"{name}.py")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
