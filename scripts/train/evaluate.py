@@ -1,6 +1,6 @@
 """The held-out loss of a checkpoint through epmoe's own path: loader, router, experts, combine, cache.
 
-    python3 scripts/train/evaluate.py epmoe/demo                       # the windows that tests/demo/test_demo.py evaluates
+    python3 scripts/train/evaluate.py epmoe/demo                       # the windows of tests/demo/test_demo.py
     torchrun --nproc-per-node 2 scripts/train/evaluate.py epmoe/demo   # the same figure, to the bit
 
 Letters: S tokens of a window · V vocabulary.
