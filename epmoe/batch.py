@@ -6,17 +6,9 @@ Letters: T tokens of a step · B sequences · O tokens whose logits are wanted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-
-# A step of so many tokens runs as two micro-batches, so that the rows of one travel between the ranks while the other
-# computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 812 µs at once and
-# 2 · 443 in halves (README). The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
-# loss is about the same and the gain half; for fewer there is little to win. The limit is an estimate by these figures.
-# Whether a step is halved follows from its tokens alone, not from the ranks: a library's product of 4096 rows may give
-# other bits than one of 8192, and slots promise the same bits on any number of ranks. So one rank, which gains nothing,
-# halves as well: 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them.
-HALVES_FROM = 4096
 
 Span = tuple[int, int, int, int]  # of one sequence in a step: begin, end, cached, sequence
 
@@ -32,22 +24,27 @@ class Step:
     sequence_B: tuple[int, ...]  # the cache's handles
     output_O: torch.Tensor  # int64, rows of T whose logits are wanted
 
-    def halves(self) -> tuple["Step", ...]:
-        """This step as two, to be run one after the other in each layer, or itself where it is small (HALVES_FROM).
+    @property
+    def part(self) -> None:
+        """All of the vocabulary."""
+        return None
+
+    def halves(self, least: int) -> tuple["Step", ...]:
+        """This step as two, to be run one after the other in each layer, or itself where it has under `least` tokens.
 
         Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. Each half
         has as many `output_O` as the step; those in the other half become one of its own tokens, so that nobody has to
         look on the host which are whose.
         """
         tokens = len(self.token_T)
-        cut = _middle(self.start_B1) if tokens >= HALVES_FROM else 0
+        cut = _middle(self.start_B1) if tokens >= least else 0
         return (self._part(0, cut), self._part(cut, tokens)) if 0 < cut < tokens else (self,)
 
     def _part(self, begin: int, end: int) -> "Step":
         """Tokens begin : end."""
         kept = [
             (max(first, begin), min(last, end), cached + max(begin - first, 0), sequence)
-            for first, last, cached, sequence in _spans(self)
+            for first, last, cached, sequence in spans(self)
             if first < end and last > begin
         ]
         return Step(
@@ -74,8 +71,20 @@ class DecodeStep:
     sequence_B: torch.Tensor  # int64, the cache's handles
     part: tuple[int, int] | None = None  # first and last + 1 of the vocabulary's ids whose logits are wanted; None: all
 
+    def halves(self, least: int) -> tuple["DecodeStep"]:
+        """This step itself, however large."""
+        return (self,)
 
-def _spans(step: Step) -> list[Span]:
+
+class SequenceState(NamedTuple):
+    """What the device knows of every sequence, by its handle in the cache; the last handle is the spare one."""
+
+    token_S: torch.Tensor  # int64, its last token
+    position_S: torch.Tensor  # int64, that token's position
+    seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a penalty
+
+
+def spans(step: Step) -> list[Span]:
     return list(zip(step.start_B1[:-1], step.start_B1[1:], step.cached_B, step.sequence_B, strict=True))
 
 

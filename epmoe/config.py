@@ -101,7 +101,7 @@ class Config:
     quant: str = key("format of the experts in memory", names=("auto",), table="epmoe.formats:FORMATS")
     experts: str = key("backend of the experts' products", names=("auto",), table="epmoe.moe.experts:EXPERTS")
     router: str = key("backend of the router", names=("auto",), table="epmoe.moe.router:ROUTERS")
-    combine: str = key("how ranks join their experts' outputs", names=("auto",), table="epmoe.moe.exchange:COMBINES")
+    combine: str = key("how ranks join their experts' outputs", names=("auto",), table="epmoe.moe.exchange:EXCHANGES")
     placement: str = key("which expert lives on which rank", table="epmoe.moe.placement:PLACEMENTS")
     mesh: Mesh = key("how the ranks are arranged")
     sampling: Sampling = key("how the next token is chosen")
@@ -185,6 +185,35 @@ def parse(argv: Sequence[str]) -> Config:
     _check_all(config)
     if show:
         _leave(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    return config
+
+
+def from_keys(values: Mapping[str, Any]) -> Config:
+    """The configuration with some keys set from Python: `{"experts": "triton", "runtime": {"device": "cpu"}}`.
+
+    A group takes a mapping of its keys, or the name of a preset: `{"runtime": "small"}`.
+
+    Raises:
+        UserError: an unknown key or preset, a wrong type, a value out of range.
+    """
+    presets_wanted = [
+        _checked(name, value) for name, value in values.items() if name in GROUPS and isinstance(value, str)
+    ]
+    config = _compose(presets_wanted)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in GROUPS and isinstance(value, Mapping):
+            flat |= {f"{name}.{leaf}": each for leaf, each in value.items()}
+        elif not (name in GROUPS and isinstance(value, str)):
+            flat[name] = value
+    for name, value in flat.items():
+        if name not in KEYS:
+            raise UserError(f"unknown key {name!r}{_known(name, [*KEYS, *GROUPS])}")
+        kind = KEYS[name].type
+        if not (_is_json(kind, value) or (kind not in _TYPES and (value is None or isinstance(value, str)))):
+            raise UserError(f"{name}={value!r} is not {_TYPES.get(kind, 'text')}: it takes {_wanted(KEYS[name])}")
+        _set(config, name, float(value) if kind is float else value)
+    _check_all(config)
     return config
 
 

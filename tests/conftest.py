@@ -1,13 +1,15 @@
-"""What all tests share: one thread a process, the tiny checkpoint, the table of compiled kernels, --json."""
+"""What all tests share: one thread a process, the tiny checkpoint, workers that take turns, --json."""
 
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before torch is imported: ranks of a test share few cores, and torchrun would set the same.
@@ -15,8 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from turns import Turns
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_WORKERS = 8  # each holds torch and starts ranks; the longest test bounds what more could gain
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +29,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from epmoe.weights.synthetic import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", size="tiny")
+
+
+@pytest.fixture
+def settled_device() -> None:
+    """For tests that measure device memory: what earlier ones left in cycles goes now, not in the middle of them."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +48,65 @@ def compiled_kernels(record_property: Callable[[str, object], None]) -> Iterator
             record_property("compiled", compiler.COMPILED.pop(0))
 
 
+# --- tests in parallel (pytest-xdist, where it is installed) ----------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` stands for: the cores, two at least, as tests also wait; none for a single file and with -s."""
+    if config.getoption("capture") == "no" or not all(Path(each).is_dir() for each in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores, 2), MOST_WORKERS)
+
+
+def wants_to_be_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run alone come first, one after the other: one wait for the other workers, not many."""
+    items.sort(key=wants_to_be_alone, reverse=True)
+
+
+TURNS = pytest.StashKey[Turns]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a worker; its own temporary folder lies within that of the run
+        config.stash[TURNS] = Turns(Path(config.option.basetemp).parent)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Around everything else, so that waiting for a turn is not counted against a test's timeout."""
+    turns = item.config.stash.get(TURNS, None)
+    if turns is None:
+        return (yield)
+    turns.take(alone=wants_to_be_alone(item))
+    try:
+        return (yield)
+    finally:
+        if not (wants_to_be_alone(item) and nextitem is not None and wants_to_be_alone(nextitem)):
+            turns.end()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Each worker selects for itself, and the one that writes the summary has to hear of it."""
+    if items and hasattr(config := items[0].config, "workeroutput"):
+        config.workeroutput.setdefault("deselected", []).extend(item.nodeid for item in items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    stats = node.config.pluginmanager.getplugin("terminalreporter").stats
+    if names := getattr(node, "workeroutput", {}).get("deselected"):  # not of a worker that has crashed
+        stats["deselected"] = [SimpleNamespace(nodeid=name) for name in names]  # all of them say the same
+
+
+# --- the summary ------------------------------------------------------------------------------------------------------
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results-json", metavar="FILE", help="write commit, devices, counts and durations to FILE")
 
@@ -43,7 +114,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> Iterator[None]:
     yield
-    write_kernels(terminalreporter)
+    if config.getoption("capture") == "no":
+        write_kernels(terminalreporter)
     if file := config.getoption("--results-json"):
         record = results(terminalreporter.stats, exitstatus, config.getoption("markexpr"))
         Path(file).write_text(json.dumps(record, indent=1) + "\n")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from spawn import commands
 
-from epmoe import generate
+from epmoe import generate, llm
 from epmoe.errors import UserError
 from epmoe.ranks.launch import Launch
 from epmoe.text.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def generate_with_own_eos(*keys: str) -> None:
     """The real command, on whose rank 1 every id ends a text."""
     sys.argv[1:] = ["runtime.device=cpu", "runtime.timeout_s=10", *keys]
     if Launch.read().rank == 1:
-        generate.eos_ids = lambda checkpoint: tuple(range(checkpoint.config["vocab_size"]))
+        llm.eos_ids = lambda checkpoint: tuple(range(checkpoint.config["vocab_size"]))
     generate.generate()
 
 
@@ -201,7 +201,7 @@ def test_a_prompt_is_refused_before_the_weights_are_read(
     here: Callable[..., tuple[str, str]], checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading takes minutes on a big checkpoint."""
-    monkeypatch.setattr("epmoe.generate.load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr("epmoe.llm.load", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match="model has 512 positions"):
         here(checkpoint, "prompt=" + "a" * 600)
 

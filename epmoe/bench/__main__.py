@@ -28,22 +28,20 @@ from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import Options, check_steps, parse
 from epmoe.bench.weights import RandomCheckpoint
-from epmoe.cache.cache import Cache
-from epmoe.cache.fit import fit_cache
 from epmoe.config import Config
-from epmoe.engine.engine import Engine, choose_chunk
-from epmoe.engine.graphs import choose_graphs
+from epmoe.engine.engine import Engine, resolve_chunk
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
+from epmoe.llm import LLM, join
 from epmoe.moe.placement import PLACEMENTS
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import peak_bytes
-from epmoe.ranks.mesh import Ranks, start
+from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.profile import profiled
 from epmoe.tables import lookup
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.hub import resolve
-from epmoe.weights.load import DTYPES, LoadReport, load
+from epmoe.weights.load import DTYPES
 from epmoe.weights.manifest import Manifest
 
 PROFILED_TOKENS = 8  # new tokens of each batch in a trace; a whole run's would be too large to open
@@ -69,29 +67,29 @@ class Batch:
 
 def bench() -> None:
     options, config = parse(sys.argv[1:])
-    run = config.runtime
-    with start(device=run.device, expert=config.mesh.expert, timeout_s=run.timeout_s, threads=run.threads) as ranks:
-        chunk = choose_chunk(run.prefill_chunk, ranks.device)
-        config = replace(config, runtime=replace(run, prefill_chunk=chunk))
+    with join(config) as ranks:
+        chunk = resolve_chunk(config.runtime.prefill_chunk, ranks.device)
+        runtime = replace(config.runtime, prefill_chunk=chunk, max_batch=most_sequences(options))
+        config = replace(config, runtime=runtime)
         check_steps(options, chunk)
         if options.compare:
             peer.check(ranks.size)
-        checkpoint = open_checkpoint(options, config, ranks)
-        record = conditions(options, config, ranks, checkpoint)
-        floor, ours = measure(options, config, ranks, checkpoint)
+        source = open_source(options, config, ranks)
+        record = conditions(options, config, ranks, source)
+        floor, ours = measure(options, config, ranks, source)
         record |= ours
         gc.collect()  # the model is gone: its memory is the peer's and that of the arrays that measure the limits
         if ranks.device.type != "cpu":
             torch.accelerator.empty_cache()
         add_limits(record, floor, options, ranks)
         if options.compare:
-            add_peer(record, options, checkpoint, ranks)
+            add_peer(record, options, source, ranks)
         if ranks.is_main:
             print(table(record))
             print(json.dumps(record))
 
 
-def open_checkpoint(options: Options, config: Config, ranks: Ranks) -> Checkpoint:
+def open_source(options: Options, config: Config, ranks: Ranks) -> Checkpoint:
     """The checkpoint that was asked for, or random weights; says on standard error which size was chosen."""
     if config.checkpoint:
         return Checkpoint.open(resolve(config.checkpoint))
@@ -101,12 +99,12 @@ def open_checkpoint(options: Options, config: Config, ranks: Ranks) -> Checkpoin
     return RandomCheckpoint.of(size)
 
 
-def conditions(options: Options, config: Config, ranks: Ranks, checkpoint: Checkpoint) -> Record:
+def conditions(options: Options, config: Config, ranks: Ranks, source: Checkpoint) -> Record:
     """What a reader must know to compare the numbers."""
     accelerated = ranks.device.type != "cpu"
     return {
         "bench": "model",
-        "model": checkpoint.path.name,
+        "model": source.path.name,
         "device": torch.get_device_module(ranks.device).get_device_name(ranks.device) if accelerated else "cpu",
         "ranks": ranks.size,
         "nodes": ranks.nodes,
@@ -115,7 +113,7 @@ def conditions(options: Options, config: Config, ranks: Ranks, checkpoint: Check
         "prompt_tokens": options.prompt_tokens,
         "lengths": list(options.lengths),
         "repeat": options.repeat,
-        "runtime": asdict(config.runtime) | {"max_batch": most_sequences(options)},
+        "runtime": asdict(config.runtime),
     }
 
 
@@ -124,90 +122,87 @@ def most_sequences(options: Options) -> int:
     return max([*options.batches, options.prefill[0] if options.prefill else 1])
 
 
-def measure(options: Options, config: Config, ranks: Ranks, checkpoint: Checkpoint) -> tuple[Floor, Record]:
+def measure(options: Options, config: Config, ranks: Ranks, source: Checkpoint) -> tuple[Floor, Record]:
     """Load, decode, prefill. The model and its cache live in here only."""
-    run = config.runtime
-    names = {key: getattr(config, key) for key in ("quant", "experts", "router", "combine", "placement")}
-    progress = run.progress and not isinstance(checkpoint, RandomCheckpoint)  # which reads no bytes to show
-    model, report = load(checkpoint, ranks, dtype=run.dtype, progress=progress, **names)
-    cache = make_cache(model.config, report, options, config, ranks)
-    vocab = model.config.vocab
+    llm = LLM.opened(config, ranks, source)
+    largest = largest_work(llm.architecture, options, config)
+    llm.load(positions_needed(llm.architecture, options, config))
+    if llm.cache.tokens < largest.positions:
+        raise UserError(
+            f"{largest.key} needs {largest.positions} positions of the key/value cache, and {llm.cache.tokens} fit: "
+            "lower it, or raise runtime.cache_tokens where that was set"
+        )
+    vocab = llm.architecture.vocab
     batches = [Batch.of(size, options.prompt_tokens, vocab) for size in options.batches]
-    graphs = choose_graphs(run.graphs, ranks, report)
     begin = time.perf_counter()
-    engine = Engine(
-        model,
-        cache,
-        ranks,
-        prefill_chunk=run.prefill_chunk,
-        max_batch=most_sequences(options),
-        graphs=graphs,
-        timeout_s=run.timeout_s,
-        progress=run.progress,
-    )
-    engine.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(options.lengths[1]))
+    llm.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(options.lengths[1]))
     ready_s = time.perf_counter() - begin
 
-    decode = [measure_decode(engine, ranks, batch, options) for batch in batches]
+    decode = [measure_decode(llm.engine, ranks, batch, options) for batch in batches]
     prefill = None
     if options.prefill:
-        prefill = measure_prefill(engine, ranks, Batch.of(*options.prefill, vocab), options)
-    with profiled(run.profile, ranks):
-        for batch in batches if run.profile else ():
-            engine.generate(batch.requests(PROFILED_TOKENS))
+        prefill = measure_prefill(llm.engine, ranks, Batch.of(*options.prefill, vocab), options)
+    with profiled(config.runtime.profile, ranks):
+        for batch in batches if config.runtime.profile else ():
+            llm.engine.generate(batch.requests(PROFILED_TOKENS))
+    report, cache = llm.report, llm.cache
     load_us, peak, cached = zip(
         *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks), cache.nbytes]), strict=True
     )
-    owners = lookup("placement", PLACEMENTS, config.placement)(model.config.num_experts, ranks.expert_size)
+    owners = lookup("placement", PLACEMENTS, config.placement)(llm.architecture.num_experts, ranks.expert_size)
     floor = Floor.of(
-        Manifest.of(checkpoint, model, model.config, report.quant),
-        model.config,
+        Manifest.of(source, llm.model, llm.architecture, report.quant),
+        llm.architecture,
         DTYPES[report.dtype],
         local=max(map(len, owners.experts)),
         ranks=ranks.expert_size,
     )
     chosen = {key: getattr(report, key) for key in ("dtype", "quant", "experts", "router", "combine")}
-    seconds = {"load_s": max(load_us) / 1e6, "ready_s": ready_s}
+    seconds = {"load_s": max(load_us) / 1e6, "ready_s": ready_s, "graphs": llm.engine.config.graphs}
     memory = {"peak_bytes": list(peak), "cache_bytes": list(cached)}
-    return floor, chosen | {"graphs": graphs} | seconds | memory | {"decode": decode, "prefill": prefill}
+    return floor, chosen | seconds | memory | {"decode": decode, "prefill": prefill}
 
 
-def make_cache(model: Any, report: LoadReport, options: Options, config: Config, ranks: Ranks) -> Cache:
-    """Room for every batch at once, so that all its sequences do decode together; `model` is the model's config.
+@dataclass(frozen=True)
+class Work:
+    """What is measured at a time, and the key that asks for it."""
 
-    Raises:
-        UserError: a prompt and its new tokens exceed the model's positions, or a batch the memory.
-    """
-    work = [(size, options.prompt_tokens + options.lengths[1], f"batches={size}") for size in options.batches]
+    sequences: int
+    length: int  # of each, in positions
+    key: str
+
+    @property
+    def positions(self) -> int:
+        return self.sequences * self.length
+
+
+def all_work(model: Any, options: Options) -> list[Work]:
+    """Raises UserError for a prompt and its new tokens that exceed the model's positions."""
+    work = [Work(size, options.prompt_tokens + options.lengths[1], f"batches={size}") for size in options.batches]
     if options.prefill:
-        work.append((options.prefill[0], options.prefill[1] + 1, "prefill={}x{}".format(*options.prefill)))
-    for _, length, what in work:
-        if length > model.max_positions:
+        work.append(Work(options.prefill[0], options.prefill[1] + 1, "prefill={}x{}".format(*options.prefill)))
+    for each in work:
+        if each.length > model.max_positions:
             raise UserError(
-                f"{what} needs {length} positions for a prompt and its new tokens, and the model has "
+                f"{each.key} needs {each.length} positions for a prompt and its new tokens, and the model has "
                 f"{model.max_positions}: lower prompt_tokens, lengths or prefill"
             )
-    run = config.runtime
-    largest = max(work, key=lambda item: item[0] * -(-item[1] // run.page))
-    most = most_sequences(options)
-    # As many requests as the most sequences, together as long as the largest batch.
-    longest = max(length for _, length, _ in work)
-    needs = [longest] * largest[0] + [run.page] * (most - largest[0])
-    cache = fit_cache(
-        model,
-        needs,
-        ranks,
-        dtype=DTYPES[report.dtype],
-        page=run.page,
-        max_batch=most,
-        cache_tokens=run.cache_tokens,
-    )
-    if cache.tokens < largest[0] * largest[1]:
-        raise UserError(
-            f"{largest[2]} needs {largest[0] * largest[1]} positions of the key/value cache, and {cache.tokens} fit: "
-            "lower it, or raise runtime.cache_tokens where that was set"
-        )
-    return cache
+    return work
+
+
+def largest_work(model: Any, options: Options, config: Config) -> Work:
+    """What needs the most pages."""
+    return max(all_work(model, options), key=lambda work: work.sequences * -(-work.length // config.runtime.page))
+
+
+def positions_needed(model: Any, options: Options, config: Config) -> list[int]:
+    """For room for every batch at once, so that all its sequences do decode together.
+
+    As many requests as the most sequences, together as long as the largest batch.
+    """
+    largest, longest = largest_work(model, options, config), max(work.length for work in all_work(model, options))
+    others = most_sequences(options) - largest.sequences
+    return [longest] * largest.sequences + [config.runtime.page] * others
 
 
 def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int) -> tuple[float, float]:
@@ -268,14 +263,14 @@ def add_limits(record: Record, floor: Floor, options: Options, ranks: Ranks) -> 
         record["prefill"]["limit_tokens_per_s"] = flops / floor.prefill_flops()
 
 
-def add_peer(record: Record, options: Options, checkpoint: Checkpoint, ranks: Ranks) -> None:
+def add_peer(record: Record, options: Options, source: Checkpoint, ranks: Ranks) -> None:
     """The same measurements of transformers; None where its memory ran out."""
-    quantised = bool(checkpoint.config.get("quantization_config"))
-    other = peer.Transformers(checkpoint.path, quantised, DTYPES[record["dtype"]], ranks.device)
+    quantised = bool(source.config.get("quantization_config"))
+    other = peer.Transformers(source.path, quantised, DTYPES[record["dtype"]], ranks.device)
     facts = {"release": other.release, "experts": other.experts, "load_s": other.load_s}
     record["peer"] = {"name": options.compare, **facts}
     short, long = options.lengths
-    vocab = checkpoint.config["vocab_size"]
+    vocab = source.config["vocab_size"]
 
     def difference(ids_BP: torch.Tensor) -> float | None:
         whole, less = other.seconds(ids_BP, long), other.seconds(ids_BP, short)

@@ -14,62 +14,58 @@ so that a layer's cache is [J, R, D] keys and as many values, and attention only
 last ring belong to no request: rows that fill a decode step up to a fixed batch go there (Cache.spare).
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from epmoe.batch import DecodeStep, Step, _spans
-from epmoe.cache.plan import Decode, Plan, Prefill
+from epmoe.batch import DecodeStep, Step, spans
+from epmoe.cache.pages import Pages
+from epmoe.cache.plan import Decode, Limits, Plan, Prefill
 from epmoe.cache.rows import PagedRows, RingRows
 from epmoe.errors import UserError
 from epmoe.ranks.transfer import to_device
 
 
-class CacheFull(Exception):
-    """The sequence does not fit now; it will when others were released."""
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a cache holds."""
+
+    windows: Sequence[int | None]  # one a layer: positions it attends to, the token itself included; None = all
+    kv_heads: int
+    head_dim: int
+    tokens: int  # positions of the full-attention layers, shared among the sequences in pages of `page`
+    sequences: int  # that can be admitted at a time
+    page: int = 16
+    dtype: torch.dtype = torch.bfloat16
 
 
 class Cache:
     """Keys and values of up to `sequences` sequences; all memory is taken by the constructor.
 
-    Args:
-        windows: one entry a layer, the number of positions it attends to (the token itself included), None = all.
-        tokens: positions of the full-attention layers, shared among the sequences in pages of `page`.
-        sequences: how many sequences can be admitted at a time.
     Raises:
         UserError: the device has not enough memory.
     """
 
-    def __init__(
-        self,
-        windows: Sequence[int | None],
-        kv_heads: int,
-        head_dim: int,
-        *,
-        tokens: int,
-        sequences: int,
-        page: int = 16,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        assert tokens > 0 and sequences > 0 and page > 0
-        self.windows, self.tokens, self.sequences = tuple(windows), tokens, sequences
-        self.device = torch.device(device)
-        self.paged = PagedRows(tokens, sequences, page, self.device)
+    def __init__(self, config: CacheConfig, device: torch.device | str, limits: Limits | None = None) -> None:
+        assert config.tokens > 0 and config.sequences > 0 and config.page > 0
+        self.config, self.device, self.limits = config, torch.device(device), limits or Limits()
+        self.tokens, self.sequences = config.tokens, config.sequences
+        self.paged = PagedRows(config.tokens, config.sequences, config.page, self.device)
         self.pools: dict[int | None, PagedRows | RingRows] = {
-            window: self.paged if window is None else RingRows(window, sequences, page, self.device)
-            for window in self.windows
+            window: self.paged if window is None else RingRows(window, config.sequences, config.page, self.device)
+            for window in config.windows
         }
-        self.free = list(range(sequences))[::-1]
-        self.reserved: dict[int, int] = {}  # handle → max_tokens
-        shapes = [(2, kv_heads, self.pools[window].rows, head_dim) for window in self.windows]
+        self.pages = Pages(self.paged.pages if None in self.pools else 0, config.page, config.sequences)
+        shapes = [(2, config.kv_heads, self.pools[window].rows, config.head_dim) for window in config.windows]
         try:
-            self.layers = [torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes]
+            self.layers = [torch.empty(shape, dtype=config.dtype, device=self.device) for shape in shapes]
         except torch.OutOfMemoryError as error:
-            need = sum(2 * kv_heads * rows * head_dim for _, _, rows, _ in shapes) * dtype.itemsize
+            need = sum(math.prod(shape) for shape in shapes) * config.dtype.itemsize
             raise UserError(
-                f"the key/value cache of {tokens} tokens and {sequences} sequences needs {need / 1e9:.1f} GB on "
-                f"{self.device}, which has less: lower runtime.cache_tokens or runtime.max_batch"
+                f"the key/value cache of {config.tokens} tokens and {config.sequences} sequences needs "
+                f"{need / 1e9:.1f} GB on {self.device}, which has less: lower runtime.cache_tokens or runtime.max_batch"
             ) from error
 
     @property
@@ -77,38 +73,20 @@ class Cache:
         """Bytes of keys and values."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def fits(self, max_tokens: int) -> bool:
-        """Whether a sequence of that many positions would be admitted now."""
-        needed = self.paged.needs(max_tokens) if None in self.pools else 0
-        return bool(self.free) and needed <= len(self.paged.free)
-
     def admit(self, max_tokens: int) -> int:
-        """Reserve a sequence's pages; returns its handle.
+        """Reserve a sequence's pages and make them known to the device; returns its handle. Raises as `Pages.admit`."""
+        handle = self.pages.admit(max_tokens)
+        self.write(handle)
+        return handle
 
-        Raises:
-            CacheFull: it does not fit now.
-            UserError: it would not fit into an empty cache either.
-        """
-        assert max_tokens > 0
-        if None in self.pools and self.paged.needs(max_tokens) > self.paged.pages:
-            raise UserError(
-                f"a sequence of {max_tokens} tokens can never fit a cache of {self.tokens}: "
-                "raise runtime.cache_tokens, or lower max_new_tokens"
-            )
-        if not self.fits(max_tokens):
-            raise CacheFull(f"{max_tokens} tokens, {len(self.paged.free)} pages and {len(self.free)} sequences free")
-        sequence = self.free.pop()
-        if None in self.pools:
-            self.paged.admit(sequence, max_tokens)
-        self.reserved[sequence] = max_tokens
-        return sequence
+    def write(self, handle: int) -> None:
+        """Make known to the device which pages an admitted sequence holds."""
+        if self.pages.held[handle]:
+            self.paged.write(handle, self.pages.held[handle])
 
-    def release(self, sequence: int) -> None:
+    def release(self, handle: int) -> None:
         """Give a sequence's pages and its handle back."""
-        del self.reserved[sequence]
-        if None in self.pools:
-            self.paged.release(sequence)
-        self.free.append(sequence)
+        self.pages.release(handle)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [J, R, D] each; attention reads and writes them at the plan's rows."""
@@ -125,15 +103,23 @@ class Cache:
         if isinstance(step, DecodeStep):
             token_B = torch.arange(len(step.token_B), device=self.device)
             return {
-                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool, None), (), None)
+                window: Plan(
+                    window,
+                    Decode(token_B, step.position_B, step.sequence_B, pool, None, self.limits),
+                    (),
+                    None,
+                    self.limits,
+                )
                 for window, pool in self.pools.items()
             }
         assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
-        spans = _spans(step)
-        for begin, end, cached, sequence in spans:
-            assert end > begin and cached + end - begin <= self.reserved[sequence], "more tokens than were reserved"
-        singles = [(begin, cached, sequence) for begin, end, cached, sequence in spans if end - begin == 1]
-        longer = [span for span in spans if span[1] - span[0] > 1]
+        all_spans = spans(step)
+        for begin, end, cached, sequence in all_spans:
+            assert end > begin and cached + end - begin <= self.pages.reserved[sequence], (
+                "more tokens than were reserved"
+            )
+        singles = [(begin, cached, sequence) for begin, end, cached, sequence in all_spans if end - begin == 1]
+        longer = [span for span in all_spans if span[1] - span[0] > 1]
         # A tensor each, not rows of one: kernels are compiled anew for addresses that 16 does not divide.
         columns = list(zip(*singles, strict=True)) or [(), (), ()]
         token_B, position_B, sequence_B = (to_device(column, torch.int64, self.device) for column in columns)
@@ -142,9 +128,10 @@ class Cache:
         return {
             window: Plan(
                 window,
-                Decode(token_B, position_B, sequence_B, pool, cached_B) if singles else None,
+                Decode(token_B, position_B, sequence_B, pool, cached_B, self.limits) if singles else None,
                 tuple(Prefill(*span, pool) for span in longer),
                 span_P4,
+                self.limits,
             )
             for window, pool in self.pools.items()
         }

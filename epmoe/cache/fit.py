@@ -6,11 +6,12 @@ first, and the least counts.
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.errors import UserError
 from epmoe.ranks.memory import free_bytes
 from epmoe.ranks.mesh import Ranks
@@ -19,69 +20,93 @@ from epmoe.ranks.mesh import Ranks
 CACHE_SHARE = 0.7
 
 
-def fit_cache(
-    config: Any,
-    needs: Sequence[int],
-    ranks: Ranks,
-    *,
-    dtype: torch.dtype,
-    page: int,
-    max_batch: int,
-    cache_tokens: int = 0,
-) -> Cache:
-    """The cache for requests that need `needs[i]` positions each; a collective.
+class ModelShape(Protocol):
+    """What the cache needs to know of a model's configuration."""
 
-    `config` is a model's (windows, kv_heads, head_dim). `cache_tokens` fixes the capacity; 0 takes what the requests
-    need when as many as possible run at a time, and no more than CACHE_SHARE of the free memory. Where memory is the
-    bound, batches and with them the last bits of logits depend on the machine and on the number of ranks, and rank 0
-    says so; with a fixed capacity they don't.
+    @property
+    def windows(self) -> Sequence[int | None]: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What the configuration says of the cache."""
+
+    dtype: torch.dtype
+    page: int = 16
+    max_batch: int = 64
+    tokens: int = 0  # runtime.cache_tokens; 0: what the requests need, as far as memory goes
+
+
+def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, settings: CacheSettings) -> Cache:
+    """The cache for requests that need `needs[i]` positions each, or for any (None); a collective.
+
+    `settings.tokens` fixes the capacity; 0 takes what the requests need when as many as possible run at a time (any
+    requests: as many as may run, each as long as the model's positions), and no more than CACHE_SHARE of the free
+    memory. Where memory is the bound, batches and with them the last bits of logits depend on the machine and on the
+    number of ranks, and rank 0 says so; with a fixed capacity they don't.
 
     Raises:
         UserError: a request does not fit the capacity, or a fixed capacity the memory; the message names the key.
     """
-    sequences = min(max_batch, len(needs))
+    page, sequences = settings.page, settings.max_batch if needs is None else min(settings.max_batch, len(needs))
 
     def build(tokens: int, device: torch.device | str) -> Cache:
         shape = config.windows, config.kv_heads, config.head_dim
-        return Cache(*shape, tokens=tokens, sequences=sequences, page=page, dtype=dtype, device=device)
+        return Cache(CacheConfig(*shape, tokens, sequences, page, settings.dtype), device)
 
-    def pages(tokens: int) -> int:
-        return -(-tokens // page)
-
-    largest = max(pages(need) for need in needs)
     fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
     neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
-    least = min(free for (free,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
-    wanted = sum(sorted((pages(need) for need in needs), reverse=True)[:sequences])
-    if cache_tokens:
-        capacity = pages(cache_tokens)
-        if fixed + capacity * per_page > least:
-            raise UserError(
-                f"runtime.cache_tokens={cache_tokens} needs {(fixed + capacity * per_page) / 1e9:.1f} GB on "
-                f"{ranks.device}, of which {least / 1e9:.1f} GB are free: lower it, or leave it at 0"
-            )
+    free = min(each for (each,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
+    pages = [-(-need // page) for need in needs or [config.max_positions] * sequences]
+    wanted = sum(sorted(pages, reverse=True)[:sequences])
+    if settings.tokens:
+        capacity = -(-settings.tokens // page)
+        _check_fixed(settings, fixed + capacity * per_page, free, ranks)
         remedy = "raise runtime.cache_tokens, shorten the prompt or lower max_new_tokens"
     else:
-        budget = int(least * CACHE_SHARE)
+        budget = int(free * CACHE_SHARE)
         capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
         remedy = (
             f"{budget / 1e9:.1f} GB of free memory are for the cache; "
             "lower max_new_tokens or runtime.max_batch, shorten the prompt, or use more memory"
         )
+    largest = max(pages) if needs else 1
     if largest > capacity:
-        index = next(i for i, need in enumerate(needs) if pages(need) > capacity)
+        index = next((i for i, count in enumerate(pages) if count > capacity), 0)
         raise UserError(
-            f"prompt {index + 1} needs {needs[index]} positions of the key/value cache, which holds "
+            f"prompt {index + 1} needs {needs[index] if needs else 1} positions of the key/value cache, which holds "
             f"{max(capacity, 0) * page}: {remedy}"
         )
-    if not cache_tokens and capacity < wanted and ranks.is_main:
+    if not settings.tokens and capacity < wanted:
+        _say_bound(capacity * page, wanted * page if needs else 0, ranks)
+    return build(capacity * page, ranks.device)
+
+
+def _check_fixed(settings: CacheSettings, need: int, free: int, ranks: Ranks) -> None:
+    """Raises UserError when a fixed capacity needs more bytes than are free."""
+    if need > free:
+        raise UserError(
+            f"runtime.cache_tokens={settings.tokens} needs {need / 1e9:.1f} GB on "
+            f"{ranks.device}, of which {free / 1e9:.1f} GB are free: lower it, or leave it at 0"
+        )
+
+
+def _say_bound(capacity: int, wanted: int, ranks: Ranks) -> None:
+    """Rank 0 says that memory bounds the cache at `capacity` positions; `wanted` is 0 where no requests are known."""
+    if ranks.is_main:
+        wish = f", the requests want {wanted}" if wanted else ""
         print(
-            f"epmoe: free memory bounds the key/value cache at {capacity * page} positions, the requests want "
-            f"{wanted * page}: batches, and so last bits, may differ with the number of ranks; "
-            f"runtime.cache_tokens=N, at most {capacity * page} here, fixes them",
+            f"epmoe: free memory bounds the key/value cache at {capacity} positions{wish}: "
+            "batches, and so last bits, may differ with the number of ranks; "
+            f"runtime.cache_tokens=N, at most {capacity} here, fixes them",
             file=sys.stderr,
         )
-    return build(capacity * page, ranks.device)
 
 
 def _bytes(one_page: Cache, two_pages: Cache) -> tuple[int, int]:

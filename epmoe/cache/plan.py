@@ -11,9 +11,20 @@ import torch
 
 from epmoe.cache.rows import PagedRows, RingRows
 
-# A decode step gathers the keys and values of several sequences at once, padded to the longest: at most this many
-# positions a gather. 8 key/value heads of 64 in bf16 make it 1 GiB of keys and as much of values.
-GATHER_POSITIONS = 2**20
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the torch version of attention has in memory at once, however long prompts and chunks are."""
+
+    # A decode step gathers the keys and values of several sequences at once, padded to the longest: at most this many
+    # positions a gather. 8 key/value heads of 64 in bf16 make it 1 GiB of keys and as much of values.
+    gather_positions: int = 2**20
+    # A prefill's float32 scores are made in blocks of queries of at most this many elements (256 MiB; about three times
+    # that is alive at once).
+    score_elements: int = 2**26
+    # With a window W a block of Q queries meets Q + W positions, of which each query uses W: a small block wastes
+    # little.
+    window_queries: int = 128
 
 
 @dataclass(frozen=True)
@@ -35,13 +46,17 @@ class Decode:
     sequence_B: torch.Tensor  # int64
     pool: "PagedRows | RingRows"
     positions: tuple[int, ...] | None  # position_B on the host, if it is known there
+    limits: Limits = Limits()
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:
-        """The rows of neighbours together, up to GATHER_POSITIONS. Sizes come from the positions: may wait for them."""
+        """The rows of neighbours together, up to a limit. Sizes come from the positions: may wait for them."""
         positions = self.position_B.tolist() if self.positions is None else self.positions
         columns_B = [self.pool.columns(position) for position in positions]
-        return tuple(self._gather(slice(begin, end), max(columns_B[begin:end])) for begin, end in _groups(columns_B))
+        return tuple(
+            self._gather(slice(begin, end), max(columns_B[begin:end]))
+            for begin, end in _groups(columns_B, self.limits.gather_positions)
+        )
 
     def _gather(self, part: slice, columns: int) -> Gather:
         position_B1, sequence_B1 = self.position_B[part, None], self.sequence_B[part, None]
@@ -89,15 +104,16 @@ class Plan:
     decode: Decode | None
     prefills: tuple[Prefill, ...]
     span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
+    limits: Limits = Limits()
 
 
-def _groups(columns_B: list[int]) -> list[tuple[int, int]]:
-    """(begin, end) of neighbouring sequences whose gathers stay below GATHER_POSITIONS together."""
+def _groups(columns_B: list[int], most: int) -> list[tuple[int, int]]:
+    """(begin, end) of neighbouring sequences whose gathers together have at most `most` positions."""
     groups: list[tuple[int, int]] = []
     begin, widest = 0, 0
     for index, columns in enumerate(columns_B):
         widest = max(widest, columns)
-        if index > begin and (index + 1 - begin) * widest > GATHER_POSITIONS:
+        if index > begin and (index + 1 - begin) * widest > most:
             groups.append((begin, index))
             begin, widest = index, columns
     return [*groups, (begin, len(columns_B))]

@@ -3,32 +3,25 @@
 Letters: B sequences · C positions.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from epmoe.ranks.transfer import to_device
 
 
 class PagedRows:
-    """Rows of full-attention layers: pages from a common stock, reserved when a sequence is admitted."""
+    """Rows of full-attention layers, in pages that the sequences hold."""
 
     def __init__(self, tokens: int, sequences: int, page: int, device: torch.device) -> None:
         self.page, self.pages, self.device = page, -(-tokens // page), device
         self.rows = (self.pages + 1) * page
-        self.free = list(range(self.pages))[::-1]
-        self.held: dict[int, list[int]] = {}
         self.table = torch.zeros(sequences + 1, self.pages, dtype=torch.int32, device=device)
         self.table[sequences] = self.pages  # the spare sequence: all its positions share the last page
 
-    def needs(self, max_tokens: int) -> int:
-        return -(-max_tokens // self.page)
-
-    def admit(self, sequence: int, max_tokens: int) -> None:
-        held = [self.free.pop() for _ in range(self.needs(max_tokens))]
-        self.held[sequence] = held
-        self.table[sequence, : len(held)] = to_device(held, torch.int32, self.table.device)
-
-    def release(self, sequence: int) -> None:
-        self.free.extend(reversed(self.held.pop(sequence)))
+    def write(self, sequence: int, pages: Sequence[int]) -> None:
+        """Make these the sequence's pages, in order of position, for all later work on the stream."""
+        self.table[sequence, : len(pages)] = to_device(pages, torch.int32, self.table.device)
 
     def columns(self, position: int) -> int:
         """How many positions a token attends to, its own included."""

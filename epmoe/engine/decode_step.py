@@ -2,7 +2,7 @@
 
     state[handle]: token, position, sampling parameters, ids seen
        │  ▲
-       ▼  └──── write back ◀── broadcast ◀── choose ◀──┐
+       ▼  └──── write back ◀── broadcast ◀── sample ◀──┐
     DecodeStep ──▶ model ──▶ logits_BV ────────────────┘──▶ id_B, for the host to read later
 
 Nothing comes from the host but the handles of the B rows, so a step can be launched before the last one's tokens are
@@ -11,27 +11,17 @@ known there, and can be a CUDA graph (epmoe/engine/graphs.py).
 Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary.
 """
 
-from typing import Any, NamedTuple, Protocol
-
 import torch
 
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import DecodeStep, SequenceState
 from epmoe.cache.cache import Cache
-from epmoe.engine.request import Level, SamplingParams
-from epmoe.engine.sampler import Knobs, choose
-from epmoe.layers.greedy import join_largest, largest
+from epmoe.engine.request import Level, SamplingParams, Variant
+from epmoe.engine.sampler import SamplingTensors, sample
+from epmoe.layers.twin import twin
+from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import to_device
 from epmoe.trace import named
-
-
-class Model(Protocol):
-    """What the engine needs of a model (epmoe/models/__init__.py)."""
-
-    config: Any  # vocab, max_positions
-    vocab_chunk: int
-
-    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor: ...
 
 
 class State:
@@ -40,28 +30,29 @@ class State:
     def __init__(self, cache: Cache, vocab: int, ranks: Ranks) -> None:
         count, device = cache.spare + 1, ranks.device
         self.spare, self.vocab, self.ranks = cache.spare, vocab, ranks
-        self.token_S = torch.zeros(count, dtype=torch.int64, device=device)
-        self.position_S = torch.zeros(count, dtype=torch.int64, device=device)
-        self.knobs_S = Knobs.of([SamplingParams()] * count, device)
-        self.seen_SV: torch.Tensor | None = None  # bool; ids of prompt and output, of sequences with a penalty
+        token_S, position_S = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
+        self.sequences = SequenceState(token_S, position_S, seen_SV=None)
+        self.params_S = SamplingTensors.of([SamplingParams()] * count, device)
 
     def keep_seen(self) -> None:
         """Keep what was seen from now on. Graphs must be captured after this, or they don't write it."""
-        if self.seen_SV is None:
-            shape = (len(self.token_S), self.vocab)
-            self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.ranks.device)
+        if self.sequences.seen_SV is None:
+            shape = (len(self.sequences.token_S), self.vocab)
+            seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.ranks.device)
+            self.sequences = self.sequences._replace(seen_SV=seen_SV)
 
     def admit(self, handle: int, ids: tuple[int, ...], params: SamplingParams) -> None:
         """Take over a request's parameters."""
         device = self.ranks.device
-        self.knobs_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
-        self.knobs_S.seed_B[handle] = params.seed
+        self.params_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
+        self.params_S.seed_B[handle] = params.seed
         if params.repetition_penalty != 1:
-            assert self.seen_SV is not None, "State.keep_seen was not called"
-            self.seen_SV[handle] = False
-            self.seen_SV[handle].index_fill_(0, to_device(ids, torch.int64, device), True)
+            seen_SV = self.sequences.seen_SV
+            assert seen_SV is not None, "State.keep_seen was not called"
+            seen_SV[handle] = False
+            seen_SV[handle].index_fill_(0, to_device(ids, torch.int64, device), True)
 
-    def choose(
+    def sample(
         self,
         logits_BV: torch.Tensor,
         sequence_B: torch.Tensor,
@@ -77,46 +68,27 @@ class State:
         """
         with named("sample"):
             if level == Level.GREEDY:
-                key_SB = largest(logits_BV, part[0] if part else 0)
-                id_B = join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
+                greedy = twin("greedy", logits_BV)
+                key_SB = greedy.largest(logits_BV, part[0] if part else 0)
+                id_B = greedy.join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
             else:
                 assert part is None
-                seen_BV = None if self.seen_SV is None or level < Level.FILTER else self.seen_SV[sequence_B]
-                id_B = choose(logits_BV, self.knobs_S[sequence_B], position_B, seen_BV, level)
+                seen_SV = self.sequences.seen_SV
+                seen_BV = None if seen_SV is None or level < Level.FILTER else seen_SV[sequence_B]
+                id_B = sample(logits_BV, self.params_S[sequence_B], position_B, seen_BV, level)
             if part is None:
                 self.ranks.broadcast(id_B)
-        self.advance(id_B, sequence_B, position_B)
-        return id_B
+        state = twin("sequence_state", self.sequences.token_S)
+        state.advance(id_B, sequence_B, position_B, self.sequences, self.vocab)
+        found_B: torch.Tensor = id_B
+        return found_B
 
-    def take(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def last(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The last token of each row's sequence, its position and the position after it: int64 [B] each."""
-        if self.token_S.device.type == "cuda":
-            from epmoe.kernels import sequence_state as decode_triton  # only here: a CPU machine need not have triton
-
-            return decode_triton.take(sequence_B, self.token_S, self.position_S)
-        position_B = self.position_S[sequence_B]
-        return self.token_S[sequence_B], position_B, position_B + 1
-
-    def advance(self, id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor) -> None:
-        """Make the ids, at `position_B`, their sequences' last tokens; V counts as V-1, the spare sequence stays."""
-        if self.token_S.device.type == "cuda":
-            from epmoe.kernels import sequence_state as decode_triton
-
-            state = (self.token_S, self.position_S, self.seen_SV)
-            return decode_triton.advance(id_B, sequence_B, position_B, *state, self.vocab)
-        token_B = id_B.clamp(max=self.vocab - 1)
-        if self.seen_SV is not None:
-            self.seen_SV[sequence_B, token_B] = True
-        real_B = sequence_B != self.spare
-        self.token_S[sequence_B] = torch.where(real_B, token_B, 0)
-        self.position_S[sequence_B] = torch.where(real_B, position_B, 0)
-
-
-class Variant(NamedTuple):
-    """What a decode step's rows ask for beyond their next ids."""
-
-    level: Level
-    logits: bool  # keep them for log-probabilities
+        token_S, position_S, _ = self.sequences
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+        found = twin("sequence_state", token_S).take(sequence_B, token_S, position_S)
+        return found
 
 
 def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
@@ -131,7 +103,7 @@ def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, 
     return chunks * rank // size * chunk, min(chunks * (rank + 1) // size * chunk, vocab)
 
 
-class Decoder:
+class StaticDecode:
     """The decode step over buffers that stay where they are: rows in `sequence_M`, ids and logits out.
 
     Where all rows are greedy and nobody wants logits, each rank projects to its part of the vocabulary only.
@@ -158,10 +130,10 @@ class Decoder:
         This is what a graph captures: no size in it depends on anything but `rows`.
         """
         sequence_B = self.sequence_M[:rows]
-        token_B, position_B, next_B = self.state.take(sequence_B)
+        token_B, position_B, next_B = self.state.last(sequence_B)
         part = None if variant.logits or variant.level > Level.GREEDY else self.part
         logits_BV = self.model(DecodeStep(token_B, position_B, sequence_B, part), self.cache)
-        self.id_M[:rows] = self.state.choose(logits_BV, sequence_B, next_B, variant.level, part)
+        self.id_M[:rows] = self.state.sample(logits_BV, sequence_B, next_B, variant.level, part)
         if variant.logits:
-            assert self.logits_MV is not None, "Decoder.keep_logits was not called"
+            assert self.logits_MV is not None, "StaticDecode.keep_logits was not called"
             self.logits_MV[:rows] = logits_BV

@@ -9,16 +9,19 @@ Letters: B rows of a step.
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 
-from epmoe.engine.decode_step import Decoder, Variant
+from epmoe.engine.decode_step import StaticDecode
+from epmoe.engine.request import Variant
 from epmoe.errors import UserError
-from epmoe.layers import attention
+from epmoe.kernels.capture import Capture, Graph
+from epmoe.layers.attention import WAITING
+from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import to_device
-from epmoe.weights.load import LoadReport
 
 # Up to so many rows, in steps of so many. Small batches double; then steps stay small against the batch: a row too many
 # costs little, a graph a little memory and a tenth of a second at start.
@@ -35,16 +38,15 @@ def buckets(most: int) -> list[int]:
     return [*found, most]
 
 
-def choose_graphs(wanted: str, ranks: Ranks, report: LoadReport) -> bool:
+def resolve_graphs(wanted: str, ranks: Ranks, waits: Sequence[str]) -> bool:
     """runtime.graphs as a truth; `auto` says what it took on an accelerator.
 
+    Args:
+        waits: what of the model waits for the device, as "key=name" (LoadReport.waits): no graph can capture it.
     Raises:
         UserError: graphs are asked for where there can't be any.
     """
-    # The torch references look at values, so they wait for the device.
-    waiting = [f"{kind}={name}" for kind in ("experts", "router") if (name := getattr(report, kind)) == "reference"]
-    if attention.REFERENCE_ONLY:
-        waiting.append("attention's reference")
+    waiting = [*waits, *(f"{name}'s torch version" for name in sorted(torch_only() & WAITING))]
     reason = "runtime.device=cpu" if ranks.device.type == "cpu" else ", ".join(waiting)
     if wanted == "true" and reason:
         raise UserError(f"runtime.graphs=true is not possible with {reason}: take runtime.graphs=auto")
@@ -66,22 +68,20 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
 
 
 class Graphs:
-    """Runs a Decoder's steps, replaying graphs where `capture` is set.
+    """Runs the steps of a StaticDecode, replaying graphs where `capture` is set.
 
-    All graphs share one pool of memory: what a step leaves is in the Decoder's own buffers, so the next may overwrite
+    All graphs share one pool of memory: what a step leaves is in its own buffers, so the next may overwrite
     the rest. Ranks capture and replay in the same order, since the step holds collectives.
     """
 
-    def __init__(self, decoder: Decoder, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
-        self.decoder, self.ranks, self.capture = decoder, ranks, capture
+    def __init__(self, decode: StaticDecode, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
+        self.decode, self.ranks, self.capture = decode, ranks, Capture(ranks.device) if capture else None
         self.progress = progress
-        self.buckets = buckets(len(decoder.id_M))
+        self.buckets = buckets(len(decode.id_M))
         self.ready: set[tuple[int, Variant]] = set()
-        self.graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, Variant], Graph] = {}
         self.rows: list[int] = []  # what the device's sequence_M holds
-        if capture:
-            self.stream = torch.cuda.Stream(ranks.device)
-            self.pool = torch.cuda.graph_pool_handle()
+        if self.capture:
             ranks.at_end.add(self)
 
     def bucket(self, count: int) -> int:
@@ -90,15 +90,15 @@ class Graphs:
     def launch(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
         """Start a step of these sequences; their ids [B] on the device, which the next step overwrites."""
         rows = self.bucket(len(handles))
-        padded = [*handles, *[self.decoder.state.spare] * (rows - len(handles))]
+        padded = [*handles, *[self.decode.state.spare] * (rows - len(handles))]
         if padded != self.rows[:rows]:
             self.rows = padded
-            self.decoder.sequence_M[:rows] = to_device(padded, torch.int64, self.ranks.device)
+            self.decode.sequence_M[:rows] = to_device(padded, torch.int64, self.ranks.device)
         if self.capture:
             self.graphs[rows, variant].replay()
         else:
-            self.decoder.step(rows, variant)
-        return self.decoder.id_M[: len(handles)]
+            self.decode.step(rows, variant)
+        return self.decode.id_M[: len(handles)]
 
     def prepare(self, most: int, variants: Iterable[Variant]) -> None:
         """Run, and capture, every step of up to `most` rows that was not run before, on spare rows; a collective.
@@ -110,27 +110,19 @@ class Graphs:
         if not new or self.ranks.device.type == "cpu":
             return
         begin = time.perf_counter()
-        self.rows = [self.decoder.state.spare] * len(self.decoder.sequence_M)
-        self.decoder.sequence_M.fill_(self.decoder.state.spare)
-        run = self._capture if self.capture else self.decoder.step
+        self.rows = [self.decode.state.spare] * len(self.decode.sequence_M)
+        self.decode.sequence_M.fill_(self.decode.state.spare)
         for key in with_bar(new, "decode steps", self.ranks, progress=self.progress):
-            run(*key)
+            step = partial(self.decode.step, *key)
+            if self.capture:
+                self.graphs[key] = self.capture(step)
+            else:
+                step()
             self.ready.add(key)
         if self.ranks.is_main:
             torch.accelerator.synchronize(self.ranks.device)
             what = "captured" if self.capture else "warmed up"
             print(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
-
-    def _capture(self, rows: int, variant: Variant) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.ranks.device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):  # a library's workspace belongs to a stream: run where the capture will
-            self.decoder.step(rows, variant)
-        # thread_local: the process group's watchdog may ask for events of earlier collectives from its own thread.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            self.decoder.step(rows, variant)
-        torch.cuda.current_stream(self.ranks.device).wait_stream(self.stream)
-        self.graphs[rows, variant] = graph
 
     def close(self) -> None:
         """Let go of the graphs. A process group waits at its end until no graph holds a collective of it."""
@@ -139,4 +131,4 @@ class Graphs:
         self.graphs.clear()
         self.ready.clear()
         if self.capture:
-            self.pool = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone takes no new ones
+            self.capture.new_pool()

@@ -1,9 +1,11 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
+from typing import NamedTuple
 
 from epmoe.errors import UserError
 
@@ -92,10 +94,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a request. Times are seconds since `generate` was called, so they include waiting for a place."""
+    """What came of a request. Times are seconds since it was added, so they include waiting for its turn."""
 
     ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a callback ended it) or "length"
+    finish_reason: str  # "eos", "stop" (a listener ended it), "length" or "abort"
     first_token_s: float
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
@@ -107,18 +109,86 @@ OnToken = Callable[[int, int], bool]
 OnFinish = Callable[[int, Result], None]
 
 
-def check(requests: Sequence[Request], vocab: int, max_positions: int) -> None:
-    """Raises UserError for a prompt that is empty, too long for the model or not of its vocabulary."""
-    for index, request in enumerate(requests):
+@dataclass(frozen=True)
+class Token:
+    """A new token of a request; an end-of-text one comes with the result alone."""
+
+    id: int  # of the request
+    token: int
+    logprobs: TokenLogprobs | None  # when asked for
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request."""
+
+    id: int
+    result: Result
+
+
+Event = Token | Finished
+
+
+class Variant(NamedTuple):
+    """What a decode step's rows ask for beyond their next ids; each is another sequence of kernels."""
+
+    level: Level
+    logits: bool  # keep them for log-probabilities
+
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams]) -> "Variant":
+        """The least that serves rows of such parameters."""
+        rows = list(params)
+        return cls(max(each.level for each in rows), any(each.logprobs for each in rows))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes and kinds of the requests to come: what `Engine.prepare` makes ready for."""
+
+    sequences: int  # at a time, at most
+    prompt_tokens: int  # of the longest prompt
+    prefill_tokens: int  # of the prompts of all sequences that run at a time, together
+    longer_prompts: int  # those of them with more than one token
+    levels: frozenset[Level]
+    logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
+    penalties: bool  # a repetition penalty, which needs the ids seen
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], max_batch: int) -> "Workload":
+        """Of these requests, `max_batch` of them at a time in any order."""
+        lengths = sorted((len(request.ids) for request in requests), reverse=True)[:max_batch]
+        params = [request.params for request in requests]
+        return cls(
+            sequences=len(lengths),
+            prompt_tokens=max(lengths, default=0),
+            prefill_tokens=sum(lengths),
+            longer_prompts=sum(length > 1 for length in lengths),
+            levels=frozenset(each.level for each in params),
+            logprobs=frozenset(bool(each.logprobs) for each in params),
+            penalties=any(each.repetition_penalty != 1 for each in params),
+        )
+
+    def variants(self) -> list[Variant]:
+        """All that a decode step of such requests can be."""
+        return [Variant(*each) for each in product(self.levels, self.logprobs)]
+
+
+def check(requests: Sequence[Request], vocab: int, max_positions: int, first: int = 0) -> None:
+    """Raises UserError for a prompt that is empty, too long for the model or not of its vocabulary.
+
+    The message names a prompt by its number, of which the first one's is `first` + 1.
+    """
+    for number, request in enumerate(requests, first + 1):
         if not request.ids:
-            raise UserError(f"prompt {index + 1} is empty: give at least one token of text")
+            raise UserError(f"prompt {number} is empty: give at least one token of text")
         if len(request.ids) >= max_positions:
             raise UserError(
-                f"prompt {index + 1} has {len(request.ids)} tokens and the model has {max_positions} positions "
+                f"prompt {number} has {len(request.ids)} tokens and the model has {max_positions} positions "
                 "(max_position_embeddings) for prompt and output: shorten the prompt"
             )
         if max(request.ids) >= vocab:
             raise UserError(
-                f"prompt {index + 1} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
+                f"prompt {number} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
             )

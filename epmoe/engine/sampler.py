@@ -8,9 +8,6 @@ Sums over the vocabulary (the normaliser, the cumulated probability of top-p) ar
 units of 2^-40 of the largest one. Integer sums are exact in any order, so no kernel, thread count or batch shape and no
 later split over ranks can move a token across a threshold.
 
-    sample             rows with parameters on the host
-      choose           the same with all parameters on the device; never waits for it, so it fits a CUDA graph
-
 Letters: B rows (sequences) · V vocabulary · P parameters of a row · Q log-probabilities asked for.
 """
 
@@ -21,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from epmoe.engine.request import Level, SamplingParams, TokenLogprobs
-from epmoe.layers.greedy import join_largest, largest
+from epmoe.layers.twin import twin
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -32,20 +29,20 @@ FILTER_ROWS = 32
 
 
 @dataclass(frozen=True)
-class Knobs:
+class SamplingTensors:
     """The parameters of B rows as tensors."""
 
     value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, repetition penalty
     seed_B: torch.Tensor  # int64
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], device: torch.device) -> "Knobs":
+    def of(params: Sequence[SamplingParams], device: torch.device) -> "SamplingTensors":
         value_BP = torch.tensor([each.row() for each in params], dtype=torch.float64)
         seed_B = torch.tensor([each.seed for each in params], dtype=torch.int64)
-        return Knobs(value_BP.to(device), seed_B.to(device))
+        return SamplingTensors(value_BP.to(device), seed_B.to(device))
 
-    def __getitem__(self, rows: slice | torch.Tensor) -> "Knobs":
-        return Knobs(self.value_BP[rows], self.seed_B[rows])
+    def __getitem__(self, rows: slice | torch.Tensor) -> "SamplingTensors":
+        return SamplingTensors(self.value_BP[rows], self.seed_B[rows])
 
     def columns(self) -> tuple[torch.Tensor, ...]:
         """Five float64 [B, 1]."""
@@ -54,63 +51,55 @@ class Knobs:
 
 def sample(
     logits_BV: torch.Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    seen_BV: torch.Tensor | None = None,
+    params: SamplingTensors,
+    position_B: torch.Tensor,
+    seen_BV: torch.Tensor | None,
+    level: Level,
 ) -> torch.Tensor:
     """Choose one token a row: int64 [B] on the logits' device. A row that holds NaN yields V, which is no token.
 
-    `positions[b]` is the index that the chosen token will have in its sequence. `seen_BV` (bool) marks the ids of
-    prompt and output so far; it is needed where a row has a repetition penalty. Does not change its arguments.
-    """
-    assert len(params) == len(positions) == logits_BV.shape[0]
-    assert seen_BV is not None or all(each.repetition_penalty == 1 for each in params), "a penalty needs the ids seen"
-    level = max((each.level for each in params), default=Level.GREEDY)
-    position_B = torch.tensor(positions, dtype=torch.int64, device=logits_BV.device)
-    return choose(logits_BV, Knobs.of(params, logits_BV.device), position_B, seen_BV, level)
+    Everything is on the device and nothing waits for it, so it fits a CUDA graph. Does not change its arguments.
 
-
-def choose(
-    logits_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
-) -> torch.Tensor:
-    """`sample`, with everything on the device; `level` is at least that of every row.
-
-    Without `seen_BV` no row is penalised.
+    Args:
+        position_B: the index that the chosen token will have in its sequence.
+        seen_BV: bool, marks the ids of prompt and output so far; without it no row is penalised.
+        level: at least that of every row.
     """
     assert logits_BV.dtype == torch.float32
     if level == Level.GREEDY:
-        return join_largest(largest(logits_BV, 0), logits_BV.shape[1])
+        greedy = twin("greedy", logits_BV)
+        id_B: torch.Tensor = greedy.join_largest(greedy.largest(logits_BV, 0), logits_BV.shape[1])
+        return id_B
     chunks = [slice(begin, begin + FILTER_ROWS) for begin in range(0, len(logits_BV), FILTER_ROWS)]
     chosen = [
-        _choose(logits_BV[rows], knobs[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
+        _sample(logits_BV[rows], params[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
         for rows in chunks
     ]
     return torch.cat(chosen)
 
 
-def _choose(
-    scores_BV: torch.Tensor, knobs: Knobs, position_B: torch.Tensor, seen_BV: torch.Tensor | None, level: Level
+def _sample(
+    scores_BV: torch.Tensor,
+    params: SamplingTensors,
+    position_B: torch.Tensor,
+    seen_BV: torch.Tensor | None,
+    level: Level,
 ) -> torch.Tensor:
     if level == Level.FILTER and seen_BV is not None:
-        scores_BV = _penalise(scores_BV, knobs, seen_BV)
+        scores_BV = _penalise(scores_BV, params, seen_BV)
     token_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
-    noisy_BV = _filter(scores_BV, knobs, level) + gumbel(knobs.seed_B, position_B, token_V)
-    warm_B = knobs.value_BP[:, 0] > 0
+    noisy_BV = _filter(scores_BV, params, level) + gumbel(params.seed_B, position_B, token_V)
+    warm_B = params.value_BP[:, 0] > 0
     return torch.where(warm_B, argmax_lowest(noisy_BV), argmax_lowest(scores_BV))
-
-
-def log_probabilities(logits_BV: torch.Tensor, id_B: torch.Tensor, top: int) -> list[TokenLogprobs]:
-    """log softmax of the raw logits (before penalty, temperature and filters) at `id_B` and for the `top` largest.
-
-    Ties go to the lower id.
-    """
-    return to_logprobs(*top_logprobs(logits_BV, id_B, top))
 
 
 def top_logprobs(
     logits_BV: torch.Tensor, id_B: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`log_probabilities` on the device: chosen_B (float64), id_BQ (int64), logprob_BQ (float64)."""
+    """log softmax of the raw logits (before penalty, temperature and filters) at `id_B` and for the `top` largest.
+
+    On the device: chosen_B (float64), id_BQ (int64), logprob_BQ (float64). Ties go to the lower id.
+    """
     logits_BV = logits_BV.double()
     max_B1 = logits_BV.amax(1, keepdim=True)
     total_B1 = _weights(logits_BV).sum(1, keepdim=True)
@@ -170,9 +159,9 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
 
 
-def _penalise(logits_BV: torch.Tensor, knobs: Knobs, seen_BV: torch.Tensor) -> torch.Tensor:
+def _penalise(logits_BV: torch.Tensor, params: SamplingTensors, seen_BV: torch.Tensor) -> torch.Tensor:
     """Divide seen tokens' logits by the penalty, multiply the negative ones (Keskar et al. 2019, as transformers)."""
-    penalty_B1 = knobs.columns()[4].float()
+    penalty_B1 = params.columns()[4].float()
     penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return torch.where(seen_BV, penalised_BV, logits_BV)
 
@@ -182,7 +171,7 @@ def _weights(scores_BV: torch.Tensor) -> torch.Tensor:
     return ((scores_BV - scores_BV.amax(1, keepdim=True)).exp() * UNIT).round().long()
 
 
-def _filter(scores_BV: torch.Tensor, knobs: Knobs, level: Level) -> torch.Tensor:
+def _filter(scores_BV: torch.Tensor, params: SamplingTensors, level: Level) -> torch.Tensor:
     """float64 [B, V]: score / temperature, and -inf for what min-p and, at level FILTER, top-k and top-p exclude.
 
     top-k keeps exactly k tokens and breaks ties to the lower id (transformers keeps all that equal the k-th). top-p
@@ -190,7 +179,7 @@ def _filter(scores_BV: torch.Tensor, knobs: Knobs, level: Level) -> torch.Tensor
     min_p times as likely as the most likely one, which always stays. A greedy row (temperature 0) keeps its scores.
     """
     vocab = scores_BV.shape[1]
-    temperature_B1, top_k_B1, top_p_B1, min_p_B1, _ = knobs.columns()
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1, _ = params.columns()
     scores_BV = scores_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)  # float64, since the column is
     keep_BV = (scores_BV - scores_BV.amax(1, keepdim=True)).exp() >= min_p_B1
     if level == Level.FILTER:

@@ -9,20 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
-from epmoe.layers.greedy import LOW, NAN
-
 # Ids of one program: 25 programs a row for 201,088, all of a program's loads under way at once.
 RUN = 8192
 WARPS = 8
 
-_NAN, _LOW = tl.constexpr(NAN), tl.constexpr(LOW)
+_NAN, _LOW = tl.constexpr(0x7FFFFFFF), tl.constexpr(0xFFFFFFFF)  # as in epmoe/layers/greedy.py
 _NOTHING = tl.constexpr(-(1 << 63))  # below every key
+
+
+def serves(logits_BV: torch.Tensor) -> bool:
+    """Any rows."""
+    return True
 
 
 def largest(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
     """As `greedy.largest`, one key for every RUN ids; one launch."""
     (rows, ids), device = logits_BV.shape, logits_BV.device
-    assert logits_BV.stride(1) == 1
+    assert logits_BV.dtype == torch.float32 and ids > 0 and logits_BV.stride(1) == 1
     key_SB = torch.empty((triton.cdiv(ids, RUN), rows), dtype=torch.int64, device=device)
     if rows:
         largest_kernel[key_SB.shape](logits_BV, key_SB, logits_BV.stride(0), ids, first, rows, N=RUN, num_warps=WARPS)

@@ -13,11 +13,23 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from epmoe.kernels import native
 from epmoe.kernels.gpu import after_previous, early, next_may_begin
 
 # Of one program. 4 x 8, 2 x 8, 1 x 4, 4 x 4 were within 8 % on an H200 (scripts/bench/NOTES.md).
 ROWS = 2
 WARPS = 4
+# Up to so many tokens this is faster than the library's product (scripts/bench/NOTES.md, entry 16).
+MOST_TOKENS = 2
+
+
+def serves(x_TH: torch.Tensor) -> bool:
+    """Whether the product of these tokens is made here.
+
+    The library's products round otherwise, so a row's last bits may differ between steps of up to MOST_TOKENS tokens
+    and larger ones; they are the same on any number of ranks, which all have the same tokens.
+    """
+    return native(x_TH) and 0 < len(x_TH) <= MOST_TOKENS
 
 
 def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

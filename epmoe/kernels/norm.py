@@ -22,7 +22,12 @@ _THREAD = 16
 # Outputs of a linear layer that one program makes: 4 rows of weights are 16 bf16 registers a thread each.
 OUTPUTS = 4
 # Up to so many tokens times outputs the norm is made again for each few outputs; beyond, a product has work enough.
-FEW = 2048
+MOST_AGAIN = 2048
+
+
+def serves(x_TH: torch.Tensor) -> bool:
+    """Any rows."""
+    return True
 
 
 def add_norm(
@@ -64,7 +69,7 @@ def add_norm_linear(
     The product differs from the library's by the order of its sums.
     """
     (tokens, hidden), outputs, top_k = x_TH.shape, linear.out_features, rows_TKH.shape[1]
-    if not 0 < tokens * outputs <= FEW:
+    if not 0 < tokens * outputs <= MOST_AGAIN:
         sum_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
         return sum_TH, norm_TH, linear(norm_TH)
     assert rows_TKH.shape == (tokens, top_k, hidden) and weight_H.shape == (hidden,) and hidden == linear.in_features

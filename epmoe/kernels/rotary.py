@@ -1,4 +1,4 @@
-"""cos and sin of a step's positions in one Triton kernel: what `attention.Rotary` computes.
+"""cos and sin of a step's positions in one Triton kernel: what `layers.rotary.cos_sin` computes.
 
 Letters: T tokens of a step · F frequencies.
 """
@@ -11,6 +11,11 @@ import triton.language as tl
 
 # Angles of one program.
 ANGLES = 1024
+
+
+def serves(position_T: torch.Tensor) -> bool:
+    """Any positions."""
+    return True
 
 
 def cos_sin(

@@ -1,4 +1,4 @@
-"""What surrounds the model in a decode step, in Triton: `State.take` and `State.advance` of decode.py, a launch each.
+"""What surrounds the model in a decode step, in Triton, a launch for each function of layers/sequence_state.py.
 
 Letters: B rows of a step · S handles of the cache · V vocabulary.
 """
@@ -9,14 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
+from epmoe.batch import SequenceState
+
 # Rows of one program.
 ROWS = 64
+
+
+def serves(token_S: torch.Tensor) -> bool:
+    """Any state."""
+    return True
 
 
 def take(
     sequence_B: torch.Tensor, token_S: torch.Tensor, position_S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `State.take`; token_S and position_S are the state."""
+    """As `layers.sequence_state.take`."""
     token_B, position_B, next_B = (torch.empty_like(sequence_B) for _ in range(3))
     grid = (triton.cdiv(len(sequence_B), ROWS),)
     take_kernel[grid](sequence_B, token_S, position_S, token_B, position_B, next_B, len(sequence_B), B=ROWS)
@@ -24,18 +31,12 @@ def take(
 
 
 def advance(
-    id_B: torch.Tensor,
-    sequence_B: torch.Tensor,
-    position_B: torch.Tensor,
-    token_S: torch.Tensor,
-    position_S: torch.Tensor,
-    seen_SV: torch.Tensor | None,
-    vocab: int,
+    id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor, state: SequenceState, vocab: int
 ) -> None:
-    """As `State.advance`; the spare sequence is the last one."""
-    spare = len(token_S) - 1
-    seen = None if seen_SV is None else seen_SV.view(torch.uint8)
-    states = (token_S, position_S, seen)
+    """As `layers.sequence_state.advance`; the spare sequence is the last one."""
+    spare = len(state.token_S) - 1
+    seen = None if state.seen_SV is None else state.seen_SV.view(torch.uint8)
+    states = (state.token_S, state.position_S, seen)
     grid = (triton.cdiv(len(id_B), ROWS),)
     advance_kernel[grid](id_B, sequence_B, position_B, *states, len(id_B), spare, vocab, B=ROWS)
 

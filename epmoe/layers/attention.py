@@ -4,24 +4,34 @@ Letters: T tokens of a step · H hidden · B sequences · C positions attended t
 J key/value heads · G = E/J query heads a key/value head · D head dimension · F = D/2 frequencies · R rows of a cache.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from epmoe.cache.plan import Gather, Plan, Prefill
-from epmoe.layers.linear import linear, product_f32
+from epmoe.layers.linear import product_f32
+from epmoe.layers.norm import AddNorm
+from epmoe.layers.owed import Owed
 from epmoe.layers.rotary import rotate
+from epmoe.layers.twin import twin
+from epmoe.trace import named
 
-# True: the torch implementation on every device, for comparison. It is slow on a GPU, and a DecodeStep then waits for
-# its positions, so that it cannot be captured in a graph.
-REFERENCE_ONLY = False
+# Names of torch versions with which a DecodeStep waits for its positions, so that no graph can capture it.
+WAITING = frozenset({"attention"})
 
-# A prefill's float32 scores are made in blocks of queries of at most this many elements (256 MiB; about three times
-# that is alive at once), however long the prompt and the chunk are.
-SCORE_ELEMENTS = 2**26
-# With a window W a block of Q queries meets Q + W positions, of which each query uses W: a small block wastes little.
-WINDOW_QUERIES = 128
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD: of a step's tokens
+Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a layer's attention needs of a step beside its tokens."""
+
+    cos_sin: Pair  # float32 [T, F] each
+    cached: Pair  # the layer's keys and values, written as `plan` says
+    plan: Plan
+    wanted_O: torch.Tensor | None = None  # the tokens that the layer goes on with; None: all
 
 
 def attend(
@@ -42,45 +52,32 @@ def attend(
     return (product_f32(weight_BMC.to(v_BCD.dtype), v_BCD) / total_BM1).to(q_BMD.dtype)
 
 
-def cached_attention(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    plan: Plan,
-    sink_E: torch.Tensor,
-) -> torch.Tensor:
+def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor) -> torch.Tensor:
     """Rotate queries and keys, attend to [cached | new] as `plan` says, and write keys and values into `cached`.
 
-    The reference, for any device and dtype; attention_triton.py has the fast one.
+    For any device and dtype; epmoe/kernels/attention has the fast one.
 
     Args:
+        heads: queries, keys and values of the step's tokens.
         cos_sin: float32 [T, F] each.
         cached: the layer's keys and values, [J, R, D] each.
         sink_E: a logit a query head.
     Returns:
         [T, E, D] in q's dtype.
     """
-    q_TED, k_TJD = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin)
-    out_TED = torch.empty_like(q_TED)
+    q_TED, k_TJD, v_TJD = heads
+    turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
+    out_TED = torch.empty_like(turned[0])
     for gather in plan.decode.gathers if plan.decode else ():
-        _decode(q_TED, k_TJD, v_TJD, cached, gather, sink_E, out_TED)
+        _decode(turned, cached, gather, sink_E, out_TED)
     for prefill in plan.prefills:
-        _prefill(q_TED, k_TJD, v_TJD, cached, prefill, plan.window, sink_E, out_TED)
+        _prefill(turned, cached, prefill, plan, sink_E, out_TED)
     return out_TED
 
 
-def _decode(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cached: tuple[torch.Tensor, torch.Tensor],
-    gather: Gather,
-    sink_E: torch.Tensor,
-    out_TED: torch.Tensor,
-) -> None:
+def _decode(heads: Heads, cached: Pair, gather: Gather, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
     """All sequences of `gather` at once: write each one's token, gather what it sees, attend."""
+    q_TED, k_TJD, v_TJD = heads
     (sequences, columns), (_, kv_heads, head_dim) = gather.row_BC.shape, k_TJD.shape
     gathered: list[torch.Tensor] = []
     for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
@@ -101,25 +98,19 @@ def _decode(
 
 
 def _prefill(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cached: tuple[torch.Tensor, torch.Tensor],
-    prefill: Prefill,
-    window: int | None,
-    sink_E: torch.Tensor,
-    out_TED: torch.Tensor,
+    heads: Heads, cached: Pair, prefill: Prefill, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
     """One sequence, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it."""
+    (q_TED, k_TJD, v_TJD), window, limits = heads, plan.window, plan.limits
     tokens = slice(prefill.begin, prefill.end)
     k_JCD, v_JCD = (
         torch.cat((store_JRD.index_select(1, prefill.past_C), new_TJD[tokens].transpose(0, 1)), dim=1)
         for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True)
     )
     new, total = prefill.end - prefill.begin, k_JCD.shape[1]
-    block = max(1, SCORE_ELEMENTS // (q_TED.shape[1] * total))
+    block = max(1, limits.score_elements // (q_TED.shape[1] * total))
     if window is not None:
-        block = min(block, max(window, WINDOW_QUERIES))
+        block = min(block, max(window, limits.window_queries))
     for first in range(0, new, block):
         last = min(first + block, new)
         end = total - new + last  # columns 0 : end are the positions up to the block's last query
@@ -150,40 +141,34 @@ def _block(
     return out.unflatten(1, (group, queries)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def implementation(device: torch.device) -> Callable[..., torch.Tensor]:
-    """The cached_attention that runs on a device."""
-    if device.type != "cuda" or REFERENCE_ONLY:
-        return cached_attention
-    from epmoe.kernels.attention import launch as attention_triton  # only here: a CPU machine need not have triton
-
-    return attention_triton.cached_attention
-
-
 class Attention(nn.Module):
-    """One layer's attention. Queries share key/value heads: head j·G + g reads key/value head j."""
+    """One layer's attention, with the norm before it. Queries share key/value heads: head j·G + g reads head j's."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, bias: bool) -> None:
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.norm = AddNorm(hidden, eps)
         self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * head_dim, bias)  # all in one product
         self.o = nn.Linear(heads * head_dim, hidden, bias)
         self.sinks = nn.Parameter(torch.empty(heads))
 
-    def forward(
-        self,
-        x_TH: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cached: tuple[torch.Tensor, torch.Tensor],
-        plan: Plan,
-        wanted_O: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T, H] → [T, H], or [O, H]: of the tokens `wanted_O` only.
+    def forward(self, x_TH: torch.Tensor, owed: Owed, where: Where) -> tuple[torch.Tensor, Owed]:
+        """The residual stream [T, H] and what is owed to it → the same after this sublayer, of the wanted tokens.
 
-        Writes all new keys and values into `cached`, the layer's [J, R, D] pair, as `plan` says.
+        Writes all new keys and values into the cache.
         """
-        heads_TXD = linear(x_TH, self.qkv).unflatten(-1, (-1, self.head_dim))
-        q_TED, k_TJD, v_TJD = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        attended = implementation(x_TH.device)
-        out_TED = attended(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, self.sinks)
+        with named("attention"):
+            x_TH, norm_TH = owed.add_to(x_TH, self.norm)
+            attended_TH = self.attended(norm_TH, where)
+        return x_TH if where.wanted_O is None else x_TH[where.wanted_O], Owed(attended_TH[:, None])
+
+    def attended(self, norm_TH: torch.Tensor, where: Where) -> torch.Tensor:
+        """[T, H] → [T, H], or [O, H] of the wanted tokens: projections, rotation, attention, projection."""
+        heads_TXD = twin("linear", norm_TH).linear(norm_TH, self.qkv).unflatten(-1, (-1, self.head_dim))
+        heads = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        attention = twin("attention", norm_TH)
+        out_TED = attention.cached_attention(heads, where.cos_sin, where.cached, where.plan, self.sinks)
         out_TX = out_TED.flatten(1)
-        return linear(out_TX if wanted_O is None else out_TX[wanted_O], self.o)
+        out_OX = out_TX if where.wanted_O is None else out_TX[where.wanted_O]
+        out_OH: torch.Tensor = twin("linear", out_OX).linear(out_OX, self.o)
+        return out_OH

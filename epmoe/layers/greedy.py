@@ -18,27 +18,10 @@ LOW = 0xFFFFFFFF
 def largest(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
     """int64 [S, B]: keys of the rows' largest values, of a part of the vocabulary that begins at id `first`.
 
-    float32; rows may stand apart by any stride. How many parts S a device makes of it is its own matter.
+    float32; rows may stand apart by any stride. How many parts S it makes of that part is a version's own matter: here
+    one. torch.argmax promises the first of equal values, and takes NaN for the largest.
     """
     assert logits_BV.dtype == torch.float32 and logits_BV.shape[1] > 0
-    if logits_BV.device.type != "cuda":
-        return largest_torch(logits_BV, first)
-    from epmoe.kernels import greedy as greedy_triton  # only here: a CPU machine need not have triton
-
-    return greedy_triton.largest(logits_BV, first)
-
-
-def join_largest(key_SB: torch.Tensor, vocab: int) -> torch.Tensor:
-    """The ids [B] that parts of the whole vocabulary found together, int64; V where a row holds NaN."""
-    if key_SB.device.type != "cuda":
-        return join_largest_torch(key_SB, vocab)
-    from epmoe.kernels import greedy as greedy_triton
-
-    return greedy_triton.join_largest(key_SB, vocab)
-
-
-def largest_torch(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
-    """`largest` with one part. torch.argmax promises the first of equal values, and takes NaN for the largest."""
     id_B1 = logits_BV.argmax(1, keepdim=True)
     value_B = logits_BV.gather(1, id_B1)[:, 0] + 0.0  # -0 becomes 0
     bits_B = value_B.view(torch.int32)
@@ -47,7 +30,7 @@ def largest_torch(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
     return ((ordered_B.long() << 32) | (LOW - first - id_B1[:, 0]))[None]
 
 
-def join_largest_torch(key_SB: torch.Tensor, vocab: int) -> torch.Tensor:
-    """`join_largest` in torch."""
+def join_largest(key_SB: torch.Tensor, vocab: int) -> torch.Tensor:
+    """The ids [B] that parts of the whole vocabulary found together, int64; V where a row holds NaN."""
     key_B = key_SB.amax(0)
     return torch.where(key_B >> 32 == NAN, vocab, LOW - (key_B & LOW))

@@ -11,11 +11,10 @@ The experts' router reads the norm next: for few tokens its product is made in t
 Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
 """
 
-import sys
-from types import ModuleType
-
 import torch
 from torch import nn
+
+from epmoe.layers.twin import twin
 
 
 def add_rows(rows_TKH: torch.Tensor) -> torch.Tensor:
@@ -35,7 +34,7 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add_rows(rows), the norm of that), both [T, H] in x's dtype; without rows x itself comes back.
 
-    `clear` leaves zeros in the rows. The reference, for any device and dtype; norm_triton.py has the fast one.
+    `clear` leaves zeros in the rows. For any device and dtype; epmoe/kernels/norm.py has the fast one.
     """
     if rows_TKH is not None:
         x_TH = x_TH + add_rows(rows_TKH)
@@ -54,15 +53,6 @@ def add_norm_linear(
     return x_TH, norm_TH, linear(norm_TH)
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """The module whose add_norm and add_norm_linear run on a device."""
-    if device.type != "cuda":
-        return sys.modules[__name__]
-    from epmoe.kernels import norm as norm_triton  # only here: a CPU machine need not have triton
-
-    return norm_triton
-
-
 class AddNorm(nn.Module):
     """RMSNorm of the residual stream, after the rows that are still to be added to it."""
 
@@ -75,10 +65,10 @@ class AddNorm(nn.Module):
         self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, *, clear: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the residual stream with `rows` added, its norm), [T, H] each; `clear` leaves zeros in the rows."""
-        return implementation(x_TH.device).add_norm(x_TH, rows_TKH, self.weight, self.eps, clear=clear)
+        return twin("norm", x_TH).add_norm(x_TH, rows_TKH, self.weight, self.eps, clear=clear)
 
     def with_linear(
         self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `forward` gives, and `linear` of the norm."""
-        return implementation(x_TH.device).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)
+        return twin("norm", x_TH).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from epmoe.layers.twin import twin
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -65,12 +67,17 @@ class Rotary:
     def __call__(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_TF and sin_TF, float32, times the concentration."""
         self.frequency_F = self.frequency_F.to(position_T.device)  # moves once
-        if position_T.device.type == "cuda":
-            from epmoe.kernels import rotary as rotary_triton  # only here: a CPU machine need not have triton
+        found: tuple[torch.Tensor, torch.Tensor]
+        found = twin("rotary", position_T).cos_sin(position_T, self.frequency_F, self.concentration)
+        return found
 
-            return rotary_triton.cos_sin(position_T, self.frequency_F, self.concentration)
-        angle_TF = position_T[:, None].float() * self.frequency_F
-        return angle_TF.cos() * self.concentration, angle_TF.sin() * self.concentration
+
+def cos_sin(
+    position_T: torch.Tensor, frequency_F: torch.Tensor, concentration: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos_TF and sin_TF, float32, of position · frequency, times the concentration."""
+    angle_TF = position_T[:, None].float() * frequency_F
+    return angle_TF.cos() * concentration, angle_TF.sin() * concentration
 
 
 def rotate(x_THD: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:

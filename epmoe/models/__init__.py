@@ -15,7 +15,7 @@ Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `activation
 `head_dim` to the cache, `vocab`, `max_positions` to the engine.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,3 +34,12 @@ class Place(NamedTuple):
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The rows of the parameter, as a view."""
         return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
+
+
+class Model(Protocol):
+    config: Any
+    vocab_chunk: int
+
+    def __call__(self, step: Any, cache: Any, /) -> torch.Tensor: ...
+
+    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]: ...

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from epmoe.errors import UserError
-from epmoe.ranks.launch import Launch, _stdout_closed, _store
+from epmoe.ranks.launch import Launch, open_store, stdout_closed
 from epmoe.ranks.watch import NoRankZero, leave
 
 TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
@@ -41,7 +41,7 @@ def main(body: Callable[[], None]) -> NoReturn:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except Exception as error:
-        if not (isinstance(error, BrokenPipeError) and _stdout_closed()):
+        if not (isinstance(error, BrokenPipeError) and stdout_closed()):
             code = 1
             traceback.print_exc()
     leave(code)
@@ -59,7 +59,7 @@ def _tell_once(error: UserError) -> None:
     if not agent or isinstance(error, NoRankZero):
         return
     with suppress(UserError):
-        store, _ = _store(Launch.read(), TOLD_S)
+        store, _ = open_store(Launch.read(), TOLD_S)
         if rank == "0":
             store.set("told", "")
             return

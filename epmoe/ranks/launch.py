@@ -57,7 +57,7 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def _device(device: str, launch: Launch) -> torch.device:
+def rank_device(device: str, launch: Launch) -> torch.device:
     """This rank's device; `auto` says what it took."""
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def _device(device: str, launch: Launch) -> torch.device:
     return torch.device(kind, launch.local_rank)
 
 
-def _store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
+def open_store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
     """The key-value store of this attempt, and the address at which others reach this process.
 
     Keys of an earlier attempt would send a restarted rank to processes that are gone, hence the prefix.
@@ -121,7 +121,7 @@ def _own_address(master: str, port: int) -> str:
     return master if ipaddress.ip_address(address).is_loopback else address
 
 
-def _stdout_closed() -> bool:
+def stdout_closed() -> bool:
     """Whether the reader of standard output has gone."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from epmoe.errors import UserError
-from epmoe.ranks.launch import BACKENDS, Launch, _device, _stdout_closed, _store
+from epmoe.ranks.launch import BACKENDS, Launch, open_store, rank_device, stdout_closed
 from epmoe.ranks.watch import Watch
 
 
@@ -80,14 +80,15 @@ class Ranks:
         dist.all_gather(everyone, mine, group=self.expert_group)
         return [each.tolist() for each in everyone]
 
-    def meet(self) -> None:
+    def meet(self, purpose: str = "") -> None:
         """Wait for every rank, at most start_timeout_s: between a work that takes some ranks much longer (a download,
         reading weights or standard input) and a collective, in which ranks wait for each other for timeout_s only.
 
-        The watch goes on: a rank that dies or stops meanwhile is noticed as soon as ever.
+        The watch goes on: a rank that dies or stops meanwhile is noticed as soon as ever. A rank that comes with
+        another `purpose` than rank 0's ends the run, and is named.
         """
         if self.watch is not None:
-            self.watch.meet(self.start_timeout_s, "runtime.start_timeout_s")
+            self.watch.meet(self.start_timeout_s, "runtime.start_timeout_s", purpose)
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Each rank's tensor of one shape, by expert rank: [N, *shape]; a collective of the expert group."""
@@ -127,12 +128,12 @@ def start(
     if expert not in (0, launch.size):
         raise UserError(f"mesh.expert={expert} is not the number of ranks, {launch.size}: leave it at 0")
     if launch.size == 1:
-        yield Ranks(0, 1, launch.local_rank, 1, _device(device, launch))
+        yield Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
         return
-    store, host = _store(launch, timeout_s)
+    store, host = open_store(launch, timeout_s)
     watch = Watch(launch.rank, launch.size, store, host, timeout_s)
     try:
-        ranks = _group(launch, _device(device, launch), store, timeout_s)
+        ranks = _group(launch, rank_device(device, launch), store, timeout_s)
         yield replace(ranks, watch=watch, start_timeout_s=start_timeout_s)
         for holder in (*ranks.at_end, *ranks.until_end):
             holder.close()
@@ -140,7 +141,7 @@ def start(
     except UserError as error:
         watch.fail("mistake", str(error), 2)
     except (Exception, SystemExit) as error:
-        if isinstance(error, BrokenPipeError) and _stdout_closed():
+        if isinstance(error, BrokenPipeError) and stdout_closed():
             watch.fail("closed", "", 0)
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         watch.fail("error", line, 1, traceback.format_exc())

@@ -33,14 +33,14 @@ def profiled(folder: str, ranks: Ranks) -> Iterator[None]:
         raise UserError(
             f"runtime.profile={folder} cannot be written ({error.strerror}): choose another place"
         ) from error
-    with profile(activities=_activities(ranks.device)) as recorder:
+    with profile(activities=activities(ranks.device)) as recorder:
         yield
         if ranks.device.type != "cpu":
             torch.accelerator.synchronize(ranks.device)
     recorder.export_chrome_trace(str(file))
 
 
-def _activities(device: torch.device) -> list[ProfilerActivity]:
+def activities(device: torch.device) -> list[ProfilerActivity]:
     """What is recorded: the host, and the device's kernels where it is another one."""
     # By attribute: up to torch 2.13 the type is pybind11's, which has no [].
     return [getattr(ProfilerActivity, name) for name in dict.fromkeys(("CPU", device.type.upper()))]

@@ -64,11 +64,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A point that every rank passes; rank 0 counts who has arrived."""
+    """A point that every rank passes; rank 0 counts who has arrived, and compares what they came for."""
 
     within_s: float = 0.0  # of the first arrival
     remedy: str = ""
     last: bool = False
+    purpose: str = ""  # the same on every rank
 
     def missed(self) -> str:
         what = "did not finish" if self.last else "was not ready"
@@ -124,7 +125,7 @@ class Watch:
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
-        self.arrived: set[int] = set()  # at `meet` or `finish`, on rank 0
+        self.arrived: dict[int, str] = {}  # at `meet` or `finish`, on rank 0: what each rank came for
         self.meeting = Meeting()
         self.faults: list[Fault] = []
         self.details = ""  # the traceback of this rank's own fault
@@ -148,15 +149,18 @@ class Watch:
         self.thread.join(30)  # the thread ends the process
         os._exit(code)
 
-    def meet(self, within_s: float, remedy: str) -> None:
-        """Wait until every rank calls this. A rank that comes `within_s` after the first one is a fault."""
+    def meet(self, within_s: float, remedy: str, purpose: str = "") -> None:
+        """Wait until every rank calls this. A rank that comes later than `within_s` after the first one is a fault.
+
+        So is one that comes with another `purpose` than rank 0.
+        """
         self.all_met.clear()
-        self._tell(Meeting(within_s, remedy))
+        self._tell(Meeting(within_s, remedy, purpose=purpose))
         self.all_met.wait()
 
     def finish(self) -> None:
         """The last meeting: after it a connection may end without a word."""
-        self._tell(Meeting(self.timeout_s, last=True))
+        self._tell(Meeting(self.timeout_s, last=True, purpose="end"))
         self.all_finished.wait()
 
     def close(self) -> None:
@@ -290,9 +294,16 @@ class Watch:
     def _arrive(self, rank: int, meeting: Meeting) -> None:
         if not self.arrived:
             self.first_arrival, self.meeting = time.monotonic(), meeting
-        self.arrived.add(rank)
+        self.arrived[rank] = meeting.purpose
         if len(self.arrived) == self.size:
+            purposes = dict(self.arrived)
             self.arrived.clear()
+            for other in sorted(purposes):
+                if purposes[other] != purposes[0]:
+                    theirs, ours = purposes[other] or "start", purposes[0] or "start"
+                    text = f"it comes to {theirs}, rank 0 to {ours}: every rank's program must make the same calls"
+                    self._fault(Fault("mistake", other, text, 2))
+                    return
             self._all("bye" if meeting.last else "met")
             (self.all_finished if meeting.last else self.all_met).set()
 
@@ -333,7 +344,7 @@ class Watch:
             if now - peer.heard > self.silent_s
         ]
         if self.arrived and now - self.first_arrival > self.meeting.within_s:
-            late = sorted(set(range(self.size)) - self.arrived)
+            late = sorted(set(range(self.size)) - set(self.arrived))
             overdue += [(rank, self.meeting.missed()) for rank in late]
         return overdue
 

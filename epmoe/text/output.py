@@ -25,7 +25,7 @@ class Answer:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.stream, self.stops = TextStream(tokenizer), StopStrings(stops)
         self.pieces: list[str] = []
-        self.printed = 0  # pieces
+        self.shown = 0  # pieces that `fresh` has given
         self.finished = False
 
     def feed(self, token: int) -> bool:
@@ -33,7 +33,19 @@ class Answer:
         self.pieces.append(self.stops.feed(self.stream.feed(token)))
         return self.stops.found
 
+    def fresh(self) -> str:
+        """The text that came since this was called last."""
+        text = "".join(self.pieces[self.shown :])
+        self.shown = len(self.pieces)
+        return text
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self.pieces)
+
     def finish(self) -> None:
+        """No more tokens come."""
         self.pieces.append(self.stops.feed(self.stream.flush()) + self.stops.flush())
         self.finished = True
 
@@ -68,8 +80,7 @@ class Output:
             return
         while self.turn < len(self.answers):
             answer = self.answers[self.turn]
-            text = "".join(answer.pieces[answer.printed :])
-            answer.printed = len(answer.pieces)
+            text = answer.fresh()
             if answer.finished:
                 self.turn += 1
                 text += "\n" if self.turn == len(self.answers) else "\n\n"
@@ -84,7 +95,7 @@ class Output:
             "index": index,
             "prompt_tokens": len(request.ids),
             "ids": result.ids,
-            "text": "".join(self.answers[index].pieces),
+            "text": self.answers[index].text,
             "finish_reason": result.finish_reason,
             "first_token_s": round(result.first_token_s, 6),
             "total_s": round(result.total_s, 6),

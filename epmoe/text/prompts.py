@@ -13,7 +13,7 @@ the date. They wait for the requests, so standard input must end within runtime.
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,23 +45,48 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
     Raises:
         UserError: no prompt, an unreadable file, a bad line (with its number), a template that refuses the messages.
     """
-    requests = None
-    if ranks.is_main:
-        found = read(config)
+
+    def found() -> list[Request]:
+        prompts = read(config)
         chat = choose_chat(config.chat, tokenizer)
         if config.chat == "auto":
             reason = "" if chat == "on" else ": the checkpoint has no chat template"
             print(f"epmoe: chat={chat} (auto{reason})", file=sys.stderr)
-        ids = [encode(prompt, tokenizer, chat, config.system) for prompt in found]
-        requests = [[i, asdict(prompt.params)] for i, prompt in zip(ids, found, strict=True)]
+        return [Request(tuple(encode(each, tokenizer, chat, config.system)), each.params) for each in prompts]
+
+    return share(ranks, found)
+
+
+def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
+    """What `make` gives on rank 0, on every rank; a collective.
+
+    Raises:
+        UserError: that `make` raised on rank 0, on every rank.
+    """
+    shared: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            shared["requests"] = [[each.ids, asdict(each.params)] for each in make()]
+        except UserError as error:
+            shared["error"] = str(error)
     ranks.meet()  # standard input, or another node's download, may have taken its time
-    shared = ranks.broadcast_json(requests)
-    return [Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])})) for ids, params in shared]
+    shared = ranks.broadcast_json(shared)
+    if "error" in shared:
+        raise UserError(shared["error"])
+    return [
+        Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])}))
+        for ids, params in shared["requests"]
+    ]
+
+
+def default_params(config: Config) -> SamplingParams:
+    """What the configuration says of sampling, for prompts that say nothing."""
+    return _params(config.sampling, config.max_new_tokens, "sampling")
 
 
 def read(config: Config) -> list[Prompt]:
     """The prompts that the configuration names."""
-    default = _params(config.sampling, config.max_new_tokens, "sampling")
+    default = default_params(config)
     if config.prompts.endswith(".jsonl"):
         return _json_lines(config)
     if config.prompts == "-":

@@ -19,7 +19,7 @@ from torch import nn
 
 from epmoe.errors import UserError
 from epmoe.models import MODELS, Place
-from epmoe.moe.exchange import COMBINES
+from epmoe.moe.exchange import EXCHANGES
 from epmoe.moe.experts import EXPERTS
 from epmoe.moe.placement import PLACEMENTS
 from epmoe.moe.router import ROUTERS
@@ -44,6 +44,7 @@ class LoadReport:
     router: str
     combine: str
     dtype: str
+    waits: tuple[str, ...] = ()  # what of it waits for the device in a step, as "key=name": no graph can capture it
 
 
 def load(
@@ -63,7 +64,7 @@ def load(
     Args:
         quant: a name of FORMATS, or auto: the format that the checkpoint stores.
         experts, router: names of EXPERTS and ROUTERS, or auto: triton on an accelerator, else reference.
-        combine: a name of COMBINES, or auto: slots on one node, all_reduce on several.
+        combine: a name of EXCHANGES, or auto: slots on one node, all_reduce on several.
         placement: a name of PLACEMENTS.
         dtype: bfloat16, float32, or auto: bfloat16 on an accelerator, else float32. Of all but the experts' matrices.
         progress: a bar on standard error, on rank 0 and on a terminal only.
@@ -85,7 +86,7 @@ def load(
         manifest, ranks, {"quant": quant, "experts": experts, "router": router, "combine": combine, "dtype": dtype}
     )
     backend, route = lookup("experts", EXPERTS, chosen["experts"]), lookup("router", ROUTERS, chosen["router"])
-    combiner, compute = lookup("combine", COMBINES, chosen["combine"])(ranks), DTYPES[chosen["dtype"]]
+    exchange, compute = lookup("combine", EXCHANGES, chosen["combine"])(ranks), DTYPES[chosen["dtype"]]
 
     local_E = owners.local_E(ranks.expert_rank, device)
     reader = ExpertReader(checkpoint, ids, device)
@@ -99,13 +100,16 @@ def load(
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
-            layer.install(packed, route, combiner, local_E, len(ids))
+            layer.install(packed, route, exchange, local_E, len(ids))
             advance()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
     checkpoint.reader.close()
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers())), "a tensor was not loaded"
-    report = LoadReport(bytes_read=checkpoint.bytes_read, seconds=time.perf_counter() - begin, **chosen)
+    # The torch references look at values.
+    waits = tuple(f"{key}={chosen[key]}" for key in ("experts", "router") if chosen[key] == "reference")
+    seconds = time.perf_counter() - begin
+    report = LoadReport(bytes_read=checkpoint.bytes_read, seconds=seconds, waits=waits, **chosen)
     return model.eval().requires_grad_(False), report
 
 
@@ -158,7 +162,7 @@ def _choose(manifest: Manifest, ranks: Ranks, asked: dict[str, str]) -> dict[str
     chosen = {key: auto[key] if name == "auto" else name for key, name in asked.items()}
     if chosen["dtype"] not in DTYPES:
         raise UserError(f"dtype={chosen['dtype']!r} is unknown; known: {', '.join(DTYPES)}")
-    for key, table in (("router", ROUTERS), ("combine", COMBINES)):
+    for key, table in (("router", ROUTERS), ("combine", EXCHANGES)):
         lookup(key, table, chosen[key])
     runs = lookup("experts", EXPERTS, chosen["experts"]).formats
     if not formats <= runs:

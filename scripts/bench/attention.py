@@ -34,10 +34,11 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from epmoe.batch import DecodeStep, Step
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.kernels.attention import launch as attention_triton
-from epmoe.kernels.attention.launch import Tile, cached_attention
+from epmoe.kernels.attention.launch import AttentionTile, cached_attention
+from epmoe.kernels.attention.launch import Heads as Projected
 from scripts.bench.moe import REPLAYS, limits, measure_us
 
 LEAST_CALLS, MOST_CALLS = 16, 512
@@ -72,31 +73,33 @@ class Heads:
         """A position's key and value."""
         return 2 * self.kv_heads * self.head_dim * 2
 
-    def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def inputs(self, tokens: int) -> tuple[Projected, tuple[torch.Tensor, torch.Tensor]]:
         """q, k, v and (cos, sin) of some tokens."""
         q, k, v = (
             torch.randn(tokens, heads, self.head_dim, device="cuda", dtype=BF16)
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         )
         angle = torch.rand(tokens, self.head_dim // 2, device="cuda") * 6
-        return q, k, v, (angle.cos(), angle.sin())
+        return (q, k, v), (angle.cos(), angle.sin())
 
     def cache(self, window: int | None, sequences: int, tokens: int) -> tuple[Cache, list[int]]:
         """Random rows, and the handles of `sequences` sequences of `tokens` positions, whose pages lie anywhere."""
         total = sequences * -(-tokens // self.page) * self.page
         store = Cache(
-            [window],
-            self.kv_heads,
-            self.head_dim,
-            tokens=total if window is None else self.page,
-            sequences=sequences,
-            page=self.page,
-            dtype=BF16,
-            device="cuda",
+            CacheConfig(
+                [window],
+                self.kv_heads,
+                self.head_dim,
+                tokens=total if window is None else self.page,
+                sequences=sequences,
+                page=self.page,
+                dtype=BF16,
+            ),
+            "cuda",
         )
         for layer in store.layers:
             layer.normal_()
-        random.Random(0).shuffle(store.paged.free)
+        random.Random(0).shuffle(store.pages.free)
         return store, [store.admit(tokens) for _ in range(sequences)]
 
 
@@ -144,7 +147,7 @@ def bench_prefill(heads: Heads, chunk: int, cached: int, window: int | None, lim
     row = finish(row, call, LEAST_CALLS, 1e6 * flops / limit[1], options, *tiles)
     row["tflops"] = flops / row["us"] / 1e6
     if window is None and not cached:
-        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in inputs[:3])
+        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in inputs[0])
         attend = torch.nn.functional.scaled_dot_product_attention
         row["sdpa_us"] = measure_us(lambda _: attend(q, k, v, is_causal=True, enable_gqa=True), LEAST_CALLS)
         print(f"    sdpa_us {row['sdpa_us']:.1f}", flush=True)
@@ -176,7 +179,7 @@ def decode_tile(name: str) -> Iterator[None]:
     """Decodes run with this variant."""
     shipped = attention_triton.DECODE[BF16], attention_triton.SPLIT
     positions, warps, stages, programs, split = map(int, name.split("x"))
-    attention_triton.DECODE[BF16] = Tile(shipped[0].queries, positions, warps, stages, programs)
+    attention_triton.DECODE[BF16] = AttentionTile(shipped[0].queries, positions, warps, stages, programs)
     attention_triton.SPLIT = split
     try:
         yield
@@ -195,9 +198,9 @@ def window_tile(name: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _replaced(tiles: dict[torch.dtype, Tile], name: str) -> Iterator[None]:
+def _replaced(tiles: dict[torch.dtype, AttentionTile], name: str) -> Iterator[None]:
     shipped = tiles[BF16]
-    tiles[BF16] = Tile(*map(int, name.split("x")))
+    tiles[BF16] = AttentionTile(*map(int, name.split("x")))
     try:
         yield
     finally:

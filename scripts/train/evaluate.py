@@ -20,7 +20,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from epmoe.batch import Step
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.ranks import command, mesh
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
@@ -45,8 +45,8 @@ def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[fl
     choices = torch.zeros(config.layers, config.num_experts, dtype=torch.int64, device=ranks.device)
     for layer, count_E in zip(model.moe_layers(), choices, strict=True):
         layer.router.register_forward_hook(partial(_count, count_E, config.top_k))
-    cache = Cache(config.windows, config.kv_heads, config.head_dim, tokens=length, sequences=1, dtype=torch.float32,
-                  device=ranks.device)  # fmt: skip
+    shape = config.windows, config.kv_heads, config.head_dim
+    cache = Cache(CacheConfig(*shape, tokens=length, sequences=1, dtype=torch.float32), ranks.device)
     total = 0.0
     for window_S in windows_BS:
         sequence = cache.admit(length)

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from steps import make_step
 
 from epmoe.batch import DecodeStep
-from epmoe.cache.cache import Cache, CacheFull
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.pages import CacheFull
 from epmoe.cache.plan import Gather, Plan
 from epmoe.errors import UserError
 
 
 def new_cache(windows: list[int | None], *, tokens: int = 64, sequences: int = 4, page: int = 4) -> Cache:
-    return Cache(windows, 2, 8, tokens=tokens, sequences=sequences, page=page, dtype=torch.float32, device="cpu")
+    return Cache(CacheConfig(windows, 2, 8, tokens=tokens, sequences=sequences, page=page, dtype=torch.float32), "cpu")
 
 
 def rows_of(cache: Cache, window: int | None, handle: int, count: int) -> list[int]:
@@ -38,7 +39,9 @@ def test_bytes_follow_the_windows() -> None:
 
 def test_gpt_oss_20b_bytes() -> None:
     """Protects the figure people plan with: a token of context costs the full-attention half of the layers only."""
-    cache = Cache([128, None] * 12, 8, 64, tokens=16384, sequences=8, page=16, dtype=torch.bfloat16, device="meta")
+    cache = Cache(
+        CacheConfig([128, None] * 12, 8, 64, tokens=16384, sequences=8, page=16, dtype=torch.bfloat16), "meta"
+    )
     token = 2 * 8 * 64 * 2
     assert cache.nbytes == 12 * (16384 + 16) * token + 12 * (8 + 1) * 144 * token
 
@@ -75,7 +78,7 @@ def test_full_when_pages_are_short() -> None:
     """Protects admission: reserved by the page, refused when short, admitted again after a release."""
     cache = new_cache([None, 7])  # 16 pages
     first = cache.admit(33)  # 9 pages
-    assert cache.fits(28) and not cache.fits(29)
+    assert cache.pages.fits(28) and not cache.pages.fits(29)
     with pytest.raises(CacheFull):
         cache.admit(29)
     second = cache.admit(28)  # 7 pages
@@ -145,7 +148,7 @@ def test_rows_have_one_owner_and_come_back(actions: list[tuple[bool, int]]) -> N
     live: dict[int, int] = {}
     for wants_in, size in actions:
         if wants_in:
-            fits = cache.fits(size)
+            fits = cache.pages.fits(size)
             try:
                 live[cache.admit(size)] = size
                 assert fits
@@ -161,7 +164,7 @@ def test_rows_have_one_owner_and_come_back(actions: list[tuple[bool, int]]) -> N
             assert len(flat) == len(set(flat)) and all(0 <= row < cache.pools[window].rows for row in flat)
     for handle in live:
         cache.release(handle)
-    assert sorted(cache.paged.free) == list(range(16)) and sorted(cache.free) == list(range(5))
+    assert sorted(cache.pages.free) == list(range(16)) and sorted(cache.pages.free_handles) == list(range(5))
 
 
 def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]) -> Plan:
@@ -220,7 +223,7 @@ def test_the_spare_sequence_is_nobodys() -> None:
     """Protects the requests' rows: the spare handle is never admitted, and its page never reserved."""
     cache = new_cache([None, 7])
     handles = [cache.admit(16) for _ in range(4)]
-    assert cache.spare not in handles and not cache.paged.free
+    assert cache.spare not in handles and not cache.pages.free
     spare = set(rows_of(cache, None, cache.spare, 64))
     assert not spare & {row for handle in handles for row in rows_of(cache, None, handle, 16)}
     assert max(spare) < cache.paged.rows

@@ -15,7 +15,7 @@ from spawn import run_ranks
 from torch import Tensor
 
 from epmoe.batch import Step
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.formats.mxfp4 import decode, encode
 from epmoe.ranks.mesh import Ranks
 from epmoe.text.tokenizer import Tokenizer
@@ -132,8 +132,8 @@ def tiny(tmp_path: Path) -> TrainableGptOss:
 def epmoe_logits(ranks: Ranks, directory: Path, token_S: Tensor) -> Tensor:
     model, _ = load(Checkpoint.open(directory), ranks, dtype="float32", progress=False)
     config, index = model.config, torch.arange(len(token_S))
-    cache = Cache(config.windows, config.kv_heads, config.head_dim, tokens=len(token_S), sequences=1,
-                  dtype=torch.float32, device=ranks.device)  # fmt: skip
+    cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=len(token_S), sequences=1,
+                  dtype=torch.float32), ranks.device)  # fmt: skip
     step = Step(token_S, index, (0, len(token_S)), (0,), (cache.admit(len(token_S)),), index)
     with torch.inference_mode():
         return model(step, cache).clone()

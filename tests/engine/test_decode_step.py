@@ -10,8 +10,10 @@ import torch
 from compile_sm90 import compile_kernel
 from interpret import interpreted
 
+from epmoe.batch import SequenceState
 from epmoe.engine.decode_step import State
 from epmoe.kernels import sequence_state as decode_triton
+from epmoe.layers import sequence_state
 from epmoe.ranks.mesh import Ranks
 
 VOCAB, SEQUENCES = 50, 90
@@ -19,8 +21,8 @@ VOCAB, SEQUENCES = 50, 90
 
 def state(seen: bool) -> State:
     made = State(SimpleNamespace(spare=SEQUENCES), VOCAB, Ranks(0, 1, 0, 1, torch.device("cpu")))  # type: ignore[arg-type]
-    made.token_S.copy_(torch.arange(100, 101 + SEQUENCES))
-    made.position_S.copy_(torch.arange(7, 8 + SEQUENCES))
+    made.sequences.token_S.copy_(torch.arange(100, 101 + SEQUENCES))
+    made.sequences.position_S.copy_(torch.arange(7, 8 + SEQUENCES))
     if seen:
         made.keep_seen()
     return made
@@ -39,17 +41,16 @@ def rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def compare(count: int, seen: bool, device: str) -> None:
     ours, theirs = state(seen), state(seen)
     id_B, sequence_B, position_B = rows(count)
-    token_S, position_S = theirs.token_S.to(device), theirs.position_S.to(device)
-    seen_SV = None if theirs.seen_SV is None else theirs.seen_SV.to(device)
-    taken = decode_triton.take(sequence_B.to(device), token_S, position_S)
-    for got_B, wanted_B in zip(taken, ours.take(sequence_B), strict=True):
+    moved = SequenceState(*(None if each is None else each.to(device) for each in theirs.sequences))  # type: ignore[arg-type]
+    taken = decode_triton.take(sequence_B.to(device), moved.token_S, moved.position_S)
+    for got_B, wanted_B in zip(taken, ours.last(sequence_B), strict=True):
         assert torch.equal(got_B.cpu(), wanted_B)
-    ours.advance(id_B, sequence_B, position_B)
+    sequence_state.advance(id_B, sequence_B, position_B, ours.sequences, VOCAB)
     id_B, sequence_B, position_B = id_B.to(device), sequence_B.to(device), position_B.to(device)
-    decode_triton.advance(id_B, sequence_B, position_B, token_S, position_S, seen_SV, VOCAB)
-    assert torch.equal(token_S.cpu(), ours.token_S) and torch.equal(position_S.cpu(), ours.position_S)
-    if seen_SV is not None and ours.seen_SV is not None:
-        assert torch.equal(seen_SV.cpu(), ours.seen_SV)
+    decode_triton.advance(id_B, sequence_B, position_B, moved, VOCAB)
+    for got, wanted in zip(moved, ours.sequences, strict=True):
+        assert (got is None) == (wanted is None)
+        assert got is None or wanted is None or torch.equal(got.cpu(), wanted)
 
 
 CASES = [(1, False), (5, True), (64, True), (65, False)]
@@ -62,13 +63,13 @@ def test_kernels_in_the_interpreter(count: int, seen: bool) -> None:
 
 def test_the_state_after_a_token() -> None:
     made = state(seen=True)
-    made.advance(
-        torch.tensor([3, VOCAB, 9, 4]), torch.tensor([5, 0, SEQUENCES, SEQUENCES]), torch.tensor([11, 1, 1, 2])
-    )
-    assert made.token_S[[5, 0, SEQUENCES, 1]].tolist() == [3, VOCAB - 1, 0, 101]
-    assert made.position_S[[5, 0, SEQUENCES, 1]].tolist() == [11, 1, 0, 8]
-    assert made.seen_SV is not None
-    assert made.seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
+    id_B, sequence_B = torch.tensor([3, VOCAB, 9, 4]), torch.tensor([5, 0, SEQUENCES, SEQUENCES])
+    sequence_state.advance(id_B, sequence_B, torch.tensor([11, 1, 1, 2]), made.sequences, VOCAB)
+    token_S, position_S, seen_SV = made.sequences
+    assert token_S[[5, 0, SEQUENCES, 1]].tolist() == [3, VOCAB - 1, 0, 101]
+    assert position_S[[5, 0, SEQUENCES, 1]].tolist() == [11, 1, 0, 8]
+    assert seen_SV is not None
+    assert seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -17,11 +17,13 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.batch import DecodeStep, Step
-from epmoe.cache.cache import Cache, CacheFull
-from epmoe.cache.fit import fit_cache
-from epmoe.engine.engine import Engine, choose_chunk
-from epmoe.engine.request import Request, Result, SamplingParams
+from epmoe.cache.cache import Cache
+from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.cache.pages import Pages
+from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, Workload
 from epmoe.errors import UserError
+from epmoe.models.decoder import prefill_kinds
 from epmoe.ranks.mesh import Ranks
 
 VOCAB = 97
@@ -31,27 +33,17 @@ ONE = rank_of(0, 1)
 
 
 class FakeCache:
-    """Counts pages of `page` positions, as the real cache does; holds the tokens that the model was fed."""
+    """Pages of `page` positions, as the real cache's; holds the tokens that the model was fed."""
 
     def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
-        self.page, self.pages, self.sequences = page, tokens // page, sequences
-        self.spare = sequences
-        self.reserved: dict[int, int] = {}
+        self.pages, self.spare = Pages(tokens // page, page, sequences), sequences
         self.fed: dict[int, list[int]] = {}
 
-    def fits(self, max_tokens: int) -> bool:
-        held = sum(-(-each // self.page) for each in self.reserved.values())
-        return len(self.reserved) < self.sequences and held - (-max_tokens // self.page) <= self.pages
-
-    def admit(self, max_tokens: int) -> int:
-        if not self.fits(max_tokens):
-            raise CacheFull
-        handle = next(handle for handle in range(self.sequences) if handle not in self.reserved)
-        self.reserved[handle], self.fed[handle] = max_tokens, []
-        return handle
+    def write(self, handle: int) -> None:
+        self.fed[handle] = []
 
     def release(self, handle: int) -> None:
-        del self.reserved[handle], self.fed[handle]
+        self.pages.release(handle)
 
 
 @dataclass
@@ -67,6 +59,9 @@ class FakeModel:
         self.config = FakeConfig(**config)
         self.vocab_chunk = 10  # so that several ranks share the vocabulary
         self.steps: list[Step | DecodeStep] = []
+
+    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
+        return prefill_kinds(tokens, prompts, halves_from=4096)
 
     def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
         self.steps.append(step)
@@ -96,7 +91,7 @@ class FakeModel:
         fed: list[int] = cache.fed[handle]
         assert positions == list(range(len(fed), len(fed) + len(tokens)))
         fed += tokens
-        assert len(fed) <= cache.reserved[handle]
+        assert len(fed) <= cache.pages.reserved[handle]
         return list(fed)
 
     def prefills(self) -> list[Step]:
@@ -118,7 +113,8 @@ def logits_of(tokens: list[int]) -> torch.Tensor:
 
 def engine(model: FakeModel | None = None, cache: Any = None, **limits: Any) -> Engine:
     held: Any = cache or FakeCache()
-    return Engine(model or FakeModel(), held, ONE, eos_ids=[EOS], **limits)
+    made: Any = model or FakeModel()
+    return Engine(made, held, ONE, EngineConfig(eos_ids=[EOS], **limits))
 
 
 def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
@@ -169,9 +165,9 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
     assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
 
 
-def test_a_chunk_is_chosen_by_the_kind_of_device() -> None:
-    assert [choose_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 16384, 16384]
-    assert choose_chunk(5, torch.device("cpu")) == choose_chunk(5, torch.device("cuda")) == 5
+def test_a_chunk_follows_the_kind_of_device() -> None:
+    assert [resolve_chunk(0, torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [2048, 16384, 16384]
+    assert resolve_chunk(5, torch.device("cpu")) == resolve_chunk(5, torch.device("cuda")) == 5
     assert engine().prefill_chunk == 2048
 
 
@@ -216,15 +212,15 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     tested = engine(model, max_batch=20, prefill_chunk=100, progress=True)
-    tested._warm_prefills(requests)
+    tested.warm.run(Workload.of(requests, 20), 60)
     steps = model.prefills()
     assert {1, 2, 4, 8, 16, 32, 64, 100} | {3, 7, 15, 31, 63, 99} <= {len(step.token_T) for step in steps}
     assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
     several = {sum(stop - start > 1 for start, stop in pairwise(step.start_B1)) for step in steps}
     assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
-    assert not tested.cache.reserved
+    assert not tested.cache.pages.reserved
     assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
-    tested._warm_prefills(requests[::-1])
+    tested.warm.run(Workload.of(requests[::-1], 20), 60)
     assert len(model.prefills()) == len(steps)  # once is enough
 
 
@@ -235,7 +231,7 @@ def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
     short = [Request(tuple(range(30)), SamplingParams(max_new_tokens=2, ignore_eos=True))] * 3
     long = Request(tuple(range(32)), SamplingParams(max_new_tokens=69, ignore_eos=True))
     tested = engine(model, cache=FakeCache(tokens=100), prefill_chunk=200)
-    tested._warm_prefills([*short, long])
+    tested.warm.run(Workload.of([*short, long], 64), 60)
     warm = max(len(step.token_T) for step in model.prefills())
     count = len(model.prefills())
     tested.generate([*short, long])
@@ -273,7 +269,7 @@ def test_full_cache_lets_requests_wait_in_order() -> None:
     results = engine(cache=cache).generate(requests, on_finish=lambda index, result: finished.append(index))
     assert outputs(results) == [expected(request) for request in requests]
     assert sorted(finished) == list(range(20))
-    assert not cache.reserved  # everything was given back
+    assert not cache.pages.reserved  # everything was given back
 
 
 def test_pages_are_given_back_when_a_run_fails() -> None:
@@ -284,7 +280,7 @@ def test_pages_are_given_back_when_a_run_fails() -> None:
 
     with pytest.raises(OSError, match="gone"):
         engine(cache=cache).generate(some_requests(3), on_token=fail)
-    assert not cache.reserved
+    assert not cache.pages.reserved
 
 
 def test_callbacks_see_every_token_in_order_and_can_stop() -> None:
@@ -340,6 +336,74 @@ def test_log_probabilities_come_with_each_token() -> None:
             tokens.append(token)
 
 
+# Requests that come and go: add, step, abort
+
+
+def run(tested: Engine, found: dict[int, Result], tokens: dict[int, list[int]]) -> None:
+    """Steps until nothing waits or runs."""
+    while tested.busy:
+        for event in tested.step():
+            if isinstance(event, Finished):
+                assert event.id not in found
+                found[event.id] = event.result
+            else:
+                assert isinstance(event, Token) and event.id not in found
+                tokens.setdefault(event.id, []).append(event.token)
+
+
+def test_requests_come_and_go_while_others_run() -> None:
+    """Added one after the other between steps: each has the tokens that it has alone, and events tell all of them."""
+    requests, tested = some_requests(12), engine(max_batch=3)
+    found: dict[int, Result] = {}
+    tokens: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        assert tested.add(request) == number
+        for event in tested.step():
+            if isinstance(event, Finished):
+                found[event.id] = event.result
+            else:
+                tokens.setdefault(event.id, []).append(event.token)
+    run(tested, found, tokens)
+    assert outputs([found[number] for number in range(12)]) == [expected(request) for request in requests]
+    for number, result in found.items():
+        shown = result.ids[:-1] if result.finish_reason == "eos" else result.ids
+        assert tuple(tokens.get(number, ())) == shown
+    assert not tested.cache.pages.reserved and tested.step() == []
+
+
+def test_an_abort_ends_one_request_and_no_other() -> None:
+    """Of one that runs, of one that waits, of one that has ended; its pages and its turn are free at once."""
+    long = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    requests = [Request((n, n + 1), long) for n in range(4)]
+    tested = engine(max_batch=2)
+    ids = [tested.add(request) for request in requests]
+    for _ in range(5):
+        tested.step()
+    running = tested.abort(ids[0])
+    assert running is not None and running.finish_reason == "abort"
+    assert running.ids == expected(requests[0])[0][: len(running.ids)] and len(running.ids) == 5
+    waiting = tested.abort(ids[3])
+    assert waiting is not None and waiting.ids == () and waiting.finish_reason == "abort"
+    assert tested.abort(ids[0]) is None and len(tested.cache.pages.reserved) == 1
+    found: dict[int, Result] = {}
+    run(tested, found, {})
+    assert sorted(found) == ids[1:3] and tested.abort(ids[1]) is None
+    assert outputs([found[1], found[2]]) == [expected(request) for request in requests[1:3]]
+    assert not tested.cache.pages.reserved
+
+
+def test_a_request_that_never_fits_is_refused_when_it_is_added() -> None:
+    tested = engine(cache=FakeCache(tokens=48))
+    tested.add(Request((1, 2), SamplingParams(max_new_tokens=3)))
+    with pytest.raises(UserError, match="a sequence of 90 tokens can never fit a cache of 48"):
+        tested.add(Request(tuple(range(80)), SamplingParams(max_new_tokens=11)))
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        tested.add(Request((), SamplingParams()))
+    found: dict[int, Result] = {}
+    run(tested, found, {})
+    assert list(found) == [0]  # the other request was not harmed
+
+
 BAD = {
     "is empty": Request((), SamplingParams()),
     "400 positions": Request(tuple([1] * 400), SamplingParams()),
@@ -361,9 +425,9 @@ def disagreeing_rank(ranks: Ranks, chunk: int) -> list[tuple[tuple[int, ...], st
             return super().__call__(step, cache).roll(ranks.rank, 1)
 
     held: Any = FakeCache()
-    model = Own()
+    model: Any = Own()
     model.vocab_chunk = chunk
-    return outputs(Engine(model, held, ranks, eos_ids=[EOS], max_batch=3).generate(some_requests(6)))
+    return outputs(Engine(model, held, ranks, EngineConfig(eos_ids=[EOS], max_batch=3)).generate(some_requests(6)))
 
 
 def test_all_ranks_take_rank_zeros_tokens() -> None:
@@ -391,18 +455,18 @@ class Shape:
     windows: tuple[int | None, ...] = (8, None)
     kv_heads: int = 2
     head_dim: int = 4
+    max_positions: int = 10_000
 
 
 def fit(needs: list[int], **options: int) -> Cache:
-    settings: dict[str, Any] = {"page": 16, "max_batch": 64, **options}
-    return fit_cache(Shape(), needs, ONE, dtype=torch.float32, **settings)
+    return fit_cache(Shape(), needs, ONE, CacheSettings(torch.float32, **options))
 
 
 def test_cache_takes_what_the_requests_need() -> None:
     """In whole pages for each request, and for no more requests than run at a time."""
     assert fit([1, 16, 17]).tokens == 16 + 16 + 32
     assert fit([1, 16, 17, 100], max_batch=2).tokens == 32 + 112
-    assert fit([5], cache_tokens=100).tokens == 112
+    assert fit([5], tokens=100).tokens == 112
 
 
 def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,9 +481,9 @@ def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_set_capacity_beyond_the_memory_names_the_key() -> None:
     """Before anything of that size is made: the list of its pages alone would fill the memory."""
     with pytest.raises(UserError, match=r"runtime\.cache_tokens=\d+ needs .* GB are free: lower it"):
-        fit([10], cache_tokens=10**12)
+        fit([10], tokens=10**12)
 
 
 def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
     with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
-        fit([10, 10, 200], cache_tokens=100)
+        fit([10, 10, 200], tokens=100)

@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, Signals
@@ -16,24 +17,25 @@ from typing import Any, cast
 import pytest
 import torch
 from bitwise_run import requests as bitwise_requests
+from sampling import sample
 from spawn import commands, run_ranks
 from steps import make_step
 
-from epmoe.batch import HALVES_FROM, DecodeStep
-from epmoe.cache.fit import fit_cache
+from epmoe.batch import DecodeStep
+from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.engine import sampler
 from epmoe.engine.decode_step import vocabulary_part
-from epmoe.engine.engine import Engine
-from epmoe.engine.graphs import buckets, choose_graphs
-from epmoe.engine.request import Request, Result, SamplingParams
+from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.graphs import buckets, resolve_graphs
+from epmoe.engine.request import Level, Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
-from epmoe.layers import attention
-from epmoe.models import gpt_oss
-from epmoe.moe.exchange import symmetric
+from epmoe.kernels import symmetric
+from epmoe.layers.twin import switched
+from epmoe.models.decoder import Limits
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, NoArrival
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.load import DTYPES, LoadReport, load
+from epmoe.weights.load import DTYPES, load
 from epmoe.weights.synthetic import make_checkpoint
 
 EOS = range(40, 60)  # a random model seldom says the checkpoint's own
@@ -54,11 +56,12 @@ def rank_on(device: str) -> Ranks:
 def build(mine: Ranks, checkpoint: str, asked: Sequence[Request], **limits: Any) -> Engine:
     model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine=limits.pop("combine", "slots"))
     needs = [request.cached(model.config.max_positions) for request in asked]
-    settings: dict[str, Any] = {"max_batch": 5, "prefill_chunk": 16, **limits}
+    model.limits = replace(model.limits, vocab_chunk=limits.pop("vocab_chunk", model.limits.vocab_chunk))
+    config = EngineConfig(**{"eos_ids": EOS, "max_batch": 5, "prefill_chunk": 16, **limits})
     cache = fit_cache(
-        model.config, needs, mine, dtype=DTYPES[report.dtype], page=4, max_batch=int(settings["max_batch"])
+        model.config, needs, mine, CacheSettings(DTYPES[report.dtype], page=4, max_batch=config.max_batch)
     )
-    return Engine(model, cache, mine, eos_ids=EOS, **settings)
+    return Engine(model, cache, mine, config)
 
 
 def mixed() -> list[Request]:
@@ -92,7 +95,7 @@ def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ..
         with torch.inference_mode():
             logits = engine.model(make_step([(handle, new, cached)], every=False), cache)
         seen[0, ids] = True
-        token = int(sampler.sample(logits, [params], [len(ids)], seen))
+        token = int(sample(logits, [params], [len(ids)], seen))
         cached, new = len(ids), [token]
         ids.append(token)
         reason = "length" if len(ids) == request.length(engine.max_positions) else ""
@@ -118,7 +121,7 @@ def test_same_tokens_as_one_request_after_the_other(checkpoint: str, limits: dic
     for index, result in enumerate(results):  # not even a callback sees the token of the step after the end
         assert tuple(shown.get(index, ())) == (result.ids[:-1] if result.finish_reason == "eos" else result.ids)
         assert len(result.logprobs) == (len(result.ids) if asked[index].params.logprobs else 0)
-    assert not engine.cache.reserved
+    assert not engine.cache.pages.reserved
     again = engine.generate(asked, stop_at({}))  # the same buffers, with what the first run left in them
     assert [(each.ids, each.logprobs) for each in again] == [(each.ids, each.logprobs) for each in results]
 
@@ -131,16 +134,16 @@ def test_buckets(most: int) -> None:
     assert {1, 2, 4, 8, 16, 24, 64} & set(range(most)) <= set(sizes)
 
 
-@pytest.mark.parametrize("level", sampler.Level)
-def test_the_sampler_never_looks_at_values(level: sampler.Level) -> None:
+@pytest.mark.parametrize("level", Level)
+def test_the_sampler_never_looks_at_values(level: Level) -> None:
     """On the meta device there are none: whatever would wait for a GPU fails here."""
     meta = torch.device("meta")
-    knobs = sampler.Knobs(
+    params = sampler.SamplingTensors(
         torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
     )
     seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
     position = torch.empty(40, dtype=torch.int64, device=meta)
-    assert sampler.choose(torch.empty(40, 300, device=meta), knobs, position, seen, level).shape == (40,)
+    assert sampler.sample(torch.empty(40, 300, device=meta), params, position, seen, level).shape == (40,)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
@@ -159,9 +162,9 @@ def test_parts_of_the_vocabulary(size: int) -> None:
 
 def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set[Any]]:
     """All greedy, then with others among them; also the parts of the vocabulary that were asked for."""
-    gpt_oss.VOCAB_CHUNK = chunk
     greedy = [Request(each.ids, SamplingParams(max_new_tokens=12)) for each in mixed()]
-    engine = build(mine, checkpoint, greedy, **({"graphs": True} if mine.device.type != "cpu" else {}))
+    graphs = mine.device.type != "cpu"
+    engine = build(mine, checkpoint, greedy, vocab_chunk=chunk, graphs=graphs)
     parts: set[Any] = set()
     model = engine.model
 
@@ -170,7 +173,7 @@ def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set
             parts.add(step.part)
         return model(step, cache)
 
-    engine.decoder.model = cast(Any, spy)
+    engine.runner.decode.model = cast(Any, spy)
     first = outcome(engine.generate(greedy))
     alone = set(parts)
     return [first, outcome(engine.generate([*greedy[:6], *mixed()[6:]]))], alone
@@ -185,27 +188,23 @@ def test_ranks_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None
     assert all(results == one for results, _ in found)
 
 
-def report(**names: str) -> LoadReport:
-    chosen = {"quant": "mxfp4", "experts": "triton", "router": "triton", "combine": "slots", "dtype": "bfloat16"}
-    return LoadReport(bytes_read=0, seconds=0.0, **(chosen | names))
-
-
-def test_graphs_are_chosen_where_they_can_be(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_graphs_are_taken_where_they_can_be(capsys: pytest.CaptureFixture[str]) -> None:
     cuda, cpu = Ranks(0, 1, 0, 1, torch.device("cuda", 0)), rank_on("cpu")
-    assert choose_graphs("auto", cuda, report()) and choose_graphs("true", cuda, report())
-    assert not choose_graphs("false", cuda, report()) and not choose_graphs("false", cpu, report())
-    assert not choose_graphs("auto", cpu, report())
-    assert not choose_graphs("auto", cuda, report(experts="reference"))
+    assert resolve_graphs("auto", cuda, ()) and resolve_graphs("true", cuda, ())
+    assert not resolve_graphs("false", cuda, ()) and not resolve_graphs("false", cpu, ())
+    assert not resolve_graphs("auto", cpu, ())
+    assert not resolve_graphs("auto", cuda, ["experts=reference"])
     assert capsys.readouterr().err.splitlines() == [
         "epmoe: graphs=true (auto)",
         "epmoe: graphs=false (auto: experts=reference)",
     ]
     with pytest.raises(UserError, match=r"runtime\.graphs=true is not possible with router=reference"):
-        choose_graphs("true", cuda, report(router="reference"))
+        resolve_graphs("true", cuda, ["router=reference"])
     with pytest.raises(UserError, match=r"with runtime\.device=cpu"):
-        choose_graphs("true", cpu, report())
-    monkeypatch.setattr(attention, "REFERENCE_ONLY", True)
-    assert not choose_graphs("auto", cuda, report())
+        resolve_graphs("true", cpu, ())
+    with switched(torch_only={"attention"}):
+        assert not resolve_graphs("auto", cuda, ())
+    assert "attention's torch version" in capsys.readouterr().err
 
 
 def test_a_wait_has_a_bound() -> None:
@@ -251,7 +250,7 @@ def crowd() -> list[Request]:
 
 
 def large() -> list[Request]:
-    """Steps that run as halves (cache.HALVES_FROM), and some just below."""
+    """Steps that run as halves (models/decoder.py, Limits), and some just below."""
     lengths = [6001, 4096, 4000, 30, 9000, 4095, 1, 2, 2047, 5000, 17]
     ids = [tuple((7 * index) % 300 for index in range(count)) for count in lengths]
     return [Request(each, SamplingParams(max_new_tokens=3)) for each in ids]
@@ -286,7 +285,7 @@ def test_nothing_compiles_and_nothing_is_captured_after_prepare(
     make, limits = COMPILES[case]
     asked = make()
     engine = build(rank_on("cuda"), checkpoint, asked, graphs=graphs, **limits)
-    engine.prepare(asked)
+    engine.prepare(Workload.of(asked, engine.max_batch))
     assert bool(captured) == graphs
     compiled.clear()
     captured.clear()
@@ -303,15 +302,15 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
     """The host may not wait for the device between two steps, with another batch neither."""
     asked = mixed()
     engine = build(rank_on("cuda"), checkpoint, asked, graphs=True)
-    engine.prepare(asked)
+    engine.prepare(Workload.of(asked, engine.max_batch))
     with torch.inference_mode():
         handles = [engine.cache.admit(30) for _ in range(3)]
         for handle, request in zip(handles, asked, strict=False):
-            engine.state.admit(handle, request.ids, request.params)
+            engine.runner.state.admit(handle, request.ids, request.params)
         # Nothing prefills these sequences, which would set where they are: without this they would go on where the
         # prefills of prepare left their handles, and read rows that nobody wrote.
-        engine.state.token_S.zero_()
-        engine.state.position_S.zero_()
+        engine.runner.state.sequences.token_S.zero_()
+        engine.runner.state.sequences.position_S.zero_()
         variants = sorted({variant for _, variant in engine.graphs.ready})
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -350,7 +349,7 @@ def test_graphs_on_two_gpus_give_the_bits_of_one(checkpoint: str) -> None:
 
 def run_by_the_group(mine: Ranks, checkpoint: str, combine: str, graphs: bool) -> list[Any]:
     """As `run`, where ranks have no symmetric memory."""
-    symmetric.possible = lambda ranks: False
+    symmetric.possible = lambda device: False
     asked = mixed()
     return outcome(build(mine, checkpoint, asked, graphs=graphs, combine=combine).generate(asked, stop_at({})))
 
@@ -378,7 +377,7 @@ def run_large(mine: Ranks, checkpoint: str) -> list[Any]:
         for length in (5000, 1, 700, 4200)
     ]
     engine = build(mine, checkpoint, asked, graphs=True, prefill_chunk=0)
-    assert engine.prefill_chunk > HALVES_FROM
+    assert engine.prefill_chunk > Limits().halves_from
     return [outcome(engine.generate(asked)) for _ in range(3)]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import log_probabilities, sample
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,7 +20,6 @@ from transformers import (
 
 from epmoe.engine import sampler
 from epmoe.engine.request import SamplingParams
-from epmoe.engine.sampler import sample
 from epmoe.errors import UserError
 
 MASK = 2**64 - 1
@@ -38,7 +38,7 @@ def logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 
 def kept(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """bool [V]: what the filters leave."""
-    knobs = sampler.Knobs.of([params], logits_V.device)
+    knobs = sampler.SamplingTensors.of([params], logits_V.device)
     return sampler._filter(logits_V[None], knobs, sampler.Level.FILTER)[0].isfinite()
 
 
@@ -187,8 +187,8 @@ def test_levels_are_the_least_that_serve() -> None:
     for b, params in enumerate(MIXED):
         for level in sampler.Level:
             if level >= params.level:
-                knobs, one = sampler.Knobs.of([params], rows.device), slice(b, b + 1)
-                assert sampler.choose(rows[one], knobs, torch.tensor([9]), seen[one], level) == found[b]
+                knobs, one = sampler.SamplingTensors.of([params], rows.device), slice(b, b + 1)
+                assert sampler.sample(rows[one], knobs, torch.tensor([9]), seen[one], level) == found[b]
 
 
 def test_more_rows_than_are_filtered_at_a_time() -> None:
@@ -262,7 +262,7 @@ def test_penalty_as_transformers() -> None:
     rows = logits(3, 200)
     ids = torch.randint(0, 200, (3, 40), generator=torch.Generator().manual_seed(5))
     seen = torch.zeros(3, 200, dtype=torch.bool).scatter_(1, ids, True)
-    knobs = sampler.Knobs.of([SamplingParams(repetition_penalty=1.7)] * 3, rows.device)
+    knobs = sampler.SamplingTensors.of([SamplingParams(repetition_penalty=1.7)] * 3, rows.device)
     found = sampler._penalise(rows, knobs, seen)
     assert torch.equal(found, RepetitionPenaltyLogitsProcessor(1.7)(ids, rows))
 
@@ -289,10 +289,10 @@ def test_log_probabilities_are_of_the_raw_model() -> None:
     rows[0, [5, 9]] = 40.0  # a tie at the top
     chosen = torch.tensor([9, 1, 2, 3])
     expected = rows.double().log_softmax(1)
-    for b, found in enumerate(sampler.log_probabilities(rows, chosen, 3)):
+    for b, found in enumerate(log_probabilities(rows, chosen, 3)):
         assert found.chosen == pytest.approx(expected[b, chosen[b]].item(), abs=1e-9)
         assert [value for _, value in found.top] == pytest.approx(expected[b].topk(3).values.tolist(), abs=1e-9)
-    assert [token for token, _ in sampler.log_probabilities(rows, chosen, 2)[0].top] == [5, 9]
+    assert [token for token, _ in log_probabilities(rows, chosen, 2)[0].top] == [5, 9]
 
 
 BAD: dict[str, list[Any]] = {

@@ -251,6 +251,7 @@ def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("settled_device")
 def test_peak_device_memory() -> None:
     """Conversion needs its result and at most 16 bytes for each of CHUNK_VALUES values."""
     value = torch.randn(4, 2880, 2880, device="cuda", dtype=torch.bfloat16)

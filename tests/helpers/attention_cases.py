@@ -10,12 +10,12 @@ import torch
 from steps import make_step
 
 from epmoe.batch import DecodeStep
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.cache.rows import PagedRows
-from epmoe.layers.attention import cached_attention
+from epmoe.layers.attention import Heads, cached_attention
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+Inputs = tuple[Heads, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ def new_cache(case: Case, dtype: torch.dtype, device: str, sequences: int | None
     """A cache whose memory holds NaN: what is read before it was written shows."""
     shape = (case.window,), case.kv_heads, case.head_dim
     count = case.sequences if sequences is None else sequences
-    made = Cache(*shape, tokens=case.tokens, sequences=count, page=case.page, dtype=dtype, device=device)
+    made = Cache(CacheConfig(*shape, tokens=case.tokens, sequences=count, page=case.page, dtype=dtype), device)
     for stored in made.layers:
         stored.fill_(torch.nan)
     return made
 
 
 def random_inputs(case: Case, tokens: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
-    """q, k, v and (cos, sin) of T tokens. k and v are columns of one tensor, as a fused projection would leave them."""
+    """(q, k, v) and (cos, sin) of T tokens; k and v are columns of one tensor, as a fused projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(tokens, 2 * case.kv_heads, case.head_dim, generator=generator)
     q_TED = torch.randn(tokens, case.heads, case.head_dim, generator=generator) * 2
     angle_TF = torch.rand(tokens, case.head_dim // 2, generator=generator) * 6
     both, q_TED, angle_TF = both.to(device, dtype), q_TED.to(device, dtype), angle_TF.to(device)
-    return q_TED, both[:, : case.kv_heads], both[:, case.kv_heads :], (angle_TF.cos() * 1.2, angle_TF.sin() * 1.2)
+    return (q_TED, both[:, : case.kv_heads], both[:, case.kv_heads :]), (angle_TF.cos() * 1.2, angle_TF.sin() * 1.2)
 
 
 def random_sinks(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -124,11 +124,11 @@ def compare(case: Case, device: str, dtype: torch.dtype, rtol: float, atol: floa
     store = new_cache(case, dtype, device)
     sink_E = random_sinks(case, dtype, device)
     for number, (plan, tokens, counted) in enumerate(plans(case, store)):
-        q_TED, k_TJD, v_TJD, cos_sin = random_inputs(case, tokens, dtype, device, number)
+        heads, cos_sin = random_inputs(case, tokens, dtype, device, number)
         key_JRD, value_JRD = store.layer(0)
         reference = key_JRD.clone(), value_JRD.clone()
-        wanted_TED = cached_attention(q_TED, k_TJD, v_TJD, cos_sin, reference, plan, sink_E)
-        got_TED = attention_triton.cached_attention(q_TED, k_TJD, v_TJD, cos_sin, store.layer(0), plan, sink_E)
+        wanted_TED = cached_attention(heads, cos_sin, reference, plan, sink_E)
+        got_TED = attention_triton.cached_attention(heads, cos_sin, store.layer(0), plan, sink_E)
         assert got_TED.dtype == dtype
         torch.testing.assert_close(got_TED[:counted], wanted_TED[:counted], rtol=rtol, atol=atol)
         rows = owned_rows(store)  # the spare rows hold whichever of their writers came last

@@ -14,9 +14,10 @@ import torch
 
 from epmoe.batch import DecodeStep, Step
 from epmoe.cache.cache import Cache
-from epmoe.cache.fit import fit_cache
-from epmoe.engine.engine import Engine
+from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.request import Request, SamplingParams
+from epmoe.models.decoder import Limits
 from epmoe.ranks import mesh
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.load import DTYPES, load
@@ -28,7 +29,12 @@ class Recorder:
     """A model that remembers the logits it gave, but those of rows that only fill up a batch."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
+        self.model, self.config, self.vocab_chunk, self.distinct = (
+            model,
+            model.config,
+            model.vocab_chunk,
+            model.distinct,
+        )
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
@@ -62,14 +68,16 @@ def requests(vocab: int) -> list[Request]:
     ]
 
 
-def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any]) -> Run:
+def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limits | None = None) -> Run:
     """Each request's new ids, and all logits as they were made, [all outputs, V]; `options` are the loader's."""
     model, report = load(Checkpoint.open(checkpoint), mine, progress=False, **options)
+    model.limits = limits or model.limits
     asked = requests(model.config.vocab)
     needs = [request.cached(model.config.max_positions) for request in asked]
-    cache = fit_cache(model.config, needs, mine, dtype=DTYPES[report.dtype], page=4, max_batch=4)
+    cache = fit_cache(model.config, needs, mine, CacheSettings(DTYPES[report.dtype], page=4, max_batch=4))
     recorder = Recorder(model)
-    results = Engine(recorder, cache, mine, prefill_chunk=16, max_batch=4).generate(asked)
+    config = EngineConfig(prefill_chunk=16, max_batch=4)
+    results = Engine(recorder, cache, mine, config).generate(asked)
     return [result.ids for result in results], torch.cat(recorder.logits)
 
 

@@ -13,7 +13,7 @@ import torch
 from loading import load_rank
 from steps import make_step
 
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.models.gpt_oss import GptOss
 from epmoe.weights.checkpoint import Checkpoint
 
@@ -78,14 +78,16 @@ def trace_ours(
     """
     config, weight = model.config, model.norm.weight
     cache = Cache(
-        config.windows,
-        config.kv_heads,
-        config.head_dim,
-        tokens=sum(len(prompt) + count + page for prompt in prompts),
-        sequences=len(prompts),
-        page=page,
-        dtype=model.embedding.weight.dtype,
-        device=weight.device,
+        CacheConfig(
+            config.windows,
+            config.kv_heads,
+            config.head_dim,
+            tokens=sum(len(prompt) + count + page for prompt in prompts),
+            sequences=len(prompts),
+            page=page,
+            dtype=model.embedding.weight.dtype,
+        ),
+        weight.device,
     )
     handles = [cache.admit(len(prompt) + count) for prompt in prompts]
     fed = [0] * len(prompts)

@@ -7,10 +7,9 @@ import torch
 from attention_cases import CASES, Case, compare
 from interpret import interpreted
 
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels.attention import launch as attention_triton
 from epmoe.kernels.attention.launch import SPLIT, most_tiles
-from epmoe.layers import attention
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -32,18 +31,12 @@ def test_more_splits_than_are_added_at_a_time() -> None:
     interpreted(in_pairs, case)
 
 
-def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects the switch: kernels on CUDA, torch elsewhere, and torch everywhere when told."""
-    assert attention.implementation(torch.device("cuda", 0)) is attention_triton.cached_attention
-    assert attention.implementation(torch.device("cpu")) is attention.cached_attention
-    monkeypatch.setattr(attention, "REFERENCE_ONLY", True)
-    assert attention.implementation(torch.device("cuda", 0)) is attention.cached_attention
-
-
 @pytest.mark.parametrize("sequences", [1, 3, 8])
 def test_splits_fit_their_memory(sequences: int) -> None:
     """Protects the workspace: however the pages are shared out, the splits together are no more than most_tiles."""
-    cache = Cache([None, 300], 1, 8, tokens=2000, sequences=sequences, page=16, dtype=torch.float32, device="meta")
+    cache = Cache(
+        CacheConfig([None, 300], 1, 8, tokens=2000, sequences=sequences, page=16, dtype=torch.float32), "meta"
+    )
     choice = random.Random(sequences)
     for _ in range(200):
         left, splits = cache.paged.pages, 0

@@ -9,7 +9,7 @@ import torch
 from attention_cases import CASES, Case, Inputs, compare, decode_step, new_cache, random_inputs, random_sinks
 from steps import make_step
 
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels.attention import launch as attention_triton
 from epmoe.layers.attention import cached_attention
 
@@ -46,8 +46,8 @@ def full_cache(case: Case, lengths: Sequence[int], dtype: torch.dtype = torch.bf
 
 
 def pick(inputs: Inputs, rows: slice | list[int]) -> Inputs:
-    q, k, v, (cos, sin) = inputs
-    return q[rows], k[rows], v[rows], (cos[rows].contiguous(), sin[rows].contiguous())
+    (q, k, v), (cos, sin) = inputs
+    return (q[rows], k[rows], v[rows]), (cos[rows].contiguous(), sin[rows].contiguous())
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -186,7 +186,7 @@ def test_a_captured_decode_follows_its_inputs(window: int | None) -> None:
     for change in range(3):  # up to position 8000 of the 8192 that each sequence has
         step.position_B.copy_(torch.tensor(lengths[change:] + lengths[:change]) + 2000 * change)
         step.sequence_B.copy_(step.sequence_B.roll(1))
-        inputs[0].copy_(inputs[0].roll(1, 0))
+        inputs[0][0].copy_(inputs[0][0].roll(1, 0))
         graph.replay()
         assert torch.equal(captured, run())
 
@@ -213,7 +213,7 @@ def test_one_kernel_for_all_prefills(window: int | None, monkeypatch: pytest.Mon
 def test_far_rows() -> None:
     """Rows beyond 2^31 elements of a cache: offsets are 64 bits wide."""
     case = real(None, tokens=5 << 20)
-    store = Cache([None], 8, 64, tokens=case.tokens, sequences=2, dtype=torch.bfloat16, device="cuda")
+    store = Cache(CacheConfig([None], 8, 64, tokens=case.tokens, sequences=2, dtype=torch.bfloat16), "cuda")
     assert store.layers[0][0].numel() > 2**31
     store.admit(case.tokens - 4096)
     handle = store.admit(4096)

@@ -14,10 +14,9 @@ import torch
 from steps import make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epmoe.cache import plan as cache_plan
-from epmoe.cache.cache import Cache
-from epmoe.layers import attention
-from epmoe.layers.attention import Attention, attend
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.plan import Limits
+from epmoe.layers.attention import Attention, Where, attend
 from epmoe.layers.rotary import Rope, Rotary, rotate
 
 HIDDEN = 24
@@ -47,7 +46,7 @@ class Case:
 
     def layer(self) -> Attention:
         torch.manual_seed(0)
-        layer = Attention(HIDDEN, self.heads, self.kv_heads, ROPE.head_dim, self.bias)
+        layer = Attention(HIDDEN, self.heads, self.kv_heads, ROPE.head_dim, bias=self.bias, eps=1e-5)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.5)  # sharp attention: a wrong position is seen
         return layer.requires_grad_(False)
@@ -105,14 +104,16 @@ def new_cache(
 ) -> Cache:
     """A cache of two layers whose memory holds NaN: what is read before it was written shows."""
     made = Cache(
-        [case.window, None],
-        case.kv_heads,
-        ROPE.head_dim,
-        tokens=tokens,
-        sequences=sequences,
-        page=case.page,
-        dtype=dtype,
-        device=device,
+        CacheConfig(
+            [case.window, None],
+            case.kv_heads,
+            ROPE.head_dim,
+            tokens=tokens,
+            sequences=sequences,
+            page=case.page,
+            dtype=dtype,
+        ),
+        device,
     )
     for stored in made.layers:
         stored.fill_(torch.nan)
@@ -126,9 +127,7 @@ def run(
     counted = [(handle, [0] * len(x_TH), cached) for handle, x_TH, cached in chunks]
     step = make_step(counted, device=store.device)
     x_TH = torch.cat([x_TH for _, x_TH, _ in chunks])
-    cos_sin = Rotary(ROPE)(step.position_T)
-    cos_sin = (cos_sin[0], cos_sin[1])
-    y_TH = layer(x_TH, cos_sin, store.layer(0), store.plan(step)[window])
+    y_TH = layer.attended(x_TH, Where(Rotary(ROPE)(step.position_T), store.layer(0), store.plan(step)[window]))
     return list(y_TH.split([len(x_TH) for _, x_TH, _ in chunks]))
 
 
@@ -178,15 +177,14 @@ def test_ragged_chunked_batches_equal_brute_force(case: Case) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_blocks_and_groups_change_nothing(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_groups_change_nothing(window: int | None) -> None:
     """Protects the memory bounds' other side: splitting queries and gathers is invisible in the result."""
     case = Case("", window)
     layer, inputs = case.layer(), some_inputs()
     expected = run_all(layer, new_cache(case), window, inputs, seed=5)
-    monkeypatch.setattr(attention, "SCORE_ELEMENTS", 3 * case.heads * 64)
-    monkeypatch.setattr(attention, "WINDOW_QUERIES", 2)
-    monkeypatch.setattr(cache_plan, "GATHER_POSITIONS", 40)
-    for got, whole in zip(run_all(layer, new_cache(case), window, inputs, seed=5), expected, strict=True):
+    store = new_cache(case)
+    store.limits = Limits(gather_positions=40, score_elements=3 * case.heads * 64, window_queries=2)
+    for got, whole in zip(run_all(layer, store, window, inputs, seed=5), expected, strict=True):
         torch.testing.assert_close(got, whole, rtol=RTOL, atol=ATOL)
 
 
@@ -263,9 +261,11 @@ def big_layer() -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
 def test_memory_is_bounded_at_gpt_oss_sizes(window: int | None, sequences: list[tuple[int, int]]) -> None:
     """Protects long prompts: no tensor beyond the stated bounds; runs the real shapes on the meta device."""
     with torch.device("meta"):
-        layer = Attention(2880, 64, 8, 64, bias=True).requires_grad_(False)
+        layer = Attention(2880, 64, 8, 64, bias=True, eps=1e-5).requires_grad_(False)
         tokens = sum(new + cached for new, cached in sequences)
-        store = Cache([window], 8, 64, tokens=tokens, sequences=len(sequences), dtype=torch.float32, device="meta")
+        store = Cache(
+            CacheConfig([window], 8, 64, tokens=tokens, sequences=len(sequences), dtype=torch.float32), "meta"
+        )
         handles = [store.admit(new + cached) for new, cached in sequences]
         step = make_step(
             [(handle, [0] * new, cached) for handle, (new, cached) in zip(handles, sequences, strict=True)],
@@ -274,10 +274,11 @@ def test_memory_is_bounded_at_gpt_oss_sizes(window: int | None, sequences: list[
         rope = Rope(64, 150000.0, 32.0, 32.0, 1.0, 4096, False, 1.0)
         with _Largest() as largest:
             plan = store.plan(step)[window]
-            layer(torch.empty(len(step.token_T), 2880), Rotary(rope)(step.position_T), store.layer(0), plan)
+            where = Where(Rotary(rope)(step.position_T), store.layer(0), plan)
+            layer.attended(torch.empty(len(step.token_T), 2880), where)
     chunk = len(step.token_T) * (64 + 8 + 8) * 64  # queries, keys and values of the step
     context = max(new + cached for new, cached in sequences) * 8 * 64  # keys of one sequence
-    gather = cache_plan.GATHER_POSITIONS * 8 * 64
-    assert largest.elements <= max(attention.SCORE_ELEMENTS, chunk, context, gather)
+    gather = store.limits.gather_positions * 8 * 64
+    assert largest.elements <= max(store.limits.score_elements, chunk, context, gather)
     if window is not None:  # score blocks follow the window, not the chunk
         assert largest.elements <= max(chunk, context)

@@ -7,7 +7,7 @@ from interpret import interpreted
 from torch import nn
 
 from epmoe.kernels import linear as linear_triton
-from epmoe.layers.linear import FEW, linear, suits_kernel
+from epmoe.kernels.linear import MOST_TOKENS, linear, serves
 
 # tokens, inputs, outputs: odd sizes, a row that is a power of two, gpt-oss-20b's q/k/v and output projections
 SMALL = [(1, 96, 200), (2, 33, 101), (1, 128, 1), (2, 130, 64)]
@@ -41,16 +41,17 @@ def test_kernel(size: tuple[int, int, int], bias: bool) -> None:
     interpreted(compare, *size, bias, "cpu", torch.float32)
 
 
-def test_one_place_chooses() -> None:
-    cuda = torch.device("cuda", 0)
-    assert suits_kernel(cuda, torch.bfloat16, 1) and suits_kernel(cuda, torch.bfloat16, FEW)
-    assert not suits_kernel(cuda, torch.bfloat16, 0) and not suits_kernel(cuda, torch.bfloat16, FEW + 1)
-    assert not suits_kernel(cuda, torch.float32, 1) and not suits_kernel(torch.device("cpu"), torch.bfloat16, 1)
+def test_what_the_kernel_serves() -> None:
+    """bf16 of one or two tokens on a GPU; the interpreter, which cannot multiply bf16, float32."""
+    x_TH = torch.empty(MOST_TOKENS + 1, 8, dtype=torch.bfloat16, device="meta")
+    assert serves(x_TH[:1]) and serves(x_TH[:MOST_TOKENS])
+    assert not serves(x_TH[:0]) and not serves(x_TH) and not serves(x_TH[:1].float())
+    assert serves(torch.empty(1, 8)) and not serves(torch.empty(1, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("inputs", [2880, 4096])
-@pytest.mark.parametrize("tokens", range(1, FEW + 1))
+@pytest.mark.parametrize("tokens", range(1, MOST_TOKENS + 1))
 def test_compiles_without_spills(tokens: int, inputs: int, arch: int) -> None:
     signature = {**dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16"), "outputs": "i32"}
     constants = {"T": tokens, "H": inputs, "HP": 4096, "R": linear_triton.ROWS, "PDL": arch >= 90}

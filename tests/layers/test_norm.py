@@ -12,7 +12,6 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.kernels import norm as norm_triton
-from epmoe.layers import norm
 from epmoe.layers.norm import AddNorm, add_norm, add_rows
 
 EPS = 1e-5
@@ -106,7 +105,7 @@ def test_kernel_in_the_interpreter(case: Case) -> None:
 
 @pytest.mark.parametrize(("case", "outputs", "bias"), LINEARS, ids=lambda value: getattr(value, "name", str(value)))
 def test_linear_kernel_in_the_interpreter(case: Case, outputs: int, bias: bool) -> None:
-    assert (case.tokens * outputs > norm_triton.FEW) == (case.tokens == 130)
+    assert (case.tokens * outputs > norm_triton.MOST_AGAIN) == (case.tokens == 130)
     interpreted(compare_linear, case, outputs, bias, "cpu", torch.float32, 1e-6)
 
 
@@ -167,11 +166,6 @@ def test_the_norm_is_rms() -> None:
     wanted_TH = wide_TH / (wide_TH.square().mean(1, keepdim=True) + 0.5).sqrt() * weight_H.double()
     torch.testing.assert_close(norm_TH.double(), wanted_TH, rtol=1e-6, atol=0)
     assert torch.equal(same_TH, x_TH)
-
-
-def test_one_place_chooses() -> None:
-    assert norm.implementation(torch.device("cuda", 0)) is norm_triton
-    assert norm.implementation(torch.device("cpu")) is norm
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -12,11 +12,12 @@ from steps import make_step
 
 from epmoe import models
 from epmoe.batch import DecodeStep
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.errors import UserError
 from epmoe.formats.bf16 import Bf16Matrix
 from epmoe.layers.rotary import Rope
 from epmoe.models import MODELS, Place
+from epmoe.models.decoder import Limits
 from epmoe.models.gpt_oss import GptOss, GptOssConfig
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts import ExpertWeights
@@ -280,10 +281,10 @@ def test_every_parameter_has_one_name(changes: dict[str, Any]) -> None:
     assert {place.parameter for place in names.values()} == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
     rows = [names[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
-    assert rows == [Place("blocks.1.attention.qkv.weight", each) for each in ((0, 32), (32, 48), (48, 64))]
+    assert rows == [Place("layers.1.attention.qkv.weight", each) for each in ((0, 32), (32, 48), (48, 64))]
     assert ("lm_head.weight" in names) == (not config.tied)
     assert ("model.layers.1.self_attn.o_proj.bias" in names) == config.attention_bias
-    assert names["model.layers.1.mlp.router.bias"] == Place("blocks.1.moe.router.bias")
+    assert names["model.layers.1.mlp.router.bias"] == Place("layers.1.moe.router.bias")
     assert not list(model.buffers())  # nothing that the loader could forget to assign
     assert GptOss.expert_names(1)[3] == "model.layers.1.mlp.experts.down_proj_bias"
 
@@ -311,11 +312,11 @@ def build(config: GptOssConfig) -> GptOss:
 
 def cache_of(config: GptOssConfig) -> Cache:
     sizes = {"tokens": 64, "sequences": 3, "page": 4}
-    return Cache(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32, device="cpu")
+    return Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), "cpu")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_of_the_wanted_rows(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_the_wanted_rows(tied: bool) -> None:
     """Protects the output: rows and their order as asked, float32, and chunks of the vocabulary are invisible."""
     config = small(tie_word_embeddings=tied)
     model = build(config)
@@ -332,17 +333,17 @@ def test_logits_of_the_wanted_rows(tied: bool, monkeypatch: pytest.MonkeyPatch) 
     assert whole.shape == (10, 40) and whole.dtype == torch.float32
     torch.testing.assert_close(logits([9, 3]), whole[[9, 3]])
     assert logits([]).shape == (0, 40)
-    monkeypatch.setattr("epmoe.models.gpt_oss.VOCAB_CHUNK", 7)
+    model.limits = Limits(vocab_chunk=7)
     torch.testing.assert_close(logits(None), whole)
     assert torch.equal(logits(None), logits(None))  # deterministic
 
 
 @pytest.mark.parametrize("least", [1000, 1], ids=["whole", "halves"])
-def test_the_last_layer_works_for_the_wanted_rows_only(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_layer_works_for_the_wanted_rows_only(least: int) -> None:
     """Protects a prefill's speed; and later steps, which find the keys and values of all tokens in the cache."""
-    monkeypatch.setattr("epmoe.batch.HALVES_FROM", least)
     config = small()
     model = build(config)
+    model.limits = Limits(halves_from=least)
     tokens: list[int] = []
     for moe in model.moe_layers():
         moe.register_forward_pre_hook(lambda module, arguments: tokens.append(len(arguments[0])))

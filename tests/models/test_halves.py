@@ -5,6 +5,7 @@ The limit from which steps are halved is brought down to a few tokens, so that p
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from spawn import run_ranks
 from steps import make_step
 
-from epmoe import batch
 from epmoe.batch import Step
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.layers.attention import Attention
-from epmoe.moe.exchange import Pending
+from epmoe.layers.owed import Owed
+from epmoe.models.decoder import Limits
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.load import DTYPES, load
@@ -47,9 +48,7 @@ def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
     cached = [rng.randrange(50) for _ in counts]
     ids = [[rng.randrange(1000) for _ in range(count)] for count in counts]
     step = make_step([(10 + i, ids[i], cached[i]) for i in range(len(counts))])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "HALVES_FROM", least)
-        halves = step.halves()
+    halves = step.halves(least)
     tokens = sum(counts)
     if tokens < least:
         assert halves == (step,)
@@ -77,10 +76,10 @@ def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
 @pytest.mark.parametrize("tokens", [4096, 4097, 5000, 8191, 8192])
 def test_real_steps_are_cut_at_multiples_of_64(tokens: int) -> None:
     step = make_step([(0, [0] * tokens, 0)])
-    first, second = step.halves()
+    first, second = step.halves(4096)
     assert len(first.token_T) % 64 == 0 and 0 <= len(first.token_T) - tokens / 2 < 64
     assert second.cached_B == (len(first.token_T),) and len(first.token_T) + len(second.token_T) == tokens
-    assert make_step([(0, [0] * 4095, 0)]).halves()[0].start_B1 == (0, 4095)
+    assert make_step([(0, [0] * 4095, 0)]).halves(4096)[0].start_B1 == (0, 4095)
 
 
 # Real ranks
@@ -93,18 +92,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run_halved(mine: Ranks, place: str, options: dict[str, Any], least: int) -> tuple[Run, int]:
     """bitwise_run's requests, in prefills of 16 tokens; and how many steps were halved."""
-    batch.HALVES_FROM = least
     halved: list[int] = []
     real = Step.halves
 
-    def halves(step: Step) -> tuple[Step, ...]:
-        found = real(step)
+    def halves(step: Step, limit: int) -> tuple[Step, ...]:
+        found = real(step, limit)
         halved.append(len(found) - 1)
         return found
 
     steps: Any = Step
     steps.halves = halves
-    return run(mine, place, options), sum(halved)
+    return run(mine, place, options, Limits(halves_from=least)), sum(halved)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -129,14 +127,14 @@ def test_halving_changes_no_token(checkpoint: str) -> None:
 
 def prefill(mine: Ranks, place: str, least: int, spans: list[list[tuple[int, int]]]) -> tuple[torch.Tensor, list[str]]:
     """Logits of steps of (sequence, tokens), the sequences growing; and the order of what happened in the last one."""
-    batch.HALVES_FROM = least
     model, report = load(Checkpoint.open(place), mine, progress=False, combine="slots")
+    model.limits = replace(model.limits, halves_from=least)
     config, most = model.config, 1 + max(sequence for step in spans for sequence, _ in step)
     lengths, wanted = [0] * most, [0] * most
     for sequence, count in (each for step in spans for each in step):
         wanted[sequence] += count
     shape, size = (config.windows, config.kv_heads, config.head_dim), sum(wanted) + 4 * most
-    cache = Cache(*shape, tokens=size, sequences=most, page=4, dtype=DTYPES[report.dtype], device=mine.device)
+    cache = Cache(CacheConfig(*shape, tokens=size, sequences=most, page=4, dtype=DTYPES[report.dtype]), mine.device)
     handles = [cache.admit(count) for count in wanted]
     log: list[str] = []
     spy(log)
@@ -154,7 +152,7 @@ def prefill(mine: Ranks, place: str, least: int, spans: list[list[tuple[int, int
 
 def spy(log: list[str]) -> None:
     """Write down, in order, each layer's attention, each sending of rows and each waiting for rows under way."""
-    attend, send, wait = Attention.forward, dist.all_reduce, Pending.wait
+    attend, send, wait = Attention.attended, dist.all_reduce, Owed.wait
 
     def attending(*args: Any) -> Any:
         log.append("attend")
@@ -164,13 +162,13 @@ def spy(log: list[str]) -> None:
         log.append("send" if keys.get("async_op") else "send and wait")
         return send(*args, **keys)
 
-    def waiting(pending: Pending) -> Any:
-        if pending.work is not None:
+    def waiting(owed: Owed) -> Any:
+        if owed.work is not None:
             log.append("wait")
-        return wait(pending)
+        return wait(owed)
 
-    classes: Any = (Attention, Pending)
-    classes[0].forward, classes[1].wait, dist.all_reduce = attending, waiting, sending
+    classes: Any = (Attention, Owed)
+    classes[0].attended, classes[1].wait, dist.all_reduce = attending, waiting, sending
 
 
 SPANS = [[(0, 13), (1, 9)], [(1, 30), (0, 2), (2, 8)], [(0, 5), (2, 21)]]

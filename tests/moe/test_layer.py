@@ -10,7 +10,8 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.layers.norm import add_rows
-from epmoe.moe.exchange import Combine
+from epmoe.layers.owed import Owed
+from epmoe.moe.exchange import Exchange
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.layer import MoE
@@ -23,14 +24,14 @@ CASE = Case("layer", tokens=11, hidden=96, intermediate=64, experts=7, top_k=3)
 SCATTERED = Placement(7, ((0, 2, 6), (4,), (1, 3, 5)))
 
 
-def layer(placement: Placement, rank: int, combine: Combine) -> MoE:
+def layer(placement: Placement, rank: int, exchange: Exchange) -> MoE:
     """The layer as one rank holds it; the same weights and router on every rank."""
     torch.manual_seed(0)
-    moe = MoE(CASE.hidden, CASE.experts, CASE.top_k).requires_grad_(False)
+    moe = MoE(CASE.hidden, CASE.experts, CASE.top_k, eps=1e-5).requires_grad_(False)
     weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
     mine = placement.experts[rank]
     experts = ReferenceExperts.pack(of_experts(weights, mine), CASE.activation)
-    moe.install(experts, route, combine, placement.local_E(rank, torch.device("cpu")), len(mine))
+    moe.install(experts, route, exchange, placement.local_E(rank, torch.device("cpu")), len(mine))
     return moe
 
 
@@ -40,7 +41,12 @@ def tokens(count: int) -> torch.Tensor:
 
 def outputs(ranks: Ranks, placement: Placement) -> list[torch.Tensor]:
     moe = layer(placement, ranks.expert_rank, Slots(ranks))
-    return [add_rows(moe(x_TH, moe.router(x_TH)).wait()) for x_TH in map(tokens, (CASE.tokens, 1, 0))]
+    found = []
+    for x_TH in map(tokens, (CASE.tokens, 1, 0)):
+        rows_TJH = moe.routed(x_TH, moe.router(x_TH)).wait()
+        assert rows_TJH is not None
+        found.append(add_rows(rows_TJH))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +83,11 @@ def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:
     torch.testing.assert_close(one_rank[0].double(), wanted_TH, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_are_the_router_alone() -> None:
+def test_parameters_are_norm_and_router_alone() -> None:
     """A model's state must not grow by what the loader installs."""
     moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
     assert {name: tuple(p.shape) for name, p in moe.state_dict().items()} == {
+        "norm.weight": (96,),
         "router.weight": (7, 96),
         "router.bias": (7,),
     }
@@ -88,4 +95,16 @@ def test_parameters_are_the_router_alone() -> None:
 
 def test_forward_before_install_is_refused() -> None:
     with pytest.raises(AssertionError, match="install"):
-        MoE(8, 4, 2)(torch.zeros(1, 8), torch.zeros(1, 4))
+        MoE(8, 4, 2, eps=1e-5).routed(torch.zeros(1, 8), torch.zeros(1, 4))
+
+
+def test_the_sublayer_norms_what_it_is_owed() -> None:
+    """The residual stream grows by what the attention before it owes; the experts see the norm of that."""
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
+    torch.nn.init.uniform_(moe.norm.weight, 0.5, 1.5)
+    x_TH, rows_TH = tokens(5), tokens(5).flip(0)
+    after_TH, owed = moe(x_TH, Owed(rows_TH[:, None]))
+    assert torch.equal(after_TH, x_TH + rows_TH)
+    norm_TH = moe.norm(after_TH, None)[1]
+    wanted, found = moe.routed(norm_TH, moe.router(norm_TH)).wait(), owed.wait()
+    assert wanted is not None and found is not None and torch.equal(found, wanted)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
-from epmoe.ranks.profile import _activities, profiled
+from epmoe.ranks.profile import activities, profiled
 from epmoe.trace import NAMES, named
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -76,8 +76,8 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_what_is_recorded_of_a_device() -> None:
-    assert _activities(torch.device("cpu")) == [ProfilerActivity.CPU]
-    assert _activities(torch.device("cuda", 1)) == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    assert activities(torch.device("cpu")) == [ProfilerActivity.CPU]
+    assert activities(torch.device("cuda", 1)) == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
 
 @pytest.mark.gpu

@@ -23,6 +23,8 @@ from epmoe.errors import UserError
 from epmoe.ranks import mesh
 from epmoe.weights.synthetic import make_checkpoint
 
+pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
+
 ENDED = "epmoe: rank {} ended without a word (killed?); rank {} ends too"
 
 

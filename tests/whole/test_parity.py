@@ -16,7 +16,8 @@ from oracle import Parity, Trace, compare, load_oracle, load_ours, sharpen, trac
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.layers import attention, rotary
 from epmoe.layers.rotary import Rotary
-from epmoe.models.gpt_oss import GptOss, GptOssConfig
+from epmoe.models.decoder import DecoderConfig
+from epmoe.models.gpt_oss import GptOss
 from epmoe.moe.experts import reference as reference_experts
 from epmoe.moe.router import Dispatch
 from epmoe.moe.router import reference as reference_router
@@ -126,7 +127,7 @@ def reference_of(model: GptOss, layer: int) -> reference_experts.ReferenceExpert
 Patch = pytest.MonkeyPatch
 
 
-def change_config(patch: Patch, model: GptOss, change: Callable[[GptOssConfig], GptOssConfig]) -> None:
+def change_config(patch: Patch, model: GptOss, change: Callable[[DecoderConfig], DecoderConfig]) -> None:
     patch.setattr(model, "config", change(model.config))
     patch.setattr(model, "rotary", Rotary(model.config.rope))
 

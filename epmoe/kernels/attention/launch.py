@@ -30,7 +30,7 @@ SPLITS = 16
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """`queries` (tokens × heads of a group, padded) × `positions` a block."""
 
     queries: int
@@ -40,63 +40,63 @@ class Tile:
     programs: int = 0  # a multiprocessor; only a decode's grid follows it
 
 
-DECODE: dict[torch.dtype, Tile] = {
-    torch.bfloat16: Tile(queries=16, positions=64, warps=4, stages=3, programs=4),
-    torch.float32: Tile(queries=16, positions=32, warps=4, stages=2, programs=4),
+DECODE: dict[torch.dtype, AttentionTile] = {
+    torch.bfloat16: AttentionTile(queries=16, positions=64, warps=4, stages=3, programs=4),
+    torch.float32: AttentionTile(queries=16, positions=32, warps=4, stages=2, programs=4),
 }
-PREFILL: dict[torch.dtype, Tile] = {
-    torch.bfloat16: Tile(queries=128, positions=64, warps=8, stages=3),
+PREFILL: dict[torch.dtype, AttentionTile] = {
+    torch.bfloat16: AttentionTile(queries=128, positions=64, warps=8, stages=3),
     # For comparison, not for speed: float32 has no exact tensor core product.
-    torch.float32: Tile(queries=32, positions=32, warps=4, stages=2),
+    torch.float32: AttentionTile(queries=32, positions=32, warps=4, stages=2),
 }
 # Of layers with a window: a program has few blocks to do and much to wait for, so more of them share a multiprocessor.
-WINDOW_PREFILL: dict[torch.dtype, Tile] = {
-    torch.bfloat16: Tile(queries=64, positions=64, warps=4, stages=2),
+WINDOW_PREFILL: dict[torch.dtype, AttentionTile] = {
+    torch.bfloat16: AttentionTile(queries=64, positions=64, warps=4, stages=2),
     torch.float32: PREFILL[torch.float32],
 }
 # Tokens that one program of the placing kernel moves.
 PLACED = 64
 
 
-def cached_attention(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    plan: Plan,
-    sink_E: torch.Tensor,
-) -> torch.Tensor:
-    """As `attention.cached_attention`: rotate, attend to [cached | new], write keys and values; [T, E, D].
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD
+Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Any rows."""
+    return True
+
+
+def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor) -> torch.Tensor:
+    """As `layers.attention.cached_attention`: rotate, attend to [cached | new], write keys and values; [T, E, D].
 
     bfloat16 or float32, the cache in the same dtype; the tokens of q, k and v may stand apart by any stride.
     """
-    _check(q_TED, k_TJD, v_TJD, cos_sin, cached, sink_E)
+    _check(heads, cos_sin, cached, sink_E)
+    q_TED = heads[0]
     out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     if plan.decode is not None:
-        _decode(q_TED, k_TJD, v_TJD, cos_sin, cached, plan.decode, sink_E, out_TED)
+        _decode(heads, cos_sin, cached, plan.decode, sink_E, out_TED)
     if plan.prefills:
-        _prefill(q_TED, k_TJD, v_TJD, cos_sin, cached, plan, sink_E, out_TED)
+        _prefill(heads, cos_sin, cached, plan, sink_E, out_TED)
     return out_TED
 
 
 def _decode(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    decode: Decode,
-    sink_E: torch.Tensor,
-    out_TED: torch.Tensor,
+    heads: Heads, cos_sin: Pair, cached: Pair, decode: Decode, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
     """One launch for a window within SPLIT, else two."""
-    (_, heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
+    q_TED, k_TJD, v_TJD = heads
+    (_, query_heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
     tile, layout = DECODE[q_TED.dtype], _layout(decode.pool)
     tiles = most_tiles(decode.pool, rows)
     single = tiles == rows  # no sequence has more than one split
-    part = torch.empty(0 if single else tiles * heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
-    parts = part.split([tiles * heads * head_dim, tiles * heads, tiles * heads]) if not single else (part,) * 3
+    part = torch.empty(0 if single else tiles * query_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
+    parts = (
+        part.split([tiles * query_heads * head_dim, tiles * query_heads, tiles * query_heads])
+        if not single
+        else (part,) * 3
+    )
     shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
     shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
@@ -120,9 +120,9 @@ def _decode(
         cached[0].shape[1],
         _scale(head_dim),
         J=kv_heads,
-        G=heads // kv_heads,
+        G=query_heads // kv_heads,
         PAGE=layout.page,
-        M=max(tile.queries, triton.next_power_of_2(heads // kv_heads)),
+        M=max(tile.queries, triton.next_power_of_2(query_heads // kv_heads)),
         N=tile.positions,
         **shared,
         num_warps=tile.warps,
@@ -137,10 +137,10 @@ def _decode(
             out_TED,
             rows,
             J=kv_heads,
-            G=heads // kv_heads,
+            G=query_heads // kv_heads,
             S=SPLITS,
             **shared,
-            **combine_options(heads // kv_heads, head_dim),
+            **combine_options(query_heads // kv_heads, head_dim),
         )
 
 
@@ -151,20 +151,14 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
 
 
 def _prefill(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    plan: Plan,
-    sink_E: torch.Tensor,
-    out_TED: torch.Tensor,
+    heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
     """All spans in two launches: put keys and values into place, attend."""
-    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    q_TED, k_TJD, v_TJD = heads
+    (tokens, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
     layout, counts = _layout(plan.prefills[0].pool), [prefill.end - prefill.begin for prefill in plan.prefills]
     tile = (WINDOW_PREFILL if layout.window else PREFILL)[q_TED.dtype]
-    group = triton.next_power_of_2(heads // kv_heads)
+    group = triton.next_power_of_2(query_heads // kv_heads)
     queries = max(tile.queries, group)
     place = cached
     if layout.window:  # the queries' ring forgets: a scratch has the window before each span, and the spans
@@ -196,7 +190,7 @@ def _prefill(
         out_TED,
         q_TED.stride(0),
         _scale(head_dim),
-        G=heads // kv_heads,
+        G=query_heads // kv_heads,
         M=queries,
         GP=group,
         N=tile.positions,
@@ -231,18 +225,14 @@ def most_tiles(pool: PagedRows | RingRows, rows: int) -> int:
     return min(rows * triton.cdiv(whole, SPLIT), whole // SPLIT + rows)
 
 
-def _check(
-    q_TED: torch.Tensor,
-    k_TJD: torch.Tensor,
-    v_TJD: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    sink_E: torch.Tensor,
-) -> None:
+def _check(heads: Heads, cos_sin: Pair, cached: Pair, sink_E: torch.Tensor) -> None:
     """What the kernels take for granted."""
-    (tokens, heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    q_TED, k_TJD, v_TJD = heads
+    (tokens, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
     assert q_TED.dtype in DECODE, f"attention's kernels compute in bfloat16 or float32, not {q_TED.dtype}"
-    assert k_TJD.shape == v_TJD.shape == (tokens, kv_heads, head_dim) and heads % kv_heads == 0 and head_dim % 2 == 0
+    assert (
+        k_TJD.shape == v_TJD.shape == (tokens, kv_heads, head_dim) and query_heads % kv_heads == 0 and head_dim % 2 == 0
+    )
     for x in (q_TED, k_TJD, v_TJD):
         assert x.dtype == q_TED.dtype and x.stride()[1:] == (head_dim, 1)
     for store_JRD in cached:
@@ -250,7 +240,7 @@ def _check(
         assert store_JRD.shape[0] == kv_heads and store_JRD.shape[2] == head_dim
     for turn_TF in cos_sin:
         assert turn_TF.dtype == torch.float32 and turn_TF.is_contiguous() and turn_TF.shape == (tokens, head_dim // 2)
-    assert sink_E.shape == (heads,) and sink_E.is_contiguous()
+    assert sink_E.shape == (query_heads,) and sink_E.is_contiguous()
 
 
 def _scale(head_dim: int) -> float:

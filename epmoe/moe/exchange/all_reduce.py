@@ -1,4 +1,4 @@
-"""Combine by all-reduce: one row a token on the wire, and sums that depend on the number of ranks.
+"""Exchange by all-reduce: one row a token on the wire, and sums that depend on the number of ranks.
 
 Letters: T tokens · K experts per token · H hidden.
 """
@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from epmoe.layers.norm import add_rows
-from epmoe.moe.exchange import Pending
+from epmoe.layers.owed import Owed
+from epmoe.moe.exchange import Buffer
 from epmoe.ranks.mesh import Ranks
 
 
@@ -20,13 +21,14 @@ class AllReduce:
     def __init__(self, ranks: Ranks) -> None:
         self.group = ranks.expert_group
 
-    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> None:
+    def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """The sum over this rank's slots travels, so the rows may be anywhere."""
+        return Buffer(overlap=overlap)
 
-    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
+    def combine(self, y_TKH: torch.Tensor, buffer: Buffer) -> Owed:
         """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
         if self.group is None or not y_TKH.numel():
-            return Pending(y_TKH)
+            return Owed(y_TKH)
         sum_TH = add_rows(y_TKH)
-        work = dist.all_reduce(sum_TH, group=self.group, async_op=overlap)
-        return Pending(sum_TH[:, None], work)
+        work = dist.all_reduce(sum_TH, group=self.group, async_op=buffer.overlap)
+        return Owed(sum_TH[:, None], work)

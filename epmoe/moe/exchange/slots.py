@@ -1,4 +1,4 @@
-"""Combine by slots: the same bits for any number of ranks and any placement of the experts.
+"""Exchange by slots: the same bits for any number of ranks and any placement of the experts.
 
 A slot is one (token, k) pair and has exactly one owner, so summing a slot's row over the ranks is x + 0 + … + 0: exact,
 in whatever order the network adds. Every rank then has all K rows of a token, to be added in the one order k = 0 … K-1
@@ -13,7 +13,8 @@ Letters: T tokens · K experts per token · H hidden.
 import torch
 import torch.distributed as dist
 
-from epmoe.moe.exchange import Pending
+from epmoe.layers.owed import Owed
+from epmoe.moe.exchange import Buffer
 from epmoe.moe.exchange.symmetric import connect
 from epmoe.ranks.mesh import Ranks
 
@@ -25,16 +26,16 @@ class Slots:
         self.group = ranks.expert_group
         self.symmetric = connect(ranks)
 
-    def rows(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> torch.Tensor | None:
+    def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """Zeros in symmetric memory, where this step's rows go by it: it has room for one micro-batch."""
-        return self.symmetric.rows(x_TH, top_k) if self.symmetric and not overlap else None
+        rows_TKH = self.symmetric.lend(x_TH, top_k) if self.symmetric and not overlap else None
+        return Buffer(rows_TKH, None if rows_TKH is None else self.symmetric, overlap)
 
-    def __call__(self, y_TKH: torch.Tensor, *, overlap: bool) -> Pending:
+    def combine(self, y_TKH: torch.Tensor, buffer: Buffer) -> Owed:
         """[T, K, H] with zeros in other ranks' slots → the same tensor with all slots."""
         if self.group is None or not y_TKH.numel():
-            return Pending(y_TKH)
-        if self.symmetric and self.symmetric.holds(y_TKH):
-            assert not overlap
+            return Owed(y_TKH)
+        if self.symmetric and buffer.lender is self.symmetric:
             self.symmetric.add(y_TKH)
-            return Pending(y_TKH, memory=self.symmetric)
-        return Pending(y_TKH, dist.all_reduce(y_TKH, group=self.group, async_op=overlap))
+            return Owed(y_TKH, lender=self.symmetric)
+        return Owed(y_TKH, dist.all_reduce(y_TKH, group=self.group, async_op=buffer.overlap))

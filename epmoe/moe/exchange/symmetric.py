@@ -13,14 +13,14 @@ Letters: T tokens · K experts per token · H hidden.
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from epmoe.kernels import symmetric
 from epmoe.ranks.mesh import Ranks
 
 # Holds the rows of 1,456 tokens of gpt-oss in bf16 (4 rows of 2880 a token), of 728 in float32: more than a decode step
@@ -48,11 +48,11 @@ class SymmetricRows:
         # half-way, which ends the run (watch.py).
         self.dirty = True
 
-    def rows(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
+    def lend(self, x_TH: torch.Tensor, top_k: int) -> torch.Tensor | None:
         """Zeros [T, K, H] in x's dtype at the buffer's beginning; None when it is too small or of another dtype.
 
-        The answer is the same on every rank. The last call's rows are gone: set to zero here, or, if they were taken
-        (`Pending.take`), by who took them.
+        The answer is the same on every rank. The last call's rows are gone: set to zero here, or, where the memory was
+        given back, by who read them.
         """
         if self.buffer is None or x_TH.dtype not in (torch.bfloat16, torch.float32):
             return None
@@ -65,20 +65,16 @@ class SymmetricRows:
         self.dirty = count > 0
         return self.buffer.view(x_TH.dtype)[:count].view(shape)
 
-    def zeros_again(self) -> None:
-        """Take for granted that what comes next on the stream leaves zeros where the last rows were."""
+    def give_back(self) -> None:
+        """What comes next on the stream reads the last rows and leaves zeros in their place."""
         self.dirty = False
 
-    def holds(self, y_TKH: torch.Tensor) -> bool:
-        """Whether these rows are in the buffer."""
-        return self.buffer is not None and y_TKH.untyped_storage().data_ptr() == self.buffer.data_ptr()
-
     def add(self, y_TKH: torch.Tensor) -> None:
-        """Sum over the ranks, in place, of rows that `rows` gave; a collective. Never waits; fits a CUDA graph."""
-        assert self.buffer is not None and self.holds(y_TKH) and y_TKH.storage_offset() == 0
+        """Sum over the ranks, in place, of rows that `lend` gave; a collective. Never waits; fits a CUDA graph."""
+        assert self.buffer is not None and y_TKH.data_ptr() == self.buffer.data_ptr(), "these rows were not lent"
         # The padding's zeros are added up as well; a larger step's rows will lie there.
         flat = self.buffer.view(y_TKH.dtype)[: self._padded(y_TKH.numel(), y_TKH.dtype)]
-        _two_shot(flat, self.group)
+        symmetric.two_shot(flat, self.group)
 
     def close(self) -> None:
         """Let go of the memory, after which all rows go by the process group. Waits for the device."""
@@ -102,14 +98,14 @@ def connect(ranks: Ranks) -> SymmetricRows | None:
     nothing of them. The buffer lives until the group ends. Where CUDA devices do without it, rank 0 says why.
     """
     group = ranks.expert_group
-    if group is None or not possible(ranks):
+    if group is None or not symmetric.possible(ranks.device):
         return None
     reason = unsuitable(ranks)
     if not reason:
         # Two meetings: a rank that waited in the second step for one that failed in the first would wait for long.
-        buffer, reason = _agreed(ranks, lambda: _allocate(ranks))
+        buffer, reason = _agreed(ranks, lambda: symmetric.allocate(BYTES, ranks))
         if buffer is not None:
-            _, reason = _agreed(ranks, lambda: _rendezvous(buffer, group))
+            _, reason = _agreed(ranks, lambda: symmetric.rendezvous(buffer, group))
             if not reason:
                 shared = SymmetricRows(buffer, group)
                 ranks.until_end.append(shared)
@@ -117,11 +113,6 @@ def connect(ranks: Ranks) -> SymmetricRows | None:
     if ranks.is_main:
         print(f"epmoe: combine=slots goes by the process group, not by symmetric memory: {reason}", file=sys.stderr)
     return None
-
-
-def possible(ranks: Ranks) -> bool:
-    """Whether such devices can have symmetric memory at all."""
-    return ranks.device.type == "cuda"
 
 
 def unsuitable(ranks: Ranks) -> str:
@@ -145,26 +136,3 @@ def _agreed(ranks: Ranks, attempt: Callable[[], Result]) -> tuple[Result | None,
     reasons = [bytes(each).decode(errors="replace").strip() for each in everyone]
     found = next((each for each in reasons if each), "")
     return (None if found else result), found
-
-
-def _allocate(ranks: Ranks) -> torch.Tensor:
-    """BYTES of memory that peers can map, by themselves: torch's ops take addresses from the block's beginning."""
-    from torch._C._distributed_c10d import _SymmetricMemory
-
-    for peer in range(ranks.expert_size):  # on one node a rank's device has its local rank's number
-        if peer != ranks.local_rank and not torch.cuda.can_device_access_peer(ranks.device, peer):
-            raise RuntimeError(f"device {ranks.local_rank} has no access to the memory of device {peer}")
-    return _SymmetricMemory.empty_strided_p2p((BYTES,), (1,), torch.uint8, ranks.device)
-
-
-def _rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """Keeps Python's lock while it waits for the other ranks, so the watch is deaf meanwhile: they must be there."""
-    from torch.distributed import _symmetric_memory
-
-    # Else torch would make a multicast object too, which this kernel does not use and some machines refuse.
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    return _symmetric_memory.rendezvous(buffer, group.group_name)
-
-
-def _two_shot(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
-    torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", group.group_name)

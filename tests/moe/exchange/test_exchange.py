@@ -1,4 +1,4 @@
-"""Combine: `slots` gives one rank's bits on any number of ranks; `all_reduce` is close, and is shown not to.
+"""Exchange: `slots` gives one rank's bits on any number of ranks; `all_reduce` is close, and is shown not to.
 
 Letters: T tokens · K experts per token · H hidden.
 """
@@ -10,7 +10,7 @@ import torch
 from spawn import run_ranks
 
 from epmoe.layers.norm import add_rows
-from epmoe.moe.exchange import COMBINES, Combine
+from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
 
@@ -49,9 +49,9 @@ def slots_TKH(case: Case) -> torch.Tensor:
     return y_TKH.to(case.dtype)
 
 
-def combine_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = False) -> list[torch.Tensor]:
+def exchange_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = False) -> list[torch.Tensor]:
     outputs: list[torch.Tensor] = []
-    combine: Combine = lookup("combine", COMBINES, name)(ranks)
+    exchange: Exchange = lookup("combine", EXCHANGES, name)(ranks)
     for seed, case in enumerate(cases):
         random = torch.Generator().manual_seed(seed)
         owner_TK = torch.randint(0, ranks.size, (case.tokens, case.top_k), generator=random)
@@ -59,9 +59,11 @@ def combine_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = Fa
             owner_TK.zero_()
         mine_TK1 = (owner_TK == ranks.expert_rank)[:, :, None]
         y_TKH = torch.where(mine_TK1, slots_TKH(case), 0.0).to(ranks.device)
-        rows_TKH = combine.rows(y_TKH.new_empty(case.tokens, case.hidden), case.top_k, overlap=overlap)
-        pending = combine(y_TKH if rows_TKH is None else rows_TKH.copy_(y_TKH), overlap=overlap)
-        outputs.append(add_rows(pending.wait()).cpu())
+        buffer = exchange.prepare(y_TKH.new_empty(case.tokens, case.hidden), case.top_k, overlap=overlap)
+        owed = exchange.combine(y_TKH if buffer.rows_TKH is None else buffer.rows_TKH.copy_(y_TKH), buffer)
+        rows_TJH = owed.wait()
+        assert rows_TJH is not None
+        outputs.append(add_rows(rows_TJH).cpu())
     return outputs
 
 
@@ -73,7 +75,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_slots_are_bitwise(size: int, overlap: bool) -> None:
     """The promise under DESIGN's "Combine by slots": no bit depends on the number of ranks or on who owns a slot."""
-    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, overlap):
+    for rank_outputs in run_ranks(exchange_cases, size, "slots", CASES, overlap):
         for case, y_TH in zip(CASES, rank_outputs, strict=True):
             expected_TH = add_rows(slots_TKH(case))
             assert y_TH.dtype == case.dtype and y_TH.shape == (case.tokens, case.hidden), case.name
@@ -81,10 +83,10 @@ def test_slots_are_bitwise(size: int, overlap: bool) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", COMBINES)
-def test_every_combine_is_near_the_exact_sum(name: str, overlap: bool) -> None:
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_every_exchange_is_near_the_exact_sum(name: str, overlap: bool) -> None:
     """Any entry of the table gives Σ_k within the rounding of K slots and N ranks, on every rank the same."""
-    results = run_ranks(combine_cases, 3, name, CASES, overlap)
+    results = run_ranks(exchange_cases, 3, name, CASES, overlap)
     for index, case in enumerate(CASES):
         exact_TH = slots_TKH(case).double().sum(1)
         size_TH = slots_TKH(case).double().abs().sum(1)
@@ -98,7 +100,7 @@ def test_every_combine_is_near_the_exact_sum(name: str, overlap: bool) -> None:
 def test_all_reduce_in_bf16_is_not_bitwise() -> None:
     """The bitwise test can fail: partial sums rounded at each of 4 ranks differ from one rank's sum."""
     case = Case("bf16", 64)
-    (y_TH,) = run_ranks(combine_cases, 4, "all_reduce", [case])[0]
+    (y_TH,) = run_ranks(exchange_cases, 4, "all_reduce", [case])[0]
     different = (bits(y_TH) != bits(add_rows(slots_TKH(case)))).float().mean()
     assert different > 0.05, f"{different:.1%} of the elements differ"
 
@@ -108,8 +110,8 @@ def test_all_reduce_in_bf16_is_not_bitwise() -> None:
 @pytest.mark.parametrize("size", [size for size in (2, 4) if size <= max(2, torch.cuda.device_count())])
 def test_slots_are_bitwise_on_gpus(size: int, overlap: bool) -> None:
     """The same promise on GPUs, against one GPU."""
-    (one_gpu,) = run_ranks(combine_cases, 1, "slots", CASES, device="cuda")
-    for rank_outputs in run_ranks(combine_cases, size, "slots", CASES, overlap, device="cuda", timeout=120):
+    (one_gpu,) = run_ranks(exchange_cases, 1, "slots", CASES, device="cuda")
+    for rank_outputs in run_ranks(exchange_cases, size, "slots", CASES, overlap, device="cuda", timeout=120):
         for case, y_TH, expected_TH in zip(CASES, rank_outputs, one_gpu, strict=True):
             assert torch.equal(bits(y_TH), bits(expected_TH)), case.name
 
@@ -120,5 +122,5 @@ if torch.cuda.device_count() >= 4:
     def test_all_reduce_in_bf16_is_not_bitwise_over_nccl() -> None:
         """The GPU test can fail too; two ranks would not do, where a sum of two is rounded once."""
         case = Case("bf16", 64)
-        (y_TH,) = run_ranks(combine_cases, 4, "all_reduce", [case], device="cuda", timeout=120)[0]
+        (y_TH,) = run_ranks(exchange_cases, 4, "all_reduce", [case], device="cuda", timeout=120)[0]
         assert not torch.equal(bits(y_TH), bits(add_rows(slots_TKH(case))))

@@ -18,10 +18,11 @@ from loading import rank_of
 from spawn import run_ranks
 from steps import make_step
 
-from epmoe import batch
-from epmoe.cache import cache
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.kernels import symmetric as memory
 from epmoe.layers.norm import AddNorm, add_rows
-from epmoe.moe.exchange import Pending, symmetric
+from epmoe.layers.owed import Owed
+from epmoe.moe.exchange import Buffer, symmetric
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.exchange.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
 from epmoe.ranks.mesh import Ranks
@@ -41,12 +42,12 @@ def pretend(*, failing: str = "", rank: int = 1, mine: int = 0) -> None:
         SUMMED.append(flat.nbytes)
         dist.all_reduce(flat, group=group)
 
-    symmetric.possible = lambda ranks: True
-    symmetric._allocate = lambda ranks: torch.full((symmetric.BYTES,), 77, dtype=torch.uint8)
-    symmetric._rendezvous = lambda buffer, group: None
-    symmetric._two_shot = sum_up
+    memory.possible = lambda device: True
+    memory.allocate = lambda count, ranks: torch.full((count,), 77, dtype=torch.uint8)
+    memory.rendezvous = lambda buffer, group: None
+    memory.two_shot = sum_up
     if failing and rank == mine:
-        setattr(symmetric, failing, fail)
+        setattr(memory, failing, fail)
 
 
 def choose(ranks: Ranks, failing: str, rank: int) -> tuple[bool, str, int]:
@@ -59,7 +60,7 @@ def choose(ranks: Ranks, failing: str, rank: int) -> tuple[bool, str, int]:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
-@pytest.mark.parametrize("failing", ["_allocate", "_rendezvous"])
+@pytest.mark.parametrize("failing", ["allocate", "rendezvous"])
 def test_one_rank_that_fails_while_nobody_waits_decides_for_all(failing: str, rank: int) -> None:
     """All go by the process group; rank 0 says it, in one line that names the rank and its reason."""
     line = "epmoe: combine=slots goes by the process group, not by symmetric memory: "
@@ -80,7 +81,8 @@ def test_numbers_of_ranks_that_it_does_not_serve() -> None:
 def plain(ranks: Ranks) -> tuple[bool, str]:
     with redirect_stderr(io.StringIO()) as said:
         slots = Slots(ranks)
-    return slots.symmetric is None and slots.rows(torch.ones(2, 8), 4, overlap=False) is None, said.getvalue()
+    nowhere = slots.prepare(torch.ones(2, 8), 4, overlap=False).rows_TKH is None
+    return slots.symmetric is None and nowhere, said.getvalue()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -102,35 +104,37 @@ class Group:
 def test_rows_are_zeros_of_the_shape_that_was_asked_for() -> None:
     """However dirty the last step has left the buffer; and only what fits, in a dtype that the kernel adds."""
     group: Any = Group()
-    shared = SymmetricRows(torch.full((4096,), 255, dtype=torch.uint8), group)
+    buffer = torch.full((4096,), 255, dtype=torch.uint8)
+    shared = SymmetricRows(buffer, group)
     for dtype, tokens in ((torch.bfloat16, 5), (torch.float32, 3), (torch.bfloat16, 1), (torch.bfloat16, 0)):
-        rows_TKH = shared.rows(torch.ones(tokens, 33, dtype=dtype), 3)
+        rows_TKH = shared.lend(torch.ones(tokens, 33, dtype=dtype), 3)
         assert rows_TKH is not None and rows_TKH.shape == (tokens, 3, 33) and rows_TKH.dtype == dtype
         assert rows_TKH.is_contiguous() and not rows_TKH.any()
-        assert not tokens or shared.holds(rows_TKH)
+        assert not tokens or rows_TKH.data_ptr() == buffer.data_ptr()
         rows_TKH.fill_(torch.nan)
-    assert not shared.holds(torch.zeros(1, 3, 33))
-    assert shared.rows(torch.ones(1, 33, dtype=torch.float16), 3) is None
-    assert shared.rows(torch.ones(4, 512, dtype=torch.bfloat16), 1) is not None  # the whole buffer
-    assert shared.rows(torch.ones(4, 513, dtype=torch.bfloat16), 1) is None
+    with pytest.raises(AssertionError, match="not lent"):
+        shared.add(torch.zeros(1, 3, 33))
+    assert shared.lend(torch.ones(1, 33, dtype=torch.float16), 3) is None
+    assert shared.lend(torch.ones(4, 512, dtype=torch.bfloat16), 1) is not None  # the whole buffer
+    assert shared.lend(torch.ones(4, 513, dtype=torch.bfloat16), 1) is None
     # 2046 values are 4092 bytes: they fit, and so does their padding; in a buffer of 4092 bytes the padding would not.
-    assert shared.rows(torch.ones(1, 2046, dtype=torch.bfloat16), 1) is not None
-    assert SymmetricRows(torch.zeros(4092, dtype=torch.uint8), group).rows(torch.ones(1, 1023), 1) is None
-    # Who takes the rows leaves zeros, which is believed; who only looks at them does not.
-    looked_TKH = shared.rows(torch.ones(2, 33), 3)
+    assert shared.lend(torch.ones(1, 2046, dtype=torch.bfloat16), 1) is not None
+    assert SymmetricRows(torch.zeros(4092, dtype=torch.uint8), group).lend(torch.ones(1, 1023), 1) is None
+    # Who gives the memory back leaves zeros, which is believed; who only looks at the rows does not.
+    looked_TKH = shared.lend(torch.ones(2, 33), 3)
     assert looked_TKH is not None
-    Pending(looked_TKH.fill_(1), memory=shared).wait()
-    taken_TKH = shared.rows(torch.ones(2, 33), 3)
-    assert taken_TKH is not None and not taken_TKH.any()
-    rows_TKH, clear = Pending(taken_TKH.fill_(1), memory=shared).take()
-    assert clear and torch.equal(rows_TKH, torch.ones(2, 3, 33))
-    left_TKH = shared.rows(torch.ones(2, 33), 3)
+    Owed(looked_TKH.fill_(1), lender=shared).wait()
+    added_TKH = shared.lend(torch.ones(2, 33), 3)
+    assert added_TKH is not None and not added_TKH.any()
+    x_TH, _ = Owed(added_TKH.fill_(1), lender=shared).add_to(torch.zeros(2, 33), AddNorm(33, 1e-5))
+    assert torch.equal(x_TH, torch.full((2, 33), 3.0)) and not added_TKH.any()
+    added_TKH.fill_(1)  # behind its back: what was given back is not cleared again
+    left_TKH = shared.lend(torch.ones(2, 33), 3)
     assert left_TKH is not None and left_TKH.all()
-    assert Pending(torch.ones(1, 1, 1)).take()[1] is False
-    last_TKH = shared.rows(torch.ones(1, 33), 3)
-    assert last_TKH is not None and shared.holds(last_TKH)
+    last_TKH = shared.lend(torch.ones(1, 33), 3)
+    assert last_TKH is not None and last_TKH.data_ptr() == buffer.data_ptr()
     shared.close()
-    assert shared.rows(torch.ones(1, 33), 3) is None and not shared.holds(last_TKH)
+    assert shared.lend(torch.ones(1, 33), 3) is None
 
 
 SHAPES = [(1, 4, 33), (2, 1, 1), (7, 3, 96), (64, 4, 40), (3, 4, 31)]  # tokens, experts per token, hidden
@@ -143,10 +147,11 @@ def sums(ranks: Ranks, large: int) -> list[torch.Tensor]:
     slots, found = Slots(ranks), []
     for seed, (tokens, top_k, hidden) in enumerate([*SHAPES, (large, 4, 40), *SHAPES]):
         rows_TKH, mine_TKH = owned(ranks, seed, tokens, top_k, hidden, torch.bfloat16)
-        place = slots.rows(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k, overlap=False)
-        assert (place is None) == (tokens == large)
-        y_TKH = slots(mine_TKH.clone() if place is None else place.copy_(mine_TKH), overlap=False).wait()
-        assert (y_TKH is place) == (place is not None)
+        buffer = slots.prepare(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k, overlap=False)
+        lent_TKH = buffer.rows_TKH
+        assert (lent_TKH is None) == (tokens == large)
+        y_TKH = slots.combine(mine_TKH.clone() if lent_TKH is None else lent_TKH.copy_(mine_TKH), buffer).wait()
+        assert y_TKH is not None and (y_TKH is lent_TKH) == (lent_TKH is not None)
         found.append(y_TKH.clone())
         assert torch.equal(y_TKH, rows_TKH)
     assert len(SUMMED) == 2 * len(SHAPES) and all(size % (VECTOR * ranks.size) == 0 for size in SUMMED)
@@ -194,12 +199,12 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
     if shared:
         pretend()
         symmetric.BYTES = 8 << 10
-    batch.HALVES_FROM = 40
     model, _ = load(Checkpoint.open(checkpoint), ranks, progress=False, combine="slots", dtype="float32")
-    config, combine = model.config, model.moe_layers()[0].combine
+    model.limits = replace(model.limits, halves_from=40)
+    config, exchange = model.config, model.moe_layers()[0].exchange
     sizes = {"tokens": 800, "sequences": 4, "page": 4}
-    store = cache.Cache(
-        config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32, device=ranks.device
+    store = Cache(
+        CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), ranks.device
     )
     handles, lengths = [store.admit(180) for _ in range(4)], [0] * 4
     random, found, zeros = torch.Generator().manual_seed(1), [], []
@@ -214,7 +219,7 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
             step = replace(step, output_O=step.output_O[:0])
         with torch.inference_mode():
             found.append(model(step, store).clone())
-        zeros.append(combine.symmetric is not None and not combine.symmetric.buffer.any())
+        zeros.append(exchange.symmetric is not None and not exchange.symmetric.buffer.any())
     return found, zeros, len(SUMMED)
 
 
@@ -243,12 +248,13 @@ def race(ranks: Ranks, dtype: torch.dtype) -> list[int]:
         x_TH = torch.empty(tokens, 2880, dtype=dtype, device=ranks.device)
         for seed in range(ROUNDS):
             rows_TKH, mine_TKH = owned(ranks, seed, tokens, 4, 2880, dtype)
-            group_TKH = slots(mine_TKH.clone(), overlap=bool(seed % 2)).wait()
+            group_TKH = slots.combine(mine_TKH.clone(), Buffer(overlap=bool(seed % 2))).wait()
             if seed % 3 == ranks.rank % 3:
                 torch.cuda._sleep(int(torch.randint(0, 200_000, (), generator=delay)))  # up to a tenth of a millisecond
-            place = slots.rows(x_TH, 4, overlap=False)
-            assert place is not None
-            y_TKH = slots(place.copy_(mine_TKH), overlap=False).wait()
+            buffer = slots.prepare(x_TH, 4, overlap=False)
+            assert buffer.rows_TKH is not None and group_TKH is not None
+            y_TKH = slots.combine(buffer.rows_TKH.copy_(mine_TKH), buffer).wait()
+            assert y_TKH is not None
             same = (y_TKH == rows_TKH).all() & (group_TKH == rows_TKH).all()
             good += same & (bits(add_rows(y_TKH)) == bits(add_rows(group_TKH))).all()
         right.append(int(good))
@@ -272,12 +278,13 @@ def replay(ranks: Ranks) -> list[bool]:
 
     def step() -> None:
         for layer in range(layers):
-            place = slots.rows(source[layer, :, 0], 4, overlap=False)
-            assert place is not None
-            rows_TKH, clear = slots(place.add_(source[layer]), overlap=False).take()
-            assert clear
+            buffer = slots.prepare(source[layer, :, 0], 4, overlap=False)
+            assert buffer.rows_TKH is not None
+            owed = slots.combine(buffer.rows_TKH.add_(source[layer]), buffer)
+            rows_TKH = owed.wait()
+            assert rows_TKH is not None and owed.lender is not None
             found[layer] = rows_TKH
-            norm(x_TH, rows_TKH, clear=clear)
+            owed.add_to(x_TH, norm)
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())

@@ -10,9 +10,9 @@ import torch
 from bitwise_run import requests
 from spawn import run_ranks
 
-from epmoe.cache.cache import Cache
-from epmoe.cache.fit import CACHE_SHARE, _bytes, fit_cache
-from epmoe.engine.engine import Engine
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.fit import CACHE_SHARE, CacheSettings, _bytes, fit_cache
+from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.hub import DEMO
@@ -36,26 +36,25 @@ class Found:
 def run(mine: Ranks, cache_tokens: int) -> Found:
     """The embedded model in a host that has room for ROOM positions on each of three ranks, for all on one."""
     model, _ = load(Checkpoint.open(DEMO), mine, combine="slots", dtype="float32", progress=False)
-    config, admit, held = model.config, Cache.admit, []
+    config, write, held = model.config, Cache.write, []
     asked = [replace(each, params=replace(each.params, logprobs=5)) for each in requests(config.vocab)]
     needs = [request.cached(config.max_positions) for request in asked]
 
     def empty(tokens: int) -> Cache:
         shape = config.windows, config.kv_heads, config.head_dim
-        return Cache(*shape, tokens=tokens, sequences=BATCH, page=PAGE, dtype=torch.float32, device="meta")
+        return Cache(CacheConfig(*shape, tokens=tokens, sequences=BATCH, page=PAGE, dtype=torch.float32), "meta")
 
-    def counted(cache: Cache, tokens: int) -> int:
-        handle = admit(cache, tokens)
-        held.append(len(cache.paged.held))
-        return handle
+    def counted(cache: Cache, handle: int) -> None:
+        write(cache, handle)
+        held.append(len(cache.pages.held))
 
     fixed, per_page = _bytes(empty(PAGE), empty(2 * PAGE))
     free = 3 * int((fixed + ROOM // PAGE * per_page) / CACHE_SHARE + 1)
-    options = {"page": PAGE, "max_batch": BATCH, "cache_tokens": cache_tokens}
+    settings = CacheSettings(torch.float32, page=PAGE, max_batch=BATCH, tokens=cache_tokens)
     with redirect_stderr(io.StringIO()) as said, patch("epmoe.cache.fit.free_bytes", lambda device: free):
-        cache = fit_cache(config, needs, mine, dtype=torch.float32, **options)
-    with patch.object(Cache, "admit", counted):
-        results = Engine(model, cache, mine, prefill_chunk=16, max_batch=BATCH).generate(asked)
+        cache = fit_cache(config, needs, mine, settings)
+    with patch.object(Cache, "write", counted):
+        results = Engine(model, cache, mine, EngineConfig(prefill_chunk=16, max_batch=BATCH)).generate(asked)
     outputs = [repr((each.ids, each.logprobs)) for each in results]
     return Found(cache.tokens, max(held), outputs, said.getvalue().splitlines())
 

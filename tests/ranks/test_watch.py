@@ -1,4 +1,4 @@
-"""Starting takes ranks different times: who is ready first waits for long, and still sees at once who is gone."""
+"""Watch: ranks take different times to start: who is ready first waits for long, and sees at once who is gone."""
 
 import sys
 import time
@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 from spawn import Command, commands
 
-from epmoe import generate
+from epmoe import generate, llm
 from epmoe.ranks import launch, mesh
+
+pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
 
 
 def generate_slowly(step: str, slow: int, *keys: str) -> None:
     """The real command, whose `step` takes rank `slow` three seconds longer than timeout_s."""
     sys.argv[1:] = ["runtime.device=cpu", "runtime.timeout_s=3", *keys]
-    real = getattr(generate, step)
+    real = getattr(llm, step)
 
     def late(*arguments: Any, **options: Any) -> Any:
         if launch.Launch.read().rank == slow:
             time.sleep(6)
         return real(*arguments, **options)
 
-    setattr(generate, step, late)
+    setattr(llm, step, late)
     generate.generate()
 
 

@@ -1,0 +1,39 @@
+"""CUDA graphs: work captured once, replayed with one launch.
+
+    capture = Capture(device)
+    graph = capture(step)        runs `step` twice: as it is, then recorded
+    graph.replay()
+
+All graphs of a Capture share one pool of memory, so what one leaves in it the next may overwrite.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Graph = torch.cuda.CUDAGraph
+
+
+class Capture:
+    """A stream and a pool of memory for graphs of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.new_pool()
+
+    def new_pool(self) -> None:
+        """For the graphs to come: a pool whose last graph is gone takes no new ones."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], object]) -> Graph:
+        """A graph of what `work` launches. The run before it compiles kernels and lets libraries allocate."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        graph = Graph()
+        with torch.cuda.stream(self.stream):  # a library's workspace belongs to a stream: run where the capture will
+            work()
+        # thread_local: the process group's watchdog may ask for events of earlier collectives from its own thread.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return graph

@@ -1,0 +1,293 @@
+"""LLM: the one place that wires ranks, weights, cache and engine; every command and benchmark comes through here.
+
+    with LLM("openai/gpt-oss-20b", experts="auto", runtime={"max_batch": 16}) as llm:
+        for answer in llm.generate(["Why is the sky blue?", "And at night?"], SamplingParams(max_new_tokens=64)):
+            print(answer.text)
+
+Alone, or under torchrun: then every rank's script makes the same calls, and every rank gets the same results. A rank
+whose call differs is named, and ends the run.
+
+    open     checkpoint → config, tokenizer             before anything large is read
+    load     weights → model · cache · engine
+    run      prompts → requests → engine → text
+"""
+
+import atexit
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from epmoe.cache.cache import Cache
+from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.config import Config, from_keys
+from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.graphs import resolve_graphs
+from epmoe.engine.request import Request, SamplingParams, Token, TokenLogprobs, Workload, check
+from epmoe.errors import UserError
+from epmoe.models import Model
+from epmoe.ranks.memory import told_when_full
+from epmoe.ranks.mesh import Ranks, start
+from epmoe.text.output import Answer
+from epmoe.text.prompts import Message, Prompt, choose_chat, default_params, encode, share
+from epmoe.text.tokenizer import Tokenizer, eos_ids
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.hub import resolve
+from epmoe.weights.load import DTYPES, LoadReport, load, model_of
+
+# A text to continue or to answer, a conversation for the chat template, or token ids.
+PromptLike = str | Sequence[Message] | Sequence[int]
+Prompts = PromptLike | Sequence[PromptLike]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a prompt. Times are seconds since the request was added, so they include waiting for its turn."""
+
+    text: str  # without special tokens, cut before a stop string
+    ids: tuple[int, ...]  # new ids; the one that ended it included
+    finish_reason: str  # "eos", "stop" (a stop string) or "length"
+    logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
+    prompt_ids: tuple[int, ...]
+    first_token_s: float
+    total_s: float
+
+
+def join(config: Config) -> AbstractContextManager[Ranks]:
+    """Join the other ranks as the configuration says; see `epmoe.ranks.mesh.start`."""
+    run = config.runtime
+    return start(
+        device=run.device,
+        expert=config.mesh.expert,
+        timeout_s=run.timeout_s,
+        start_timeout_s=run.start_timeout_s,
+        threads=run.threads,
+    )
+
+
+class LLM:
+    """A model that is ready for prompts.
+
+    Args:
+        checkpoint: a directory or a Hub id; "": the embedded model.
+        keys: of the configuration (`python -m epmoe.generate --help` lists them): `experts="triton"`,
+            `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold for
+            prompts that bring no parameters.
+    Raises:
+        UserError: an unknown key, a value out of range, a checkpoint that is refused, too little memory.
+    """
+
+    def __init__(self, checkpoint: str | Path = "", **keys: Any) -> None:
+        config = from_keys({"checkpoint": str(checkpoint), **keys})
+        with ExitStack() as stack:
+            ranks = stack.enter_context(join(config))
+            self._open(config, ranks, None)
+            self.load()
+            self._stack = stack.pop_all()  # nothing failed: the ranks part at `close`
+        atexit.register(self._leave)  # a script that never closes must not look like a rank that was killed
+
+    @classmethod
+    def opened(cls, config: Config, ranks: Ranks, source: Checkpoint | None = None) -> Self:
+        """The checkpoint is open and nothing large was read: for commands, which look at their requests before `load`.
+
+        Whoever joined the ranks parts from them. `source` is a checkpoint that is open already.
+        """
+        made = cls.__new__(cls)
+        made._open(config, ranks, source)
+        made._stack = ExitStack()
+        return made
+
+    def _open(self, config: Config, ranks: Ranks, source: Checkpoint | None) -> None:
+        self.config, self.ranks = config, ranks
+        self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
+        self.architecture: Any = model_of(self.source)[1]
+        self.model: Model
+        self.report: LoadReport
+        self.cache: Cache
+        self.engine: Engine
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's; raises UserError where it has none."""
+        return Tokenizer.of(self.source)
+
+    def load(self, needs: Sequence[int] | None = None) -> None:
+        """Read the weights, take memory for the cache, make the engine; a collective.
+
+        Args:
+            needs: positions that each request to come can need (`Request.cached`); None: any requests, as many and as
+                long as memory allows.
+        Raises:
+            UserError: see `epmoe.weights.load.load` and `epmoe.cache.fit.fit_cache`.
+        """
+        config, run = self.config, self.config.runtime
+        self.model, self.report = load(
+            self.source,
+            self.ranks,
+            quant=config.quant,
+            experts=config.experts,
+            router=config.router,
+            combine=config.combine,
+            placement=config.placement,
+            dtype=run.dtype,
+            progress=run.progress and bool(self.source.files),
+        )
+        self.ranks.meet()  # another node's disk may be slower
+        settings = CacheSettings(DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens)
+        self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
+        engine = EngineConfig(
+            # Rank 0's: another node's copy of the checkpoint may have no generation_config.json.
+            eos_ids=self.ranks.broadcast_json(eos_ids(self.source)),
+            prefill_chunk=run.prefill_chunk,
+            max_batch=run.max_batch,
+            graphs=resolve_graphs(run.graphs, self.ranks, self.report.waits),
+            timeout_s=run.timeout_s,
+            progress=run.progress,
+        )
+        self.engine = Engine(self.model, self.cache, self.ranks, engine)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises UserError for a prompt that the model cannot take: before minutes of loading, not after."""
+        check(requests, self.architecture.vocab, self.architecture.max_positions)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile and capture whatever such requests need, now; `generate` does it too. A collective."""
+        self.engine.prepare(Workload.of(requests, self.engine.max_batch))
+
+    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
+        """Answer all prompts, several at a time; the answers in their order. A collective.
+
+        Args:
+            prompts: one or several. A text goes through the checkpoint's chat template where `chat` says so, as on the
+                command line; messages always do; token ids go in as they are.
+            params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
+        Raises:
+            UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
+        """
+        requests = self._requests("generate", prompts, params)
+        answers = [Answer(self.tokenizer, request.params.stop) for request in requests]
+        with told_when_full(self.ranks.device):
+            results = self.engine.generate(
+                requests,
+                on_token=lambda index, token: answers[index].feed(token),
+                on_finish=lambda index, result: answers[index].finish(),
+            )
+        return [
+            Completion(
+                text=answer.text,
+                ids=result.ids,
+                finish_reason=result.finish_reason,
+                logprobs=result.logprobs,
+                prompt_ids=request.ids,
+                first_token_s=result.first_token_s,
+                total_s=result.total_s,
+            )
+            for request, result, answer in zip(requests, results, answers, strict=True)
+        ]
+
+    def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to one prompt in pieces, as they come; they add up to `Completion.text`. A collective.
+
+        Closing the iterator, or leaving its loop, ends the request: on every rank after the same piece.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        (request,) = self._requests("stream", [prompt], params)
+        self.prepare([request])
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        answer = Answer(self.tokenizer, request.params.stop)
+        id = self.engine.add(request)
+        try:
+            while self.engine.busy:
+                with told_when_full(self.ranks.device):
+                    events = self.engine.step()
+                for event in events:
+                    if isinstance(event, Token) and answer.feed(event.token):
+                        self.engine.abort(id)
+                if piece := answer.fresh():
+                    yield piece
+            answer.finish()
+            if piece := answer.fresh():
+                yield piece
+        finally:
+            self.engine.clear()
+
+    def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
+        """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+        given = _several(prompts)
+        one = params if isinstance(params, SamplingParams) else default_params(self.config)
+        each = list(params) if isinstance(params, Sequence) else [one] * len(given)
+        self.ranks.meet(f"{call}(prompts {_digest(given)}, params {_digest([asdict(one) for one in each])})")
+        if self.engine.busy:
+            raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
+        if len(each) != len(given):
+            raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
+        requests = share(self.ranks, lambda: self._encoded(given, each))
+        self.check(requests)
+        return requests
+
+    def _encoded(self, prompts: Sequence[PromptLike], params: Sequence[SamplingParams]) -> list[Request]:
+        found = []
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True), 1):
+            if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+                content: Any = prompt
+                text = Prompt(f"prompt {number}", content, each)
+                ids = encode(text, self.tokenizer, choose_chat(self.config.chat, self.tokenizer), self.config.system)
+            else:
+                ids = [int(id) for id in prompt if isinstance(id, int)]
+                if len(ids) != len(prompt) or min(ids, default=0) < 0:
+                    raise UserError(
+                        f"prompt {number} is no text, no messages and no list of token ids: give one of them"
+                    )
+            found.append(Request(tuple(ids), each))
+        return found
+
+    def close(self) -> None:
+        """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
+        atexit.unregister(self._leave)
+        if hasattr(self, "engine"):
+            self.engine.graphs.close()
+            del self.engine, self.model, self.cache
+        self._stack.close()
+
+    def _leave(self) -> None:
+        """The program ends without `close`; after an exception, the other ranks end with it."""
+        error = getattr(sys, "last_value", None)
+        self.__exit__(type(error) if error else None, error, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """With an error, the other ranks end too, and rank 0 tells it."""
+        if error is None:
+            self.close()
+            return None
+        atexit.unregister(self._leave)
+        return self._stack.__exit__(kind, error, trace)
+
+
+def _several(prompts: Prompts) -> list[PromptLike]:
+    """One prompt as a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        one: Any = prompts
+        return [one]
+    many: Any = prompts
+    return list(many)
+
+
+def _digest(value: Any) -> str:
+    """Of anything that JSON can hold; eight characters, for messages about calls that differ."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]

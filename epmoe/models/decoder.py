@@ -1,0 +1,194 @@
+"""The decoder: a stack of pre-norm layers, each attention and a mixture of experts. The step pass, in three lines:
+
+    x, owed = embedding(ids), nothing
+    for layer in layers:   x, owed = layer.attention(x, owed, where);   x, owed = layer.moe(x, owed)
+    logits = vocabulary(norm(x + owed))
+
+A sublayer owns the norm in front of it, and leaves its own sum to the next one (epmoe/layers/owed.py). A family is a
+config and the names of its tensors (gpt_oss.py); it has no forward of its own.
+
+Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from epmoe import kernels
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache
+from epmoe.cache.plan import Plan
+from epmoe.layers.attention import Attention, Where
+from epmoe.layers.norm import AddNorm
+from epmoe.layers.owed import Owed
+from epmoe.layers.rotary import Rope, Rotary
+from epmoe.layers.twin import twin
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.layer import MoE
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The architecture, every number of it from a checkpoint's config.json."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # one a layer; None = full attention
+    rms_eps: float
+    rope: Rope
+    activation: GatedActivation
+    attention_bias: bool
+    tied: bool  # the vocabulary projection is the embedding
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes at which the step takes another way."""
+
+    # A step of so many tokens runs as two micro-batches, so that the rows of one travel between the ranks while the
+    # other computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 812 µs at once
+    # and 2 · 443 in halves. The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
+    # loss is about the same and the gain half; for fewer there is little to win. The limit is an estimate by these
+    # figures. Whether a step is halved follows from its tokens alone, not from the ranks: a library's product of 4096
+    # rows may give other bits than one of 8192, and slots promise the same bits on any number of ranks. So one rank,
+    # which gains nothing, halves as well: 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them.
+    halves_from: int = 4096
+    # Ids that a library's product computes at a time, and of which ranks share whole chunks (layers/vocabulary.py):
+    # small enough that they share evenly, large enough to be read at full speed (94 MB).
+    vocab_chunk: int = 16384
+
+
+class Layer(nn.Module):
+    """Two sublayers, each with the norm in front of it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        heads = config.heads, config.kv_heads, config.head_dim
+        self.attention = Attention(config.hidden, *heads, bias=config.attention_bias, eps=config.rms_eps)
+        self.moe = MoE(config.hidden, config.num_experts, config.top_k, eps=config.rms_eps)
+
+
+@dataclass
+class MicroBatch:
+    """A step, or one of its halves, on its way through the layers."""
+
+    tokens: int
+    x_TH: torch.Tensor
+    owed: Owed
+    plans: dict[int | None, Plan]
+    cos_sin: tuple[torch.Tensor, torch.Tensor]
+    wanted_O: torch.Tensor | None  # tokens whose logits are wanted; None: all
+
+    def where(self, window: int | None, cached: tuple[torch.Tensor, torch.Tensor], *, last: bool) -> Where:
+        """For the attention of one layer. The last one goes on with those tokens alone whose logits are wanted."""
+        return Where(self.cos_sin, cached, self.plans[window], self.wanted_O if last else None)
+
+
+class Decoder(nn.Module):
+    """The whole model. It knows neither ranks nor collectives nor backends; what its MoE layers need of those is
+    installed by the loader.
+
+    Args:
+        limits: see `Limits`; tests take smaller ones.
+    """
+
+    def __init__(self, config: DecoderConfig, limits: Limits | None = None) -> None:
+        super().__init__()
+        self.config, self.limits = config, limits or Limits()
+        # The weight is given because the module would draw one, and torch's normal_ on the meta device imports all of
+        # torch._dynamo: 1.5 s of every start.
+        weight_VH = torch.empty(config.vocab, config.hidden)
+        self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=weight_VH)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = AddNorm(config.hidden, config.rms_eps)
+        if not config.tied:
+            self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.rotary = Rotary(config.rope)
+
+    def forward(self, step: Step | DecodeStep, cache: Cache) -> torch.Tensor:
+        """Logits of the rows `step.output_O`, [O, V] float32; the step's keys and values are in `cache` afterwards.
+
+        A DecodeStep gives the logits of all its rows, [B, V] or the part of V that it asks for, which begins at a
+        multiple of `vocab_chunk`; on a GPU nothing of it waits, so it can be captured.
+
+        A large Step goes through each layer as two halves. While the ranks exchange the rows of the first, they compute
+        the second, and the first's next layer while they exchange the second's:
+
+            compute    A₀  B₀  A₁  B₁  A₂ …      A, B: the halves; 0, 1, 2 …: the layers
+            wire           A₀  B₀  A₁  B₁ …
+
+        The last layer makes keys and values of all tokens, and goes on with those whose logits are wanted.
+
+        A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
+        same bits.
+        """
+        halves = [self._embed(half, cache) for half in step.halves(self.limits.halves_from)]
+        for index, layer in enumerate(cast(list[Layer], list(self.layers))):
+            window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
+            for half in halves:
+                half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
+                half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
+        x_OH, owed = _join(halves, step)
+        return self._vocabulary(owed.add_to(x_OH, self.norm)[1], step.part)
+
+    def _embed(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
+        if isinstance(step, DecodeStep):
+            token_T, position_T, wanted_O = step.token_B, step.position_B, None
+        else:
+            token_T, position_T, wanted_O = step.token_T, step.position_T, step.output_O
+        plans, cos_sin = cache.plan(step), self.rotary(position_T)
+        return MicroBatch(len(token_T), self.embedding(token_T), Owed(), plans, cos_sin, wanted_O)
+
+    def _vocabulary(self, norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
+        whole = (0, len(weight_VH))
+        logits_OV: torch.Tensor = twin("vocabulary", norm_OH).part_logits(
+            norm_OH, weight_VH, part or whole, self.limits.vocab_chunk
+        )
+        return logits_OV
+
+    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
+        """Kinds of prefill that compile anew: tokens together, and tokens of one prompt at most.
+
+        Of up to `tokens` tokens, and of up to `prompts` prompts with several tokens.
+        """
+        return prefill_kinds(tokens, prompts, self.limits.halves_from)
+
+    @property
+    def vocab_chunk(self) -> int:
+        """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
+        return self.limits.vocab_chunk
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers, in layer order."""
+        return [layer.moe for layer in cast(list[Layer], list(self.layers))]
+
+
+def prefill_kinds(tokens: int, prompts: int, halves_from: int) -> set[tuple[int, int]]:
+    """`Decoder.distinct` of a model that halves steps from so many tokens on."""
+    sizes = kernels.distinct(tokens)
+    # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
+    if tokens >= halves_from:
+        sizes |= {halves_from - less for less in (1, 16)}
+    return {(size, size) for size in sizes} | {(2 * count, 2) for count in kernels.powers(prompts)}
+
+
+def _join(halves: list[MicroBatch], step: Step | DecodeStep) -> tuple[torch.Tensor, Owed]:
+    """Of the wanted tokens: the residual stream and what is owed to it."""
+    first = halves[0]
+    if len(halves) == 1:
+        return first.x_TH, first.owed
+    assert isinstance(step, Step)
+    # Each half has a row for every wanted token, which means something in the token's own.
+    own_O1 = (step.output_O < first.tokens)[:, None]
+    return torch.where(own_O1, first.x_TH, halves[1].x_TH), Owed.join(own_O1[..., None], first.owed, halves[1].owed)

@@ -1,0 +1,106 @@
+"""Launch: coordinates and devices from the environment, each mistake in it one line; several nodes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import commands
+
+from epmoe.errors import UserError
+from epmoe.ranks import launch, mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "words"),
+    [
+        pytest.param({"RANK": "x"}, {}, "RANK='x' is not a number", id="no-number"),
+        pytest.param({"RANK": "2", "WORLD_SIZE": "2"}, {}, "RANK=2 of WORLD_SIZE=2", id="rank-beyond-the-size"),
+        pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, {}, "WORLD_SIZE=2 without MASTER_ADDR", id="no-master"),
+        pytest.param({}, {"expert": 2}, "mesh.expert=2 is not the number of ranks, 1", id="mesh"),
+        pytest.param({}, {"device": "abacus"}, "runtime.device='abacus' is unknown; known: auto, cpu", id="device"),
+    ],
+)
+def test_mistakes(env: dict[str, str], options: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as mistake, mesh.start(**options):  # type: ignore[arg-type]
+        pass
+    assert words in str(mistake.value) and "\n" not in str(mistake.value)
+
+
+def more_ranks_than_devices() -> None:
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    with mesh.start():
+        pass
+
+
+def test_more_ranks_than_devices(tmp_path: Path) -> None:
+    """Two ranks never share a device silently."""
+    with commands(more_ranks_than_devices, 2, folder=tmp_path) as started:
+        assert [command.wait(30) for command in started] == [2, 2]
+        assert started[0].stderr.splitlines() == [
+            "epmoe: device=cuda (auto)",
+            "epmoe: error: 2 ranks on one node cannot share 1 cuda devices: "
+            "start at most 1 (--nproc-per-node), or take runtime.device=cpu",
+        ]
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_no_device_at_all(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many ranks there are is not what is wrong then, and fewer of them are no remedy."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as mistake:
+        launch.rank_device("cuda", launch.Launch.read())
+    message = str(mistake.value)
+    assert message.startswith("runtime.device=cuda, but torch sees no cuda device") and "\n" not in message
+    assert message.endswith("or take runtime.device=cpu") and "ranks" not in message
+
+
+def test_two_agents_give_the_tokens_of_one_rank(tmp_path: Path) -> None:
+    """The two-node case, by the script for it: LOCAL_RANK is not the expert rank, and each node counts from 0."""
+    keys = ["runtime.device=cpu", "combine=slots", "prompt=In the beginning", "max_new_tokens=24"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    node = {"NNODES": "2", "NPROC_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "multi_node.sh"), *keys, f"output={tmp_path}/two.jsonl"],
+            env=os.environ | node | {"NODE_RANK": str(rank), "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        with commands(generate, 1, *keys, f"output={tmp_path}/one.jsonl", folder=tmp_path) as (one,):
+            assert one.wait(60) == 0, one.stderr
+        outputs = [each.communicate(timeout=100) for each in nodes]
+    finally:
+        for each in nodes:
+            each.terminate()
+    assert [each.returncode for each in nodes] == [0, 0], outputs
+    assert [out for out, _ in outputs] == [one.stdout, ""]
+    two, one_rank = (json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("two", "one"))
+    ids = [key for key in two if key.endswith("ids")]
+    assert ids and all(two[key] == one_rank[key] for key in ids)
+
+
+def generate(*keys: str) -> None:
+    from epmoe.generate import generate as body
+
+    sys.argv[1:] = keys
+    body()

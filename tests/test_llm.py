@@ -1,0 +1,158 @@
+"""LLM, the one place that wires a model: the command's answers, streams, mistakes; alone and on real ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import commands, run_ranks
+
+from epmoe.engine.request import SamplingParams
+from epmoe.errors import UserError
+from epmoe.llm import LLM
+from epmoe.ranks.mesh import Ranks
+
+KEYS: dict[str, Any] = {"runtime": {"device": "cpu", "dtype": "float32"}, "max_new_tokens": 12}
+PROMPTS = ["It was a fine morning, and", "In the days of old", "There"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Any:
+    with LLM(**KEYS) as made:
+        yield made
+
+
+def test_answers_come_in_order_with_text_and_ids(llm: LLM) -> None:
+    answers = llm.generate(PROMPTS)
+    assert [len(each.ids) for each in answers] == [12] * 3 and all(each.text for each in answers)
+    alone = [llm.generate(prompt)[0] for prompt in PROMPTS]
+    assert [each.ids for each in alone] == [each.ids for each in answers]
+    assert llm.generate(list(answers[0].prompt_ids))[0].ids == answers[0].ids  # token ids go in as they are
+
+
+def test_each_prompt_may_bring_its_own_parameters(llm: LLM) -> None:
+    params = [SamplingParams(max_new_tokens=n, logprobs=n) for n in (1, 2, 3)]
+    answers = llm.generate(PROMPTS, params)
+    assert [len(each.ids) for each in answers] == [len(each.logprobs) for each in answers] == [1, 2, 3]
+
+
+def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:
+    (answer,) = llm.generate(PROMPTS[0])
+    assert "".join(llm.stream(PROMPTS[0])) == answer.text
+    stop = answer.text[5:9]
+    cut = SamplingParams(max_new_tokens=12, stop=(stop,))
+    (whole,) = llm.generate(PROMPTS[0], cut)
+    assert "".join(llm.stream(PROMPTS[0], cut)) == whole.text == answer.text.partition(stop)[0]
+    assert whole.finish_reason == "stop"
+    for piece in llm.stream(PROMPTS[0]):  # left early: the request ends with it
+        assert piece
+        break
+    assert not llm.engine.busy and not llm.cache.pages.reserved
+    assert llm.generate(PROMPTS[0])[0].ids == answer.ids
+
+
+def test_mistakes_are_one_line_and_harm_nobody(llm: LLM) -> None:
+    (before,) = llm.generate(PROMPTS[0])
+    for prompts, params, message in (
+        ("", None, "prompt 1 is empty"),
+        (["a", ""], None, "prompt 2 is empty"),
+        ([[1, -1]], None, "prompt 1 is no text, no messages and no list of token ids"),
+        (["a", "b"], [SamplingParams()], "1 SamplingParams for 2 prompts"),
+        ("a" * 5000, None, "shorten the prompt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llm.generate(prompts, params)
+    stream = llm.stream(PROMPTS[0])
+    next(stream)
+    with pytest.raises(UserError, match="within a stream"):
+        llm.generate("a")
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.generate(PROMPTS[0])[0].ids == before.ids
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"expert": "triton"}, "unknown key 'expert'"),
+        ({"runtime": {"devise": "cpu"}}, "unknown key 'runtime.devise'"),
+        ({"runtime": "tiny"}, "unknown preset"),
+        ({"max_new_tokens": "12"}, "max_new_tokens='12' is not a whole number"),
+        ({"max_new_tokens": 0}, "out of range"),
+        ({"experts": "cublas"}, "experts='cublas' is unknown"),
+    ],
+)
+def test_keys_are_checked(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LLM(**keys)
+
+
+def answers_of(ranks: Ranks) -> list[Any]:
+    """What one rank of several gets; the ranks have met already."""
+    from epmoe.config import from_keys
+
+    llm = LLM.opened(from_keys(KEYS), ranks)
+    llm.load()
+    streamed = "".join(llm.stream(PROMPTS[1]))
+    return [*[(each.text, each.ids) for each in llm.generate(PROMPTS)], streamed]
+
+
+def test_every_rank_gets_the_answers_of_one(llm: LLM) -> None:
+    found = run_ranks(answers_of, 2)
+    assert found[0] == found[1]
+    assert found[0][:3] == [(each.text, each.ids) for each in llm.generate(PROMPTS)]
+    assert found[0][3] == found[0][1][0]
+
+
+def differing(case: str) -> None:
+    """A script whose rank 1 makes another call, or none."""
+    with LLM(**KEYS) as made:
+        if os.environ["RANK"] == "0" or case == "none":
+            made.generate(PROMPTS if os.environ["RANK"] == "0" or case != "none" else [])
+        elif case == "stream":
+            list(made.stream(PROMPTS[0]))
+        elif case == "prompt":
+            made.generate(PROMPTS[:2])
+        elif case == "params":
+            made.generate(PROMPTS, SamplingParams(max_new_tokens=3))
+        print("came through", file=sys.stdout, flush=True)
+
+
+@pytest.mark.parametrize("case", ["stream", "prompt", "params", "end"])
+def test_a_rank_whose_call_differs_is_named(case: str, tmp_path: Path) -> None:
+    with commands(differing, 2, case, folder=tmp_path) as started:
+        assert [each.wait(60) for each in started] == [2, 2]
+        lines = [line for line in started[0].stderr.splitlines() if "error" in line]
+        assert len(lines) == 1 and lines[0].startswith("epmoe: error: rank 1: it comes to ")
+        assert "every rank's program must make the same calls" in lines[0]
+        assert "came through" not in started[0].stdout
+
+
+def test_memory_is_given_back() -> None:
+    made = LLM(**KEYS)
+    made.close()
+    assert not hasattr(made, "model") and torch.get_num_threads() == 1
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    """As it is, by itself, with the embedded model."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    script = tmp_path / "example.py"
+    script.write_text(readme.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(done.stdout) > 100, done.stderr
+
+
+def test_a_script_that_forgets_to_close_ends_well(tmp_path: Path) -> None:
+    """Under torchrun: the ranks part at the end of the program, as if it had closed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from epmoe import llm\nmade = llm.LLM(max_new_tokens=4, runtime='cpu')\nprint(made.generate('A')[0].ids)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 2 and lines[0] == lines[1], done.stderr

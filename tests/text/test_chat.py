@@ -1,0 +1,159 @@
+"""Chat: templates byte for byte as transformers renders them; one that misbehaves is one line and does no harm."""
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from small_bpe import SPECIAL, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from epmoe.errors import UserError
+from epmoe.text.chat import ChatTemplate
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+# Uses what harmony's template uses: macros with defaults, namespaces, loop controls, tojson, strftime_now, whitespace
+# control of both kinds, filters, tests, `loop` variables and optional inputs.
+TEMPLATE = """\
+{#- a comment that leaves nothing -#}
+{%- macro kind(spec, depth=0) -%}
+    {%- if spec.type == "array" -%}
+        {{- kind(spec["items"], depth + 1) + "[]" -}}
+    {%- elif spec.type is iterable and spec.type is not string -%}
+        {{- spec.type | join(" | ") -}}
+    {%- elif spec.enum is defined -%}
+        {{- '"' + spec.enum | join('" | "') + '"' -}}
+    {%- else -%}
+        {{- spec.type | default("any") -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro signature(tool) %}
+// {{ tool.description }}
+type {{ tool.name }} = (_: {
+    {%- for name, spec in tool.parameters.properties.items() %}
+        {{- "\\n" + name + ("" if name in tool.parameters.required else "?") + ": " + kind(spec) }}
+        {%- if spec.default is defined %}, // default: {{ spec.default | tojson }}{% endif %}
+    {%- endfor %}
+}) => any;
+{% endmacro %}
+{% if reasoning is not defined %}{% set reasoning = "medium" %}{% endif %}
+{{- bos_token }}<|start|>system<|message|>Date: {{ strftime_now("%Y-%m-%d") }}
+Reasoning: {{ reasoning }}
+  {% if tools %}
+Tools:
+    {% for tool in tools %}
+{{ signature(tool) | trim }}
+    {% endfor %}
+  {% endif %}
+<|end|>
+{%- set state = namespace(last=-1, calls=0, seen=[]) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set state.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages -%}
+    {%- if message.role == "noise" %}{% continue %}{% endif %}
+    {%- if message.role == "stop" %}{% break %}{% endif %}
+    {%- if message.role not in ["system", "user", "assistant", "tool"] %}
+        {{- raise_exception("unknown role " + message.role) }}
+    {%- endif %}
+    {%- if message.tool_calls %}
+        {%- set state.calls = state.calls + message.tool_calls | length %}
+        {%- for call in message.tool_calls %}
+            {{- "<|start|>" + message.role + " to=" + call.name + "<|message|>" + call.arguments | tojson + "<|end|>" }}
+        {%- endfor %}
+    {%- else %}
+        {{- "<|start|>" ~ message.role ~ "<|message|>" ~ message.content ~ "<|end|>" }}
+    {%- endif %}
+    {%- if loop.last %}{{ "\\n[" ~ state.calls ~ " calls, last question " ~ state.last ~ "]" }}{% endif %}
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start|>assistant
+{%- endif -%}
+"""
+
+TOOLS = [
+    {
+        "name": "weather",
+        "description": "Where & when <it> rains",
+        "parameters": {
+            "type": "object",
+            "required": ["city"],
+            "properties": {
+                "city": {"type": "string"},
+                "unit": {"type": "string", "enum": ["°C", "°F"], "default": "°C"},
+                "days": {"type": ["integer", "null"], "default": {"b": 1, "a": [True, None, 0.5]}},
+                "grid": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+            },
+        },
+    }
+]
+CONVERSATIONS: dict[str, list[dict[str, object]]] = {
+    "one question": [{"role": "user", "content": "Why?"}],
+    "html and unicode": [{"role": "user", "content": "a < b & 'c' \"d\" 東京 🙂\n\n  indented {{ braces }} {% if %}"}],
+    "loop controls": [
+        {"role": "noise", "content": "skipped"},
+        {"role": "user", "content": "seen"},
+        {"role": "stop", "content": ""},
+        {"role": "user", "content": "never seen"},
+    ],
+    "tool calls": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": "weather", "arguments": {"city": "Zürich", "x": "</b>"}}],
+        },
+        {"role": "tool", "content": "[1, 2]"},
+    ],
+    "no messages": [],
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("variables", [{}, {"tools": TOOLS, "reasoning": "high"}], ids=["plain", "tools"])
+def test_chat_template_renders_as_in_transformers(file: Path, case: str, variables: dict[str, object]) -> None:
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=str(file), chat_template=TEMPLATE, bos_token=SPECIAL[0], eos_token=SPECIAL[1]
+    )
+    ours = ChatTemplate(TEMPLATE, {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]})
+    for generate in (True, False):
+        expected = oracle.apply_chat_template(
+            [CONVERSATIONS[case]] if not CONVERSATIONS[case] else CONVERSATIONS[case],
+            tokenize=False,
+            add_generation_prompt=generate,
+            **variables,
+        )
+        expected = expected[0] if isinstance(expected, list) else expected
+        assert ours.render(CONVERSATIONS[case], add_generation_prompt=generate, **variables) == expected
+    assert datetime.now().strftime("%Y") in expected
+
+
+def test_template_that_refuses_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="unknown role critic"):
+        ChatTemplate(TEMPLATE, {"bos_token": ""}).render([{"role": "critic", "content": ""}])
+    with pytest.raises(UserError, match="chat=off"):
+        ChatTemplate("{% for %}", {})
+
+
+ATTACKS = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+]
+
+
+@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{{ range(10**9) | list }}", "{{ 'x' + 1 }}", "{{ [][0].x }}"])
+def test_whatever_a_template_raises_is_one_line(source: str) -> None:
+    with pytest.raises(UserError, match="chat template refuses the messages"):
+        ChatTemplate(source, {}).render([])
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_template_cannot_leave_its_sandbox(attack: str) -> None:
+    with pytest.raises(UserError):
+        ChatTemplate(attack, {}).render([])

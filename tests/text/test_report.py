@@ -1,0 +1,30 @@
+"""Report: the closing line's numbers are those of the run."""
+
+import re
+
+import pytest
+import torch
+
+from epmoe.engine.request import Result
+from epmoe.ranks.mesh import Ranks
+from epmoe.text.report import closing_line
+
+NUMBERS = re.compile(
+    r"epmoe: 5 tokens in 0\.50 s, 10\.0 tokens/s, first token after 0\.100 s \(3\.10 s from the start\); "
+    r"1 rank, read 1,234\.5 MB and used [\d,]+\.\d MB of memory at the peak"
+)
+
+
+def test_one_rank() -> None:
+    """Tokens of all requests, in the time of the last to end; the first token of any."""
+    results = [Result((1, 2, 3), "length", 0.2, 0.5, ()), Result((4, 5), "eos", 0.1, 0.4, ())]
+    assert NUMBERS.fullmatch(closing_line(results, 3.0, 1_234_500_000, Ranks(0, 1, 0, 1, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"), [((2_000_000, 2_000_000), "read 2.0 MB"), ((3_000_000, 1_000_000), "read 1.0 to 3.0 MB")]
+)
+def test_several_ranks(values: tuple[int, int], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda self, mine: [[value, 1_000_000] for value in values])
+    line = closing_line([Result((1,), "stop", 0.1, 0.1, ())], 0.0, 0, Ranks(0, 2, 0, 1, torch.device("cpu")))
+    assert f"2 ranks, each {says}" in line and line.endswith("and used 1.0 MB of memory at the peak")
