@@ -1,6 +1,6 @@
 """Tables of interchangeable parts: a name in the configuration → the class or function that it stands for.
 
-FORMATS, PLACEMENTS, ROUTERS, EXPERTS, COMBINES and MODELS are plain dictionaries `{name: "module:attribute"}`. The
+FORMATS, PLACEMENTS, ROUTERS, EXPERTS, EXCHANGES and MODELS are plain dictionaries `{name: "module:attribute"}`. The
 module is imported when its name is chosen, so that a CPU machine never imports Triton.
 """
 

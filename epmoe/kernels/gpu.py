@@ -11,7 +11,7 @@ of B may read what no kernel writes, or what was there when A's programs called 
 each program calls it, or what comes after B would not wait for A. A kernel after B that is launched without these
 options waits for B's end as ever.
 
-This gains where B reads much of its own (a product of few rows: linear_triton.py), or where A is small and B's programs
+This gains where B reads much of its own (a product of few rows: linear.py), or where A is small and B's programs
 find the machine empty, or where A has more programs than the machine has places: B's come in when A's last ones have
 theirs, and fill up what A's tail leaves idle (hopper_kernels.py). It loses where A and B are both as large as the
 machine: B's programs take the places that A leaves free just then, three on one multiprocessor and none on the next. So

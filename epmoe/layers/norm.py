@@ -1,7 +1,7 @@
-"""The residual stream between two blocks: add what a block hands over, and normalise for the next one.
+"""The residual stream between two sublayers: add what one owes, and normalise for the next.
 
-A block's output comes as K rows a token that are still to be added: one from attention, a token's slots from the
-experts (epmoe/combine). So their sum, the residual and the next norm are one pass over memory, and one kernel on a GPU:
+A sublayer's output comes as K rows a token that are still to be added (owed.py): one from attention, a token's slots
+from the experts. So their sum, the residual and the next norm are one pass over memory, and one kernel on a GPU:
 
     x[t] += round(((+0 + rows[t, 0]) + rows[t, 1]) + … + rows[t, K-1])        in float32, rounded as each step says
     norm(x)[t] = x[t] / rms(x[t]) · weight                                    in float32, rounded once

@@ -6,7 +6,7 @@ the same rows: 7.4 µs against 10.7 at one token of gpt-oss, 25.8 against 38.7 a
 
 One buffer serves all layers and steps. Nothing remote touches it between two calls: no peer reads or writes a rank's
 rows before that rank's kernel has come to the first barrier, nor after its kernel has ended. And the rows are consumed
-before the next layer's experts write theirs, all in one stream: by the norm of the next block (epmoe/layers/norm.py),
+before the next layer's experts write theirs, all in one stream: by the next sublayer's norm (epmoe/layers/owed.py),
 which leaves the zeros that other ranks' slots must hold then.
 
 Letters: T tokens · K experts per token · H hidden.
