@@ -15,7 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from epmoe import BEGAN
-from epmoe.config import parse
+from epmoe.config.compose import parse
 from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import told_when_full

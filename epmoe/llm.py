@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,8 @@ from typing import Any, Self
 
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
-from epmoe.config import Config, from_keys
+from epmoe.config.compose import from_keys
+from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Request, SamplingParams, Token, TokenLogprobs, Workload, check
@@ -35,7 +36,7 @@ from epmoe.models import Model
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Message, Prompt, choose_chat, default_params, encode, share
+from epmoe.text.prompts import Message, Prompt, default_params, encode, resolve_chat, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.hub import resolve
@@ -60,7 +61,7 @@ class Completion:
     total_s: float
 
 
-def join(config: Config) -> AbstractContextManager[Ranks]:
+def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
     """Join the other ranks as the configuration says; see `epmoe.ranks.mesh.start`."""
     run = config.runtime
     return start(
@@ -94,7 +95,7 @@ class LLM:
         atexit.register(self._leave)  # a script that never closes must not look like a rank that was killed
 
     @classmethod
-    def opened(cls, config: Config, ranks: Ranks, source: Checkpoint | None = None) -> Self:
+    def opened(cls, config: ModelKeys, ranks: Ranks, source: Checkpoint | None = None) -> Self:
         """The checkpoint is open and nothing large was read: for commands, which look at their requests before `load`.
 
         Whoever joined the ranks parts from them. `source` is a checkpoint that is open already.
@@ -104,7 +105,9 @@ class LLM:
         made._stack = ExitStack()
         return made
 
-    def _open(self, config: Config, ranks: Ranks, source: Checkpoint | None) -> None:
+    def _open(self, config: ModelKeys, ranks: Ranks, source: Checkpoint | None) -> None:
+        if not isinstance(config, LLMConfig):  # a benchmark's says nothing of answers
+            config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
         self.config, self.ranks = config, ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
         self.architecture: Any = model_of(self.source)[1]
@@ -242,7 +245,7 @@ class LLM:
             if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
                 content: Any = prompt
                 text = Prompt(f"prompt {number}", content, each)
-                ids = encode(text, self.tokenizer, choose_chat(self.config.chat, self.tokenizer), self.config.system)
+                ids = encode(text, self.tokenizer, resolve_chat(self.config.chat, self.tokenizer), self.config.system)
             else:
                 ids = [int(id) for id in prompt if isinstance(id, int)]
                 if len(ids) != len(prompt) or min(ids, default=0) < 0:

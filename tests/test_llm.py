@@ -91,7 +91,7 @@ def test_keys_are_checked(keys: dict[str, Any], message: str) -> None:
 
 def answers_of(ranks: Ranks) -> list[Any]:
     """What one rank of several gets; the ranks have met already."""
-    from epmoe.config import from_keys
+    from epmoe.config.compose import from_keys
 
     llm = LLM.opened(from_keys(KEYS), ranks)
     llm.load()

@@ -26,9 +26,9 @@ import torch
 
 from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
-from epmoe.bench.options import Options, check_steps, parse
+from epmoe.bench.options import BenchConfig
 from epmoe.bench.weights import RandomCheckpoint
-from epmoe.config import Config
+from epmoe.config.compose import parse
 from epmoe.engine.engine import Engine, resolve_chunk
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
@@ -66,40 +66,40 @@ class Batch:
 
 
 def bench() -> None:
-    options, config = parse(sys.argv[1:])
+    config = parse(sys.argv[1:], BenchConfig)
     with join(config) as ranks:
         chunk = resolve_chunk(config.runtime.prefill_chunk, ranks.device)
-        runtime = replace(config.runtime, prefill_chunk=chunk, max_batch=most_sequences(options))
+        runtime = replace(config.runtime, prefill_chunk=chunk, max_batch=most_sequences(config))
         config = replace(config, runtime=runtime)
-        check_steps(options, chunk)
-        if options.compare:
+        config.check_steps(chunk)
+        if config.compare:
             peer.check(ranks.size)
-        source = open_source(options, config, ranks)
-        record = conditions(options, config, ranks, source)
-        floor, ours = measure(options, config, ranks, source)
+        source = open_source(config, ranks)
+        record = conditions(config, ranks, source)
+        floor, ours = measure(config, ranks, source)
         record |= ours
         gc.collect()  # the model is gone: its memory is the peer's and that of the arrays that measure the limits
         if ranks.device.type != "cpu":
             torch.accelerator.empty_cache()
-        add_limits(record, floor, options, ranks)
-        if options.compare:
-            add_peer(record, options, source, ranks)
+        add_limits(record, floor, config, ranks)
+        if config.compare:
+            add_peer(record, config, source, ranks)
         if ranks.is_main:
             print(table(record))
             print(json.dumps(record))
 
 
-def open_source(options: Options, config: Config, ranks: Ranks) -> Checkpoint:
+def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:
     """The checkpoint that was asked for, or random weights; says on standard error which size was chosen."""
     if config.checkpoint:
         return Checkpoint.open(resolve(config.checkpoint))
-    size = options.size or ("tiny" if ranks.device.type == "cpu" else "20b")
-    if not options.size and ranks.is_main:
+    size = config.size or ("tiny" if ranks.device.type == "cpu" else "20b")
+    if not config.size and ranks.is_main:
         print(f"epmoe: neither checkpoint nor size given: size={size}", file=sys.stderr)
     return RandomCheckpoint.of(size)
 
 
-def conditions(options: Options, config: Config, ranks: Ranks, source: Checkpoint) -> Record:
+def conditions(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> Record:
     """What a reader must know to compare the numbers."""
     accelerated = ranks.device.type != "cpu"
     return {
@@ -110,38 +110,38 @@ def conditions(options: Options, config: Config, ranks: Ranks, source: Checkpoin
         "nodes": ranks.nodes,
         "torch": torch.__version__,
         "triton": _release("triton"),
-        "prompt_tokens": options.prompt_tokens,
-        "lengths": list(options.lengths),
-        "repeat": options.repeat,
+        "prompt_tokens": config.prompt_tokens,
+        "lengths": list(config.lengths),
+        "repeat": config.repeat,
         "runtime": asdict(config.runtime),
     }
 
 
-def most_sequences(options: Options) -> int:
+def most_sequences(config: BenchConfig) -> int:
     """Of all that is measured: what runtime.max_batch is to a benchmark."""
-    return max([*options.batches, options.prefill[0] if options.prefill else 1])
+    return max([*config.batches, config.prefill[0] if config.prefill else 1])
 
 
-def measure(options: Options, config: Config, ranks: Ranks, source: Checkpoint) -> tuple[Floor, Record]:
+def measure(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> tuple[Floor, Record]:
     """Load, decode, prefill. The model and its cache live in here only."""
     llm = LLM.opened(config, ranks, source)
-    largest = largest_work(llm.architecture, options, config)
-    llm.load(positions_needed(llm.architecture, options, config))
+    largest = largest_work(llm.architecture, config)
+    llm.load(positions_needed(llm.architecture, config))
     if llm.cache.tokens < largest.positions:
         raise UserError(
             f"{largest.key} needs {largest.positions} positions of the key/value cache, and {llm.cache.tokens} fit: "
             "lower it, or raise runtime.cache_tokens where that was set"
         )
     vocab = llm.architecture.vocab
-    batches = [Batch.of(size, options.prompt_tokens, vocab) for size in options.batches]
+    batches = [Batch.of(size, config.prompt_tokens, vocab) for size in config.batches]
     begin = time.perf_counter()
-    llm.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(options.lengths[1]))
+    llm.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(config.lengths[1]))
     ready_s = time.perf_counter() - begin
 
-    decode = [measure_decode(llm.engine, ranks, batch, options) for batch in batches]
+    decode = [measure_decode(llm.engine, ranks, batch, config) for batch in batches]
     prefill = None
-    if options.prefill:
-        prefill = measure_prefill(llm.engine, ranks, Batch.of(*options.prefill, vocab), options)
+    if config.prefill:
+        prefill = measure_prefill(llm.engine, ranks, Batch.of(*config.prefill, vocab), config)
     with profiled(config.runtime.profile, ranks):
         for batch in batches if config.runtime.profile else ():
             llm.engine.generate(batch.requests(PROFILED_TOKENS))
@@ -176,11 +176,11 @@ class Work:
         return self.sequences * self.length
 
 
-def all_work(model: Any, options: Options) -> list[Work]:
+def all_work(model: Any, config: BenchConfig) -> list[Work]:
     """Raises UserError for a prompt and its new tokens that exceed the model's positions."""
-    work = [Work(size, options.prompt_tokens + options.lengths[1], f"batches={size}") for size in options.batches]
-    if options.prefill:
-        work.append(Work(options.prefill[0], options.prefill[1] + 1, "prefill={}x{}".format(*options.prefill)))
+    work = [Work(size, config.prompt_tokens + config.lengths[1], f"batches={size}") for size in config.batches]
+    if config.prefill:
+        work.append(Work(config.prefill[0], config.prefill[1] + 1, "prefill={}x{}".format(*config.prefill)))
     for each in work:
         if each.length > model.max_positions:
             raise UserError(
@@ -190,18 +190,18 @@ def all_work(model: Any, options: Options) -> list[Work]:
     return work
 
 
-def largest_work(model: Any, options: Options, config: Config) -> Work:
+def largest_work(model: Any, config: BenchConfig) -> Work:
     """What needs the most pages."""
-    return max(all_work(model, options), key=lambda work: work.sequences * -(-work.length // config.runtime.page))
+    return max(all_work(model, config), key=lambda work: work.sequences * -(-work.length // config.runtime.page))
 
 
-def positions_needed(model: Any, options: Options, config: Config) -> list[int]:
+def positions_needed(model: Any, config: BenchConfig) -> list[int]:
     """For room for every batch at once, so that all its sequences do decode together.
 
     As many requests as the most sequences, together as long as the largest batch.
     """
-    largest, longest = largest_work(model, options, config), max(work.length for work in all_work(model, options))
-    others = most_sequences(options) - largest.sequences
+    largest, longest = largest_work(model, config), max(work.length for work in all_work(model, config))
+    others = most_sequences(config) - largest.sequences
     return [longest] * largest.sequences + [config.runtime.page] * others
 
 
@@ -213,12 +213,12 @@ def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int) -> tuple[float
     return max(result.total_s for result in results), max(result.first_token_s for result in results)
 
 
-def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, options: Options) -> Record:
+def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConfig) -> Record:
     """One row of the table, without its floor."""
-    short, long = options.lengths
+    short, long = config.lengths
     seconds(engine, ranks, batch, short)
     steps, first = [], []
-    for _ in range(options.repeat):
+    for _ in range(config.repeat):
         whole, first_token = seconds(engine, ranks, batch, long)
         less, _ = seconds(engine, ranks, batch, short)
         steps.append((whole - less) / (long - short))
@@ -235,26 +235,26 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, options: Options)
     }
 
 
-def measure_prefill(engine: Engine, ranks: Ranks, batch: Batch, options: Options) -> Record:
+def measure_prefill(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConfig) -> Record:
     """Seconds from prompts to the first token of the last of them."""
     seconds(engine, ranks, batch, 1)
-    taken = statistics.median(seconds(engine, ranks, batch, 1)[0] for _ in range(options.repeat))
+    taken = statistics.median(seconds(engine, ranks, batch, 1)[0] for _ in range(config.repeat))
     sequences, tokens = batch.ids_BP.shape
     return {"sequences": sequences, "tokens": tokens, "s": taken, "tokens_per_s": sequences * tokens / taken}
 
 
-def add_limits(record: Record, floor: Floor, options: Options, ranks: Ranks) -> None:
+def add_limits(record: Record, floor: Floor, config: BenchConfig, ranks: Ranks) -> None:
     """The machine's limits, given or measured (the slowest rank's), and each row's distance to them."""
 
     def limit(given: float, measured: Callable[[], float]) -> float:
         return given * 1e12 if given else float(min(value for (value,) in ranks.gather([int(measured())])))
 
     dtype = DTYPES[record["dtype"]]
-    bandwidth = limit(options.bandwidth, lambda: measure_bandwidth(ranks.device))
-    flops = limit(options.flops, lambda: measure_flops(ranks.device, dtype))
+    bandwidth = limit(config.bandwidth, lambda: measure_bandwidth(ranks.device))
+    flops = limit(config.flops, lambda: measure_flops(ranks.device, dtype))
     record |= {"bandwidth": bandwidth, "flops": flops}
-    record["measured"] = [key for key in ("bandwidth", "flops") if not getattr(options, key)]
-    contexts = range(options.prompt_tokens + options.lengths[0], options.prompt_tokens + options.lengths[1])
+    record["measured"] = [key for key in ("bandwidth", "flops") if not getattr(config, key)]
+    contexts = range(config.prompt_tokens + config.lengths[0], config.prompt_tokens + config.lengths[1])
     for row in record["decode"]:
         row["floor_bytes"] = floor.step_bytes(row["batch"], contexts)
         row["floor_ms"] = 1e3 * row["floor_bytes"] / bandwidth
@@ -263,13 +263,13 @@ def add_limits(record: Record, floor: Floor, options: Options, ranks: Ranks) -> 
         record["prefill"]["limit_tokens_per_s"] = flops / floor.prefill_flops()
 
 
-def add_peer(record: Record, options: Options, source: Checkpoint, ranks: Ranks) -> None:
+def add_peer(record: Record, config: BenchConfig, source: Checkpoint, ranks: Ranks) -> None:
     """The same measurements of transformers; None where its memory ran out."""
     quantised = bool(source.config.get("quantization_config"))
     other = peer.Transformers(source.path, quantised, DTYPES[record["dtype"]], ranks.device)
     facts = {"release": other.release, "experts": other.experts, "load_s": other.load_s}
-    record["peer"] = {"name": options.compare, **facts}
-    short, long = options.lengths
+    record["peer"] = {"name": config.compare, **facts}
+    short, long = config.lengths
     vocab = source.config["vocab_size"]
 
     def difference(ids_BP: torch.Tensor) -> float | None:
@@ -277,15 +277,15 @@ def add_peer(record: Record, options: Options, source: Checkpoint, ranks: Ranks)
         return None if whole is None or less is None else (whole - less) / (long - short)
 
     for row in record["decode"]:
-        ids_BP = Batch.of(row["batch"], options.prompt_tokens, vocab).ids_BP
+        ids_BP = Batch.of(row["batch"], config.prompt_tokens, vocab).ids_BP
         other.seconds(ids_BP, short)
-        steps = [step for step in (difference(ids_BP) for _ in range(options.repeat)) if step is not None]
+        steps = [step for step in (difference(ids_BP) for _ in range(config.repeat)) if step is not None]
         row["peer_ms"] = 1e3 * statistics.median(steps) if steps else None
         row["speedup"] = row["peer_ms"] / row["ms"] if steps else None
-    if options.prefill:
-        ids_BP = Batch.of(*options.prefill, vocab).ids_BP
+    if config.prefill:
+        ids_BP = Batch.of(*config.prefill, vocab).ids_BP
         other.seconds(ids_BP, 1)
-        times = [taken for taken in (other.seconds(ids_BP, 1) for _ in range(options.repeat)) if taken is not None]
+        times = [taken for taken in (other.seconds(ids_BP, 1) for _ in range(config.repeat)) if taken is not None]
         record["prefill"]["peer_tokens_per_s"] = ids_BP.numel() / statistics.median(times) if times else None
 
 

@@ -1,15 +1,14 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import product
 from typing import NamedTuple
 
+from epmoe.config.keys import accept_all
+from epmoe.config.schema import Length, Sampling
 from epmoe.errors import UserError
-
-MIN_TEMPERATURE = 1e-6
 
 
 class Level(IntEnum):
@@ -21,39 +20,15 @@ class Level(IntEnum):
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen and when it ends. Raises UserError for a value out of range.
+class SamplingParams(Sampling, Length):
+    """How one request's tokens are chosen and when it ends: the keys of the group `sampling`, and max_new_tokens.
 
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
-    most likely tokens with each chosen one (0: none).
+    most likely tokens with each chosen one (0: none). Raises UserError for a value of the wrong type or out of range.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
     def __post_init__(self) -> None:
-        def check(key: str, ok: bool, need: str) -> None:
-            if not ok:
-                raise UserError(f"{key}={getattr(self, key)!r} is out of range: give {need}")
-
-        check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        warm = MIN_TEMPERATURE <= self.temperature < math.inf
-        check("temperature", self.temperature == 0 or warm, f"0 (greedy) or at least {MIN_TEMPERATURE}")
-        check("top_k", self.top_k >= 0, "0 (all tokens) or the number of tokens to keep")
-        check("top_p", 0 < self.top_p <= 1, "more than 0, at most 1 (1 keeps all)")
-        check("min_p", 0 <= self.min_p <= 1, "0 to 1 (0 keeps all)")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number (1 is none)")
-        check("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
-        check("logprobs", 0 <= self.logprobs <= 100, "0 to 100")
-        check("stop", all(self.stop), "strings that are not empty")
+        accept_all(self)
 
     @property
     def level(self) -> Level:

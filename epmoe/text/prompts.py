@@ -14,11 +14,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from epmoe.config import Config, Sampling, update_sampling
+from epmoe.config.keys import known_instead
+from epmoe.config.schema import Config, LLMConfig
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
@@ -32,9 +33,9 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text or a conversation; `place` says where it came from, for messages about it."""
+    """A text or a conversation; `origin` says where it came from, for messages about it."""
 
-    place: str
+    origin: str
     content: str | Sequence[Message]
     params: SamplingParams
 
@@ -48,7 +49,7 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
 
     def found() -> list[Request]:
         prompts = read(config)
-        chat = choose_chat(config.chat, tokenizer)
+        chat = resolve_chat(config.chat, tokenizer)
         if config.chat == "auto":
             reason = "" if chat == "on" else ": the checkpoint has no chat template"
             print(f"epmoe: chat={chat} (auto{reason})", file=sys.stderr)
@@ -73,22 +74,19 @@ def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
     shared = ranks.broadcast_json(shared)
     if "error" in shared:
         raise UserError(shared["error"])
-    return [
-        Request(tuple(ids), SamplingParams(**{**params, "stop": tuple(params["stop"])}))
-        for ids, params in shared["requests"]
-    ]
+    return [Request(tuple(ids), SamplingParams(**params)) for ids, params in shared["requests"]]
 
 
-def default_params(config: Config) -> SamplingParams:
+def default_params(config: LLMConfig) -> SamplingParams:
     """What the configuration says of sampling, for prompts that say nothing."""
-    return _params(config.sampling, config.max_new_tokens, "sampling")
+    return SamplingParams(**vars(config.sampling), max_new_tokens=config.max_new_tokens)
 
 
 def read(config: Config) -> list[Prompt]:
     """The prompts that the configuration names."""
     default = default_params(config)
     if config.prompts.endswith(".jsonl"):
-        return _json_lines(config)
+        return _json_lines(config.prompts, default)
     if config.prompts == "-":
         if sys.stdin.isatty():
             print("epmoe: reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
@@ -103,7 +101,7 @@ def read(config: Config) -> list[Prompt]:
     return [Prompt("prompt", DEFAULT_PROMPT, default)]
 
 
-def choose_chat(wanted: str, tokenizer: Tokenizer) -> str:
+def resolve_chat(wanted: str, tokenizer: Tokenizer) -> str:
     """`chat` as on or off; auto is on where the checkpoint has a chat template."""
     if wanted != "auto":
         return wanted
@@ -116,15 +114,15 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) 
     `system` becomes the first message of a conversation that has no system message of its own.
     """
     is_text = isinstance(prompt.content, str)
-    use_chat = choose_chat(chat, tokenizer) == "on"
+    use_chat = resolve_chat(chat, tokenizer) == "on"
     if use_chat and tokenizer.chat is None:
         raise UserError("chat=on, but the checkpoint has no chat template: use chat=off")
     if not use_chat and not is_text:
-        raise UserError(f"{prompt.place}: messages need the checkpoint's chat template: give a prompt, or chat=on")
+        raise UserError(f"{prompt.origin}: messages need the checkpoint's chat template: give a prompt, or chat=on")
     if not use_chat and system is not None:
         raise UserError(f"system={system!r} needs the checkpoint's chat template: leave it out, or use chat=on")
     if prompt.content == "":
-        raise UserError(f"{prompt.place} is empty: give some text")
+        raise UserError(f"{prompt.origin} is empty: give some text")
     if not use_chat:
         assert isinstance(prompt.content, str)
         return tokenizer.encode(prompt.content, special=True)
@@ -135,19 +133,11 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) 
     try:
         return tokenizer.encode(tokenizer.chat.render(messages), special=False)
     except UserError as error:
-        raise UserError(f"{prompt.place}: {error}") from None
+        raise UserError(f"{prompt.origin}: {error}") from None
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
-
-
-def _params(sampling: Sampling, max_new_tokens: int, place: str) -> SamplingParams:
-    values = asdict(sampling)
-    try:
-        return SamplingParams(**{**values, "stop": tuple(values["stop"])}, max_new_tokens=max_new_tokens)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
 
 
 def _read_file(name: str) -> str:
@@ -157,49 +147,49 @@ def _read_file(name: str) -> str:
         raise UserError(f"prompts={name} cannot be read ({error.strerror}): give a file, or - for stdin") from error
 
 
-def _decoded(data: bytes, place: str) -> str:
+def _decoded(data: bytes, origin: str) -> str:
     """UTF-8 text without the newline that ends a file's last line."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not UTF-8 text (byte {error.start}): convert it") from error
+        raise UserError(f"{origin} is not UTF-8 text (byte {error.start}): convert it") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _json_lines(config: Config) -> list[Prompt]:
-    text = _read_file(config.prompts)
+def _json_lines(name: str, default: SamplingParams) -> list[Prompt]:
+    text = _read_file(name)
     # Not splitlines(): JSON strings may hold line separators such as U+2028.
-    lines = [(f"{config.prompts}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(f"{name}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"prompts={config.prompts} has no lines: give one JSON object a line")
-    return [_json_line(place, line, config) for place, line in lines]
+        raise UserError(f"prompts={name} has no lines: give one JSON object a line")
+    return [_json_line(origin, line, default) for origin, line in lines]
 
 
-def _json_line(place: str, line: str, config: Config) -> Prompt:
-    """Raises UserError with `place` for what is no JSON object, unknown keys, wrong types, values out of range."""
+def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
+    """Raises UserError with `origin` for what is no JSON object, unknown keys, wrong types, values out of range."""
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error})") from error
+        raise UserError(f"{origin}: not JSON ({error})") from error
     if not isinstance(given, dict):
-        raise UserError(f'{place}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')
-    sampling = [item.name for item in fields(Sampling)]
-    known = ["prompt", "messages", "max_new_tokens", *sampling]
+        raise UserError(f'{origin}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')
+    params = [item.name for item in fields(SamplingParams)]
+    known = ["prompt", "messages", *params]
     for name in given:
         if name not in known:
-            raise UserError(f"{place}: unknown key {name!r}; known: {', '.join(known)}")
+            raise UserError(f"{origin}: unknown key {name!r}{known_instead(name, known)}")
     if ("prompt" in given) == ("messages" in given):
-        raise UserError(f"{place}: give either prompt or messages")
+        raise UserError(f"{origin}: give either prompt or messages")
     content = given["prompt"] if "prompt" in given else given["messages"]
     if "prompt" in given and not isinstance(content, str):
-        raise UserError(f"{place}: prompt={content!r} is not text")
+        raise UserError(f"{origin}: prompt={content!r} is not text")
     if "messages" in given and not _is_conversation(content):
-        raise UserError(f"{place}: messages must be a list of objects, each with a text `role`, and not empty")
-    most = given.get("max_new_tokens", config.max_new_tokens)
-    if type(most) is not int:
-        raise UserError(f"{place}: max_new_tokens={most!r} is not a whole number")
-    own = {name: given[name] for name in sampling if name in given}
-    return Prompt(place, content, _params(update_sampling(config.sampling, own, place), most, place))
+        raise UserError(f"{origin}: messages must be a list of objects, each with a text `role`, and not empty")
+    try:
+        own = replace(default, **{name: given[name] for name in params if name in given})
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    return Prompt(origin, content, own)
 
 
 def _is_conversation(value: Any) -> bool:

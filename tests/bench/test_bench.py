@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from spawn import run_ranks
 
 from epmoe.bench import peer
 from epmoe.bench.__main__ import bench
 from epmoe.bench.floor import Floor, measure_bandwidth
-from epmoe.bench.options import OWN, parse
+from epmoe.bench.options import BenchConfig, Measurement
 from epmoe.bench.weights import RandomCheckpoint
+from epmoe.config.compose import parse
+from epmoe.config.keys import keys_of
 from epmoe.errors import UserError
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.models.gpt_oss import GptOss
@@ -237,17 +240,25 @@ def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 MISTAKES = {
     "unknown key": (["batchs=1"], "unknown key 'batchs'; known: size, batches", "did you mean batches?"),
     "no key": (["fast"], "'fast'", "known: size"),
-    "size": (["size=21b"], "size='21b'", "one of tiny, 20b, 120b"),
+    "size": (["size=21b"], "size='21b'", "known: tiny, 20b, 120b"),
     "batches": (["batches=1,0"], "batches='1,0'", "whole numbers above 0"),
     "lengths": (["lengths=8,8"], "lengths='8,8'", "the smaller one first"),
     "prefill": (["prefill=8"], "prefill='8'", "SEQUENCESxTOKENS"),
-    "bandwidth": (["bandwidth=nan"], "bandwidth='nan'", "a number from 0"),
+    "bandwidth": (["bandwidth=nan"], "bandwidth=nan is out of range", "a number, at least 0"),
     "a key of no use": (["prompt=a"], "prompt means nothing to a benchmark", "size, batches"),
     "a group of no use": (["sampling.seed=1"], "sampling.seed means nothing", "size, batches"),
     "a shared key's value": (["experts=fast"], "experts='fast' is unknown", "triton"),
     "two models": (["size=tiny", "checkpoint=x"], "exclude each other", "give one"),
     "peer without files": (["size=tiny", "compare=transformers"], "compare=transformers", "give checkpoint=DIRECTORY"),
-    "the kernels as peer": (["compare=hub"], "one layer", "scripts/bench/moe.py --peer"),
+    "the batch of generation": (
+        ["runtime.max_batch=4"],
+        "runtime.max_batch means nothing to a benchmark",
+        "size, batches",
+    ),
+    "presets of no use": (["sampling=sample"], "sampling means nothing", "size, batches"),
+    "repeat": (["repeat=0"], "repeat=0", "a whole number above 0"),
+    "several sizes": (["size=tiny,20b"], "size='tiny,20b' holds several values", "one of tiny, 20b, 120b"),
+    "another peer": (["compare=vllm"], "compare='vllm' is unknown", "known: transformers"),
 }
 
 
@@ -255,7 +266,7 @@ MISTAKES = {
 def test_mistakes_on_the_command_line(case: str) -> None:
     keys, *parts = MISTAKES[case]
     with pytest.raises(UserError) as error:
-        parse(keys)
+        parse(keys, BenchConfig)
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
@@ -285,7 +296,24 @@ def test_the_peer_takes_one_rank() -> None:
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse(["--help"])
+        parse(["--help"], BenchConfig)
     shown = capsys.readouterr().out
-    assert end.value.code == 0 and all(f"{name}=" in shown for name in OWN)
-    assert "runtime.prefill_chunk" in shown and "sampling.seed" not in shown
+    assert end.value.code == 0 and all(f"{name}=" in shown for name in keys_of(Measurement))
+    assert "runtime.prefill_chunk" in shown and "sampling.seed" not in shown and "max_batch" not in shown
+
+
+def test_own_keys_are_spelled_as_they_are_meant() -> None:
+    keys = ["size=tiny", "batches=1,4,16", "prefill=8x2048", "lengths=32,160", "bandwidth=3.35", "runtime=cpu"]
+    found = parse(keys, BenchConfig)
+    assert (found.size, found.batches, found.prefill, found.lengths) == ("tiny", (1, 4, 16), (8, 2048), (32, 160))
+    assert (found.bandwidth, found.flops, found.runtime.dtype) == (3.35, 0.0, "float32")
+    nothing = parse(["prefill=", "compare=", "size="], BenchConfig)
+    assert nothing.prefill is nothing.compare is nothing.size is None
+
+
+def test_cfg_job_shows_the_benchmarks_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--cfg", "job", "batches=2,3", "runtime=throughput"], BenchConfig)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["batches"] == [2, 3] and shown["prefill"] == [8, 2048] and "sampling" not in shown
+    assert shown["runtime"]["prefill_chunk"] == 16384 and "max_batch" not in shown["runtime"]

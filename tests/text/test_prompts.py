@@ -5,13 +5,14 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from spawn import run_ranks
 
-from epmoe.config import Config, parse
+from epmoe.config.compose import parse
+from epmoe.config.schema import Config
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
@@ -69,7 +70,7 @@ def test_json_lines_have_their_own_sampling(file: Callable[..., str]) -> None:
     assert one.content == "a\u2028b" and one.params == SamplingParams(seed=9, max_new_tokens=20, stop=("END",))
     assert two.params == SamplingParams(seed=9, max_new_tokens=7, stop=("x",), temperature=1, top_k=3, ignore_eos=True)
     assert three.content == [{"role": "user", "content": "hi"}] and three.params.seed == 5
-    assert two.place.endswith("p.jsonl:3")
+    assert two.origin.endswith("p.jsonl:3")
 
 
 BAD_LINES = {
@@ -99,6 +100,23 @@ def test_a_bad_line_is_named(file: Callable[..., str], message: str) -> None:
         read(config(f"prompts={name}"))
     assert f"{name}:2: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_line_is_checked_like_the_command_line(file: Callable[..., str]) -> None:
+    """Its keys change a copy of the configuration's, and a mistake says what would be right."""
+    name = file("p.jsonl", {"prompt": "a", "top_k": 5, "temperature": 1, "stop": ["${x}", "a"]}, {"prompt": "b"})
+    changed, unchanged = (prompt.params for prompt in read(config(f"prompts={name}", "sampling=sample")))
+    assert changed == replace(unchanged, top_k=5, temperature=1, stop=("${x}", "a"))
+    assert unchanged == SamplingParams(temperature=1.0)
+    for wrong, says in {
+        "topk": "did you mean top_k?",
+        "top_k": "a whole number",
+        "ignore_eos": "true or false",
+        "stop": "a list of texts",
+        "top_p": "=1.5 is out of range",
+    }.items():
+        with pytest.raises(UserError, match=f"p.jsonl:1: .*{wrong}.*{says.replace('?', '.')}"):
+            read(config(f"prompts={file('p.jsonl', {'prompt': 'a', wrong: 1.5})}"))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_kubernetes() -> None:
     trainer = job["spec"]["trainer"]
     assert trainer["command"] == ["torchrun", "-m", "epmoe.generate"]
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    from epmoe.config import parse
+    from epmoe.config.compose import parse
 
     assert parse(trainer["args"]).checkpoint.startswith(container["volumeMounts"][0]["mountPath"])
 

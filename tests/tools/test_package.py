@@ -70,7 +70,7 @@ def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert python("-c", "import epmoe.config as c; print(c.conf_dir())") == f"{site}/epmoe/conf\n"
+    assert python("-c", "import epmoe.config.compose as c; print(c.conf_dir())") == f"{site}/epmoe/conf\n"
     assert yaml.safe_load(python("-m", "epmoe.generate", "--cfg", "job", "prompt=é, ${x}"))["prompt"] == "é, ${x}"
     assert len(python("-m", "epmoe.generate", "runtime=cpu", "max_new_tokens=8", "prompt=In the").split()) > 1
     assert list(folder.iterdir()) == []

@@ -2,17 +2,23 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from epmoe import config
-from epmoe.config import GROUPS, KEYS, Sampling, parse, presets, update_sampling
-from epmoe.engine.request import MIN_TEMPERATURE, SamplingParams
+from epmoe.bench.options import BenchConfig
+from epmoe.config import compose
+from epmoe.config.compose import conf_dir, from_keys, parse, presets
+from epmoe.config.keys import Names, groups_of, keys_of
+from epmoe.config.schema import Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
+
+KEYS, GROUPS = keys_of(Config), groups_of(Config)
 
 TEXTS = {
     "words": "Once upon a time",
@@ -38,7 +44,12 @@ TEXTS = {
     "comment": "# no comment: - yaml",
     "spaces": "  both ends  ",
 }
-PLAIN_TEXT_KEYS = [each.name for each in KEYS.values() if each.text and each.type != list[str]]
+PLAIN_TEXT_KEYS = [each.name for each in KEYS.values() if each.is_text]
+
+
+def value_of(config: ModelKeys, name: str) -> Any:
+    group, _, leaf = name.rpartition(".")
+    return getattr(getattr(config, group) if group else config, leaf)
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -46,14 +57,14 @@ def test_text_is_literal(text: str) -> None:
     """Hydra would split, unquote, resolve or refuse most of these."""
     chosen = parse([f"prompt={text}", f"system={text}", f"sampling.stop={text}", "sampling=sample"])
     assert chosen.prompt == chosen.system == text
-    assert chosen.sampling.stop == ([text] if text else [])
+    assert chosen.sampling.stop == ((text,) if text else ())
     assert chosen.sampling.temperature == 1
 
 
 @pytest.mark.parametrize("key", PLAIN_TEXT_KEYS)
 def test_every_text_key_is_literal(key: str) -> None:
     text = "a, ${b}='{c}\"\n"
-    assert config._get(parse([f"{key}={text}"]), key) == text
+    assert value_of(parse([f"{key}={text}"]), key) == text
 
 
 def test_text_keys_are_those_of_the_design() -> None:
@@ -65,8 +76,8 @@ def test_last_value_wins_and_stop_collects() -> None:
     assert parse(["prompt=a", "max_new_tokens=1", "prompt=b", "max_new_tokens=2"]) == parse(
         ["prompt=b", "max_new_tokens=2"]
     )
-    assert parse(["sampling.stop=a,b", "sampling.stop=\n"]).sampling.stop == ["a,b", "\n"]
-    assert parse(["sampling.stop=a", "sampling.stop=", "sampling.stop=b"]).sampling.stop == ["b"]
+    assert parse(["sampling.stop=a,b", "sampling.stop=\n"]).sampling.stop == ("a,b", "\n")
+    assert parse(["sampling.stop=a", "sampling.stop=", "sampling.stop=b"]).sampling.stop == ("b",)
 
 
 @pytest.mark.parametrize("value", ["auto", "true", "false"])
@@ -115,17 +126,18 @@ MISTAKES = {
     "not whole": (["max_new_tokens=1.5"], ["max_new_tokens='1.5'", "a whole number, at least 1"]),
     "word for number": (["runtime.threads=many"], ["runtime.threads='many'", "a whole number"]),
     "empty for number": (["max_new_tokens="], ["max_new_tokens=''", "a whole number"]),
-    "null for number": (["sampling.top_p=null"], ["sampling.top_p='null'", "a number from 1e-06 to 1"]),
+    "null for number": (["sampling.top_p=null"], ["sampling.top_p='null'", "a number above 0 and at most 1"]),
     "truth for number": (["runtime.page=true"], ["runtime.page='true'", "a whole number"]),
     "word for truth": (["runtime.progress=maybe"], ["runtime.progress='maybe'", "true or false"]),
     "list": (["max_new_tokens=[1]"], ["max_new_tokens='[1]'", "a whole number"]),
     "several values": (["experts=reference,triton"], ["'reference,triton'", "several values"]),
-    "unreadable": (["quant={mxfp4"], ["quant='{mxfp4'", "one of auto, mxfp4"]),
+    "unreadable": (["quant={mxfp4"], ["quant='{mxfp4'", "known: auto, mxfp4"]),
     "zero tokens": (["max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
     "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "0 or at least 1e-06"]),
     "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or at least 1e-06"]),
     "above one": (["sampling.min_p=1.1"], ["sampling.min_p=1.1", "from 0 to 1"]),
-    "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0", "from 1e-06 to 1"]),
+    "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0.0 is out of range", "above 0 and at most 1"]),
+    "penalty of nothing": (["sampling.repetition_penalty=0"], ["repetition_penalty=0.0", "a number above 0"]),
     "too many": (["sampling.logprobs=101"], ["sampling.logprobs=101", "from 0 to 100"]),
     "not a number": (["sampling.temperature=nan"], ["sampling.temperature=nan", "out of range"]),
     "infinite": (["sampling.temperature=inf"], ["sampling.temperature=inf", "out of range"]),
@@ -148,7 +160,7 @@ MISTAKES = {
     "empty prompt and a file": (["prompt=", "prompts=y"], ["exclude each other"]),
     "not UTF-8": (["prompt=caf\udce9"], ["prompt='caf\\udce9'", "UTF-8"]),
     "interpolation": (["runtime.page=${nowhere}"], ["runtime.page='${nowhere}'", "a whole number from 1"]),
-    "interpolated name": (["quant=${experts}"], ["quant='${experts}'", "one of auto, mxfp4"]),
+    "interpolated name": (["quant=${experts}"], ["quant='${experts}'", "known: auto, mxfp4"]),
     "missing value": (["runtime.page=???"], ["runtime.page='???'", "a whole number from 1"]),
     "newline in a name": (["experts=tri\nton"], ["experts="]),
 }
@@ -166,41 +178,40 @@ def test_mistakes_are_one_line(arguments: list[str], says: list[str]) -> None:
 
 def test_wrong_value_in_a_file_names_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """conf/ may be edited too."""
-    for file in config.conf_dir().rglob("*.yaml"):
-        copy = tmp_path / file.relative_to(config.conf_dir())
+    for file in conf_dir().rglob("*.yaml"):
+        copy = tmp_path / file.relative_to(conf_dir())
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(file.read_text())
-    monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
-    for content, says in {"expert: 0\nfrobnicate: 1\n": "frobnicate", "expert: [": "default.yaml"}.items():
+    monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
+    for content, says in {
+        "expert: 0\nfrobnicate: 1\n": "unknown key 'mesh.frobnicate'",
+        "expert: [": "default.yaml",
+        "expert: all": "mesh.expert='all' is not a whole number",
+        "expert: -1": "mesh.expert=-1 is out of range",
+    }.items():
         (tmp_path / "mesh" / "default.yaml").write_text(content)
         with pytest.raises(UserError, match=says) as caught:
             parse([])
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_help_names_every_key_preset_and_table_entry(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("schema", [Config, BenchConfig])
+def test_help_names_every_key_preset_and_table_entry(
+    schema: type[ModelKeys], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["prompt=x", "--help"])
+        parse(["checkpoint=x", "--help"], schema)
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for each in KEYS.values():
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {each.name}="))
-        assert each.about in line and len(line) <= 120
-        assert all(name in line for name in each.known())
-    for group in GROUPS:
+    for each in keys_of(schema).values():
+        if each.name not in schema.ignored:
+            line = next(line for line in shown.splitlines() if line.startswith(f"  {each.name}="))
+            assert each.about in line and len(line) <= 120
+            assert all(name in line for name in (each.allowed.known() if isinstance(each.allowed, Names) else ()))
+    for group in groups_of(schema):
         assert all(f"  {group}={name}" in shown for name in presets(group))
     assert [line.split()[0] for line in shown.splitlines() if line.endswith("(default)")] == [
-        "mesh=default", "sampling=greedy", "runtime=default"]  # fmt: skip
-
-
-def test_what_the_command_line_takes_the_sampler_takes() -> None:
-    """A temperature that only the sampler refuses would be refused after every rank has started."""
-    for value in (0.0, MIN_TEMPERATURE):
-        found = parse([f"sampling.temperature={value}"]).sampling.temperature
-        assert found == value == SamplingParams(temperature=found).temperature
-    for check in (lambda cold: parse([f"sampling.temperature={cold}"]), lambda cold: SamplingParams(temperature=cold)):
-        with pytest.raises(UserError, match="at least 1e-06"):
-            check(MIN_TEMPERATURE * 0.999)
+        f"{group}={'greedy' if group == 'sampling' else 'default'}" for group in groups_of(schema)]  # fmt: skip
 
 
 def test_the_help_promises_the_seed_no_more_than_holds() -> None:
@@ -216,7 +227,7 @@ def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> Non
         arguments = ["sampling=sample", f"prompt={prompt}", *texts]
         with pytest.raises(SystemExit):
             parse(["--cfg", "job", *arguments])
-        assert yaml.safe_load(capsys.readouterr().out) == dataclasses.asdict(parse(arguments))
+        assert from_keys(yaml.safe_load(capsys.readouterr().out), Config) == parse(arguments)
 
 
 def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,28 +238,85 @@ def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert capsys.readouterr().out == ""
 
 
-def test_update_sampling() -> None:
-    """A JSON line's keys are checked like the command line's, and its place is named."""
-    base = parse(["sampling=sample"]).sampling
-    changed = update_sampling(base, {"top_k": 5, "temperature": 1, "stop": ["${x}", "a"]}, "prompts.jsonl:3")
-    assert changed == dataclasses.replace(base, top_k=5, temperature=1, stop=["${x}", "a"])
-    assert base == parse(["sampling=sample"]).sampling
-    for wrong, says in {
-        "topk": "did you mean top_k?",
-        "top_k": "a whole number",
-        "ignore_eos": "true or false",
-        "stop": "a list of texts",
-    }.items():
-        with pytest.raises(UserError, match=f"^prompts.jsonl:3: .*{wrong}.*{says.replace('?', '.')}"):
-            update_sampling(base, {wrong: 1.5}, "prompts.jsonl:3")
-    with pytest.raises(UserError, match=r"^prompts.jsonl:3: .*top_p=2 is out of range"):
-        update_sampling(base, {"top_p": 2}, "prompts.jsonl:3")
-    assert isinstance(changed, Sampling)
+def test_python_values() -> None:
+    """By full name, by group or by preset, and the same configuration as the command line's."""
+    nested = from_keys({"experts": "reference", "runtime": {"device": "cpu", "page": 4}, "sampling.stop": ["a", "b"]})
+    assert type(nested) is LLMConfig
+    plain = from_keys(
+        {"experts": "reference", "runtime.device": "cpu", "runtime.page": 4, "sampling": {"stop": ("a", "b")}}
+    )
+    assert nested == plain and nested.sampling.stop == ("a", "b")
+    preset = from_keys({"runtime": "cpu", "runtime.timeout_s": 5, "sampling": "sample", "system": None}, Config)
+    assert preset == parse(["runtime=cpu", "runtime.timeout_s=5", "sampling=sample"])
+    assert type(preset.runtime.timeout_s) is float
+    bench = from_keys({"batches": [1, 4], "lengths": (4, 8), "prefill": None, "size": "tiny"}, BenchConfig)
+    assert bench == parse(["batches=1,4", "lengths=4,8", "prefill=", "size=tiny"], BenchConfig)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_python_texts_are_literal(text: str) -> None:
+    found = from_keys({"prompt": text, "checkpoint": text, "sampling": {"stop": [text] if text else []}}, Config)
+    assert found.prompt == found.checkpoint == text and found.sampling.stop == ((text,) if text else ())
+
+
+# keys → what the one line must say
+PYTHON_MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "typo": ({"expert": "reference"}, ["unknown key 'expert'", "did you mean experts?"]),
+    "typo in a group": ({"runtime": {"devise": "cpu"}}, ["'runtime.devise'", "did you mean runtime.device?"]),
+    "preset": ({"runtime": "gpu"}, ["runtime='gpu' is an unknown preset", "small"]),
+    "group": ({"runtime": ["cpu"]}, ["runtime=['cpu'] is an unknown preset", "small"]),
+    "number as text": ({"runtime.page": "4"}, ["runtime.page='4' is not a whole number from 1 to 65536"]),
+    "truth as number": ({"runtime.progress": 1}, ["runtime.progress=1 is not true or false"]),
+    "number as truth": ({"runtime": {"page": True}}, ["runtime.page=True is not a whole number"]),
+    "text as list": ({"sampling": {"stop": "abc"}}, ["sampling.stop='abc' is not a list of texts"]),
+    "nothing": ({"checkpoint": None}, ["checkpoint=None is not text"]),
+    "range": ({"sampling.top_p": 0}, ["sampling.top_p=0 is out of range", "above 0 and at most 1"]),
+    "too large for a number": ({"sampling.top_k": 2**63}, ["out of range"]),
+    "name": ({"experts": "trition"}, ["experts='trition' is unknown", "did you mean triton?"]),
+    "of the command": ({"prompt": "x"}, ["prompt means nothing to an LLM", "max_new_tokens"]),
+}
+
+
+@pytest.mark.parametrize("keys, says", PYTHON_MISTAKES.values(), ids=PYTHON_MISTAKES)
+def test_python_mistakes_are_one_line(keys: dict[str, Any], says: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        from_keys(keys)
+    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in says)
+
+
+def test_keys_that_exclude_each_other_in_python() -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        from_keys({"prompt": "x", "prompts": "y"}, Config)
+
+
+def test_a_file_may_set_what_one_command_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """conf/config.yaml is for all commands; a key of no group that only some have means nothing to the others."""
+    shutil.copytree(conf_dir(), tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("max_new_tokens: 7\nquant: bf16\n")
+    monkeypatch.setattr(compose, "conf_dir", lambda: tmp_path)
+    assert (parse([]).max_new_tokens, parse([]).quant, parse([], BenchConfig).quant) == (7, "bf16", "bf16")
+    assert parse(["max_new_tokens=3"]).max_new_tokens == 3
+
+
+@pytest.mark.parametrize("name", ["package.module:Class", "module:Outer.Inner"])
+def test_experts_from_outside(name: str) -> None:
+    assert parse([f"experts={name}"]).experts == from_keys({"experts": name}).experts == name
+    with pytest.raises(UserError, match="is unknown"):
+        parse([f"router={name}"])
+
+
+@pytest.mark.parametrize(
+    "name", [":Class", "package.module:", "a:b:c", "a b:c", "package/module:Class", "package.module"]
+)
+def test_what_is_no_class_from_outside(name: str) -> None:
+    with pytest.raises(UserError, match=r"^experts=.* is unknown; known: auto, reference, triton"):
+        parse([f"experts={name}"])
 
 
 def test_import_is_cheap_and_nothing_is_written(tmp_path: Path) -> None:
     """Without torch the import takes a fraction of a second; Hydra's usual outputs/ and logs must not appear."""
-    program = "import sys, epmoe.config; assert 'torch' not in sys.modules; epmoe.config.parse(sys.argv[1:])"
+    program = "import sys, epmoe.config.compose as c; assert 'torch' not in sys.modules; c.parse(sys.argv[1:])"
     subprocess.run([sys.executable, "-c", program, "prompt=x"], cwd=tmp_path, check=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,1 @@
+"""The configuration: what a key is (keys.py), every key (schema.py), and values for them all (compose.py)."""

@@ -1,0 +1,273 @@
+"""What a configuration key is: type, default, meaning and range, declared in one line and checked in one place.
+
+    top_p: float = key(1.0, "draw from the smallest set of tokens with this probability", Range(above=0, high=1))
+
+A key's value comes as a word of the command line (`Key.read`) or as a Python value (`Key.accept`), from a file or a
+caller. A schema is a frozen dataclass of keys and of groups, which are schemas themselves.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from itertools import pairwise
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
+
+from epmoe.errors import UserError
+
+Schema = TypeVar("Schema")
+
+LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what a tensor can hold; no infinity
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple[str, ...]: "a list of texts that are not empty",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `low`, or above `above`, to `high`; with `or_zero` 0 too."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    or_zero: bool = False
+
+    def holds(self, value: float, kind: type = int) -> bool:
+        """Whether `value` is one of them, and one that a tensor of `kind` can hold; NaN is not."""
+        if self.or_zero and value == 0:
+            return True
+        low = -LARGEST[kind] if self.low is None else self.low
+        high = LARGEST[kind] if self.high is None else self.high
+        return low <= value <= high and (self.above is None or value > self.above)
+
+    def words(self, what: str) -> str:
+        if self.above is not None:
+            return f"{what} above {self.above}" + ("" if self.high is None else f" and at most {self.high}")
+        if self.low is not None and self.high is not None:
+            return f"{what} from {self.low} to {self.high}"
+        return what if self.low is None else f"{what},{' 0 or' if self.or_zero else ''} at least {self.low}"
+
+
+@dataclass(frozen=True)
+class Names:
+    """These names and those of `table` ("module:ATTRIBUTE", imported when it is needed).
+
+    `open`: also a class from anywhere, spelled package.module:Class; whoever looks it up imports it.
+    """
+
+    names: tuple[str, ...] = ()
+    table: str = ""
+    open: bool = False
+
+    def known(self) -> list[str]:
+        if not self.table:
+            return list(self.names)
+        module, attribute = self.table.split(":")
+        return [*self.names, *getattr(import_module(module), attribute)]
+
+    def holds(self, name: str) -> bool:
+        return name in self.known() or (self.open and re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name) is not None)
+
+    def words(self) -> str:
+        return "one of " + ", ".join(self.known()) + (", or package.module:Class" if self.open else "")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Several whole numbers, each in a range, with `between` between them on the command line."""
+
+    each: Range = Range()
+    between: str = ","
+    ascending: bool = False
+    form: str = ""  # what they are, spelled as on the command line
+
+    def holds(self, values: Sequence[int]) -> bool:
+        rises = all(first < second for first, second in pairwise(values))
+        return all(self.each.holds(value) for value in values) and (rises or not self.ascending)
+
+    def words(self, count: int | None) -> str:
+        many = self.each.words({None: "whole numbers", 2: "two whole numbers"}.get(count, f"{count} whole numbers"))
+        if count is None and not self.form:
+            many += f", separated by {self.between!r}"
+        order = ", the smaller one first" if self.ascending else ""
+        return f"{self.form}: {many}{order}" if self.form else many + order
+
+
+def key(default: Any, about: str, allowed: Range | Names | Numbers | None = None) -> Any:
+    """A key of a schema: its default, what it means and which values of its type it takes (None: all).
+
+    A group's key has an instance of the group as its default.
+    """
+    return field(default=default, metadata={"about": about, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key under its full name, such as sampling.seed.
+
+    `kind` is the type of its value, None aside, which `optional` allows: bool, int, float, str, tuple[str, ...],
+    tuple[int, ...] or a tuple of so many ints.
+    """
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    about: str
+    allowed: Range | Names | Numbers | None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the command line's characters are the value, whatever they are."""
+        return self.kind is str and not isinstance(self.allowed, Names)
+
+    @property
+    def collects(self) -> bool:
+        """Whether the key, given again, adds a value; given without one, it drops those before."""
+        return self.kind == tuple[str, ...]
+
+    def read(self, word: str) -> Any:
+        """The value that a word of the command line spells.
+
+        Raises:
+            UserError: it spells none, or one that the key does not take.
+        """
+        if self.is_text:
+            return self.accept(word)
+        if self.collects:
+            return self.accept((word,) if word else ())
+        word = word.strip()
+        if self.optional and not word:
+            return None
+        if "," in word and not isinstance(self.allowed, Numbers):
+            raise UserError(f"{self.name}={word!r} holds several values: it takes {self.wanted()}")
+        try:
+            value = self._parsed(word)
+        except ValueError:
+            raise self._refused(word) from None
+        if isinstance(self.allowed, Numbers) and not self._fits(value):
+            raise self._refused(word)
+        return self.accept(value)
+
+    def accept(self, value: Any) -> Any:
+        """`value` as the key's type: a whole number as a float, a list as a tuple, where the key has those.
+
+        Raises:
+            UserError: it is of another type, no known name or out of range.
+        """
+        if value is None and self.optional:
+            return None
+        if not self._fits(value):
+            raise self._refused(value)
+        if isinstance(self.allowed, Names) and not self.allowed.holds(value):
+            raise UserError(f"{self.name}={value!r} is unknown{known_instead(value, self.allowed.known())}")
+        if isinstance(self.allowed, Range) and not self.allowed.holds(value, self.kind):
+            raise UserError(f"{self.name}={value} is out of range: it takes {self.wanted()}")
+        if get_origin(self.kind) is tuple:
+            return tuple(value)
+        return float(value) if self.kind is float else value
+
+    def wanted(self) -> str:
+        """What the key takes, in words."""
+        match self.allowed:
+            case Names():
+                words = self.allowed.words()
+            case Numbers():
+                words = self.allowed.words(self._count)
+            case Range():
+                words = self.allowed.words(TYPES[self.kind])
+            case None:
+                words = TYPES[self.kind]
+        return words + (", or nothing" if self.optional and not self.is_text else "")
+
+    def spelled(self, value: Any) -> str:
+        """`value` as the command line spells it; nothing for None."""
+        if value is None:
+            return ""
+        if isinstance(value, tuple):
+            return (self.allowed.between if isinstance(self.allowed, Numbers) else ",").join(map(str, value))
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    @property
+    def _count(self) -> int | None:
+        """How many whole numbers make a value; None: any number but none."""
+        return None if Ellipsis in get_args(self.kind) else len(get_args(self.kind))
+
+    def _parsed(self, word: str) -> Any:
+        """A word as a value of the key's kind; ValueError when it is none."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(word.lower(), word)
+        if isinstance(self.allowed, Numbers):
+            return tuple(int(part) for part in word.split(self.allowed.between))
+        return self.kind(word)
+
+    def _fits(self, value: Any) -> bool:
+        """Whether a Python value is of the key's type: a whole number is a number, true is none."""
+        if self.collects:
+            return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
+        if isinstance(self.allowed, Numbers):
+            fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
+            return fits and len(value) == (self._count or max(len(value), 1)) and self.allowed.holds(value)
+        if self.kind is float:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        return type(value) is self.kind
+
+    def _refused(self, value: Any) -> UserError:
+        return UserError(f"{self.name}={value!r} is not {self.wanted()}")
+
+
+def keys_of(schema: type) -> Mapping[str, Key]:
+    """Every key of a schema by its full name, those of its groups behind its own."""
+    own, grouped = {}, {}
+    for item in fields(schema):
+        if is_dataclass(item.type):
+            assert isinstance(item.type, type)
+            for name, each in keys_of(item.type).items():
+                grouped[f"{item.name}.{name}"] = replace(each, name=f"{item.name}.{name}")
+        else:
+            kinds = [each for each in get_args(item.type) if each is not NoneType]
+            optional = NoneType in get_args(item.type)
+            own[item.name] = Key(
+                item.name, kinds[0] if optional else item.type, optional, item.default, **item.metadata
+            )
+    return own | grouped
+
+
+def groups_of(schema: type) -> Mapping[str, str]:
+    """The names of a schema's groups → what they are."""
+    return {item.name: item.metadata["about"] for item in fields(schema) if is_dataclass(item.type)}
+
+
+def build(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """An instance with `values`, by full name, and defaults for all other keys."""
+    own: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    for item in fields(schema):  # type: ignore[arg-type]
+        if is_dataclass(item.type):
+            assert isinstance(item.type, type)
+            prefix = f"{item.name}."
+            mine = {name.removeprefix(prefix): each for name, each in values.items() if name.startswith(prefix)}
+            own[item.name] = build(item.type, mine)
+    return schema(**own)
+
+
+def accept_all(config: Any) -> None:
+    """Check every value of a frozen schema that is being made, for its `__post_init__`, and bring it to its key's type.
+
+    Raises:
+        UserError: the first value that its key does not take.
+    """
+    for each in keys_of(type(config)).values():
+        object.__setattr__(config, each.name, each.accept(getattr(config, each.name)))
+
+
+def known_instead(wrong: str, known: Sequence[str], candidates: Sequence[str] = ()) -> str:
+    """The end of a message: what would have been right, and which of it (or of `candidates`) is close to `wrong`."""
+    close = get_close_matches(wrong, candidates or known, n=1)
+    return f"; known: {', '.join(known)}" + (f" (did you mean {close[0]}?)" if close else "")

@@ -1,0 +1,119 @@
+"""Every configuration key: its type, default, meaning and range. Nothing else states one of them.
+
+ModelKeys              which model runs, with which parts, on what: what all share
+  LLMConfig            LLM(checkpoint, **keys): how it answers, too
+    Config             epmoe.generate: the prompts and where answers go, too
+  BenchConfig          epmoe.bench: what is measured, too (bench/options.py)
+Sampling and Length    also what one request may ask for (engine/request.py)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from epmoe.config.keys import Names, Range, key
+from epmoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The device mesh."""
+
+    expert: int = key(0, "ranks that share the experts of a layer; 0: all ranks", Range(low=0))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run may use."""
+
+    device: str = key("auto", "where to run", Names(("auto",), "epmoe.ranks.launch:BACKENDS"))
+    dtype: str = key("auto", "of activations and weights outside the experts", Names(("auto", "bfloat16", "float32")))
+    threads: int = key(1, "CPU threads of one rank", Range(1, 1024))
+    timeout_s: float = key(60.0, "a rank that does not answer for this many seconds is given up", Range(1, 10**6))
+    start_timeout_s: float = key(3600.0, "a rank may be ready this many seconds after the first one", Range(1, 10**6))
+    page: int = key(16, "positions in one page of the key/value cache", Range(1, 65536))
+    prefill_chunk: int = key(0, "most tokens of prompts in one step; 0: 16384, on a CPU 2048", Range(low=0))
+    max_batch: int = key(64, "most sequences at a time", Range(low=1))
+    cache_tokens: int = key(0, "positions in the key/value cache; 0: as many as fit and are needed", Range(low=0))
+    graphs: str = key("auto", "decode steps as CUDA graphs; auto: where possible", Names(("auto", "true", "false")))
+    progress: bool = key(True, "progress bars on a terminal")
+    profile: str = key("", "write a trace of every rank into this directory; graphs=false names its steps")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; a line of a JSON-lines `prompts` file may set these keys for itself."""
+
+    temperature: float = key(0.0, "0: the likeliest token; above: flatter the higher", Range(1e-6, or_zero=True))
+    top_k: int = key(0, "draw from the k likeliest tokens; 0: from all", Range(low=0))
+    top_p: float = key(1.0, "draw from the smallest set of tokens with this probability", Range(above=0, high=1))
+    min_p: float = key(0.0, "drop tokens less likely than this times the likeliest", Range(0, 1))
+    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(above=0))
+    seed: int = key(0, "the same seed draws the same tokens; with combine=slots on any number of ranks", Range(low=0))
+    logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
+    stop: tuple[str, ...] = key((), "end at this text; give the key again for several, empty for none")
+    ignore_eos: bool = key(False, "go on after the end-of-text token")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long an answer may become."""
+
+    max_new_tokens: int = key(128, "most new tokens for a prompt; the model's positions may allow fewer", Range(low=1))
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """Which model runs, with which parts, on what."""
+
+    subject: ClassVar[str] = "a model"  # what a key of another schema means nothing to
+    ignored: ClassVar[tuple[str, ...]] = ()  # keys that mean nothing either, although a group has them
+    usage: ClassVar[str] = ""  # what --help says before the keys
+
+    checkpoint: str = key("", "directory or Hub id; empty: the embedded model")
+    quant: str = key("auto", "format of the experts in memory", Names(("auto",), "epmoe.formats:FORMATS"))
+    experts: str = key("auto", "backend of the experts", Names(("auto",), "epmoe.moe.experts:EXPERTS", open=True))
+    router: str = key("auto", "backend of the router", Names(("auto",), "epmoe.moe.router:ROUTERS"))
+    combine: str = key(
+        "auto", "how ranks join their experts' outputs", Names(("auto",), "epmoe.moe.exchange:EXCHANGES")
+    )
+    placement: str = key(
+        "contiguous", "which expert lives on which rank", Names(table="epmoe.moe.placement:PLACEMENTS")
+    )
+    mesh: Mesh = key(Mesh(), "how the ranks are arranged")
+    runtime: Runtime = key(Runtime(), "devices, memory and time")
+
+    def check(self) -> None:
+        """Raises UserError for keys that exclude each other."""
+
+
+@dataclass(frozen=True)
+class LLMConfig(Length, ModelKeys):
+    """What `LLM(checkpoint, **keys)` takes: how it answers, too."""
+
+    subject: ClassVar[str] = "an LLM"
+
+    system: str | None = key(None, "system message for the chat template")
+    chat: str = key("auto", "apply the checkpoint's chat template", Names(("auto", "on", "off")))
+    sampling: Sampling = key(Sampling(), "how the next token is chosen")
+
+
+@dataclass(frozen=True)
+class Config(LLMConfig):
+    """What one run of `epmoe.generate` does."""
+
+    subject: ClassVar[str] = "generation"
+    usage: ClassVar[str] = """\
+Generate text from a mixture-of-experts checkpoint whose experts are shared by all ranks.
+
+  torchrun --nproc-per-node N -m epmoe.generate key=value ...
+  python -m epmoe.generate key=value ...                        on one rank
+
+Generated text goes to standard output, everything else to standard error."""
+
+    prompt: str | None = key(None, "text to continue or to answer")
+    prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl: one a line, as JSON")
+    output: str = key("", "write token ids, finish reasons and timings to this .jsonl file")
+
+    def check(self) -> None:
+        if self.prompt is not None and self.prompts:
+            raise UserError(f"prompt and prompts={self.prompts!r} exclude each other: give one of them")

@@ -1,0 +1,116 @@
+"""Every key is declared once: one type, one default, one range for the configuration and for a request."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from epmoe.bench.options import BenchConfig
+from epmoe.config.compose import parse
+from epmoe.config.keys import Names, Numbers, Range, keys_of
+from epmoe.config.schema import Config, Length, LLMConfig, ModelKeys, Sampling
+from epmoe.engine.request import SamplingParams
+from epmoe.errors import UserError
+
+SCHEMAS = (Config, LLMConfig, BenchConfig, ModelKeys, SamplingParams)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_takes_its_default(schema: type) -> None:
+    for each in keys_of(schema).values():
+        found = each.accept(each.default)
+        assert found == each.default and type(found) is type(each.default)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_says_what_it_takes(schema: type) -> None:
+    """A number has a range, even an open one; a range or names fit the type."""
+    for each in keys_of(schema).values():
+        assert each.about and "\n" not in each.about
+        if each.kind in (int, float):
+            assert isinstance(each.allowed, Range)
+        elif each.kind is str:
+            assert each.allowed is None or isinstance(each.allowed, Names)
+        elif each.kind is bool or each.kind == tuple[str, ...]:
+            assert each.allowed is None
+        else:
+            assert isinstance(each.allowed, Numbers)
+
+
+def test_a_request_and_the_configuration_share_every_declaration() -> None:
+    """Not equal ranges but the same object: a second declaration could come to differ."""
+    asked, configured = keys_of(SamplingParams), keys_of(Config)
+    assert {*asked} == {each.name for each in fields(Sampling)} | {"max_new_tokens"}
+    for name, each in asked.items():
+        other = configured[name if name == "max_new_tokens" else f"sampling.{name}"]
+        assert each.allowed is other.allowed and each.about is other.about and each.default is other.default
+        assert each.kind == other.kind
+    numbers = {name for name, each in asked.items() if each.kind in (int, float)}
+    assert numbers == {
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "logprobs",
+    }
+    assert all(isinstance(asked[name].allowed, Range) for name in numbers)
+
+
+def test_what_all_commands_share_is_declared_once() -> None:
+    for name, each in keys_of(ModelKeys).items():
+        assert all(keys_of(schema)[name] == each for schema in (Config, LLMConfig, BenchConfig))
+        assert all(keys_of(schema)[name].allowed is each.allowed for schema in (Config, LLMConfig, BenchConfig))
+
+
+# key → the least, the most and others that are right; what is just too much or too little
+EDGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "temperature": ([0, 0.0, 1e-6, 1e300], [-1e-6, 0.999e-6, float("inf"), float("nan")]),
+    "top_p": ([5e-324, 1e-9, 1, 1.0], [0, 0.0, -0.1, 1.0000001, float("nan")]),
+    "min_p": ([0, 1], [-1e-9, 1.0000001, float("nan")]),
+    "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),
+    "repetition_penalty": ([1e-9, 0.5, 1e300], [0, 0.0, -1, float("inf"), float("nan")]),
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "logprobs": ([0, 100], [-1, 101]),
+    "max_new_tokens": ([1, 2**63 - 1], [0, -1]),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_ranges_of_sampling(name: str) -> None:
+    """The command line and a request take the same values: what only the second refused would be refused late."""
+    full = name if name == "max_new_tokens" else f"sampling.{name}"
+    right, wrong = EDGES[name]
+    for value in right:
+        found = parse([f"{full}={value}"])
+        own = getattr(found if name == "max_new_tokens" else found.sampling, name)
+        assert own == getattr(SamplingParams(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(UserError, match=f"^{full}=.* is out of range: it takes"):
+            parse([f"{full}={value}"])
+        with pytest.raises(UserError, match=f"^{name}=.* is out of range: it takes"):
+            SamplingParams(**{name: value})
+
+
+def test_a_request_checks_types_and_brings_values_to_them() -> None:
+    params = SamplingParams(temperature=1, stop=["a", "b"])  # type: ignore[arg-type]
+    assert type(params.temperature) is float and params.stop == ("a", "b")
+    for wrong in ({"top_k": 2.0}, {"seed": True}, {"temperature": "hot"}, {"stop": "text"}, {"ignore_eos": 1}):
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"^{name}=.* is not "):
+            SamplingParams(**wrong)
+
+
+def test_schemas_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Length().max_new_tokens = 3  # type: ignore[misc]
+
+
+def test_a_request_needs_neither_torch_nor_hydra() -> None:
+    program = "import sys, epmoe.engine.request; print(*{'torch', 'hydra', 'omegaconf', 'yaml'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
