@@ -32,15 +32,16 @@ from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Request, SamplingParams, Token, TokenLogprobs, Workload, check
 from epmoe.errors import UserError
-from epmoe.models import Model
+from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text.output import Answer
 from epmoe.text.prompts import Message, Prompt, default_params, encode, resolve_chat, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.hub import resolve
-from epmoe.weights.load import DTYPES, LoadReport, load, model_of
+from epmoe.weights.load import LoadReport, load, model_of
 
 # A text to continue or to answer, a conversation for the chat template, or token ids.
 PromptLike = str | Sequence[Message] | Sequence[int]
@@ -110,8 +111,8 @@ class LLM:
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
         self.config, self.ranks = config, ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
-        self.architecture: Any = model_of(self.source)[1]
-        self.model: Model
+        self.architecture = model_of(self.source)[1]
+        self.model: Family
         self.report: LoadReport
         self.cache: Cache
         self.engine: Engine
@@ -134,12 +135,7 @@ class LLM:
         self.model, self.report = load(
             self.source,
             self.ranks,
-            quant=config.quant,
-            experts=config.experts,
-            router=config.router,
-            combine=config.combine,
-            placement=config.placement,
-            dtype=run.dtype,
+            Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype),
             progress=run.progress and bool(self.source.files),
         )
         self.ranks.meet()  # another node's disk may be slower

@@ -33,6 +33,7 @@ from epmoe.engine.engine import Engine, resolve_chunk
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.llm import LLM, join
+from epmoe.models import ModelConfig
 from epmoe.moe.placement import PLACEMENTS
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import peak_bytes
@@ -40,8 +41,8 @@ from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.profile import profiled
 from epmoe.tables import lookup
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import DTYPES
 from epmoe.weights.hub import resolve
-from epmoe.weights.load import DTYPES
 from epmoe.weights.manifest import Manifest
 
 PROFILED_TOKENS = 8  # new tokens of each batch in a trace; a whole run's would be too large to open
@@ -151,7 +152,7 @@ def measure(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> tuple[Floo
     )
     owners = lookup("placement", PLACEMENTS, config.placement)(llm.architecture.num_experts, ranks.expert_size)
     floor = Floor.of(
-        Manifest.of(source, llm.model, llm.architecture, report.quant),
+        Manifest.of(source, llm.model, report.quant),
         llm.architecture,
         DTYPES[report.dtype],
         local=max(map(len, owners.experts)),
@@ -176,7 +177,7 @@ class Work:
         return self.sequences * self.length
 
 
-def all_work(model: Any, config: BenchConfig) -> list[Work]:
+def all_work(model: ModelConfig, config: BenchConfig) -> list[Work]:
     """Raises UserError for a prompt and its new tokens that exceed the model's positions."""
     work = [Work(size, config.prompt_tokens + config.lengths[1], f"batches={size}") for size in config.batches]
     if config.prefill:
@@ -190,12 +191,12 @@ def all_work(model: Any, config: BenchConfig) -> list[Work]:
     return work
 
 
-def largest_work(model: Any, config: BenchConfig) -> Work:
+def largest_work(model: ModelConfig, config: BenchConfig) -> Work:
     """What needs the most pages."""
     return max(all_work(model, config), key=lambda work: work.sequences * -(-work.length // config.runtime.page))
 
 
-def positions_needed(model: Any, config: BenchConfig) -> list[int]:
+def positions_needed(model: ModelConfig, config: BenchConfig) -> list[int]:
     """For room for every batch at once, so that all its sequences do decode together.
 
     As many requests as the most sequences, together as long as the largest batch.

@@ -20,10 +20,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 
+from epmoe.models import ModelConfig
 from epmoe.weights.manifest import Manifest
 
 EMBEDDING, PROJECTION = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,7 +48,7 @@ class Floor:
     itemsize: int  # of all but the experts' matrices
 
     @classmethod
-    def of(cls, manifest: Manifest, config: Any, dtype: torch.dtype, *, local: int, ranks: int) -> Self:
+    def of(cls, manifest: Manifest, config: ModelConfig, dtype: torch.dtype, *, local: int, ranks: int) -> Self:
         """For a model's config, its tensors (`manifest`) and the dtype that it computes in."""
         sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in manifest.shapes.items()}
         embedding = sizes.pop(EMBEDDING)

@@ -14,8 +14,9 @@ from typing import Self
 
 import torch
 
-from epmoe.weights.checkpoint import Checkpoint, TensorInfo
+from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.reader import Reader
+from epmoe.weights.source import TensorInfo
 from epmoe.weights.synthetic import SIZES, Drawn, config_of, tensors_of
 
 # Positions cost no weights: every size has as many as gpt-oss, so that any prompt fits.

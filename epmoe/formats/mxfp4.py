@@ -47,7 +47,9 @@ _NAN_SCALE, _INF_SCALE = 255, 253
 CHUNK_VALUES = 1 << 22
 
 
-def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def decode(
+    blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, chunk_values: int = CHUNK_VALUES
+) -> torch.Tensor:
     """value = E2M1(nibble) · 2^(scale - 127), exact; see above for overflow and NaN.
 
     Args:
@@ -56,28 +58,28 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
         dtype: float32 or bfloat16.
 
     Returns:
-        [..., G·32]; temporaries are bounded by CHUNK_VALUES.
+        [..., G·32]; temporaries are bounded by `chunk_values`.
     """
     assert blocks.dtype == scales.dtype == torch.uint8
     assert blocks.shape == (*scales.shape, GROUP // 2), f"{tuple(blocks.shape)} blocks, {tuple(scales.shape)} scales"
     pair_256, scale_256 = _decode_tables(dtype, blocks.device)
     value = torch.empty((*scales.shape, GROUP), dtype=dtype, device=blocks.device)
     value_M32, block_M16, scale_M = value.view(-1, GROUP), blocks.reshape(-1, GROUP // 2), scales.reshape(-1)
-    for part in _chunks(scale_M.numel()):
+    for part in _chunks(scale_M.numel(), chunk_values // GROUP):
         pair = pair_256.index_select(0, block_M16[part].flatten().int())
         scale = scale_256.index_select(0, scale_M[part].int())
         torch.mul(pair.view(dtype).view(-1, GROUP), scale[:, None], out=value_M32[part])
     return value.flatten(-2)
 
 
-def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(values: torch.Tensor, chunk_values: int = CHUNK_VALUES) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest MXFP4 values, ties to even, with the scale rule at the top of this file.
 
     Args:
         values: floating point [..., C] of at most float32's precision.
 
     Returns:
-        blocks uint8 [..., C/32, 16] and scales uint8 [..., C/32]; temporaries are bounded by CHUNK_VALUES.
+        blocks uint8 [..., C/32, 16] and scales uint8 [..., C/32]; temporaries are bounded by `chunk_values`.
 
     Raises:
         UserError: C is not a multiple of 32.
@@ -88,7 +90,7 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty((*lead, groups), dtype=torch.uint8, device=values.device)
     blocks = torch.empty((*lead, groups, GROUP // 2), dtype=torch.uint8, device=values.device)
     value_M32, block_M16, scale_M = values.reshape(-1, GROUP), blocks.view(-1, GROUP // 2), scales.view(-1)
-    for part in _chunks(scale_M.numel()):
+    for part in _chunks(scale_M.numel(), chunk_values // GROUP):
         block_M16[part], scale_M[part] = _encode_groups(value_M32[part].float())
     return blocks, scales
 
@@ -112,8 +114,7 @@ def _encode_groups(value_M32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return code_M32[:, 0::2] | code_M32[:, 1::2] << 4, scale_M.to(torch.uint8)
 
 
-def _chunks(groups: int) -> Iterator[slice]:
-    step = CHUNK_VALUES // GROUP
+def _chunks(groups: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
 
 
@@ -146,6 +147,7 @@ class Mxfp4Matrix:
     """One projection of L experts in MXFP4, as the checkpoint stores it."""
 
     format: ClassVar[str] = "mxfp4"
+    chunk_values: ClassVar[int] = CHUNK_VALUES  # bounds a conversion's temporaries
 
     blocks_LNG16: torch.Tensor  # uint8
     scales_LNG: torch.Tensor  # uint8
@@ -178,7 +180,7 @@ class Mxfp4Matrix:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values [L, N, C], exact in float32 and bfloat16."""
-        return decode(self.blocks_LNG16, self.scales_LNG, dtype)
+        return decode(self.blocks_LNG16, self.scales_LNG, dtype, self.chunk_values)
 
     @classmethod
     def quantize(cls, value_LNC: torch.Tensor) -> Self:
@@ -187,7 +189,7 @@ class Mxfp4Matrix:
         Raises:
             UserError: C is not a multiple of 32.
         """
-        return cls(*encode(value_LNC))
+        return cls(*encode(value_LNC, cls.chunk_values))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

@@ -1,31 +1,27 @@
 """Models, by the `model_type` of a checkpoint's config.json.
 
-A model class is an `nn.Module` that knows neither ranks nor collectives nor backends:
-
-    Config.from_json(dict) -> its config       of a parsed config.json; raises UserError that names the key
-    __init__(config)                           built under `torch.device("meta")`; the loader assigns every parameter
-    forward(step, cache: Cache)                logits_OV in float32 of the rows a Step wants, or all of a DecodeStep
-    vocab_chunk                                a DecodeStep may ask for ids from and up to multiples of this only
-    moe_layers() -> list[MoE]                  in layer order; the loader installs their experts
-    shared_tensors(config) -> dict             {name in the checkpoint: Place} of all but the experts
-    expert_names(layer) -> 4 names             gate_up, its bias, down, its bias; a format adds its suffixes, and a bias
-                                               that the family does not have is None
-
-Its config offers `layers`, `hidden`, `intermediate`, `num_experts`, `activation` to the loader, `windows`, `kv_heads`,
-`head_dim` to the cache, `vocab`, `max_positions` to the engine.
+A model class knows neither ranks nor collectives nor backends. It is an `nn.Module`, made from its config under
+`torch.device("meta")`; the loader assigns every parameter and installs the experts.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
+from torch import nn
+
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.cache import Cache
+from epmoe.moe.experts import GatedActivation
+from epmoe.moe.layer import MoE
 
 MODELS = {"gpt_oss": "epmoe.models.gpt_oss:GptOss"}
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where a stored tensor goes: a parameter of the model or, where several make one matrix, a run of its rows.
 
-    The places of one parameter follow each other and leave nothing out.
+    The targets within one parameter follow each other and leave nothing out.
     """
 
     parameter: str
@@ -36,10 +32,80 @@ class Place(NamedTuple):
         return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
 
 
+class ModelConfig(Protocol):
+    """What others ask of a model's architecture."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def activation(self) -> GatedActivation: ...
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """One a layer; None: full attention."""
+        ...
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
 class Model(Protocol):
-    config: Any
-    vocab_chunk: int
+    """What the engine runs."""
 
-    def __call__(self, step: Any, cache: Any, /) -> torch.Tensor: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def vocab_chunk(self) -> int:
+        """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
+        ...
 
-    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]: ...
+    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
+        """Logits [O, V] in float32 of the rows that a Step wants, or of all rows of a DecodeStep."""
+        ...
+
+    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
+        """Kinds of prefill that compile anew: tokens together, and tokens of one prompt at most.
+
+        Of up to `tokens` tokens, and of up to `prompts` prompts with several tokens.
+        """
+        ...
+
+
+class Family(Model, Protocol):
+    """What a class of MODELS is: a model, and what its checkpoints call its tensors."""
+
+    Config: ClassVar[Any]  # its `from_json` makes the config of a parsed config.json; a UserError names the key
+
+    def __init__(self, config: Any) -> None: ...
+
+    # Of nn.Module.
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def requires_grad_(self, requires_grad: bool) -> Self: ...
+    def eval(self) -> Self: ...
+
+    def moe_layers(self) -> list[MoE]:
+        """In layer order."""
+        ...
+
+    def shared_tensors(self) -> dict[str, Target]:
+        """{name in the checkpoint: its target} of every tensor but the experts'."""
+        ...
+
+    def expert_names(self, layer: int) -> tuple[str, str | None, str, str | None]:
+        """Names of gate_up, its bias, down and its bias; a format adds its suffixes. None: the family has no bias."""
+        ...

@@ -10,6 +10,7 @@ config and the names of its tensors (gpt_oss.py); it has no forward of its own.
 Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,7 +163,8 @@ class Decoder(nn.Module):
 
         Of up to `tokens` tokens, and of up to `prompts` prompts with several tokens.
         """
-        return prefill_kinds(tokens, prompts, self.limits.halves_from)
+        backends = (layer.distinct(tokens) for layer in self.moe_layers())
+        return prefill_kinds(tokens, prompts, self.limits.halves_from, set().union(*backends))
 
     @property
     def vocab_chunk(self) -> int:
@@ -174,9 +176,11 @@ class Decoder(nn.Module):
         return [layer.moe for layer in cast(list[Layer], list(self.layers))]
 
 
-def prefill_kinds(tokens: int, prompts: int, halves_from: int) -> set[tuple[int, int]]:
-    """`Decoder.distinct` of a model that halves steps from so many tokens on."""
-    sizes = kernels.distinct(tokens)
+def prefill_kinds(
+    tokens: int, prompts: int, halves_from: int, backends: Set[int] = frozenset()
+) -> set[tuple[int, int]]:
+    """`Decoder.distinct` of a model that halves steps from so many tokens on; `backends` are its backends' sizes."""
+    sizes = kernels.distinct(tokens) | backends
     # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
     if tokens >= halves_from:
         sizes |= {halves_from - less for less in (1, 16)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self
 
-from epmoe.models import Place
+from epmoe.models import Target
 from epmoe.models.decoder import Decoder, DecoderConfig
 from epmoe.models.keys import Keys, read_rope
 from epmoe.moe.experts import GatedActivation
@@ -72,26 +72,26 @@ class GptOss(Decoder):
 
     Config: ClassVar = GptOssConfig
 
-    @staticmethod
-    def shared_tensors(config: DecoderConfig) -> dict[str, Place]:
-        """{name in the checkpoint: its place} of every tensor but the experts'."""
-        places = {"model.embed_tokens.weight": Place("embedding.weight"), "model.norm.weight": Place("norm.weight")}
+    def shared_tensors(self) -> dict[str, Target]:
+        """{name in the checkpoint: its target} of every tensor but the experts'."""
+        config = self.config
+        targets = {"model.embed_tokens.weight": Target("embedding.weight"), "model.norm.weight": Target("norm.weight")}
         if not config.tied:
-            places["lm_head.weight"] = Place("unembedding.weight")
+            targets["lm_head.weight"] = Target("unembedding.weight")
         sizes = (0, config.heads, config.kv_heads, config.kv_heads)
         qkv_rows = list(pairwise(accumulate(heads * config.head_dim for heads in sizes)))
         for layer in range(config.layers):
             stored, own = f"model.layers.{layer}.", f"layers.{layer}."
-            places[stored + "input_layernorm.weight"] = Place(own + "attention.norm.weight")
-            places[stored + "post_attention_layernorm.weight"] = Place(own + "moe.norm.weight")
-            places[stored + "self_attn.sinks"] = Place(own + "attention.sinks")
+            targets[stored + "input_layernorm.weight"] = Target(own + "attention.norm.weight")
+            targets[stored + "post_attention_layernorm.weight"] = Target(own + "moe.norm.weight")
+            targets[stored + "self_attn.sinks"] = Target(own + "attention.sinks")
             for kind in ("weight", "bias"):
-                places[stored + f"mlp.router.{kind}"] = Place(own + f"moe.router.{kind}")
+                targets[stored + f"mlp.router.{kind}"] = Target(own + f"moe.router.{kind}")
                 if kind == "weight" or config.attention_bias:
                     for part, rows in zip("qkv", qkv_rows, strict=True):
-                        places[stored + f"self_attn.{part}_proj.{kind}"] = Place(own + f"attention.qkv.{kind}", rows)
-                    places[stored + f"self_attn.o_proj.{kind}"] = Place(own + f"attention.o.{kind}")
-        return places
+                        targets[stored + f"self_attn.{part}_proj.{kind}"] = Target(own + f"attention.qkv.{kind}", rows)
+                    targets[stored + f"self_attn.o_proj.{kind}"] = Target(own + f"attention.o.{kind}")
+        return targets
 
     @staticmethod
     def expert_names(layer: int) -> tuple[str, str | None, str, str | None]:

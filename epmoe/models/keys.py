@@ -14,13 +14,13 @@ _REQUIRED = object()
 class Keys:
     """The keys of one JSON object. Every method raises UserError for a key that is missing or of the wrong type."""
 
-    def __init__(self, values: Mapping[str, Any], place: str, prefix: str = "") -> None:
-        self.values, self.place, self.prefix = values, place, prefix
+    def __init__(self, values: Mapping[str, Any], file: str, prefix: str = "") -> None:
+        self.values, self.file, self.prefix = values, file, prefix
 
     def error(self, name: str, complaint: str, *, shown: bool = True) -> UserError:
         """The error about key `name`; `complaint` says what is wrong with its value and what would be right."""
         value = f"={self.values[name]!r}" if shown else ""
-        return UserError(f"{self.place}: {self.prefix}{name}{value} {complaint}")
+        return UserError(f"{self.file}: {self.prefix}{name}{value} {complaint}")
 
     def has(self, name: str) -> bool:
         """Whether the key is there; null counts as absent, as in transformers."""
@@ -30,7 +30,7 @@ class Keys:
         if self.has(name):
             return self.values[name]
         if default is _REQUIRED:
-            raise UserError(f"{self.place}: {self.prefix}{name} is missing, and the model needs it")
+            raise UserError(f"{self.file}: {self.prefix}{name} is missing, and the model needs it")
         return default
 
     def positive(self, name: str) -> int:
@@ -78,7 +78,7 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     rope = _rope_keys(keys)
     kind = "rope_type" if rope.has("rope_type") else "type"  # `type` is the older name
     if not rope.has(kind):
-        raise UserError(f"{keys.place}: {rope.prefix}rope_type is missing, and the model needs it")
+        raise UserError(f"{keys.file}: {rope.prefix}rope_type is missing, and the model needs it")
     if rope.text(kind) != "yarn":
         raise rope.error(kind, "is not supported; known: yarn")
     if rope.number("partial_rotary_factor", 1.0) != 1.0:
@@ -109,7 +109,7 @@ def _rope_keys(keys: Keys) -> Keys:
                 raise keys.error(name, "must be an object")
             spellings.append((f"{name}.", keys.values[name]))
     if not spellings:
-        raise UserError(f"{keys.place}: rope_scaling (or rope_parameters) is missing, and the model needs it")
+        raise UserError(f"{keys.file}: rope_scaling (or rope_parameters) is missing, and the model needs it")
     spellings.append(("", {"rope_theta": keys.values.get("rope_theta")}))
     for prefix, values in spellings:
         for name, value in values.items():
@@ -117,10 +117,10 @@ def _rope_keys(keys: Keys) -> Keys:
                 continue
             if name in found and found[name] != value:
                 raise UserError(
-                    f"{keys.place}: {prefix}{name}={value!r} contradicts {origin[name]}{name}={found[name]!r}"
+                    f"{keys.file}: {prefix}{name}={value!r} contradicts {origin[name]}{name}={found[name]!r}"
                 )
             found[name], origin[name] = value, prefix
-    return Keys(found, keys.place, spellings[0][0])
+    return Keys(found, keys.file, spellings[0][0])
 
 
 def _concentration(rope: Keys, factor: float) -> float:

@@ -10,7 +10,7 @@ from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
 from epmoe.moe.exchange import Exchange
 from epmoe.moe.experts import Experts
-from epmoe.moe.router import Route
+from epmoe.moe.router import Router
 from epmoe.trace import named
 
 
@@ -29,14 +29,19 @@ class MoE(nn.Module):
         self.experts: Experts | None = None
 
     def install(
-        self, experts: Experts, route: Route, exchange: Exchange, local_E: torch.Tensor, num_local: int
+        self, experts: Experts, routing: Router, exchange: Exchange, local_E: torch.Tensor, num_local: int
     ) -> None:
         """Give the layer this rank's packed experts and the parts that connect them to the other ranks.
 
         `local_E` is `Placement.local_E` on the layer's device.
         """
-        self.experts, self.route, self.exchange = experts, route, exchange
+        self.experts, self.routing, self.exchange = experts, routing, exchange
         self.local_E, self.num_local = local_E, num_local
+
+    def distinct(self, tokens: int) -> set[int]:
+        """Numbers of tokens, up to `tokens`, at which what is installed compiles anew."""
+        assert self.experts is not None, "MoE.install was not called"
+        return {*self.experts.distinct(tokens), *self.routing.distinct(tokens)}
 
     def forward(self, x_TH: torch.Tensor, owed: Owed, *, overlap: bool = False) -> tuple[torch.Tensor, Owed]:
         """The residual stream [T, H] and what is owed to it → the same after this sublayer, which owes K rows a token.
@@ -53,7 +58,7 @@ class MoE(nn.Module):
         # Before the router, whose kernel lets the experts' first one come in early (epmoe/kernels/gpu.py).
         buffer = self.exchange.prepare(norm_TH, self.top_k, overlap=overlap)
         with named("route"):
-            dispatch = self.route(logits_TE, self.top_k, self.local_E, self.num_local)
+            dispatch = self.routing.route(logits_TE, self.top_k, self.local_E, self.num_local)
         y_TKH = self.experts.forward(norm_TH, dispatch, buffer.rows_TKH)
         with named("combine"):
             return self.exchange.combine(y_TKH, buffer)

@@ -6,7 +6,6 @@ each tensor. Only headers are read on opening; tensors are read by name afterwar
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 
 from epmoe.errors import UserError
 from epmoe.weights.reader import Reader, Span
+from epmoe.weights.source import TensorInfo
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -33,25 +33,6 @@ DTYPES = {
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, bytes
-_CAST_BYTES = 64 << 20  # a tensor that is cast on reading passes through temporaries of this size
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `offset` counts from the beginning of `file`."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -67,6 +48,8 @@ class Checkpoint:
     tokenizer_file: Path | None
     chat_template: str | None
     reader: Reader = field(repr=False)
+    # A tensor that is cast on reading passes through temporaries of this size.
+    cast_bytes: int = field(default=64 << 20, kw_only=True)
 
     @classmethod
     def open(cls, path: str | Path, reader: Reader | None = None) -> Self:
@@ -105,12 +88,12 @@ class Checkpoint:
     def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor `name`, cast to `dtype` (None: as stored) through temporaries of bounded size."""
         info = self.tensors[name]
-        if dtype in (None, info.dtype) or info.nbytes <= _CAST_BYTES:
+        if dtype in (None, info.dtype) or info.nbytes <= self.cast_bytes:
             out = torch.empty(info.shape, dtype=info.dtype, device=device)
             self.reader.read(info.file, [(info.offset, info.nbytes)], out)
             return out.to(dtype or info.dtype)
         out = torch.empty(info.shape, dtype=dtype, device=device)
-        rows = max(1, _CAST_BYTES // info.row_bytes)
+        rows = max(1, self.cast_bytes // info.row_bytes)
         for start in range(0, info.shape[0], rows):
             ids = range(start, min(start + rows, info.shape[0]))
             out[start : ids.stop].copy_(self.read_rows(name, ids, device))
@@ -127,6 +110,10 @@ class Checkpoint:
         spans = [(info.offset + a * info.row_bytes, n * info.row_bytes) for a, n in _runs(ids)]
         self.reader.read(info.file, spans, out)
         return out
+
+    def close(self) -> None:
+        """Free the host memory and the threads that reading to an accelerator has taken; the next read takes new."""
+        self.reader.close()
 
 
 def _runs(ids: Sequence[int]) -> Iterator[Span]:

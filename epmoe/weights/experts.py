@@ -1,8 +1,8 @@
 """This rank's experts of one layer: read in the checkpoint's format, brought to the wanted one.
 
 A conversion takes a few experts at a time, so that what is in memory beside the result is one chunk: its stored bytes
-and its values in bfloat16 (exact for MXFP4), CHUNK_BYTES or one expert, whichever is more. Joining the chunks holds the
-matrix twice for a moment.
+and its values in bfloat16 (exact for MXFP4), `chunk_bytes` or one expert, whichever is more. Joining the chunks holds
+the matrix twice for a moment.
 
 Letters: L experts on this rank · N output rows of a matrix · H hidden.
 """
@@ -13,17 +13,19 @@ from collections.abc import Sequence
 import torch
 
 from epmoe.formats import ExpertMatrix, ExpertWeights, ReadExperts
-from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.manifest import Matrix
-
-CHUNK_BYTES = 256 << 20
+from epmoe.weights.source import Source
 
 
 class ExpertReader:
-    """Reads the experts `ids` (this rank's, ascending) of a checkpoint onto a device."""
+    """Reads the experts `ids` (this rank's, ascending) of a source onto a device.
 
-    def __init__(self, checkpoint: Checkpoint, ids: Sequence[int], device: torch.device) -> None:
-        self.checkpoint, self.ids, self.device = checkpoint, ids, device
+    Args:
+        chunk_bytes: of the values in bfloat16 that are converted at a time.
+    """
+
+    def __init__(self, source: Source, ids: Sequence[int], device: torch.device, chunk_bytes: int = 256 << 20) -> None:
+        self.source, self.ids, self.device, self.chunk_bytes = source, ids, device, chunk_bytes
         self.on_host = device.type == "cpu"  # where conversions run; the host too once the device was too full
 
     def weights(self, gate_up: Matrix, down: Matrix, dtype: torch.dtype) -> ExpertWeights:
@@ -58,7 +60,7 @@ class ExpertReader:
 
     def _convert(self, matrix: Matrix, device: torch.device) -> ExpertMatrix:
         _, rows, columns = matrix.shape
-        count = max(1, CHUNK_BYTES // (rows * columns * torch.bfloat16.itemsize))
+        count = max(1, self.chunk_bytes // (rows * columns * torch.bfloat16.itemsize))
         parts = []
         for start in range(0, len(self.ids), count):
             part = matrix.stored.read(matrix.name, self.ids[start : start + count], self._to(device))
@@ -71,4 +73,4 @@ class ExpertReader:
         return self._to(self.device)(matrix.bias, self.ids).to(dtype)
 
     def _to(self, device: torch.device) -> ReadExperts:
-        return lambda name, ids: self.checkpoint.read_rows(name, ids, device)
+        return lambda name, ids: self.source.read_rows(name, ids, device)

@@ -9,15 +9,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from epmoe.errors import UserError
 from epmoe.formats import FORMATS, ExpertMatrix
-from epmoe.models import Place
+from epmoe.models import Family, Target
 from epmoe.tables import lookup
-from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.source import Source
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what biases and shared tensors may be stored in
 
@@ -50,29 +50,29 @@ class Matrix:
 class Manifest:
     """The tensors that a model of this config.json consists of."""
 
-    checkpoint: Checkpoint
-    shared: Mapping[str, Place]  # name in the checkpoint → place in the model: all but the experts
+    source: Source
+    shared: Mapping[str, Target]  # name in the checkpoint → its target in the model: all but the experts
     shapes: Mapping[str, tuple[int, ...]]  # of the shared tensors, by name in the checkpoint
     layers: tuple[tuple[Matrix, Matrix], ...]  # gate_up and down of each layer
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, model: Any, config: Any, quant: str) -> Self:
+    def of(cls, source: Source, model: Family, quant: str) -> Self:
         """The promise for `model` (on meta), with `quant` a name of FORMATS or auto, the stored format.
 
         Raises:
             UserError: an unknown format in config.json or in `quant`.
         """
-        shared = model.shared_tensors(config)
+        config, shared = model.config, model.shared_tensors()
         shapes = _shapes(shared, dict(model.named_parameters()))
         layers = []
         for layer in range(config.layers):
             gate_up, gate_up_bias, down, down_bias = model.expert_names(layer)
-            stored, wanted = _formats(checkpoint, gate_up.rpartition(".")[0], quant)
+            stored, wanted = _formats(source, gate_up.rpartition(".")[0], quant)
             shape = (config.num_experts, 2 * config.intermediate, config.hidden)
             first = Matrix(gate_up, gate_up_bias, shape, stored, wanted)
             shape = (config.num_experts, config.hidden, config.intermediate)
             layers.append((first, Matrix(down, down_bias, shape, stored, wanted)))
-        return cls(checkpoint, shared, shapes, tuple(layers))
+        return cls(source, shared, shapes, tuple(layers))
 
     def matrices(self) -> Iterator[Matrix]:
         for pair in self.layers:
@@ -97,12 +97,12 @@ class Manifest:
             UserError: the first tensor that is missing, of a wrong shape or dtype, or not part of the model.
         """
         self._check_formats()
-        promised, found = self.tensors(), self.checkpoint.tensors
+        promised, found = self.tensors(), self.source.tensors
         missing = [name for name in promised if name not in found]
         extra = [name for name in found if name not in promised]
         if missing:
             raise UserError(
-                f"checkpoint {self.checkpoint.path} lacks {_first(missing)}, which its config.json calls for: "
+                f"checkpoint {self.source.path} lacks {_first(missing)}, which its config.json calls for: "
                 f"complete the checkpoint or correct config.json"
             )
         if extra:
@@ -128,8 +128,8 @@ class Manifest:
         expert_bytes = 0
         for matrix in self.matrices():
             for name in matrix.tensors():
-                expert_bytes += local * self.checkpoint.tensors[name].row_bytes
-        return expert_bytes + sum(self.checkpoint.tensors[name].nbytes for name in self.shared)
+                expert_bytes += local * self.source.tensors[name].row_bytes
+        return expert_bytes + sum(self.source.tensors[name].nbytes for name in self.shared)
 
     def bytes_of_weights(self, local: int, dtype: torch.dtype) -> int:
         """Bytes of the weights of a rank with `local` experts, in the wanted formats, before a backend packs them.
@@ -147,7 +147,7 @@ class Manifest:
 
     def _check_formats(self) -> None:
         """A config.json that names the wrong format is told so, not that dozens of tensors are missing."""
-        found = self.checkpoint.tensors
+        found = self.source.tensors
         for matrix in self.matrices():
             if set(matrix.stored.stored(matrix.name, matrix.shape)) <= set(found):
                 continue
@@ -156,34 +156,36 @@ class Manifest:
                 if set(names) <= set(found):
                     raise UserError(
                         f"{found[names[0]].file} holds {names[0]}, so {other} experts, but the quantization_config of "
-                        f"{self.checkpoint.path / 'config.json'} says {matrix.stored.format}: correct config.json"
+                        f"{self.source.path / 'config.json'} says {matrix.stored.format}: correct config.json"
                     )
 
     def _reason(self, found: tuple[int, ...], promised: tuple[int, ...]) -> str:
         """The keys of config.json that hold the numbers in which two shapes differ, for the message."""
         numbers = {b for a, b in zip(found, promised, strict=False) if a != b}
-        keys = [f"{k}={v}" for k, v in self.checkpoint.config.items() if type(v) is int and v in numbers]
+        keys = [f"{k}={v}" for k, v in self.source.config.items() if type(v) is int and v in numbers]
         return f" ({', '.join(keys)})" if keys else ""
 
 
-def _shapes(shared: Mapping[str, Place], parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of each stored tensor; their places must cover every row of every parameter once."""
+def _shapes(shared: Mapping[str, Target], parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor; their targets must cover every row of every parameter once."""
     filled = dict.fromkeys(parameters, 0)
-    for place in shared.values():
-        begin, end = place.rows or (0, len(parameters[place.parameter]))
-        assert begin == filled[place.parameter] < end, f"{place} does not follow the place before it"
-        filled[place.parameter] = end
-    assert all(filled[name] == len(value) for name, value in parameters.items()), "a parameter has rows without a place"
-    return {name: tuple(place.of(parameters[place.parameter]).shape) for name, place in shared.items()}
+    for target in shared.values():
+        begin, end = target.rows or (0, len(parameters[target.parameter]))
+        assert begin == filled[target.parameter] < end, f"{target} does not follow the target before it"
+        filled[target.parameter] = end
+    assert all(filled[name] == len(value) for name, value in parameters.items()), (
+        "a parameter has rows that are no target"
+    )
+    return {name: tuple(target.of(parameters[target.parameter]).shape) for name, target in shared.items()}
 
 
-def _formats(checkpoint: Checkpoint, module: str, quant: str) -> tuple[type[ExpertMatrix], type[ExpertMatrix]]:
+def _formats(source: Source, module: str, quant: str) -> tuple[type[ExpertMatrix], type[ExpertMatrix]]:
     """The formats in which the experts `module` are stored and wanted.
 
     quantization_config's modules_to_not_convert are left in bf16, by who wrote the checkpoint and by us.
     """
-    file = checkpoint.path / "config.json"
-    settings = checkpoint.config.get("quantization_config") or {}
+    file = source.path / "config.json"
+    settings = source.config.get("quantization_config") or {}
     skipped = settings.get("modules_to_not_convert") or [] if isinstance(settings, dict) else None
     if not isinstance(skipped, list) or not all(isinstance(pattern, str) for pattern in skipped):
         raise UserError(f"{file}: quantization_config must be an object, its modules_to_not_convert a list of names")

@@ -277,20 +277,20 @@ def _write_weights(path: Path, spec: Synthetic) -> None:
 
 
 def _write_header(file: Path, tensors: list[Drawn]) -> list[tuple[Drawn, int]]:
-    """Start a safetensors file; each tensor with its place in it. Wide dtypes come first, so that all are aligned."""
+    """Start a safetensors file; each tensor with its first byte. Wide dtypes come first, so that all are aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place, offset = [], 0
+    starts, offset = [], 0
     for tensor in sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)):
         span = [offset, offset + tensor.nbytes]
         header[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": span}
-        place.append((tensor, offset))
+        starts.append((tensor, offset))
         offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + offset)
-    return [(tensor, 8 + len(text) + at) for tensor, at in place]
+    return [(tensor, 8 + len(text) + at) for tensor, at in starts]
 
 
 def _write_tensor(file: Path, offset: int, tensor: Drawn, seed: int) -> None:

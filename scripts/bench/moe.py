@@ -35,8 +35,8 @@ from epmoe.formats import ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import generation
 from epmoe.moe.experts import GatedActivation
-from epmoe.moe.experts.triton.launch import TritonExperts
-from epmoe.moe.experts.triton.tiles import TILES, Tile, table
+from epmoe.moe.experts.triton import TritonExperts
+from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table
 from epmoe.moe.router import Dispatch
 from epmoe.moe.router.reference import route
 from scripts.bench.hub_peer import HubExperts
@@ -151,7 +151,7 @@ def limits(options: argparse.Namespace) -> tuple[float, float]:
 
 
 @contextmanager
-def only_tile(tile: Tile | None):
+def only_tile(tile: ExpertTile | None):
     """Every bf16 product runs with this tile; None: with those of the table."""
     shipped = TILES[torch.bfloat16]
     if tile is not None:
@@ -210,7 +210,7 @@ def sweep(variants: str, forward: Forward) -> dict[str, float]:
     """µs of each tile, fastest first; tiles that do not fit the device are left out and named."""
     times = {}
     for name in variants.split():
-        with only_tile(Tile.parse(name)):
+        with only_tile(ExpertTile.parse(name)):
             try:
                 times[name] = measure_us(forward)
             except triton.runtime.errors.OutOfResources as error:

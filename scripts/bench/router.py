@@ -76,7 +76,7 @@ def bench(share: str, tokens: int, top_k: int) -> dict[str, Any]:
     ]
 
     def us(name: str) -> float:
-        route = lookup("router", ROUTERS, name)
+        route = lookup("router", ROUTERS, name)().route
         return measure_us(lambda call: route(logits[call], top_k, local_E, local))
 
     return {"experts": share, "tokens": tokens, "us": {name: us(name) for name in ROUTERS}}

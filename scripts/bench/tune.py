@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from epmoe.kernels.gpu import generation
 from epmoe.moe.experts import GatedActivation
-from epmoe.moe.experts.triton.launch import TritonExperts
-from epmoe.moe.experts.triton.tiles import FILE, Tile, hopper_serves, read_tables
+from epmoe.moe.experts.triton import TritonExperts
+from epmoe.moe.experts.triton.tiles import FILE, ExpertTile, hopper_serves, read_tables
 from scripts.bench.moe import Layer, copies_needed, inputs, random_weights, sweep
 
 Point = dict[str, Any]  # rows: T·K/E; experts, tokens: how they came about; us: {tile: µs a call}
@@ -45,7 +45,7 @@ CHANGE = 0.03
 MOST_COPIES = 16
 
 
-def choose(points: Sequence[Point], change: float = CHANGE) -> list[tuple[float, Tile]]:
+def choose(points: Sequence[Point], change: float = CHANGE) -> list[tuple[float, ExpertTile]]:
     """The table [(most rows of an expert, tile)] that takes the least time over all points.
 
     Minimises Σ log µs + change · (tiles − 1) over all tables whose tiles have the same `words`: one order of summation.
@@ -58,15 +58,17 @@ def choose(points: Sequence[Point], change: float = CHANGE) -> list[tuple[float,
     rows = sorted({point["rows"] for point in points})
     costs = {row: _log_us([point["us"] for point in points if point["rows"] == row]) for row in rows}
     everywhere = set.intersection(*map(set, costs.values()))
-    orders = {Tile.parse(name).words for name in everywhere}
-    paths = [_cheapest([n for n in everywhere if Tile.parse(n).words == words], costs, change) for words in orders]
+    orders = {ExpertTile.parse(name).words for name in everywhere}
+    paths = [
+        _cheapest([n for n in everywhere if ExpertTile.parse(n).words == words], costs, change) for words in orders
+    ]
     _, path = min(paths)
     table = [
-        (math.sqrt(below * above), Tile.parse(tile))
+        (math.sqrt(below * above), ExpertTile.parse(tile))
         for (below, tile), (above, following) in pairwise(zip(costs, path, strict=True))
         if tile != following
     ]
-    return [*table, (math.inf, Tile.parse(path[-1]))]
+    return [*table, (math.inf, ExpertTile.parse(path[-1]))]
 
 
 def _log_us(times: list[Mapping[str, float]]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.ranks import command, mesh
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 from scripts.train import data
 
@@ -40,7 +41,7 @@ def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[fl
 
     float32 throughout, and experts combined by slots: the same bits on any number of ranks.
     """
-    model, _ = load(Checkpoint.open(directory), ranks, combine="slots", dtype="float32", progress=False)
+    model, _ = load(Checkpoint.open(directory), ranks, Choices(combine="slots", dtype="float32"), progress=False)
     config, length = model.config, windows_BS.shape[1] - 1
     choices = torch.zeros(config.layers, config.num_experts, dtype=torch.int64, device=ranks.device)
     for layer, count_E in zip(model.moe_layers(), choices, strict=True):

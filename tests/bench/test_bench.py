@@ -107,7 +107,7 @@ def test_floor_of_the_published_size() -> None:
     checkpoint = RandomCheckpoint.of("20b")
     with torch.device("meta"):
         model = GptOss(GptOss.Config.from_json(checkpoint.config))
-    manifest = Manifest.of(checkpoint, model, model.config, "mxfp4")
+    manifest = Manifest.of(checkpoint, model, "mxfp4")
     floor = Floor.of(manifest, model.config, torch.bfloat16, local=32, ranks=1)
     assert floor.dense / 24 == pytest.approx(53e6, rel=0.01)
     assert floor.expert / 24 == pytest.approx(13.2e6, rel=0.01)
@@ -126,7 +126,7 @@ def local_experts(ranks: Ranks) -> dict[int, list[torch.Tensor]]:
     checkpoint = RandomCheckpoint.of("tiny")
     with torch.device("meta"):
         model = GptOss(GptOss.Config.from_json(checkpoint.config))
-    gate_up, down = Manifest.of(checkpoint, model, model.config, "auto").layers[1]
+    gate_up, down = Manifest.of(checkpoint, model, "auto").layers[1]
     ids = contiguous(5, ranks.expert_size).experts[ranks.expert_rank]
     weights = ExpertReader(checkpoint, ids, ranks.device).weights(gate_up, down, torch.float32)
     found = {-1: [checkpoint.read("model.layers.1.self_attn.q_proj.weight", ranks.device)]}
@@ -170,7 +170,7 @@ def test_every_size_is_a_whole_model(size: str) -> None:
     checkpoint = RandomCheckpoint.of(size)
     with torch.device("meta"):
         model = GptOss(GptOss.Config.from_json(checkpoint.config))
-    Manifest.of(checkpoint, model, model.config, "auto").check()
+    Manifest.of(checkpoint, model, "auto").check()
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from epmoe.cache.fit import CACHE_SHARE, CacheSettings, _bytes, fit_cache
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.hub import DEMO
 from epmoe.weights.load import load
 
@@ -35,7 +36,7 @@ class Found:
 
 def run(mine: Ranks, cache_tokens: int) -> Found:
     """The embedded model in a host that has room for ROOM positions on each of three ranks, for all on one."""
-    model, _ = load(Checkpoint.open(DEMO), mine, combine="slots", dtype="float32", progress=False)
+    model, _ = load(Checkpoint.open(DEMO), mine, Choices(combine="slots", dtype="float32"), progress=False)
     config, write, held = model.config, Cache.write, []
     asked = [replace(each, params=replace(each.params, logprobs=5)) for each in requests(config.vocab)]
     needs = [request.cached(config.max_positions) for request in asked]

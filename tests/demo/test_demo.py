@@ -20,6 +20,7 @@ from epmoe.formats.mxfp4 import decode, encode
 from epmoe.ranks.mesh import Ranks
 from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 from scripts.train import data, evaluate
 from scripts.train.export import as_stored, save
@@ -130,7 +131,7 @@ def tiny(tmp_path: Path) -> TrainableGptOss:
 
 
 def epmoe_logits(ranks: Ranks, directory: Path, token_S: Tensor) -> Tensor:
-    model, _ = load(Checkpoint.open(directory), ranks, dtype="float32", progress=False)
+    model, _ = load(Checkpoint.open(directory), ranks, Choices(dtype="float32"), progress=False)
     config, index = model.config, torch.arange(len(token_S))
     cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=len(token_S), sequences=1,
                   dtype=torch.float32), ranks.device)  # fmt: skip

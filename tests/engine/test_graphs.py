@@ -31,11 +31,12 @@ from epmoe.engine.request import Level, Request, Result, SamplingParams, Workloa
 from epmoe.errors import UserError
 from epmoe.kernels import symmetric
 from epmoe.layers.twin import switched
-from epmoe.models.decoder import Limits
+from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, NoArrival
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.load import DTYPES, load
+from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
 EOS = range(40, 60)  # a random model seldom says the checkpoint's own
@@ -54,8 +55,11 @@ def rank_on(device: str) -> Ranks:
 
 
 def build(mine: Ranks, checkpoint: str, asked: Sequence[Request], **limits: Any) -> Engine:
-    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, combine=limits.pop("combine", "slots"))
+    model, report = load(
+        Checkpoint.open(checkpoint), mine, Choices(combine=limits.pop("combine", "slots")), progress=False
+    )
     needs = [request.cached(model.config.max_positions) for request in asked]
+    assert isinstance(model, Decoder)
     model.limits = replace(model.limits, vocab_chunk=limits.pop("vocab_chunk", model.limits.vocab_chunk))
     config = EngineConfig(**{"eos_ids": EOS, "max_batch": 5, "prefill_chunk": 16, **limits})
     cache = fit_cache(

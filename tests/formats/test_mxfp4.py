@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epmoe.errors import UserError
-from epmoe.formats import mxfp4
 from epmoe.formats.mxfp4 import Mxfp4Matrix, decode, encode
 
 FLOAT32_LIMIT = Fraction(2) ** 128  # the first magnitude that float32 and bfloat16 round to infinity, for our mantissas
@@ -237,23 +236,22 @@ class LargestTemporary(TorchDispatchMode):
         return out
 
 
-def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_bound_the_temporaries_and_change_nothing() -> None:
     """A layer of gpt-oss-120b has two thousand million values; its conversion must not need them in float32 at once."""
     value = torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(1))
     blocks, scales = encode(value)
     decoded = decode(blocks, scales, torch.float32)
-    monkeypatch.setattr(mxfp4, "CHUNK_VALUES", 1024)
     with LargestTemporary(value.nbytes, blocks.nbytes, scales.nbytes) as peak:
-        for actual, expected in zip(encode(value), (blocks, scales), strict=True):
+        for actual, expected in zip(encode(value, 1024), (blocks, scales), strict=True):
             assert torch.equal(actual, expected)
-        assert torch.equal(decode(blocks, scales, torch.float32), decoded)
+        assert torch.equal(decode(blocks, scales, torch.float32, 1024), decoded)
     assert 1024 * 4 <= peak.bytes <= 1024 * 8
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("settled_device")
 def test_peak_device_memory() -> None:
-    """Conversion needs its result and at most 16 bytes for each of CHUNK_VALUES values."""
+    """Conversion needs its result and at most 16 bytes for each of `chunk_values` values."""
     value = torch.randn(4, 2880, 2880, device="cuda", dtype=torch.bfloat16)
     decode(*encode(value[:1, :1]), torch.bfloat16)  # tables and library workspaces
     matrix = Mxfp4Matrix.quantize(value)
@@ -263,7 +261,7 @@ def test_peak_device_memory() -> None:
         before = torch.cuda.memory_allocated()
         result = convert()
         extra = torch.cuda.max_memory_allocated() - before - result.nbytes
-        assert extra <= 16 * mxfp4.CHUNK_VALUES, f"{extra / 1e6:.0f} MB"
+        assert extra <= 16 * Mxfp4Matrix.chunk_values, f"{extra / 1e6:.0f} MB"
         del result
 
 

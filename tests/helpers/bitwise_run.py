@@ -17,10 +17,11 @@ from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.request import Request, SamplingParams
-from epmoe.models.decoder import Limits
+from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks import mesh
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.load import DTYPES, load
+from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.load import load
 
 Run = tuple[list[tuple[int, ...]], torch.Tensor]  # new ids of each request, all logits
 
@@ -70,7 +71,8 @@ def requests(vocab: int) -> list[Request]:
 
 def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limits | None = None) -> Run:
     """Each request's new ids, and all logits as they were made, [all outputs, V]; `options` are the loader's."""
-    model, report = load(Checkpoint.open(checkpoint), mine, progress=False, **options)
+    model, report = load(Checkpoint.open(checkpoint), mine, Choices(**options), progress=False)
+    assert isinstance(model, Decoder)
     model.limits = limits or model.limits
     asked = requests(model.config.vocab)
     needs = [request.cached(model.config.max_positions) for request in asked]

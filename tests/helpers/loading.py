@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from epmoe.formats import ExpertWeights
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import SINGLE, Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.load import LoadReport, load
 
 EXPERTS = "model.layers.{}.mlp.experts."
@@ -26,7 +27,9 @@ def rank_of(rank: int, size: int, device: str = "cpu") -> Ranks:
 
 
 def load_rank(path: Path, rank: int = 0, size: int = 1, device: str = "cpu", **options: Any) -> tuple[Any, LoadReport]:
-    return load(Checkpoint.open(path), rank_of(rank, size, device), **options)
+    """`options` are of Choices, or `progress` and `limits` of `load`."""
+    more = {key: options.pop(key) for key in ("progress", "limits") if key in options}
+    return load(Checkpoint.open(path), rank_of(rank, size, device), Choices(**options), **more)
 
 
 def weights_of(model: Any) -> list[ExpertWeights]:

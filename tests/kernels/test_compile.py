@@ -13,7 +13,7 @@ from compile_sm90 import MOST_SHARED, MOST_TENSOR, compile_kernel
 
 from epmoe.moe.experts.triton import hopper_kernels
 from epmoe.moe.experts.triton.kernels import down_kernel, gate_up_kernel, gather_kernel
-from epmoe.moe.experts.triton.tiles import TILES, Tile, table
+from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table
 from epmoe.moe.experts.triton.words import STRIP
 from epmoe.moe.router.triton import launch as router
 from tests.moe.experts.test_experts import decode_kernel
@@ -29,7 +29,7 @@ OTHERS = {arch: [tile for _, tile in table(torch.bfloat16, arch // 10)] for arch
 def compiled(
     kernel: Any,
     dtype: torch.dtype,
-    tile: Tile,
+    tile: ExpertTile,
     *,
     local: int = 32,
     wide: bool = False,
@@ -60,7 +60,7 @@ def compiled(
 
 @pytest.mark.parametrize("kernel", [gate_up_kernel, down_kernel], ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize(("dtype", "tile"), SHIPPED, ids=str)
-def test_no_spills(kernel: Any, dtype: torch.dtype, tile: Tile) -> None:
+def test_no_spills(kernel: Any, dtype: torch.dtype, tile: ExpertTile) -> None:
     """A spill in the inner loop is a silent loss of speed."""
     cost = compiled(kernel, dtype, tile)
     assert cost["spills"] == 0
@@ -89,7 +89,7 @@ def test_one_scale_a_register(arch: int) -> None:
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kernel", [hopper_kernels.gate_up_kernel, hopper_kernels.down_kernel], ids=["gate_up", "down"])
 @pytest.mark.parametrize("tile", HOPPER, ids=str)
-def test_hopper_kernels(tile: Tile, kernel: Any, wide: bool) -> None:
+def test_hopper_kernels(tile: ExpertTile, kernel: Any, wide: bool) -> None:
     """Nothing spills, and the assembler lets the products run beside the conversions (it warns when it does not)."""
 
     def block(dtype: str, layout: Any, *shape: int) -> str:
@@ -151,7 +151,7 @@ def test_router_on_other_generations(experts: int, top_k: int, arch: int) -> Non
         "weight_ptr": "*fp32",
     }
     few, many = router.few_options(64, experts), router.tile_options(experts)
-    for kernel, tile in ((router._few, few), (router._choose, many), (router._index, many)):
+    for kernel, tile in ((router._few, few), (router._top_experts, many), (router._index, many)):
         assert tile
         constants = {"E": experts, "K": top_k, **tile, "PDL": arch >= 90}
         warps = constants.pop("num_warps")

@@ -10,19 +10,18 @@ import torch
 from loading import rank_of
 from steps import make_step
 
-from epmoe import models
 from epmoe.batch import DecodeStep
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.errors import UserError
 from epmoe.formats.bf16 import Bf16Matrix
 from epmoe.layers.rotary import Rope
-from epmoe.models import MODELS, Place
+from epmoe.models import MODELS, Family, ModelConfig, Target
 from epmoe.models.decoder import Limits
 from epmoe.models.gpt_oss import GptOss, GptOssConfig
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts import ExpertWeights
 from epmoe.moe.experts.reference import ReferenceExperts
-from epmoe.moe.router.reference import route
+from epmoe.moe.router.reference import ReferenceRouter
 from epmoe.tables import lookup
 
 YARN = {
@@ -277,14 +276,14 @@ def test_every_parameter_has_one_name(changes: dict[str, Any]) -> None:
     config = small(**changes)
     with torch.device("meta"):
         model = GptOss(config)
-    names = GptOss.shared_tensors(config)
-    assert {place.parameter for place in names.values()} == {name for name, _ in model.named_parameters()}
+    names = model.shared_tensors()
+    assert {target.parameter for target in names.values()} == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
     rows = [names[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
-    assert rows == [Place("layers.1.attention.qkv.weight", each) for each in ((0, 32), (32, 48), (48, 64))]
+    assert rows == [Target("layers.1.attention.qkv.weight", each) for each in ((0, 32), (32, 48), (48, 64))]
     assert ("lm_head.weight" in names) == (not config.tied)
     assert ("model.layers.1.self_attn.o_proj.bias" in names) == config.attention_bias
-    assert names["model.layers.1.mlp.router.bias"] == Place("layers.1.moe.router.bias")
+    assert names["model.layers.1.mlp.router.bias"] == Target("layers.1.moe.router.bias")
     assert not list(model.buffers())  # nothing that the loader could forget to assign
     assert GptOss.expert_names(1)[3] == "model.layers.1.mlp.experts.down_proj_bias"
 
@@ -306,7 +305,7 @@ def build(config: GptOssConfig) -> GptOss:
         )
         local_E = torch.arange(experts, dtype=torch.int32)
         packed = ReferenceExperts.pack(weights, config.activation)
-        moe.install(packed, route, Slots(rank_of(0, 1)), local_E, experts)
+        moe.install(packed, ReferenceRouter(), Slots(rank_of(0, 1)), local_E, experts)
     return model.requires_grad_(False).eval()
 
 
@@ -380,11 +379,10 @@ def test_prompt_rows_do_not_see_the_future() -> None:
 
 
 def test_the_table_names_it() -> None:
-    """Protects the lookup: model_type of config.json → the class with all that a model offers."""
-    model = lookup("model_type", MODELS, "gpt_oss")
-    assert model is GptOss and model.Config is GptOssConfig
-    for part in ("forward", "moe_layers", "shared_tensors", "expert_names"):
-        assert hasattr(model, part) and part in (models.__doc__ or "")
+    """Protects the lookup: model_type of config.json → the class with all that a model offers (mypy looks at that)."""
+    family: type[Family] = GptOss
+    config: type[ModelConfig] = GptOssConfig
+    assert lookup("model_type", MODELS, "gpt_oss") is family and family.Config is config
 
 
 def test_decode_step_equals_step() -> None:

@@ -22,10 +22,11 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.layers.attention import Attention
 from epmoe.layers.owed import Owed
-from epmoe.models.decoder import Limits
+from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.load import DTYPES, load
+from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
 FEW = 6  # tokens from which steps are halved here
@@ -127,7 +128,8 @@ def test_halving_changes_no_token(checkpoint: str) -> None:
 
 def prefill(mine: Ranks, place: str, least: int, spans: list[list[tuple[int, int]]]) -> tuple[torch.Tensor, list[str]]:
     """Logits of steps of (sequence, tokens), the sequences growing; and the order of what happened in the last one."""
-    model, report = load(Checkpoint.open(place), mine, progress=False, combine="slots")
+    model, report = load(Checkpoint.open(place), mine, Choices(combine="slots"), progress=False)
+    assert isinstance(model, Decoder)
     model.limits = replace(model.limits, halves_from=least)
     config, most = model.config, 1 + max(sequence for step in spans for sequence, _ in step)
     lengths, wanted = [0] * most, [0] * most

@@ -16,7 +16,7 @@ from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.layer import MoE
 from epmoe.moe.placement import Placement, contiguous
-from epmoe.moe.router.reference import route
+from epmoe.moe.router.reference import ReferenceRouter
 from epmoe.ranks.mesh import Ranks
 
 CASE = Case("layer", tokens=11, hidden=96, intermediate=64, experts=7, top_k=3)
@@ -31,7 +31,7 @@ def layer(placement: Placement, rank: int, exchange: Exchange) -> MoE:
     weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
     mine = placement.experts[rank]
     experts = ReferenceExperts.pack(of_experts(weights, mine), CASE.activation)
-    moe.install(experts, route, exchange, placement.local_E(rank, torch.device("cpu")), len(mine))
+    moe.install(experts, ReferenceRouter(), exchange, placement.local_E(rank, torch.device("cpu")), len(mine))
     return moe
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from epmoe.moe.experts.triton.tiles import FILE, TILES, Tile, choose_tile, read_tables, table
+from epmoe.moe.experts.triton.tiles import FILE, TILES, ExpertTile, read_tables, table, tile_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,14 +29,14 @@ def test_the_tile_follows_the_rows_of_an_expert() -> None:
     for tables in TILES.values():
         for tiles in tables.values():
             for limit, tile in tiles[:-1]:
-                assert choose_tile_of(tiles, limit) == tile != choose_tile_of(tiles, limit + 1 / 32)
+                assert tile_of(tiles, limit) == tile != tile_of(tiles, limit + 1 / 32)
     # 12 rows an expert are 96 tokens of 4 experts out of 32
-    of = [str(choose_tile(torch.bfloat16, 4 * tokens, 32, 0)) for tokens in (1, 96, 97, 100_000)]
+    of = [str(tile_for(torch.bfloat16, 4 * tokens, 32, 0)) for tokens in (1, 96, 97, 100_000)]
     assert of == [FEW, FEW, SOME, "128x64x64x8x2"]
     assert table(torch.float32, 9) == table(torch.float32, 0) and table(torch.bfloat16, 99) == TILES[torch.bfloat16][0]
 
 
-def choose_tile_of(tiles: Any, rows: float) -> Tile:
+def tile_of(tiles: Any, rows: float) -> ExpertTile:
     return next(tile for limit, tile in tiles if rows <= limit)
 
 
@@ -58,8 +58,8 @@ def test_the_tuner_tries_what_is_shipped() -> None:
 
 @pytest.mark.parametrize("name", [FEW, "hopper:128x64x64x4x2"])
 def test_names_of_tiles(name: str) -> None:
-    assert str(Tile.parse(name)) == name
-    assert Tile.parse(FEW) == Tile(weight_rows=64, tokens=16, words=64, warps=4, stages=3, kernel="triton")
+    assert str(ExpertTile.parse(name)) == name
+    assert ExpertTile.parse(FEW) == ExpertTile(weight_rows=64, tokens=16, words=64, warps=4, stages=3, kernel="triton")
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
@@ -157,7 +157,7 @@ def test_only_the_table_of_that_generation_is_replaced() -> None:
     assert json.loads(to_text(new)) == new
     assert {g: rows for g, rows in new["tiles"]["bfloat16"].items() if g != "10"} == CONTENT["tiles"]["bfloat16"]
     assert new["measured"]["9"] == CONTENT["measured"]["9"] and new["measured"]["10"]["points"] == times
-    assert read_tables(new)[torch.bfloat16][10] == ((0.25, Tile.parse(FEW)), (math.inf, Tile.parse(MANY)))
+    assert read_tables(new)[torch.bfloat16][10] == ((0.25, ExpertTile.parse(FEW)), (math.inf, ExpertTile.parse(MANY)))
     assert json.loads(to_text(CONTENT)) == CONTENT and FILE.read_text(encoding="utf-8") == to_text(CONTENT) + "\n"
 
 

@@ -14,15 +14,15 @@ from spawn import run_ranks
 from epmoe.errors import UserError
 from epmoe.formats.bf16 import Bf16Matrix
 from epmoe.formats.mxfp4 import Mxfp4Matrix
-from epmoe.models import MODELS, Place
+from epmoe.models import MODELS, Target
 from epmoe.models.gpt_oss import GptOss
 from epmoe.moe.placement import contiguous
 from epmoe.ranks.mesh import Ranks
-from epmoe.weights import experts as convert
 from epmoe.weights import manifest
 from epmoe.weights.checkpoint import SINGLE, Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.experts import ExpertReader
-from epmoe.weights.load import load
+from epmoe.weights.load import Limits, load
 from epmoe.weights.synthetic import make_checkpoint
 
 
@@ -36,9 +36,9 @@ def test_every_rank_holds_the_shared_tensors_and_its_experts(size: int, dtype_ex
         model, report = load_rank(tmp_path, rank, size)
         assert (report.quant, report.experts, report.dtype) == (dtype_experts, "reference", "float32")
         parameters = dict(model.named_parameters())
-        for name, place in model.shared_tensors(model.config).items():
-            parameter = parameters[place.parameter]
-            assert torch.equal(place.of(parameter), tensors[name].float()) and not parameter.requires_grad
+        for name, target in model.shared_tensors().items():
+            parameter = parameters[target.parameter]
+            assert torch.equal(target.of(parameter), tensors[name].float()) and not parameter.requires_grad
         for layer, weights in enumerate(weights_of(model)):
             mine = {k: tensors[EXPERTS.format(layer) + k][list(shares[rank])] for k in EXPERT_TENSORS[dtype_experts]}
             assert torch.equal(weights.gate_up_bias_LN, mine["gate_up_proj_bias"].float())
@@ -139,30 +139,28 @@ GAPS = [[(0, 2)], [(0, 2), (3, 4)], [(0, 2), (1, 4)], [(2, 4), (0, 2)], [(0, 4),
 
 
 @pytest.mark.parametrize("rows", GAPS, ids=str)
-def test_places_cover_a_parameter_once(rows: list[tuple[int, int] | None]) -> None:
+def test_targets_cover_a_parameter_once(rows: list[tuple[int, int] | None]) -> None:
     """Protects a matrix that several tensors make up: no row is left on meta and none is written twice."""
     parameters = {"w": torch.empty(4, 3, device="meta")}
-    assert manifest._shapes({"a": Place("w", (0, 1)), "b": Place("w", (1, 4))}, parameters) == {
+    assert manifest._shapes({"a": Target("w", (0, 1)), "b": Target("w", (1, 4))}, parameters) == {
         "a": (1, 3),
         "b": (3, 3),
     }
-    with pytest.raises(AssertionError, match="place"):
-        manifest._shapes({str(i): Place("w", each) for i, each in enumerate(rows)}, parameters)
+    with pytest.raises(AssertionError, match="target"):
+        manifest._shapes({str(i): Target("w", each) for i, each in enumerate(rows)}, parameters)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype_experts", "quant"), [("bf16", "mxfp4"), ("mxfp4", "bf16")])
-def test_converting_slices_by_chunks_is_converting_the_whole(
-    dtype_experts: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_converting_slices_by_chunks_is_converting_the_whole(dtype_experts: str, quant: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, dtype_experts=dtype_experts, experts=7)
     tensors = stored(tmp_path)
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 2 * 128 * 96 * 2)  # two experts of gate_up at a time, four of down
+    limits = Limits(chunk_bytes=2 * 128 * 96 * 2)  # two experts of gate_up at a time, four of down
     for size in (1, 2, 3):
         for rank, ids in enumerate(contiguous(7, size).experts):
-            model, report = load_rank(tmp_path, rank, size, quant=quant)
+            model, report = load_rank(tmp_path, rank, size, quant=quant, limits=limits)
             assert report.quant == quant
             for layer, weights in enumerate(weights_of(model)):
                 for matrix, name in ((weights.gate_up, "gate_up_proj"), (weights.down, "down_proj")):
@@ -300,7 +298,7 @@ def load_within(mine: Ranks, more: int, path: Path, **options: Any) -> tuple[Any
     total = torch.cuda.get_device_properties(mine.device).total_memory
     torch.cuda.set_per_process_memory_fraction(more / total, mine.device)
     with redirect_stderr(io.StringIO()) as said:
-        model, _ = load(Checkpoint.open(path), mine, experts="reference", **options)
+        model, _ = load(Checkpoint.open(path), mine, Choices(experts="reference", **options))
     return model, said.getvalue()
 
 

@@ -2,17 +2,20 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from loading import share_of
 from spawn import run_ranks
 
+from epmoe.formats import FORMATS
+from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.moe.placement import contiguous
 from epmoe.ranks.mesh import Ranks
-from epmoe.weights import experts as convert
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.load import load
+from epmoe.weights.choices import Choices
+from epmoe.weights.load import Limits, load
 from epmoe.weights.synthetic import make_checkpoint
 
 
@@ -25,11 +28,11 @@ def read_so_far() -> int:
 def bytes_of_loads(ranks: Ranks, warm: Path, loads: Sequence[tuple[Path, str]]) -> list[tuple[int, int]]:
     """(bytes by the system's count, bytes by the report) of each (checkpoint, quant)."""
     for path, quant in ((warm, "mxfp4"), (warm, "bf16")):  # imports are read from files, too
-        load(Checkpoint.open(path), ranks, quant=quant)
+        load(Checkpoint.open(path), ranks, Choices(quant=quant))
     result = []
     for path, quant in loads:
         before = read_so_far()
-        _, report = load(Checkpoint.open(path), ranks, quant=quant)
+        _, report = load(Checkpoint.open(path), ranks, Choices(quant=quant))
         result.append((read_so_far() - before, report.bytes_read))
     return result
 
@@ -65,24 +68,24 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
+class SmallChunks(Mxfp4Matrix):
+    """Converted a little at a time."""
+
+    chunk_values = 1 << 18
+
+
 def peak_of_load(ranks: Ranks, warm: Path, path: Path, quant: str) -> tuple[int, int]:
     """(growth of the resident memory's peak during a load, bytes of the loaded weights), with small chunks."""
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed leaves the resident memory at once
-    convert.CHUNK_BYTES = 4 << 20
-    for name, value in (
-        ("epmoe.formats.mxfp4.CHUNK_VALUES", 1 << 18),
-        ("epmoe.weights.checkpoint._CAST_BYTES", 4 << 20),
-    ):
-        module, _, attribute = name.rpartition(".")
-        setattr(__import__(module, fromlist=[attribute]), attribute, value)
-    load(Checkpoint.open(warm), ranks, quant=quant)  # what libraries allocate once
+    FORMATS["mxfp4"] = f"{__name__}:SmallChunks"
+    choices, limits = Choices(quant=quant), Limits(chunk_bytes=4 << 20)
+    load(Checkpoint.open(warm), ranks, choices)  # what libraries allocate once
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     before = memory("VmRSS")
-    model, _ = load(Checkpoint.open(path), ranks, quant=quant)
+    model, _ = load(replace(Checkpoint.open(path), cast_bytes=4 << 20), ranks, choices, limits=limits)
     growth = memory("VmHWM") - before
-    weights = sum(value.nbytes for value in model.parameters()) + sum(
-        layer.experts.nbytes for layer in model.moe_layers()
-    )
+    packed = [layer.experts for layer in model.moe_layers()]
+    weights = sum(value.nbytes for _, value in model.named_parameters()) + sum(each.nbytes for each in packed if each)
     return growth, weights
 
 

@@ -13,6 +13,7 @@ from loading import EXPERTS, load_rank, rank_of, rewrite_config, rewrite_tensors
 from epmoe.errors import UserError
 from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.checkpoint import INDEX, Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
@@ -158,7 +159,7 @@ def test_bf16_experts_under_an_mxfp4_config(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_the_known_ones(key: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     with pytest.raises(UserError, match=f"{key}='nope' is unknown; known: "):
-        load(Checkpoint.open(tmp_path), rank_of(0, 1), **{key: "nope"})  # type: ignore[arg-type]
+        load(Checkpoint.open(tmp_path), rank_of(0, 1), Choices(**{key: "nope"}))
 
 
 def test_more_ranks_than_experts(tmp_path: Path) -> None:

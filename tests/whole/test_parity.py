@@ -195,23 +195,23 @@ def drop_gate_up_bias(patch: Patch, model: GptOss) -> None:
 
 
 def softmax_over_all_experts(patch: Patch, model: GptOss) -> None:
-    real = reference_router.choose
+    real = reference_router.top_experts
 
-    def choose(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_experts(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         expert_TK = real(logits_TE, top_k)[0]
         return expert_TK, logits_TE.softmax(-1).gather(1, expert_TK.long())
 
-    patch.setattr(reference_router, "choose", choose)
+    patch.setattr(reference_router, "top_experts", top_experts)
 
 
 def ties_to_the_higher_id(patch: Patch, model: GptOss) -> None:
-    real = reference_router.choose
+    real = reference_router.top_experts
 
-    def choose(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_experts(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         expert_TK, weight_TK = real(logits_TE.flip(-1), top_k)
         return logits_TE.shape[1] - 1 - expert_TK, weight_TK
 
-    patch.setattr(reference_router, "choose", choose)
+    patch.setattr(reference_router, "top_experts", top_experts)
 
 
 MUTATIONS = {

@@ -24,6 +24,11 @@ EXCHANGES = {  # by the configuration's key `combine`
 }
 
 
+def by_nodes(nodes: int) -> str:
+    """What `combine=auto` stands for: K rows a token are little traffic within a node, and too much between nodes."""
+    return "slots" if nodes == 1 else "all_reduce"
+
+
 @dataclass(frozen=True)
 class Buffer:
     """What `prepare` hands to `combine`."""

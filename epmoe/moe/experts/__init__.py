@@ -11,9 +11,9 @@ import torch
 from epmoe.formats import ExpertWeights
 from epmoe.moe.router import Dispatch
 
-EXPERTS = {
+EXPERTS = {  # by preference: `experts=auto` is the first that serves the device and runs the formats
+    "triton": "epmoe.moe.experts.triton:TritonExperts",
     "reference": "epmoe.moe.experts.reference:ReferenceExperts",
-    "triton": "epmoe.moe.experts.triton.launch:TritonExperts",
 }
 
 
@@ -31,9 +31,20 @@ class GatedActivation:
 
 
 class Experts(Protocol):
-    """The packed experts of one layer on one rank."""
+    """The packed experts of one layer on one rank. What the class says of itself is known without importing kernels."""
 
     formats: ClassVar[frozenset[str]]  # names of FORMATS that `pack` takes
+    waits: ClassVar[bool]  # no CUDA graph can capture a step with it, since it waits for the device
+
+    @classmethod
+    def serves(cls, device: torch.device) -> bool:
+        """Whether it is meant for such a device."""
+        ...
+
+    @classmethod
+    def distinct(cls, tokens: int) -> tuple[int, ...]:
+        """Numbers of tokens, up to `tokens`, at which it compiles anew; () where it compiles nothing."""
+        ...
 
     @classmethod
     def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:

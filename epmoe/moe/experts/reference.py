@@ -33,15 +33,27 @@ class ReferenceExperts:
     """All arithmetic in float32; a slot's row is rounded once, to x's dtype. Reads `offset_L1` on the host.
 
     The same bits for a row hold for one device, one library and one thread count.
+
+    Args:
+        held_bytes: a layer whose values take no more than that keeps them; the bits do not follow from it.
     """
 
     formats: ClassVar[frozenset[str]] = frozenset(FORMATS)
+    waits: ClassVar[bool] = True
 
-    def __init__(self, weights: ExpertWeights, activation: GatedActivation) -> None:
+    def __init__(self, weights: ExpertWeights, activation: GatedActivation, held_bytes: int = HELD_BYTES) -> None:
         self.weights, self.activation = weights, activation
         matrices = (weights.gate_up, weights.down)
         values = sum(matrix.shape[0] * matrix.shape[1] * matrix.shape[2] for matrix in matrices)
-        self._held = tuple(m.dequantize(torch.float32) for m in matrices) if 4 * values <= HELD_BYTES else None
+        self._held = tuple(m.dequantize(torch.float32) for m in matrices) if 4 * values <= held_bytes else None
+
+    @classmethod
+    def serves(cls, device: torch.device) -> bool:
+        return True
+
+    @classmethod
+    def distinct(cls, tokens: int) -> tuple[int, ...]:
+        return ()
 
     @classmethod
     def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:

@@ -5,13 +5,13 @@ numbered t·K + k) · R = S rows (a fixed size, so that no shape depends on the 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-ROUTERS = {
-    "reference": "epmoe.moe.router.reference:route",
-    "triton": "epmoe.moe.router.triton.launch:route",
+ROUTERS = {  # by preference: `router=auto` is the first that serves the device
+    "triton": "epmoe.moe.router.triton:TritonRouter",
+    "reference": "epmoe.moe.router.reference:ReferenceRouter",
 }
 
 
@@ -31,12 +31,31 @@ class Dispatch:
     num_experts: int  # E over all ranks, so that a tile choice can follow T·K/E and never the local rows
 
 
-class Route(Protocol):
-    """`route(logits_TE, top_k, local_E, num_local) -> Dispatch`.
+class Router(Protocol):
+    """Made once for a model; its layers share it. What it says of itself is known without importing its kernels."""
 
-    `logits_TE` is in the model's dtype; `local_E` is int32 [E], the index of each expert on this rank or -1 (from
-    `Placement.local_E`), ascending along the expert ids that live here; `num_local` is L. Never synchronises with the
-    host.
-    """
+    waits: ClassVar[bool]  # no CUDA graph can capture a step with it, since it waits for the device
 
-    def __call__(self, logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch: ...
+    @classmethod
+    def serves(cls, device: torch.device) -> bool:
+        """Whether it is meant for such a device."""
+        ...
+
+    @classmethod
+    def distinct(cls, tokens: int) -> tuple[int, ...]:
+        """Numbers of tokens, up to `tokens`, at which it compiles anew; () where it compiles nothing."""
+        ...
+
+    def route(self, logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
+        """The K experts of each token, their weights, and the index of the slots whose expert lives on this rank.
+
+        Never synchronises with the host.
+
+        Args:
+            logits_TE: [T, E] in the model's dtype; T may be 0.
+            top_k: K, at most E.
+            local_E: int32 [E], the index of each expert on this rank or -1 (`Placement.local_E`), ascending along the
+                expert ids that live here.
+            num_local: L.
+        """
+        ...

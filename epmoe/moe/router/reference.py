@@ -11,10 +11,29 @@ An example: T = 2, K = 2, experts 2 and 3 live here as local 0 and 1 (L = 2).
     row_S      [1, -1, 0, 2]       slot 1 lives on another rank
 """
 
+from typing import ClassVar
+
 import torch
 
 from epmoe.moe.router import Dispatch
 from epmoe.trace import named
+
+
+class ReferenceRouter:
+    """`route` as a backend, for any device."""
+
+    waits: ClassVar[bool] = True  # nothing here reads a value on the host, but no graph has ever been captured with it
+
+    @classmethod
+    def serves(cls, device: torch.device) -> bool:
+        return True
+
+    @classmethod
+    def distinct(cls, tokens: int) -> tuple[int, ...]:
+        return ()
+
+    def route(self, logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
+        return route(logits_TE, top_k, local_E, num_local)
 
 
 def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
@@ -30,7 +49,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         local_E: int32 [E], index of each expert on this rank or -1, as `Placement.local_E` gives it.
         num_local: L.
     """
-    expert_TK, weight_TK = choose(logits_TE, top_k)
+    expert_TK, weight_TK = top_experts(logits_TE, top_k)
     with named("dispatch"):
         offset_L1, slot_R, row_S = index(local_E[expert_TK.flatten().long()], num_local)
     return Dispatch(expert_TK, weight_TK, offset_L1, slot_R, row_S, num_experts=logits_TE.shape[1])
@@ -51,7 +70,7 @@ def index(local_S: torch.Tensor, num_local: int) -> tuple[torch.Tensor, torch.Te
     return offset_L1, torch.where(used_R, slot_R, slots).int(), row_S.int()
 
 
-def choose(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_experts(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert ids int32 [T, K] by falling logit, ties to the lower id; the softmax over those logits, float32 [T, K]."""
     assert 1 <= top_k <= logits_TE.shape[1], f"top_k={top_k} of {logits_TE.shape[1]} experts"
     number_TE = logits_TE.float()

@@ -22,11 +22,13 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels import symmetric as memory
 from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.layers.owed import Owed
+from epmoe.models.decoder import Decoder
 from epmoe.moe.exchange import Buffer, symmetric
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.exchange.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 
 SUMMED: list[int] = []  # bytes of each call
@@ -199,9 +201,11 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
     if shared:
         pretend()
         symmetric.BYTES = 8 << 10
-    model, _ = load(Checkpoint.open(checkpoint), ranks, progress=False, combine="slots", dtype="float32")
+    model, _ = load(Checkpoint.open(checkpoint), ranks, Choices(combine="slots", dtype="float32"), progress=False)
+    assert isinstance(model, Decoder)
     model.limits = replace(model.limits, halves_from=40)
     config, exchange = model.config, model.moe_layers()[0].exchange
+    assert isinstance(exchange, Slots)
     sizes = {"tokens": 800, "sequences": 4, "page": 4}
     store = Cache(
         CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), ranks.device
@@ -219,7 +223,8 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
             step = replace(step, output_O=step.output_O[:0])
         with torch.inference_mode():
             found.append(model(step, store).clone())
-        zeros.append(exchange.symmetric is not None and not exchange.symmetric.buffer.any())
+        buffer = exchange.symmetric.buffer if exchange.symmetric else None
+        zeros.append(buffer is not None and not buffer.any())
     return found, zeros, len(SUMMED)
 
 

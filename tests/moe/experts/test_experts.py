@@ -34,8 +34,8 @@ def run_case(backend: str, format: str, case: Case, device: str, dtype: torch.dt
     assert not y_TKH[wanted_TKH == 0].any(), "a slot of another rank is not zero"
     error = relative_error(y_TKH, wanted_TKH)
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
-    place_TKH = torch.zeros_like(y_TKH)
-    assert experts.forward(x_TH, dispatch, place_TKH) is place_TKH and torch.equal(place_TKH, y_TKH)
+    given_TKH = torch.zeros_like(y_TKH)
+    assert experts.forward(x_TH, dispatch, given_TKH) is given_TKH and torch.equal(given_TKH, y_TKH)
 
 
 def on_cpu(backend: str, function, *args):
@@ -77,14 +77,13 @@ def test_reference_in_bf16() -> None:
         run_case("reference", "mxfp4", case, "cpu", torch.bfloat16)
 
 
-def test_reference_decodes_large_layers_on_the_fly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_decodes_large_layers_on_the_fly() -> None:
     """The bits do not tell whether the decoded values were kept; the memory does."""
     case = CASES[-2]
     weights = random_weights(case, "mxfp4", torch.float32, "cpu")
     x_TH, logits_TE = random_input(case, torch.float32, "cpu")
     kept = ReferenceExperts.pack(weights, case.activation)
-    monkeypatch.setattr("epmoe.moe.experts.reference.HELD_BYTES", 0)
-    decoding = ReferenceExperts.pack(weights, case.activation)
+    decoding = ReferenceExperts(weights, case.activation, held_bytes=0)
     assert decoding.nbytes == weights.gate_up.nbytes + weights.down.nbytes + 4 * 4 * (64 + 64) < kept.nbytes
     dispatch = dispatched(case, logits_TE)
     assert torch.equal(kept.forward(x_TH, dispatch), decoding.forward(x_TH, dispatch))

@@ -10,8 +10,9 @@ from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import generation
 from epmoe.moe.experts import EXPERTS
 from epmoe.moe.experts.reference import ReferenceExperts
-from epmoe.moe.experts.triton.launch import TritonExperts, down, down_torch, gate_up, gate_up_torch
-from epmoe.moe.experts.triton.tiles import TILES, Tile, choose_tile, table
+from epmoe.moe.experts.triton import TritonExperts
+from epmoe.moe.experts.triton.products import down, down_torch, gate_up, gate_up_torch
+from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table, tile_for
 from epmoe.moe.router import Dispatch
 from tests.moe.experts.test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, run_placements
 
@@ -94,7 +95,7 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     mine = generation(torch.device("cuda", 0))
     tiles = table(torch.bfloat16, mine)
     counts = [int(limit * case.experts) // case.top_k for limit, _ in tiles[:-1]]  # the most that a tile serves
-    chosen = [choose_tile(torch.bfloat16, tokens * case.top_k, case.experts, mine) for tokens in (*counts, case.tokens)]
+    chosen = [tile_for(torch.bfloat16, tokens * case.top_k, case.experts, mine) for tokens in (*counts, case.tokens)]
     assert chosen == [tile for _, tile in tiles]
     run_batches("triton", case, "cuda", dtype, counts)
 
@@ -129,7 +130,7 @@ def test_hopper_kernels_give_the_same_bits(
     assert dispatch.offset_L1.diff()[1:10].tolist() == list(counts)
     found = []
     for tile in ("hopper:256x128x64x8x2", "128x32x64x4x3"):
-        monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), Tile.parse(tile)),)})
+        monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), ExpertTile.parse(tile)),)})
         h_RI = gate_up(x_TH, experts.gate_up, experts.gate_up_bias_LN, dispatch, case.activation)
         found.append((h_RI, down(h_RI, experts.down, experts.down_bias_LH, dispatch)))
     for fast, plain in zip(*found, strict=True):

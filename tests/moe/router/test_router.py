@@ -5,6 +5,8 @@ A wrong index sends a token to another expert or loses it, silently; every test 
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from epmoe.errors import UserError
 from epmoe.moe.placement import contiguous
-from epmoe.moe.router import ROUTERS, Dispatch, Route
+from epmoe.moe.router import ROUTERS, Dispatch, Router
 from epmoe.moe.router.reference import route as reference
 from epmoe.tables import lookup
 
@@ -55,8 +57,8 @@ def _broken(tokens: int, experts: int, generator: torch.Generator) -> torch.Tens
     """What a diverged model produces: NaN and infinities, some rows of nothing else."""
     value = torch.randn(tokens, experts, generator=generator)
     odd = torch.tensor([math.nan, -math.inf, math.inf])
-    place = torch.rand(tokens, experts, generator=generator) < 0.5
-    value[place] = odd[torch.randint(0, 3, (int(place.sum()),), generator=generator)]
+    broken = torch.rand(tokens, experts, generator=generator) < 0.5
+    value[broken] = odd[torch.randint(0, 3, (int(broken.sum()),), generator=generator)]
     value[0::5] = math.nan
     value[1::5] = -math.inf
     return value
@@ -92,7 +94,13 @@ def logits_of(case: Case) -> torch.Tensor:
     return LOGITS[case.logits](case.tokens, case.experts, torch.Generator().manual_seed(case.tokens + case.experts))
 
 
-def per_rank(route: Route, case: Case, logits_TE: torch.Tensor) -> list[Dispatch]:
+def routed(name: str) -> Callable[..., Dispatch]:
+    """`route` of the backend `name`."""
+    router: Router = lookup("router", ROUTERS, name)()
+    return router.route
+
+
+def per_rank(route: Callable[..., Dispatch], case: Case, logits_TE: torch.Tensor) -> list[Dispatch]:
     placement = contiguous(case.experts, case.ranks)
     return [
         route(logits_TE, case.top_k, placement.local_E(rank, logits_TE.device), len(placement.experts[rank]))
@@ -205,11 +213,11 @@ def test_triton_interpreted(case: Case, dtype: torch.dtype) -> None:
 
 def test_triton_without_a_gpu_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"router=triton needs a GPU .*: choose router=reference"):
-        lookup("router", ROUTERS, "triton")(torch.zeros(1, 2), 1, torch.arange(2, dtype=torch.int32), 2)
+        routed("triton")(torch.zeros(1, 2), 1, torch.arange(2, dtype=torch.int32), 2)
 
 
 def _compare(name: str, case: Case, device: str, dtype: torch.dtype) -> None:
-    route = lookup("router", ROUTERS, name)
+    route = routed(name)
     logits_TE = logits_of(case).to(device, dtype)
     actual, expected = per_rank(route, case, logits_TE), per_rank(reference, case, logits_TE)
     for a, b in zip(actual, expected, strict=True):
@@ -221,20 +229,14 @@ def _compare(name: str, case: Case, device: str, dtype: torch.dtype) -> None:
 
 
 # 16 tokens by the three ways that there are: each must give what the others do, bit for bit.
-WAYS = {"one program of 16": (16, 64), "one program of 64": (64,), "two kernels": ()}
+WAYS: dict[str, tuple[int, ...]] = {"one program of 16": (16, 64), "one program of 64": (64,), "two kernels": ()}
 
 
 def _compare_ways(case: Case, device: str) -> None:
     from epmoe.moe.router.triton import launch as kernels
 
     logits_TE = logits_of(case).to(device)
-    shipped, results = kernels._FEW_TOKENS, []
-    try:
-        for sizes in WAYS.values():
-            kernels._FEW_TOKENS = sizes
-            results.append(per_rank(kernels.route, case, logits_TE))
-    finally:
-        kernels._FEW_TOKENS = shipped
+    results = [per_rank(partial(kernels.route, one_program=sizes), case, logits_TE) for sizes in WAYS.values()]
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same(a, b)
@@ -275,7 +277,7 @@ def test_triton_compiles_without_spills(experts: int, top_k: int, logits: str) -
     types = {**integers, **pointers, "logits_ptr": logits, "weight_ptr": "*fp32"}
     few = [kernels.few_options(tokens, experts) for tokens in (16, 64)]
     wanted = [(kernels._few, tile) for tile in few if tile]
-    wanted += [(kernel, kernels.tile_options(experts)) for kernel in (kernels._choose, kernels._index)]
+    wanted += [(kernel, kernels.tile_options(experts)) for kernel in (kernels._top_experts, kernels._index)]
     assert few[0]
     assert kernels.tile_options(kernels.MOST_EXPERTS)["num_warps"] == 32 < kernels.tile_options(16385)["num_warps"]
     for kernel, tile in wanted:
@@ -284,7 +286,7 @@ def test_triton_compiles_without_spills(experts: int, top_k: int, logits: str) -
         signature = {name: types[name] for name in kernel.arg_names if name not in constants}
         cost = compile_kernel(kernel, signature, constants, num_warps=warps)
         assert cost["spills"] == 0, f"{kernel.__name__}: {cost}"
-        assert (cost["waits"], cost["early"]) == (kernel is not kernels._choose, 0)
+        assert (cost["waits"], cost["early"]) == (kernel is not kernels._top_experts, 0)
 
 
 @pytest.mark.gpu
@@ -313,7 +315,7 @@ def test_triton_compiles_nothing_after_the_warm_up(monkeypatch: pytest.MonkeyPat
     """Counts kernels that Triton compiles or loads from its cache, after the sizes of the engine's warm-up."""
     import triton
 
-    route = lookup("router", ROUTERS, "triton")
+    route = routed("triton")
 
     def run(tokens: int) -> None:
         route(torch.zeros(tokens, 48, device="cuda", dtype=torch.bfloat16), 4, local_E, 16)
@@ -333,7 +335,7 @@ def test_triton_compiles_nothing_after_the_warm_up(monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ROUTERS)
 def test_no_host_synchronisation(name: str) -> None:
-    route = lookup("router", ROUTERS, name)
+    route = routed(name)
     logits_TE = torch.randn(300, 32, device="cuda", dtype=torch.bfloat16)
     local_E = contiguous(32, 2).local_E(1, logits_TE.device)
     expected = route(logits_TE, 4, local_E, 16)  # compiles outside the guarded part

@@ -1,4 +1,4 @@
-"""Launches of hopper_kernels.py: the same two products as triton.py's, for many rows an expert on a Hopper GPU.
+"""Launches of hopper_kernels.py: the same two products as products.py's, for many rows an expert on a Hopper GPU.
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · R = T·K rows of this rank, sorted by expert.
 
@@ -14,7 +14,7 @@ from epmoe.kernels.gpu import early
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.triton.hopper_kernels import SHARED, WORDS, down_kernel, gate_up_kernel
 from epmoe.moe.experts.triton.kernels import gather_kernel
-from epmoe.moe.experts.triton.tiles import Tile, hopper_serves
+from epmoe.moe.experts.triton.tiles import ExpertTile, hopper_serves
 from epmoe.moe.experts.triton.words import STRIP, WordMatrix
 from epmoe.moe.router import Dispatch
 
@@ -28,10 +28,10 @@ def gate_up(
     dispatch: Dispatch,
     activation: GatedActivation,
     h_RI: torch.Tensor,
-    tile: Tile,
+    tile: ExpertTile,
     grid: int,
 ) -> None:
-    """As `triton.gate_up`, into `h_RI`."""
+    """As `products.gate_up`, into `h_RI`."""
     num_local, rows, columns = matrix.shape
     assert hopper_serves(columns), columns
     x_RH = x_TH.new_empty(len(h_RI), columns)
@@ -71,10 +71,10 @@ def down(
     bias_LH: torch.Tensor,
     dispatch: Dispatch,
     y_TKH: torch.Tensor,
-    tile: Tile,
+    tile: ExpertTile,
     grid: int,
 ) -> None:
-    """As `triton.down`, into the slots of this rank in `y_TKH`."""
+    """As `products.down`, into the slots of this rank in `y_TKH`."""
     num_local, rows, columns = matrix.shape
     assert hopper_serves(columns), columns
     down_kernel[(grid,)](
@@ -94,7 +94,7 @@ def down(
     )
 
 
-def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDescriptor]:
+def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: ExpertTile) -> list[TensorDescriptor]:
     """What the copy engine needs to know of x and of the words: in blocks of a tile, and in blocks of half a tile."""
     describe = TensorDescriptor.from_tensor
     # All experts' strips one after the other; of each, the lines of 64 words: of a run of 4 pairs, one for each row.
@@ -107,7 +107,7 @@ def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: Tile) -> list[TensorDe
     ]
 
 
-def _constants(tile: Tile, matrix: WordMatrix) -> dict[str, object]:
+def _constants(tile: ExpertTile, matrix: WordMatrix) -> dict[str, object]:
     return {
         "COLUMNS": matrix.shape[2],
         "LOCAL": triton.next_power_of_2(matrix.shape[0]),

@@ -1,7 +1,7 @@
-"""The two grouped products for many rows an expert, on Hopper: what triton_kernels.py computes, bit for bit, in Gluon.
+"""The two grouped products for many rows an expert, on Hopper: what kernels.py computes, bit for bit, in Gluon.
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
-rows of this rank, sorted by expert · of the weights (mxfp4_words.py): P pairs of 32-column groups, Z strips of 64
+rows of this rank, sorted by expert · of the weights (words.py): P pairs of 32-column groups, Z strips of 64
 rows, V columns of scale words · in a program: B weight rows (in arrays of words: a strip's), M rows of R (tokens), C
 columns.
 
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from epmoe.kernels.gpu import after_previous, next_may_begin
-from epmoe.moe.experts.triton import words as mxfp4_words
+from epmoe.moe.experts.triton import words
 from epmoe.moe.experts.triton.words import words_to_values
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
@@ -42,7 +42,7 @@ _SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_
 # The words of a run, whole strips.
 WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3))
 _RUN = gl.constexpr(256)  # columns of a run of 4 pairs
-_STRIP = gl.constexpr(mxfp4_words.STRIP)
+_STRIP = gl.constexpr(words.STRIP)
 
 
 @gluon.jit(do_not_specialize=["num_local"])
@@ -325,5 +325,5 @@ def _copy_rest(x_ptr, word_ptr, strip, first, stop, real_rows, COLUMNS: gl.const
 
 @gluon.jit
 def _values(word_BQ, scale_B, J: gl.constexpr, WIDE: gl.constexpr):
-    """Words int16 [B, Q] and their scale words int32 [B] → the bf16 values of code J (mxfp4_words.py) [B, Q]."""
+    """Words int16 [B, Q] and their scale words int32 [B] → the bf16 values of code J (words.py) [B, Q]."""
     return words_to_values(word_BQ, scale_B[:, None], J, WIDE, True)

@@ -1,17 +1,17 @@
 """Two grouped products straight from 4-bit weights, with everything around them fused: gate_up and down.
 
 Letters: T tokens · H hidden · I intermediate · K experts per token · L experts on this rank · S = T·K slots · R = S
-rows of this rank, sorted by expert · of the weights (mxfp4_words.py): P pairs of 32-column groups, Z strips of 64
+rows of this rank, sorted by expert · of the weights (words.py): P pairs of 32-column groups, Z strips of 64
 rows, X words of a strip, V columns of scale words · in a program: B weight rows, M rows of R (tokens), Q words.
 
 A program owns B weight rows of one expert and M of its rows, and computes w_BC · x_CMᵀ: weights are the left operand,
 because the tensor cores take that one from registers, where the 4-bit codes become numbers; a batch of few tokens then
 wastes columns of 8, not rows of 64.
 
-**Order.** The contraction runs in one accumulator, never split, whatever the batch: run by run (mxfp4_words.py), in a
+**Order.** The contraction runs in one accumulator, never split, whatever the batch: run by run (words.py), in a
 run Q words at a time, the four codes of those words in order. With Q = 64 that is simply column 0 upwards. So a row's
 bits follow from its token, its expert and the tile's Q alone; and Q, like all of the tile, comes from dtype, T·K and E
-(triton.py), never from the rows, experts or ranks at hand.
+(products.py), never from the rows, experts or ranks at hand.
 
 **Schedule.** The grid is as large as S slots over L experts can ever need. Each program finds its tile in the
 experts' offsets, on the device; those without one end at once, and an expert that nobody chose has no tile.
@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 
 from epmoe.kernels.gpu import after_previous, next_may_begin
-from epmoe.moe.experts.triton import words as mxfp4_words
+from epmoe.moe.experts.triton import words
 from epmoe.moe.experts.triton.words import words_to_values
 
-STRIP = tl.constexpr(mxfp4_words.STRIP)
+STRIP = tl.constexpr(words.STRIP)
 
 
 @triton.jit(do_not_specialize=["num_local", "top_k"])

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 FILE = Path(__file__).with_name("tiles.json")
-KERNELS = ("triton", "hopper")  # triton_kernels.py, hopper_kernels.py
+KERNELS = ("triton", "hopper")  # kernels.py, hopper_kernels.py
 
 
 @dataclass(frozen=True)
-class Tile:
+class ExpertTile:
     """What one program computes: `weight_rows` × `tokens`, `words` of 4 columns at a time."""
 
     weight_rows: int
@@ -36,7 +36,7 @@ class Tile:
     kernel: str = "triton"
 
     @classmethod
-    def parse(cls, name: str) -> "Tile":
+    def parse(cls, name: str) -> "ExpertTile":
         """The inverse of str(): "64x16x64x4x3", of another kernel than triton "hopper:128x64x64x4x2"."""
         kernel, _, sizes = name.rpartition(":")
         weight_rows, tokens, words, warps, stages = map(int, sizes.split("x"))
@@ -47,7 +47,7 @@ class Tile:
         return sizes if self.kernel == "triton" else f"{self.kernel}:{sizes}"
 
 
-Table = tuple[tuple[float, Tile], ...]  # (most rows of an expert, its tile), ascending
+Table = tuple[tuple[float, ExpertTile], ...]  # (most rows of an expert, its tile), ascending
 
 
 def read_tables(content: Mapping[str, Any]) -> dict[torch.dtype, dict[int, Table]]:
@@ -69,19 +69,18 @@ def read_tables(content: Mapping[str, Any]) -> dict[torch.dtype, dict[int, Table
 
 
 def _read_table(where: str, rows: list[dict[str, Any]]) -> Table:
-    names = {item.name for item in fields(Tile)}
+    names = {item.name for item in fields(ExpertTile)}
     for row in rows:
         if set(row) != names | {"up_to"}:
             raise ValueError(f"{where}: a tile has the fields {sorted(row)}, not {sorted(names | {'up_to'})}")
     limits = [float("inf") if row["up_to"] is None else float(row["up_to"]) for row in rows]
-    tiles = [Tile(**{name: row[name] for name in names}) for row in rows]
+    tiles = [ExpertTile(**{name: row[name] for name in names}) for row in rows]
     if not rows or limits[-1] != float("inf"):
         raise ValueError(f"{where}: the last tile must serve any number of rows (up_to: null)")
-    # The engine runs prefills of 1, 2, 4 … tokens before it is ready, which must meet every tile
-    # (epmoe/engine/engine.py).
+    # `TritonExperts.distinct` names 1, 2, 4 … tokens, which must meet every tile.
     if limits[0] <= 0 or any(below == float("inf") or above < 2 * below for below, above in pairwise(limits)):
         raise ValueError(f"{where}: up_to must at least double from tile to tile, above 0, and is {limits}")
-    # `words` is the order along the contraction (triton_kernels.py): a row must have the same bits in a decode step and
+    # `words` is the order along the contraction (kernels.py): a row must have the same bits in a decode step and
     # in a prefill.
     if len({tile.words for tile in tiles}) > 1:
         raise ValueError(f"{where}: one order of summation needs the same words in all tiles: {list(map(str, tiles))}")
@@ -105,8 +104,8 @@ def table(dtype: torch.dtype, generation: int) -> Table:
     return tables.get(generation, tables[0])
 
 
-def choose_tile(dtype: torch.dtype, slots: int, num_experts: int, generation: int) -> Tile:
-    """The tile for T·K slots over all E experts. What a rank holds must not enter: see triton_kernels.py, Order."""
+def tile_for(dtype: torch.dtype, slots: int, num_experts: int, generation: int) -> ExpertTile:
+    """The tile for T·K slots over all E experts. What a rank holds must not enter: see kernels.py, Order."""
     return next(tile for limit, tile in table(dtype, generation) if slots <= limit * num_experts)
 
 

@@ -38,10 +38,17 @@ _THREAD = 16
 # What one program of 32 warps, the most there are, holds of a token's logits. An id would have room for 65,536.
 MOST_EXPERTS = 32 * 32 * _THREAD
 # Tokens of the one program that does everything, if its tile is no larger than that.
-_FEW_TOKENS: tuple[int, ...] = (16, 64)
+ONE_PROGRAM = (16, 64)
 
 
-def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
+def route(
+    logits_TE: torch.Tensor,
+    top_k: int,
+    local_E: torch.Tensor,
+    num_local: int,
+    *,
+    one_program: tuple[int, ...] = ONE_PROGRAM,
+) -> Dispatch:
     """As `epmoe.moe.router.reference.route`, with the same ids and index; weights differ by the rounding of exp.
 
     One launch for few tokens, else two; nothing waits for the device.
@@ -51,6 +58,7 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
         top_k: K, at most E.
         local_E: int32 [E], index of each expert on this rank or -1, ascending, as `Placement.local_E` gives it.
         num_local: L.
+        one_program: tokens that one program can have, ascending; the bits do not follow from it.
 
     Raises:
         UserError: a device that Triton cannot compile for.
@@ -73,24 +81,24 @@ def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local:
     chosen, index = (expert_TK, weight_TK), (offset_L1, slot_R, row_S)
     sizes = {"E": experts, "K": top_k}
 
-    if few := few_options(tokens, experts):
+    if few := few_options(tokens, experts, one_program):
         options = {**sizes, **few, **early(device)}
         _few[(1,)](logits_TE, local_E, *chosen, *index, tokens, num_local, **options)
     else:
         tile = tile_options(experts)
         blocks = triton.cdiv(tokens, tile["BLOCK_T"])
         count_BE = torch.empty((blocks, experts), dtype=torch.int32, device=device)
-        _choose[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile, PDL=dependent(device))
+        _top_experts[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile, PDL=dependent(device))
         with named("dispatch"):
             options = {**sizes, **tile, **early(device)}
             _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, **options)
     return Dispatch(*chosen, *index, num_experts=experts)
 
 
-def few_options(tokens: int, experts: int) -> dict[str, int] | None:
+def few_options(tokens: int, experts: int, sizes: tuple[int, ...] = ONE_PROGRAM) -> dict[str, int] | None:
     """Tile and warps of the one program that does everything; None: too many tokens for one."""
     padded = _padded(experts)
-    for size in _FEW_TOKENS:
+    for size in sizes:
         if tokens <= size and size * padded <= _TILE:
             return {"BLOCK_T": size, "BLOCK_E": padded, "num_warps": max(8, size * padded // (32 * _THREAD))}
     return None
@@ -166,7 +174,7 @@ def _few(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _choose(
+def _top_experts(
     logits_ptr,  # [T, E]
     expert_ptr,  # int32 [T, K]
     weight_ptr,  # float32 [T, K]

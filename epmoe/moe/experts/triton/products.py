@@ -1,96 +1,32 @@
-"""Experts in Triton: both products run straight from the packed MXFP4 weights; nothing is dequantised to memory.
+"""The experts' two products, gate_up and down: which kernel, which tile, one launch each; and the same in torch.
+
+Products of few rows an expert run in kernels.py, those of many on a Hopper GPU in hopper_kernels.py (launched by
+hopper.py), with the same bits; tiles.py says which.
 
 Letters: T tokens · H hidden · I intermediate · E experts · K experts per token · L experts on this rank · S = T·K
 slots · R = S rows of this rank, sorted by expert · N = 2I.
-
-Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype; and on a Hopper
-GPU with many rows an expert the rows of x gathered in their order, [T·K, H], until the result takes their place
-(hopper.py).
-
-Products of few rows an expert run in triton_kernels.py, those of many on a Hopper GPU in hopper_kernels.py (launched by
-hopper.py), with the same bits; tiles.py says which.
 """
 
 from itertools import pairwise
 from types import ModuleType
-from typing import ClassVar, Self
 
 import torch
 import triton
 import triton.language as tl
 
-from epmoe.errors import UserError
-from epmoe.formats import ExpertWeights
-from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import early, generation
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.reference import gated
 from epmoe.moe.experts.triton.kernels import down_kernel, gate_up_kernel
-from epmoe.moe.experts.triton.tiles import TILES, Tile, choose_tile, hopper_serves
+from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, hopper_serves, tile_for
 from epmoe.moe.experts.triton.words import WordMatrix
 from epmoe.moe.router import Dispatch
-from epmoe.trace import named
 
 
 def max_tiles(slots: int, num_local: int, tokens: int) -> int:
     """The most runs of at most `tokens` rows that `slots` rows over L experts can need: the grid's fixed bound."""
     started = min(slots, num_local)
     return started + (slots - started) // tokens
-
-
-class TritonExperts:
-    """MXFP4 experts on a GPU; for tests also in Triton's interpreter. Never waits for the device; fits a CUDA graph."""
-
-    formats: ClassVar[frozenset[str]] = frozenset({"mxfp4"})
-
-    def __init__(
-        self,
-        gate_up: WordMatrix,
-        gate_up_bias_LN: torch.Tensor,
-        down: WordMatrix,
-        down_bias_LH: torch.Tensor,
-        activation: GatedActivation,
-    ) -> None:
-        self.gate_up, self.gate_up_bias_LN = gate_up, gate_up_bias_LN.contiguous()
-        self.down, self.down_bias_LH = down, down_bias_LH.contiguous()
-        self.activation = activation
-
-    @classmethod
-    def pack(cls, weights: ExpertWeights, activation: GatedActivation) -> Self:
-        """Regroups codes and scales (mxfp4_words.py): the same size where rows are whole strips of 64 and groups even.
-
-        Raises:
-            UserError: another format than mxfp4, or a device that Triton cannot compile for.
-        """
-        gate_up, down = weights.gate_up, weights.down
-        if not isinstance(gate_up, Mxfp4Matrix) or not isinstance(down, Mxfp4Matrix):
-            raise UserError(
-                f"experts=triton runs quant={'|'.join(sorted(cls.formats))}, not quant={gate_up.format}: "
-                "choose that, or experts=reference"
-            )
-        if gate_up.device.type == "cpu" and not triton.knobs.runtime.interpret:
-            raise UserError("experts=triton needs a GPU and these experts are on the CPU: choose experts=reference")
-        return cls(
-            WordMatrix.pack(gate_up),
-            weights.gate_up_bias_LN,
-            WordMatrix.pack(down),
-            weights.down_bias_LH,
-            activation,
-        )
-
-    def unpack(self) -> ExpertWeights:
-        return ExpertWeights(self.gate_up.unpack(), self.gate_up_bias_LN, self.down.unpack(), self.down_bias_LH)
-
-    @property
-    def nbytes(self) -> int:
-        return self.gate_up.nbytes + self.down.nbytes + self.gate_up_bias_LN.nbytes + self.down_bias_LH.nbytes
-
-    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
-        with named("gate_up"):
-            h_RI = gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
-        with named("down"):
-            return down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH)
 
 
 def gate_up(
@@ -172,16 +108,16 @@ def down(
     return y_TKH
 
 
-def _tile(x: torch.Tensor, matrix: WordMatrix, dispatch: Dispatch) -> Tile:
+def _tile(x: torch.Tensor, matrix: WordMatrix, dispatch: Dispatch) -> ExpertTile:
     """The table's tile for this step, or table 0's where the table's kernel does not know rows of that length."""
     step = (x.dtype, dispatch.slot_R.numel(), dispatch.num_experts)
-    tile = choose_tile(*step, generation(x.device))
+    tile = tile_for(*step, generation(x.device))
     known = tile.kernel != "hopper" or hopper_serves(matrix.shape[2])
-    return tile if known else choose_tile(*step, 0)
+    return tile if known else tile_for(*step, 0)
 
 
 def _hopper() -> ModuleType:
-    from epmoe.moe.experts.triton import hopper  # only here: a CPU machine need not have triton
+    from epmoe.moe.experts.triton import hopper  # only here: other GPUs need no Gluon
 
     return hopper
 
@@ -235,7 +171,7 @@ def _check(x: torch.Tensor, matrix: WordMatrix, bias_LN: torch.Tensor, dispatch:
     assert all(tensor.is_contiguous() and tensor.device == x.device for tensor in tensors)
 
 
-def _constants(tile: Tile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, object]:
+def _constants(tile: ExpertTile, matrix: WordMatrix, x: torch.Tensor) -> dict[str, object]:
     """Compile-time arguments that both kernels share."""
     on_gpu = x.device.type != "cpu"
     return {
