@@ -71,12 +71,12 @@ def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
 
 
 def experts_class(name: str) -> type[Experts]:
-    """The expert backend `name`.
+    """The expert backend `name`: of the table, or package.module:Class.
 
     Raises:
         UserError: see `lookup`.
     """
-    found: type[Experts] = lookup("experts", EXPERTS, name)
+    found: type[Experts] = lookup("experts", EXPERTS, name, Experts)
     return found
 
 

@@ -16,6 +16,7 @@ from epmoe.formats.bf16 import Bf16Matrix
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.models import MODELS, Target
 from epmoe.models.gpt_oss import GptOss
+from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.placement import contiguous
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights import manifest
@@ -121,6 +122,19 @@ def test_auto_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model, report = load_rank(tmp_path, **everything)
     assert capsys.readouterr().err == "" and {key: getattr(report, key) for key in everything} == everything
     assert model.norm.weight.dtype == torch.bfloat16
+
+
+class Outside(ReferenceExperts):
+    """A backend that no table names."""
+
+
+def test_experts_from_outside_the_repository(tmp_path: Path) -> None:
+    """`experts=package.module:Class` packs the layers; the report says so, and that steps with it wait."""
+    make_checkpoint(tmp_path)
+    name = f"{__name__}:Outside"
+    model, report = load_rank(tmp_path, experts=name)
+    assert {type(layer.experts).__name__ for layer in model.moe_layers()} == {"Outside"}
+    assert report.experts == name and report.waits == (f"experts={name}", "router=reference")
 
 
 def test_the_bar_is_for_terminals_and_counts_this_ranks_bytes(
