@@ -45,14 +45,14 @@ CHANGE = 0.03
 MOST_COPIES = 16
 
 
-def choose(points: Sequence[Point], change: float = CHANGE) -> list[tuple[float, ExpertTile]]:
+def best_table(points: Sequence[Point], change: float = CHANGE) -> list[tuple[float, ExpertTile]]:
     """The table [(most rows of an expert, tile)] that takes the least time over all points.
 
     Minimises Σ log µs + change · (tiles − 1) over all tables whose tiles have the same `words`: one order of summation.
     A limit lies half-way, as a ratio, between the points on its two sides. Tiles that some point lacks are left out.
 
     >>> us = [{"64x16x64x4x3": 10.0, "128x32x64x4x3": 12.0}, {"64x16x64x4x3": 40.0, "128x32x64x4x3": 30.0}]
-    >>> [(limit, str(tile)) for limit, tile in choose([{"rows": r, "us": each} for r, each in zip((1, 16), us)])]
+    >>> [(limit, str(tile)) for limit, tile in best_table([{"rows": r, "us": each} for r, each in zip((1, 16), us)])]
     [(4.0, '64x16x64x4x3'), (inf, '128x32x64x4x3')]
     """
     rows = sorted({point["rows"] for point in points})
@@ -99,7 +99,7 @@ def updated(content: dict[str, Any], of: int, points: Sequence[Point], condition
     """
     rows = [
         {"up_to": None if limit == math.inf else _rounded(limit), "kernel": tile.kernel, **vars(tile)}
-        for limit, tile in choose(points)
+        for limit, tile in best_table(points)
     ]
     tables = {**content["tiles"], "bfloat16": {**content["tiles"]["bfloat16"], str(of): rows}}
     measured = {**content["measured"], str(of): {**conditions, "points": list(points)}}

@@ -7,11 +7,21 @@ import pytest
 import torch
 
 from epmoe.formats import FORMATS, ExpertMatrix
+from epmoe.formats.bf16 import Bf16Matrix
+from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.tables import lookup
 
 EXPERTS, ROWS, COLUMNS = 5, 6, 64
 
 each_format = pytest.mark.parametrize("name", FORMATS)
+
+
+# mypy looks at these.
+FULFIL: dict[str, type[ExpertMatrix]] = {"mxfp4": Mxfp4Matrix, "bf16": Bf16Matrix}
+
+
+def test_the_table_names_them() -> None:
+    assert {name: format_class(name) for name in FORMATS} == FULFIL
 
 
 def format_class(name: str) -> type[ExpertMatrix]:

@@ -5,7 +5,6 @@ Letters: T tokens · H hidden · E experts · K experts per token.
 
 import pytest
 import torch
-from expert_cases import Case, of_experts, random_weights
 from loading import rank_of
 from spawn import run_ranks
 
@@ -18,6 +17,7 @@ from epmoe.moe.layer import MoE
 from epmoe.moe.placement import Placement, contiguous
 from epmoe.moe.router.reference import ReferenceRouter
 from epmoe.ranks.mesh import Ranks
+from scripts.bench.expert_cases import Case, of_experts, random_weights
 
 CASE = Case("layer", tokens=11, hidden=96, intermediate=64, experts=7, top_k=3)
 # No run of neighbours, and a rank with a single expert.

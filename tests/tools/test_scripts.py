@@ -62,7 +62,16 @@ runpy.run_path(file, run_name="__main__")
 
 @pytest.mark.parametrize(
     "name",
-    ["make_checkpoint", "train_demo", "bench/attention", "bench/load", "bench/moe", "bench/router", "bench/tune"],
+    [
+        "make_checkpoint",
+        "train_demo",
+        "bench/attention",
+        "bench/experts",
+        "bench/load",
+        "bench/moe",
+        "bench/router",
+        "bench/tune",
+    ],
 )
 def test_runs_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BARE, str(ROOT), str(ROOT / "scripts" / f"{name}.py")]

@@ -102,9 +102,9 @@ def points(*times: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def chosen(*times: dict[str, float]) -> list[tuple[float, str]]:
-    from scripts.bench.tune import choose  # needs triton, as the kernels do
+    from scripts.bench.tune import best_table  # needs triton, as the kernels do
 
-    return [(limit, str(tile)) for limit, tile in choose(points(*times))]
+    return [(limit, str(tile)) for limit, tile in best_table(points(*times))]
 
 
 def test_the_fastest_table_is_chosen() -> None:
@@ -127,10 +127,10 @@ def test_a_tile_that_some_device_could_not_run_is_left_out() -> None:
 
 
 def test_points_of_the_same_size_count_together() -> None:
-    from scripts.bench.tune import choose
+    from scripts.bench.tune import best_table
 
     same = [{"rows": 1, "us": {FEW: 10, SOME: 30}}, {"rows": 1, "us": {FEW: 20, SOME: 10}}]
-    assert [str(tile) for _, tile in choose(same)] == [FEW]
+    assert [str(tile) for _, tile in best_table(same)] == [FEW]
 
 
 def test_limits_between_neighbours_double() -> None:

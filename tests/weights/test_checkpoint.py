@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from epmoe.bench.weights import RandomCheckpoint
 from epmoe.errors import UserError
 from epmoe.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from epmoe.weights.reader import Reader, Span, _PinnedRing
+from epmoe.weights.source import Source
 from epmoe.weights.synthetic import make_checkpoint
 
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -244,6 +246,18 @@ def test_a_large_cast_passes_through_small_temporaries(tmp_path: Path, monkeypat
     monkeypatch.setattr(Reader, "read", noted)
     assert torch.equal(checkpoint.read(name, dtype=torch.float32), load_file(tmp_path / SINGLE)[name].float())
     assert len(sizes) == 64 and max(sizes) <= 1000
+
+
+def test_checkpoints_are_sources(tmp_path: Path) -> None:
+    """What the loader asks for (mypy looks at the types), of files and of weights that are made up."""
+    sources: list[Source] = [Checkpoint.open(make_checkpoint(tmp_path)), RandomCheckpoint.of("tiny")]
+    for source in sources:
+        name = "model.layers.1.mlp.experts.down_proj_blocks"
+        info, rows = source.tensors[name], source.read_rows(name, [0, 2])
+        assert rows.shape == (2, *info.shape[1:]) and rows.dtype == info.dtype
+        assert torch.equal(source.read(name)[[0, 2]], rows)
+        source.close()
+        assert torch.equal(source.read_rows(name, [2])[0], rows[1])
 
 
 def test_text_files_are_found(tmp_path: Path) -> None:

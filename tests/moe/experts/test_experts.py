@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from expert_cases import CASES, Case, dispatched, expected, of_experts, random_input, random_weights, relative_error
 from interpret import interpreted
 
 from epmoe.errors import UserError
@@ -16,10 +15,17 @@ from epmoe.moe.experts import EXPERTS
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.experts.triton.words import WordMatrix, words_to_values
 from epmoe.tables import lookup
-
-# Relative error of all rows together. float32: sums of at most 320 products; measured 1e-7. bfloat16: the result is
-# rounded to 8 bits (at most 2^-9 each, about 2^-9/√3 in the mean) and so is h; measured 2e-3.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+from scripts.bench.expert_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    dispatched,
+    expected,
+    of_experts,
+    random_input,
+    random_weights,
+    relative_error,
+)
 
 
 def run_case(backend: str, format: str, case: Case, device: str, dtype: torch.dtype) -> None:

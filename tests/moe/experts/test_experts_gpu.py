@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from expert_cases import CASES, Case, dispatched, of_experts, random_input, random_weights, relative_error
 
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import generation
@@ -14,7 +13,17 @@ from epmoe.moe.experts.triton import TritonExperts
 from epmoe.moe.experts.triton.products import down, down_torch, gate_up, gate_up_torch
 from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table, tile_for
 from epmoe.moe.router import Dispatch
-from tests.moe.experts.test_experts import TOLERANCE, run_batches, run_case, run_decode, run_nan, run_placements
+from scripts.bench.expert_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    dispatched,
+    of_experts,
+    random_input,
+    random_weights,
+    relative_error,
+)
+from tests.moe.experts.test_experts import run_batches, run_case, run_decode, run_nan, run_placements
 
 pytestmark = pytest.mark.gpu
 
