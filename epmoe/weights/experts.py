@@ -9,6 +9,7 @@ Letters: L experts on this rank · N output rows of a matrix · H hidden.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,15 +18,18 @@ from epmoe.weights.manifest import Matrix
 from epmoe.weights.source import Source
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Memory that loading may take beside the weights."""
+
+    chunk_bytes: int = 256 << 20  # of the values in bfloat16 that are converted at a time
+
+
 class ExpertReader:
-    """Reads the experts `ids` (this rank's, ascending) of a source onto a device.
+    """Reads the experts `ids` (this rank's, ascending) of a source onto a device."""
 
-    Args:
-        chunk_bytes: of the values in bfloat16 that are converted at a time.
-    """
-
-    def __init__(self, source: Source, ids: Sequence[int], device: torch.device, chunk_bytes: int = 256 << 20) -> None:
-        self.source, self.ids, self.device, self.chunk_bytes = source, ids, device, chunk_bytes
+    def __init__(self, source: Source, ids: Sequence[int], device: torch.device, limits: Limits | None = None) -> None:
+        self.source, self.ids, self.device, self.limits = source, ids, device, limits or Limits()
         self.on_host = device.type == "cpu"  # where conversions run; the host too once the device was too full
 
     def weights(self, gate_up: Matrix, down: Matrix, dtype: torch.dtype) -> ExpertWeights:
@@ -60,7 +64,7 @@ class ExpertReader:
 
     def _convert(self, matrix: Matrix, device: torch.device) -> ExpertMatrix:
         _, rows, columns = matrix.shape
-        count = max(1, self.chunk_bytes // (rows * columns * torch.bfloat16.itemsize))
+        count = max(1, self.limits.chunk_bytes // (rows * columns * torch.bfloat16.itemsize))
         parts = []
         for start in range(0, len(self.ids), count):
             part = matrix.stored.read(matrix.name, self.ids[start : start + count], self._to(device))

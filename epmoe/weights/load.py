@@ -24,7 +24,7 @@ from epmoe.ranks.memory import free_bytes
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
 from epmoe.weights.choices import DTYPES, Choices, experts_class, resolve, router_class, waiting
-from epmoe.weights.experts import ExpertReader
+from epmoe.weights.experts import ExpertReader, Limits
 from epmoe.weights.manifest import Manifest
 from epmoe.weights.source import Source
 
@@ -42,13 +42,6 @@ class LoadReport:
     placement: str
     dtype: str
     waits: tuple[str, ...]  # what of it waits for the device in a step, as "key=name": no graph can capture it
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Memory that loading may take beside the weights."""
-
-    chunk_bytes: int = 256 << 20  # see ExpertReader
 
 
 def load(
@@ -71,7 +64,7 @@ def load(
             that do not fit; but for the last, before any weight is read.
     """
     begin = time.perf_counter()
-    asked, limits = choices or Choices(), limits or Limits()
+    asked = choices or Choices()
     family, config = model_of(source)
     with torch.device("meta"):
         model = family(config)
@@ -84,7 +77,7 @@ def load(
     backend, router = experts_class(chosen.experts), router_class(chosen.router)()
     exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
     local_E = placement.local_E(ranks.expert_rank, ranks.device)
-    reader = ExpertReader(source, ids, ranks.device, limits.chunk_bytes)
+    reader = ExpertReader(source, ids, ranks.device, limits)
     shown = progress and ranks.is_main and sys.stderr.isatty()
     with (
         _fitting(manifest.bytes_of_weights(len(ids), compute), ranks.device),

@@ -22,8 +22,8 @@ from epmoe.ranks.mesh import Ranks
 from epmoe.weights import manifest
 from epmoe.weights.checkpoint import SINGLE, Checkpoint
 from epmoe.weights.choices import Choices
-from epmoe.weights.experts import ExpertReader
-from epmoe.weights.load import Limits, load
+from epmoe.weights.experts import ExpertReader, Limits
+from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
 

@@ -15,7 +15,8 @@ from epmoe.moe.placement import contiguous
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import Choices
-from epmoe.weights.load import Limits, load
+from epmoe.weights.experts import Limits
+from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
 
