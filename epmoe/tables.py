@@ -41,7 +41,9 @@ def _from_outside(key: str, name: str, contract: type) -> Any:
             f"{key}={name!r}: {module} cannot be imported ({error}): give package.module:Class of a package that is "
             "installed, or that lies in the working directory or in PYTHONPATH"
         ) from error
-    part = getattr(found, attribute, None)
+    part: Any = found
+    for each in attribute.split("."):  # a class may stand within another
+        part = getattr(part, each, None)
     if not isinstance(part, type):
         has = "no class" if part is None else f"{type(part).__name__}, not a class,"
         raise UserError(f"{key}={name!r}: {module} has {has} {attribute}: give the name of a class in it")

@@ -22,6 +22,10 @@ class Whole(ReferenceExperts):
     pass
 
 
+class Holder:
+    Whole = Whole
+
+
 class Empty:
     pass
 
@@ -72,6 +76,7 @@ MISTAKES = [
     Mistake(".outside:X", r"experts='\.outside:X': .* cannot be imported"),
     Mistake("outside:Absent", r"outside has no class Absent: give the name of a class in it"),
     Mistake("outside:", r"outside has no class"),
+    Mistake("outside:Holder.Absent", r"outside has no class Holder\.Absent"),
     Mistake("outside:function", r"outside has function, not a class, function: give"),
     Mistake("outside:number", r"outside has int, not a class, number: give"),
     Mistake(
@@ -101,8 +106,9 @@ def test_mistakes(mistake: Mistake) -> None:
 
 @pytest.mark.usefixtures("outside")
 def test_a_class_from_outside() -> None:
-    found = lookup("experts", EXPERTS, "outside:Whole", Experts)
-    assert found.__name__ == "Whole" and issubclass(found, ReferenceExperts)
+    for name in ("Whole", "Holder.Whole"):
+        found = lookup("experts", EXPERTS, f"outside:{name}", Experts)
+        assert found.__name__ == "Whole" and issubclass(found, ReferenceExperts)
 
 
 @pytest.mark.usefixtures("outside")
