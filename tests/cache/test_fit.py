@@ -8,11 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from bitwise_run import requests
+from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.fit import CACHE_SHARE, CacheSettings, _bytes, fit_cache
 from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import Choices
@@ -82,3 +84,42 @@ def test_a_fixed_capacity_gives_the_same_bits_though_memory_differs(cache_tokens
     assert {each.together < BATCH for each in runs} == {cache_tokens == ROOM}
     assert all(each.said == [] for each in runs)
     assert all(each == runs[0] for each in runs[1:])
+
+
+@dataclass
+class Shape:
+    windows: tuple[int | None, ...] = (8, None)
+    kv_heads: int = 2
+    head_dim: int = 4
+    max_positions: int = 10_000
+
+
+def fit(needs: list[int], **options: int) -> Cache:
+    return fit_cache(Shape(), needs, rank_of(0, 1), CacheSettings(torch.float32, **options))
+
+
+def test_cache_takes_what_the_requests_need() -> None:
+    """In whole pages for each request, and for no more requests than run at a time."""
+    assert fit([1, 16, 17]).tokens == 16 + 16 + 32
+    assert fit([1, 16, 17, 100], max_batch=2).tokens == 32 + 112
+    assert fit([5], tokens=100).tokens == 112
+
+
+def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rings of two pages for ten sequences and the spare one; pages of the full layer, one of them spare.
+    ring, page = 2 * 2 * 4 * 4 * 32 * 11, 2 * 2 * 4 * 4 * 16
+    monkeypatch.setattr("epmoe.cache.fit.free_bytes", lambda device: int((ring + 26 * page) / 0.7) + 1)
+    assert fit([160] * 10).tokens == 25 * 16
+    with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
+        fit([10, 500] + [10] * 8)
+
+
+def test_a_set_capacity_beyond_the_memory_names_the_key() -> None:
+    """Before anything of that size is made: the list of its pages alone would fill the memory."""
+    with pytest.raises(UserError, match=r"runtime\.cache_tokens=\d+ needs .* GB are free: lower it"):
+        fit([10], tokens=10**12)
+
+
+def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
+        fit([10, 10, 200], tokens=100)

@@ -3,6 +3,7 @@
 Letters: B rows of a step · S handles of the cache · V vocabulary.
 """
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
-from epmoe.engine.decode_step import State
+from epmoe.engine.decode_step import State, vocabulary_part
 from epmoe.kernels import sequence_state as decode_triton
 from epmoe.layers import sequence_state
 from epmoe.ranks.mesh import Ranks
@@ -84,3 +85,17 @@ def test_compiles_without_spills(arch: int) -> None:
 @pytest.mark.parametrize(("count", "seen"), CASES)
 def test_kernels_on_a_gpu(count: int, seen: bool) -> None:
     compare(count, seen, "cuda")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
+def test_parts_of_the_vocabulary(size: int) -> None:
+    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
+    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
+    if size in (1, 14):
+        assert parts == [None] * size
+        return
+    edges = [0, *(part[1] for part in parts if part)]
+    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
+    assert all(edge % 16384 == 0 for edge in edges[:-1])
+    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1

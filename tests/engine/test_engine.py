@@ -5,143 +5,30 @@ that is dropped, fed twice or fed to another sequence changes the output.
 """
 
 import io
-import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected, logits_of, outputs, some_requests
 from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.batch import DecodeStep, Step
-from epmoe.cache.cache import Cache
-from epmoe.cache.fit import CacheSettings, fit_cache
-from epmoe.cache.pages import Pages
 from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, Workload
 from epmoe.errors import UserError
-from epmoe.models.decoder import prefill_kinds
 from epmoe.ranks.mesh import Ranks
 
-VOCAB = 97
-EOS = 96
-SEQUENCES = 64
 ONE = rank_of(0, 1)
-
-
-class FakeCache:
-    """Pages of `page` positions, as the real cache's; holds the tokens that the model was fed."""
-
-    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
-        self.pages, self.spare = Pages(tokens // page, page, sequences), sequences
-        self.fed: dict[int, list[int]] = {}
-
-    def write(self, handle: int) -> None:
-        self.fed[handle] = []
-
-    def release(self, handle: int) -> None:
-        self.pages.release(handle)
-
-
-@dataclass
-class FakeConfig:
-    vocab: int = VOCAB
-    max_positions: int = 400
-
-
-class FakeModel:
-    """Logits are a hash of all tokens of the sequence so far."""
-
-    def __init__(self, **config: int) -> None:
-        self.config = FakeConfig(**config)
-        self.vocab_chunk = 10  # so that several ranks share the vocabulary
-        self.steps: list[Step | DecodeStep] = []
-
-    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
-        return prefill_kinds(tokens, prompts, halves_from=4096)
-
-    def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
-        self.steps.append(step)
-        if isinstance(step, DecodeStep):
-            return self.decode(step, cache)
-        tokens, positions = step.token_T.tolist(), step.position_T.tolist()
-        last: dict[int, list[int]] = {}
-        assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
-        assert len(set(step.sequence_B)) == len(step.sequence_B)
-        for b, handle in enumerate(step.sequence_B):
-            begin, end = step.start_B1[b : b + 2]
-            assert end > begin and step.cached_B[b] == len(cache.fed[handle])
-            last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
-        logits = [logits_of(last[row]) for row in step.output_O.tolist()]
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
-
-    def decode(self, step: DecodeStep, cache: Any) -> torch.Tensor:
-        rows = list(zip(step.sequence_B.tolist(), step.token_B.tolist(), step.position_B.tolist(), strict=True))
-        handles = [handle for handle, _, _ in rows if handle != cache.spare]
-        assert handles and len(set(handles)) == len(handles)
-        assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
-        fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
-        logits = torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
-        return logits[:, slice(*step.part)] if step.part else logits
-
-    def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
-        fed: list[int] = cache.fed[handle]
-        assert positions == list(range(len(fed), len(fed) + len(tokens)))
-        fed += tokens
-        assert len(fed) <= cache.pages.reserved[handle]
-        return list(fed)
-
-    def prefills(self) -> list[Step]:
-        return [step for step in self.steps if isinstance(step, Step)]
-
-    def batches(self) -> list[int]:
-        """Rows of each decode step that belong to a sequence; the fake cache's spare handle is the highest."""
-        found = [step.sequence_B.tolist() for step in self.steps if isinstance(step, DecodeStep)]
-        return [sum(handle < SEQUENCES for handle in handles) for handles in found]
-
-
-def logits_of(tokens: list[int]) -> torch.Tensor:
-    """A function of the whole sequence."""
-    generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40)
-    logits_V = torch.randn(VOCAB, generator=generator) * 4
-    logits_V[EOS] += 3  # so that some sequences end early
-    return logits_V
 
 
 def engine(model: FakeModel | None = None, cache: Any = None, **limits: Any) -> Engine:
     held: Any = cache or FakeCache()
     made: Any = model or FakeModel()
     return Engine(made, held, ONE, EngineConfig(eos_ids=[EOS], **limits))
-
-
-def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
-    """The same by hand, for greedy requests: one token after the other."""
-    ids = list(request.ids)
-    for _ in range(request.params.max_new_tokens):
-        ids.append(int(logits_of(ids).argmax()))
-        if ids[-1] == EOS and not request.params.ignore_eos:
-            return tuple(ids[len(request.ids) :]), "eos"
-        if len(ids) == max_positions:
-            break
-    return tuple(ids[len(request.ids) :]), "length"
-
-
-def some_requests(count: int, seed: int = 0, **params: float) -> list[Request]:
-    rng = random.Random(seed)
-    return [
-        Request(
-            tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 5, 17, 40]))),
-            SamplingParams(max_new_tokens=rng.choice([1, 3, 20]), seed=rng.randrange(1000), **params),  # type: ignore[arg-type]
-        )
-        for _ in range(count)
-    ]
-
-
-def outputs(results: list[Result]) -> list[tuple[tuple[int, ...], str]]:
-    return [(result.ids, result.finish_reason) for result in results]
 
 
 LIMITS = {
@@ -448,42 +335,3 @@ def test_nan_logits_are_an_error(good: int) -> None:
 
     with pytest.raises(UserError, match=f"NaN at position {2 + good} of prompt 1"):
         engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])
-
-
-@dataclass
-class Shape:
-    windows: tuple[int | None, ...] = (8, None)
-    kv_heads: int = 2
-    head_dim: int = 4
-    max_positions: int = 10_000
-
-
-def fit(needs: list[int], **options: int) -> Cache:
-    return fit_cache(Shape(), needs, ONE, CacheSettings(torch.float32, **options))
-
-
-def test_cache_takes_what_the_requests_need() -> None:
-    """In whole pages for each request, and for no more requests than run at a time."""
-    assert fit([1, 16, 17]).tokens == 16 + 16 + 32
-    assert fit([1, 16, 17, 100], max_batch=2).tokens == 32 + 112
-    assert fit([5], tokens=100).tokens == 112
-
-
-def test_cache_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rings of two pages for ten sequences and the spare one; pages of the full layer, one of them spare.
-    ring, page = 2 * 2 * 4 * 4 * 32 * 11, 2 * 2 * 4 * 4 * 16
-    monkeypatch.setattr("epmoe.cache.fit.free_bytes", lambda device: int((ring + 26 * page) / 0.7) + 1)
-    assert fit([160] * 10).tokens == 25 * 16
-    with pytest.raises(UserError, match=r"prompt 2 needs 500 positions .* which holds 400: .*max_new_tokens"):
-        fit([10, 500] + [10] * 8)
-
-
-def test_a_set_capacity_beyond_the_memory_names_the_key() -> None:
-    """Before anything of that size is made: the list of its pages alone would fill the memory."""
-    with pytest.raises(UserError, match=r"runtime\.cache_tokens=\d+ needs .* GB are free: lower it"):
-        fit([10], tokens=10**12)
-
-
-def test_a_request_larger_than_the_set_capacity_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"prompt 3 needs 200 .* holds 112: raise runtime\.cache_tokens"):
-        fit([10, 10, 200], tokens=100)

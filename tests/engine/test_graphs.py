@@ -23,17 +23,15 @@ from steps import make_step
 
 from epmoe.batch import DecodeStep
 from epmoe.cache.fit import CacheSettings, fit_cache
-from epmoe.engine import sampler
-from epmoe.engine.decode_step import vocabulary_part
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import buckets, resolve_graphs
-from epmoe.engine.request import Level, Request, Result, SamplingParams, Workload
+from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.kernels import symmetric
 from epmoe.layers.twin import switched
 from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks.mesh import Ranks
-from epmoe.ranks.transfer import Arrival, NoArrival
+from epmoe.ranks.transfer import Arrival
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.load import load
@@ -138,32 +136,6 @@ def test_buckets(most: int) -> None:
     assert {1, 2, 4, 8, 16, 24, 64} & set(range(most)) <= set(sizes)
 
 
-@pytest.mark.parametrize("level", Level)
-def test_the_sampler_never_looks_at_values(level: Level) -> None:
-    """On the meta device there are none: whatever would wait for a GPU fails here."""
-    meta = torch.device("meta")
-    params = sampler.SamplingTensors(
-        torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
-    )
-    seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
-    position = torch.empty(40, dtype=torch.int64, device=meta)
-    assert sampler.sample(torch.empty(40, 300, device=meta), params, position, seen, level).shape == (40,)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
-def test_parts_of_the_vocabulary(size: int) -> None:
-    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
-    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
-    if size in (1, 14):
-        assert parts == [None] * size
-        return
-    edges = [0, *(part[1] for part in parts if part)]
-    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
-    assert all(edge % 16384 == 0 for edge in edges[:-1])
-    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
-    assert min(counts) >= 1 and max(counts) - min(counts) <= 1
-
-
 def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set[Any]]:
     """All greedy, then with others among them; also the parts of the vocabulary that were asked for."""
     greedy = [Request(each.ids, SamplingParams(max_new_tokens=12)) for each in mixed()]
@@ -209,20 +181,6 @@ def test_graphs_are_taken_where_they_can_be(capsys: pytest.CaptureFixture[str]) 
     with switched(torch_only={"attention", "norm"}):  # a norm waits for nothing
         assert not resolve_graphs("auto", cuda, ())
     assert capsys.readouterr().err == "epmoe: graphs=false (auto: attention's torch version)\n"
-
-
-def test_a_wait_has_a_bound() -> None:
-    class Never:
-        def query(self) -> bool:
-            return False
-
-    arrival = Arrival([torch.zeros(1)])
-    never: Any = Never()
-    arrival.event = never
-    begin = time.monotonic()
-    with pytest.raises(NoArrival, match=r"within 0\.2 s \(runtime\.timeout_s\)"):
-        arrival.wait(0.2)
-    assert 0.2 <= time.monotonic() - begin < 2
 
 
 # On GPUs
@@ -324,17 +282,6 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
         for arrival in arrivals:
             assert int(arrival.wait(10)[0].max()) < engine.vocab
-
-
-@pytest.mark.gpu
-def test_a_step_that_does_not_end_is_given_up() -> None:
-    arrival_of = torch.ones(1, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda._sleep(4_000_000_000)  # about two seconds
-    arrival = Arrival([arrival_of])
-    with pytest.raises(NoArrival):
-        arrival.wait(0.3)
-    assert arrival.wait(60)[0].tolist() == [1]
 
 
 def run(mine: Ranks, checkpoint: str, graphs: bool) -> list[Any]:

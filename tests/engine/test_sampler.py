@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from epmoe.engine import sampler
-from epmoe.engine.request import SamplingParams
+from epmoe.engine.request import Level, SamplingParams
 from epmoe.errors import UserError
 
 MASK = 2**64 - 1
@@ -313,3 +313,15 @@ def test_values_out_of_range_are_refused_by_name(key: str) -> None:
     for value in BAD[key]:
         with pytest.raises(UserError, match=key):
             SamplingParams(**{key: value})
+
+
+@pytest.mark.parametrize("level", Level)
+def test_the_sampler_never_looks_at_values(level: Level) -> None:
+    """On the meta device there are none: whatever would wait for a GPU fails here."""
+    meta = torch.device("meta")
+    params = sampler.SamplingTensors(
+        torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
+    )
+    seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
+    position = torch.empty(40, dtype=torch.int64, device=meta)
+    assert sampler.sample(torch.empty(40, 300, device=meta), params, position, seen, level).shape == (40,)

@@ -209,49 +209,6 @@ def test_wrong_and_contradictory_keys_are_named(changes: dict[str, Any], message
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-ROPES = [
-    Rope(64, 150000.0, 32.0, 32.0, 1.0, 4096, False, 1.0),
-    Rope(64, 150000.0, 32.0, 32.0, 1.0, 4096, True, 1.0),
-    Rope(16, 10000.0, 8.0, 16.0, 2.0, 64, False, 1.0),
-    Rope(10, 500.0, 4.0, 8.0, 0.5, 128, True, 1.0),
-    Rope(64, 150000.0, 1.0, 32.0, 1.0, 4096, False, 1.0),
-]
-
-
-@pytest.mark.parametrize("rope", ROPES)
-def test_yarn_table_against_turns(rope: Rope) -> None:
-    """Protects the frequencies, with the paper's formulation by turns instead of ours by dimension index.
-
-    A pair that makes r turns in the original context keeps 1 − γ of the slow and γ of the fast frequency. γ is linear
-    in log r (without `truncate`), because a pair's index is linear in the logarithm of its turns.
-    """
-    got = rope.frequency_F().double()
-    for i in range(rope.head_dim // 2):
-        fast = rope.theta ** (-2 * i / rope.head_dim)
-        turns = rope.original_max_position * fast / (2 * math.pi)
-        high, low = rope.beta_fast, rope.beta_slow
-        if rope.truncate:  # the turns of the whole dimensions outside: floor(index) has more turns, ceil fewer
-            step = rope.theta ** (2 / rope.head_dim)
-            at = [math.log(rope.original_max_position / (2 * math.pi * beta)) / math.log(step) for beta in (high, low)]
-            high, low = (
-                rope.original_max_position / (2 * math.pi) / step**n for n in (math.floor(at[0]), math.ceil(at[1]))
-            )
-        high = min(high, rope.original_max_position / (2 * math.pi))  # the ramp begins at dimension 0 at the earliest
-        gamma = min(1.0, max(0.0, math.log(turns / low) / math.log(high / low)))
-        expected = gamma * fast + (1 - gamma) * fast / rope.factor
-        assert got[i].item() == pytest.approx(expected, rel=2e-6), i  # float32, a few roundings
-
-
-def test_published_ramp() -> None:
-    """Protects `truncate: false`: gpt-oss's ramp runs from dimension 8.09 to 17.40, not from 8 to 18."""
-    rope = GptOssConfig.from_json(PUBLISHED).rope
-    assert rope.ramp_ends() == pytest.approx((8.0928, 17.3980), abs=1e-4)
-    assert ROPES[1].ramp_ends() == (8, 18)
-    frequency = rope.frequency_F()
-    assert frequency[0] == 1.0 and torch.equal(frequency[18:], ROPES[1].frequency_F()[18:])
-    assert not torch.equal(frequency[9:17], ROPES[1].frequency_F()[9:17])
-
-
 def small(**changes: Any) -> GptOssConfig:
     base = {
         "hidden_size": 32,

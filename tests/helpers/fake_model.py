@@ -1,0 +1,122 @@
+"""A model without weights for tests of the engine: logits are a hash of all tokens of the sequence so far."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from epmoe.batch import DecodeStep, Step
+from epmoe.cache.pages import Pages
+from epmoe.engine.request import Request, Result, SamplingParams
+from epmoe.models.decoder import prefill_kinds
+
+VOCAB = 97
+EOS = 96
+SEQUENCES = 64
+
+
+class FakeCache:
+    """Pages of `page` positions, as the real cache's; holds the tokens that the model was fed."""
+
+    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
+        self.pages, self.spare = Pages(tokens // page, page, sequences), sequences
+        self.fed: dict[int, list[int]] = {}
+
+    def write(self, handle: int) -> None:
+        self.fed[handle] = []
+
+    def release(self, handle: int) -> None:
+        self.pages.release(handle)
+
+
+@dataclass
+class FakeConfig:
+    vocab: int = VOCAB
+    max_positions: int = 400
+
+
+class FakeModel:
+    """Logits are a hash of all tokens of the sequence so far."""
+
+    def __init__(self, **config: int) -> None:
+        self.config = FakeConfig(**config)
+        self.vocab_chunk = 10  # so that several ranks share the vocabulary
+        self.steps: list[Step | DecodeStep] = []
+
+    def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
+        return prefill_kinds(tokens, prompts, halves_from=4096)
+
+    def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+        self.steps.append(step)
+        if isinstance(step, DecodeStep):
+            return self.decode(step, cache)
+        tokens, positions = step.token_T.tolist(), step.position_T.tolist()
+        last: dict[int, list[int]] = {}
+        assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
+        assert len(set(step.sequence_B)) == len(step.sequence_B)
+        for b, handle in enumerate(step.sequence_B):
+            begin, end = step.start_B1[b : b + 2]
+            assert end > begin and step.cached_B[b] == len(cache.fed[handle])
+            last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
+        logits = [logits_of(last[row]) for row in step.output_O.tolist()]
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+
+    def decode(self, step: DecodeStep, cache: Any) -> torch.Tensor:
+        rows = list(zip(step.sequence_B.tolist(), step.token_B.tolist(), step.position_B.tolist(), strict=True))
+        handles = [handle for handle, _, _ in rows if handle != cache.spare]
+        assert handles and len(set(handles)) == len(handles)
+        assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
+        fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
+        logits = torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
+        return logits[:, slice(*step.part)] if step.part else logits
+
+    def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
+        fed: list[int] = cache.fed[handle]
+        assert positions == list(range(len(fed), len(fed) + len(tokens)))
+        fed += tokens
+        assert len(fed) <= cache.pages.reserved[handle]
+        return list(fed)
+
+    def prefills(self) -> list[Step]:
+        return [step for step in self.steps if isinstance(step, Step)]
+
+    def batches(self) -> list[int]:
+        """Rows of each decode step that belong to a sequence; the fake cache's spare handle is the highest."""
+        found = [step.sequence_B.tolist() for step in self.steps if isinstance(step, DecodeStep)]
+        return [sum(handle < SEQUENCES for handle in handles) for handles in found]
+
+
+def logits_of(tokens: list[int]) -> torch.Tensor:
+    """A function of the whole sequence."""
+    generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40)
+    logits_V = torch.randn(VOCAB, generator=generator) * 4
+    logits_V[EOS] += 3  # so that some sequences end early
+    return logits_V
+
+
+def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
+    """The same by hand, for greedy requests: one token after the other."""
+    ids = list(request.ids)
+    for _ in range(request.params.max_new_tokens):
+        ids.append(int(logits_of(ids).argmax()))
+        if ids[-1] == EOS and not request.params.ignore_eos:
+            return tuple(ids[len(request.ids) :]), "eos"
+        if len(ids) == max_positions:
+            break
+    return tuple(ids[len(request.ids) :]), "length"
+
+
+def some_requests(count: int, seed: int = 0, **params: float) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 5, 17, 40]))),
+            SamplingParams(max_new_tokens=rng.choice([1, 3, 20]), seed=rng.randrange(1000), **params),  # type: ignore[arg-type]
+        )
+        for _ in range(count)
+    ]
+
+
+def outputs(results: list[Result]) -> list[tuple[tuple[int, ...], str]]:
+    return [(result.ids, result.finish_reason) for result in results]
