@@ -150,7 +150,7 @@ def test_a_script_that_forgets_to_close_ends_well(tmp_path: Path) -> None:
     """Under torchrun: the ranks part at the end of the program, as if it had closed."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from epmoe import llm\nmade = llm.LLM(max_new_tokens=4, runtime='cpu')\n"
+        "from epmoe import LLM\nmade = LLM(max_new_tokens=4, runtime='cpu')\n"
         "print(f\"{made.generate('A')[0].ids}\\n\", end='')\n"  # one write, which the other rank's cannot come into
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]

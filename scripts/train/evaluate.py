@@ -20,12 +20,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from epmoe.batch import Step
-from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.config.compose import from_keys
+from epmoe.llm import LLM
 from epmoe.ranks import command, mesh
 from epmoe.ranks.mesh import Ranks
-from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.choices import Choices
-from epmoe.weights.load import load
 from scripts.train import data
 
 
@@ -41,13 +39,14 @@ def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[fl
 
     float32 throughout, and experts combined by slots: the same bits on any number of ranks.
     """
-    model, _ = load(Checkpoint.open(directory), ranks, Choices(combine="slots", dtype="float32"), progress=False)
-    config, length = model.config, windows_BS.shape[1] - 1
+    length = windows_BS.shape[1] - 1
+    keys = {"combine": "slots", "runtime": {"dtype": "float32", "progress": False}}
+    llm = LLM.opened(from_keys({"checkpoint": str(directory), **keys}), ranks)
+    llm.load([length])
+    config, cache = llm.architecture, llm.cache
     choices = torch.zeros(config.layers, config.num_experts, dtype=torch.int64, device=ranks.device)
-    for layer, count_E in zip(model.moe_layers(), choices, strict=True):
+    for layer, count_E in zip(llm.model.moe_layers(), choices, strict=True):
         layer.router.register_forward_hook(partial(_count, count_E, config.top_k))
-    shape = config.windows, config.kv_heads, config.head_dim
-    cache = Cache(CacheConfig(*shape, tokens=length, sequences=1, dtype=torch.float32), ranks.device)
     total = 0.0
     for window_S in windows_BS:
         sequence = cache.admit(length)
@@ -55,7 +54,7 @@ def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[fl
         tokens = window_S.to(ranks.device)
         step = Step(tokens[:-1], index, (0, length), (0,), (sequence,), index)
         with torch.inference_mode():
-            logits_SV = model(step, cache)
+            logits_SV = llm.model(step, cache)
         total += F.cross_entropy(logits_SV.double(), tokens[1:], reduction="sum").item()
         cache.release(sequence)
     return total / (len(windows_BS) * length), choices.cpu()
