@@ -15,16 +15,20 @@ import torch.distributed as dist
 
 from epmoe.layers.owed import Owed
 from epmoe.moe.exchange import Buffer
-from epmoe.moe.exchange.symmetric import connect
+from epmoe.moe.exchange.symmetric import ROOM, connect
 from epmoe.ranks.mesh import Ranks
 
 
 class Slots:
-    """y[t, k] = its owner's row. Carries K rows a token. Constructing it is a collective of the expert group."""
+    """y[t, k] = its owner's row. Carries K rows a token. Constructing it is a collective of the expert group.
 
-    def __init__(self, ranks: Ranks) -> None:
+    Args:
+        room: bytes of symmetric memory; rows that need more go by the process group.
+    """
+
+    def __init__(self, ranks: Ranks, room: int = ROOM) -> None:
         self.group = ranks.expert_group
-        self.symmetric = connect(ranks)
+        self.symmetric = connect(ranks, room)
 
     def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """Zeros in symmetric memory, where this step's rows go by it: it has room for one micro-batch."""

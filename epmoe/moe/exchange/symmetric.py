@@ -26,7 +26,7 @@ from epmoe.ranks.mesh import Ranks
 # Holds the rows of 1,456 tokens of gpt-oss in bf16 (4 rows of 2880 a token), of 728 in float32: more than a decode step
 # is likely to have. A larger prefill goes by the process group, which takes a tenth longer there (8192 tokens: 642 µs
 # against 577) but needs no memory of its own. The buffer is taken before weights and cache are, which see it as used.
-BYTES = 32 << 20
+ROOM = 32 << 20
 # Numbers of ranks for which torch has compiled the kernel with its loop over the ranks unrolled.
 SIZES = (2, 4, 8)
 # The kernel moves so many bytes at a time, and its ranks share out whole ones.
@@ -90,7 +90,7 @@ class SymmetricRows:
         return -(-count // share) * share
 
 
-def connect(ranks: Ranks) -> SymmetricRows | None:
+def connect(ranks: Ranks, room: int = ROOM) -> SymmetricRows | None:
     """Map the ranks' buffers into each other; None where that can't be, on all ranks alike.
 
     A collective of the expert group, whose waits the group's timeout or the watch bounds. A rank that fails by itself
@@ -103,7 +103,7 @@ def connect(ranks: Ranks) -> SymmetricRows | None:
     reason = unsuitable(ranks)
     if not reason:
         # Two meetings: a rank that waited in the second step for one that failed in the first would wait for long.
-        buffer, reason = _agreed(ranks, lambda: symmetric.allocate(BYTES, ranks))
+        buffer, reason = _agreed(ranks, lambda: symmetric.allocate(room, ranks))
         if buffer is not None:
             _, reason = _agreed(ranks, lambda: symmetric.rendezvous(buffer, group))
             if not reason:

@@ -23,7 +23,7 @@ from epmoe.kernels import symmetric as memory
 from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.layers.owed import Owed
 from epmoe.models.decoder import Decoder
-from epmoe.moe.exchange import Buffer, symmetric
+from epmoe.moe.exchange import Buffer
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.exchange.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
 from epmoe.ranks.mesh import Ranks
@@ -145,8 +145,7 @@ SHAPES = [(1, 4, 33), (2, 1, 1), (7, 3, 96), (64, 4, 40), (3, 4, 31)]  # tokens,
 def sums(ranks: Ranks, large: int) -> list[torch.Tensor]:
     """Each shape's rows after the combine, and in turn one that the buffer does not hold."""
     pretend()
-    symmetric.BYTES = 64 << 10
-    slots, found = Slots(ranks), []
+    slots, found = Slots(ranks, room=64 << 10), []
     for seed, (tokens, top_k, hidden) in enumerate([*SHAPES, (large, 4, 40), *SHAPES]):
         rows_TKH, mine_TKH = owned(ranks, seed, tokens, top_k, hidden, torch.bfloat16)
         buffer = slots.prepare(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k, overlap=False)
@@ -200,12 +199,12 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
     """Each step's logits, whether the buffer was all zeros after it, and how many times rows went by it."""
     if shared:
         pretend()
-        symmetric.BYTES = 8 << 10
     model, _ = load(Checkpoint.open(checkpoint), ranks, Choices(combine="slots", dtype="float32"), progress=False)
     assert isinstance(model, Decoder)
     model.limits = replace(model.limits, halves_from=40)
-    config, exchange = model.config, model.moe_layers()[0].exchange
-    assert isinstance(exchange, Slots)
+    config, exchange = model.config, Slots(ranks, room=8 << 10)
+    for layer in model.moe_layers():
+        layer.exchange = exchange
     sizes = {"tokens": 800, "sequences": 4, "page": 4}
     store = Cache(
         CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), ranks.device
