@@ -36,7 +36,7 @@ from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Message, Prompt, default_params, encode, resolve_chat, share
+from epmoe.text.prompts import Message, Prompt, default_params, encode, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
@@ -241,7 +241,7 @@ class LLM:
             if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
                 content: Any = prompt
                 text = Prompt(f"prompt {number}", content, each)
-                ids = encode(text, self.tokenizer, resolve_chat(self.config.chat, self.tokenizer), self.config.system)
+                ids = encode(text, self.tokenizer, self.config.chat, self.config.system)
             else:
                 ids = [int(id) for id in prompt if isinstance(id, int)]
                 if len(ids) != len(prompt) or min(ids, default=0) < 0:

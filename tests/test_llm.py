@@ -60,6 +60,7 @@ def test_mistakes_are_one_line_and_harm_nobody(llm: LLM) -> None:
         ("", None, "prompt 1 is empty"),
         (["a", ""], None, "prompt 2 is empty"),
         ([[1, -1]], None, "prompt 1 is no text, no messages and no list of token ids"),
+        ([{"content": "a"}], None, "prompt 1: messages must be a list of objects, each with a text `role`"),
         (["a", "b"], [SamplingParams()], "1 SamplingParams for 2 prompts"),
         ("a" * 5000, None, "shorten the prompt"),
     ):

@@ -33,11 +33,19 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text or a conversation; `origin` says where it came from, for messages about it."""
+    """A text or a conversation; `origin` says where it came from, for messages about it.
+
+    Raises:
+        UserError: neither of them.
+    """
 
     origin: str
     content: str | Sequence[Message]
     params: SamplingParams
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str):
+            _check_conversation(self.origin, self.content)
 
 
 def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Request]:
@@ -183,8 +191,8 @@ def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     content = given["prompt"] if "prompt" in given else given["messages"]
     if "prompt" in given and not isinstance(content, str):
         raise UserError(f"{origin}: prompt={content!r} is not text")
-    if "messages" in given and not _is_conversation(content):
-        raise UserError(f"{origin}: messages must be a list of objects, each with a text `role`, and not empty")
+    if "messages" in given:
+        _check_conversation(origin, content)
     try:
         own = replace(default, **{name: given[name] for name in params if name in given})
     except UserError as error:
@@ -192,10 +200,11 @@ def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     return Prompt(origin, content, own)
 
 
-def _is_conversation(value: Any) -> bool:
-    """Other keys of a message are for its chat template to judge."""
-    return (
+def _check_conversation(origin: str, value: Any) -> None:
+    """Raises UserError for what is no conversation. Other keys of a message are for its chat template to judge."""
+    if not (
         isinstance(value, list)
         and len(value) > 0
         and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
-    )
+    ):
+        raise UserError(f"{origin}: messages must be a list of objects, each with a text `role`, and not empty")

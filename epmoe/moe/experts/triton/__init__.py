@@ -49,6 +49,9 @@ class TritonExperts:
         self.gate_up, self.gate_up_bias_LN = gate_up, gate_up_bias_LN.contiguous()
         self.down, self.down_bias_LH = down, down_bias_LH.contiguous()
         self.activation = activation
+        from epmoe.moe.experts.triton import products  # only here and in `pack`: a CPU machine need not have triton
+
+        self._products = products
 
     @classmethod
     def serves(cls, device: torch.device) -> bool:
@@ -72,7 +75,7 @@ class TritonExperts:
                 f"experts=triton runs quant={'|'.join(sorted(cls.formats))}, not quant={gate_up.format}: "
                 "choose that, or experts=reference"
             )
-        import triton  # only here and below: a CPU machine need not have it
+        import triton
 
         from epmoe.moe.experts.triton.words import WordMatrix
 
@@ -95,9 +98,7 @@ class TritonExperts:
 
     def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
         """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
-        from epmoe.moe.experts.triton import products
-
         with named("gate_up"):
-            h_RI = products.gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
+            h_RI = self._products.gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
         with named("down"):
-            return products.down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH)
+            return self._products.down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH)
