@@ -30,11 +30,12 @@ from epmoe.config.compose import from_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Request, SamplingParams, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, check
 from epmoe.errors import UserError
 from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
+from epmoe.text import harmony
 from epmoe.text.output import Answer
 from epmoe.text.prompts import Message, Prompt, default_params, encode, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
@@ -53,9 +54,10 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class Completion:
     """What came of a prompt. Times are seconds since the request was added, so they include waiting for its turn."""
 
-    text: str  # without special tokens, cut before a stop string
+    text: str  # of all messages, a blank line between two; without special tokens, cut before a stop string
+    messages: tuple[harmony.Message, ...]  # which analysis, answer and calls of tools tell apart
     ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a stop string) or "length"
+    finish_reason: str  # "eos", "stop" (a stop string, or one of stop_token_ids) or "length"
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
     prompt_ids: tuple[int, ...]
     first_token_s: float
@@ -171,16 +173,17 @@ class LLM:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
         """
         requests = self._requests("generate", prompts, params)
-        answers = [Answer(self.tokenizer, request.params.stop) for request in requests]
+        answers = [Answer(self.tokenizer, request) for request in requests]
         with told_when_full(self.ranks.device):
             results = self.engine.generate(
                 requests,
                 on_token=lambda index, token: answers[index].feed(token),
-                on_finish=lambda index, result: answers[index].finish(),
+                on_finish=lambda index, result: answers[index].finish(result),
             )
         return [
             Completion(
                 text=answer.text,
+                messages=answer.messages,
                 ids=result.ids,
                 finish_reason=result.finish_reason,
                 logprobs=result.logprobs,
@@ -204,20 +207,20 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        answer = Answer(self.tokenizer, request.params.stop)
+        answer = Answer(self.tokenizer, request)
         id = self.engine.add(request)
         try:
             while self.engine.busy:
                 with told_when_full(self.ranks.device):
                     events = self.engine.step()
                 for event in events:
+                    result = event.result if isinstance(event, Finished) else None
                     if isinstance(event, Token) and answer.feed(event.token):
-                        self.engine.abort(id)
+                        result = self.engine.abort(id, "stop")  # None: its last one anyway, whose event follows
+                    if result is not None:
+                        answer.finish(result)
                 if piece := answer.fresh():
                     yield piece
-            answer.finish()
-            if piece := answer.fresh():
-                yield piece
         finally:
             self.engine.clear()
 

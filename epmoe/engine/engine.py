@@ -196,7 +196,7 @@ class Engine:
                 )
             now = time.perf_counter()
             reason = self.scheduler.append(sequence, token, logprobs, now)
-            if reason != "eos":
+            if reason not in ("eos", "stop"):
                 events.append(Token(sequence.id, token, sequence.logprobs[-1] if logprobs is not None else None))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))

@@ -8,9 +8,8 @@ import tokenizers
 
 from epmoe.errors import UserError
 from epmoe.text.chat import ChatTemplate
+from epmoe.text.markup import Markup
 from epmoe.weights.checkpoint import Checkpoint
-
-HEADER_BEGINS, HEADER_ENDS = ("<|start|>", "<|channel|>"), "<|message|>"
 
 
 class Tokenizer:
@@ -30,12 +29,11 @@ class Tokenizer:
         self.tokenizer.no_truncation()
         self.chat = None if chat_template is None else ChatTemplate(chat_template, special or {})
         added = self.tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        ends = self.tokenizer.token_to_id(HEADER_ENDS)
-        begins = [self.tokenizer.token_to_id(name) for name in HEADER_BEGINS]
-        harmony = ends is not None and None not in begins
-        self.header_ends = ends if harmony else None
-        self.header_begins = frozenset(begins if harmony else ())
+        # Harmony's control tokens are special even where the file does not mark them so.
+        self.harmony = Markup.of(self.tokenizer.token_to_id)
+        controls = frozenset() if self.harmony is None else self.harmony.ids
+        self.special_ids = controls | {id for id, token in added.items() if token.special}
+        self.special_names = {self.tokenizer.id_to_token(id): id for id in self.special_ids | added.keys()}
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Tokenizer":
