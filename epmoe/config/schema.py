@@ -50,9 +50,7 @@ class Sampling:
     repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(above=0))
     seed: int = key(0, "the same seed draws the same tokens; with combine=slots on any number of ranks", Range(low=0))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
-    stop: tuple[str, ...] = key(
-        (), "end at this text in the answer, or at this special token; give the key again for several, empty for none"
-    )
+    stop: tuple[str, ...] = key((), "end the answer at this text or special token; again for several, empty for none")
     stop_token_ids: tuple[int, ...] = key((), "end at these token ids", Numbers(Range(low=0), empty=True))
     ignore_eos: bool = key(False, "go on after the end-of-text token")
 

@@ -25,7 +25,6 @@ class Sequence:
     request: Request
     end: int  # length at which it must stop
     added_s: float  # on the engine's clock
-    stop_ids: Set[int]  # that end it besides the end of text
     handle: int = -1  # in the cache, once it runs
     cached: int = 0  # tokens of the prompt that were fed
     launched: int = 0  # new tokens whose step was launched
@@ -33,6 +32,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_token_s: float = 0.0  # since it was added
     finished: bool = False
+    stop_ids: Set[int] = frozenset()  # that end it besides the end of text
 
     @property
     def pending(self) -> int:
@@ -86,7 +86,7 @@ class Scheduler:
         """
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
-        sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids)
+        sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids=stop_ids)
         self.waiting.append(sequence)
         self.added += 1
         return sequence.id

@@ -98,10 +98,8 @@ class Messages:
             self._feed_header(token, self.header)
         elif token in self.controls:
             self._feed_control(token)
-        elif not self.silent:
-            if not self.open and token not in self.tokenizer.special_ids:
-                self._begin(Header(), body=False)
-            self._give(self.stream.feed(token))
+        else:
+            self._feed_text(token)
         return self._take()
 
     def finish(self, *, complete: bool) -> str:
@@ -131,6 +129,13 @@ class Messages:
             # A whole role is what templates end with: the next token is another word.
             self.role, self.header = (text, []) if text in ROLES else (None, self.header)
             self.prompted = len(self.header)
+
+    def _feed_text(self, token: int) -> None:
+        """Where no header is, a token that is text, or special and no control token."""
+        if not self.silent:
+            if not self.open and token not in self.tokenizer.special_ids:
+                self._begin(Header(), body=False)
+            self._give(self.stream.feed(token))
 
     def _feed_control(self, token: int) -> None:
         """A control token where no header is."""
@@ -167,10 +172,8 @@ class Messages:
             self._end(complete=True)
         elif token in (self.markup.channel, self.markup.constrain) or token not in self.tokenizer.special_ids:
             header.append(token)
-            more = len(header) - self.longest_header
-            # Between two characters, where there are any: none has more than four bytes.
-            if more > 4 or (more > 0 and not self._spelled(header[-4:]).endswith(REPLACEMENT)):
-                self._no_header(header)
+            if len(header) > self.longest_header:
+                self._too_long(header)
 
     def _no_header(self, header: list[int]) -> None:
         """What began like a header was none."""
@@ -179,6 +182,14 @@ class Messages:
         if text or found.channel is not None:
             self._begin(found, body=False)
             self._give(text)
+
+    def _too_long(self, header: list[int]) -> None:
+        """It ends between two characters: of the last one up to three ids, which are a byte at least, may have come."""
+        ends = range(len(header), max(len(header) - 4, -1), -1)
+        end = next((end for end in ends if not self._spelled(header[:end]).endswith(REPLACEMENT)), ends[-1])
+        self._no_header(header[:end])
+        for id in header[end:]:
+            self._feed_text(id)
 
     def _forget_header(self) -> None:
         self.header, self.role, self.prompted = None, None, 0

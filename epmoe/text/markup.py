@@ -17,11 +17,10 @@ from dataclasses import dataclass
 CHANNEL, CONSTRAIN = "\ud800", "\ud801"
 ROLES = ("user", "assistant", "system", "developer", "tool")
 
-# Unicode's White_Space, as in a class of a regular expression. Python's \s has four more.
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Unicode's White_Space. Python's has four more, and its `split` takes all of them, where harmony takes ASCII's.
+_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 _CHANNEL = re.compile(f"{CHANNEL}([^<{CHANNEL}{CONSTRAIN}{_SPACE}]*)")
-_FIRST_WORD = re.compile(f"[{_SPACE}]*([^{CHANNEL}{CONSTRAIN}{_SPACE}]+)")
-_AROUND = re.compile(f"^[{_SPACE}]+|[{_SPACE}]+$")
+_FIRST_WORD = re.compile(f"[{_SPACE}]*([^{CHANNEL}{CONSTRAIN}{_SPACE}]+)(?=[{CONSTRAIN}{_SPACE}]|\\Z)")
 _BEFORE_TYPE = re.compile(f"{CONSTRAIN}[{_SPACE}]*")
 _WORD = re.compile("[^ \t\n\f\r]+")
 _CONTROL = re.compile(f"[{CHANNEL}{CONSTRAIN}]")
@@ -83,7 +82,7 @@ def parse(text: str, role: str | None) -> Header | None:
     channel = _CHANNEL.search(text)
     if channel:
         text = text[: channel.start()] + text[channel.end() :]
-    words: list[str] = _WORD.findall(_BEFORE_TYPE.sub(f" {CONSTRAIN}", _AROUND.sub("", text)))
+    words: list[str] = _WORD.findall(_BEFORE_TYPE.sub(f" {CONSTRAIN}", text.strip(_SPACE)))
     name = None
     if role is None:
         first = words[0] if words else ""
