@@ -105,6 +105,20 @@ def test_a_request_checks_types_and_brings_values_to_them() -> None:
             SamplingParams(**wrong)
 
 
+def test_stop_token_ids_are_ids_or_none_at_all() -> None:
+    for word, ids in {"3": (3,), "200002, 0": (200002, 0), "": ()}.items():
+        assert parse([f"sampling.stop_token_ids={word}"]).sampling.stop_token_ids == ids
+        assert SamplingParams(stop_token_ids=list(ids)).stop_token_ids == ids  # type: ignore[arg-type]
+    for wrong in ("-1", "a", "1,", ",", "1.0"):
+        with pytest.raises(
+            UserError, match=r"^sampling\.stop_token_ids=.* is not whole numbers, at least 0.* or none$"
+        ):
+            parse([f"sampling.stop_token_ids={wrong}"])
+    for value in (-1, [-1], "1", [1.0], [True], None, [[1]]):
+        with pytest.raises(UserError, match=r"^stop_token_ids=.* is not whole numbers, at least 0"):
+            SamplingParams(stop_token_ids=value)  # type: ignore[arg-type]
+
+
 def test_schemas_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Length().max_new_tokens = 3  # type: ignore[misc]

@@ -191,6 +191,32 @@ def test_stop_at_the_last_allowed_token_is_a_stop() -> None:
     assert result.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_stop_token_ids_end_a_request_as_the_end_of_text_does(ignore_eos: bool) -> None:
+    """The id is the last one and no event of its own; other requests of the batch know nothing of it."""
+    requests = some_requests(12, seed=4, ignore_eos=ignore_eos)
+    plain = [expected(request) for request in requests]
+    asked, ended = [], []
+    for number, (request, (ids, reason)) in enumerate(zip(requests, plain, strict=True)):
+        stop = () if number % 3 == 2 else (ids[len(ids) // 2], *range(50, 55), EOS)
+        asked.append(replace(request, params=replace(request.params, stop_token_ids=stop)))
+        end = next((place for place, id in enumerate(ids) if id in stop), None)
+        known = end is None or (ids[end] == EOS and not ignore_eos)
+        ended.append((ids, reason) if known else (ids[: (end or 0) + 1], "stop"))
+    seen: dict[int, list[int]] = {index: [] for index in range(12)}
+    results = engine(max_batch=5).generate(asked, lambda index, token: bool(seen[index].append(token)))
+    assert outputs(results) == ended and {reason for _, reason in ended} >= {"stop", "length"}
+    for index, result in enumerate(results):
+        assert tuple(seen[index]) == (result.ids if result.finish_reason == "length" else result.ids[:-1])
+
+
+def test_a_stop_id_at_the_last_allowed_token_is_a_stop() -> None:
+    ids, _ = expected(Request((1,), SamplingParams(max_new_tokens=1, ignore_eos=True)))
+    params = SamplingParams(max_new_tokens=1, ignore_eos=True, stop_token_ids=ids)
+    (result,) = engine().generate([Request((1,), params)])
+    assert (result.ids, result.finish_reason) == (ids, "stop")
+
+
 def test_output_ends_where_the_models_positions_end() -> None:
     request = Request(tuple(range(10)), SamplingParams(max_new_tokens=50, ignore_eos=True))
     (result,) = engine(FakeModel(max_positions=16)).generate([request])
@@ -295,6 +321,7 @@ BAD = {
     "is empty": Request((), SamplingParams()),
     "400 positions": Request(tuple([1] * 400), SamplingParams()),
     "vocab_size is 97": Request((97,), SamplingParams()),
+    "stop_token_ids=97 and the model's vocab_size is 97": Request((1,), SamplingParams(stop_token_ids=(3, 97, 5))),
 }
 
 

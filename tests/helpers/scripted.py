@@ -33,7 +33,11 @@ def letters(data: bytes) -> str:
 
 
 def save_tokenizer(
-    file: Path, words: Mapping[bytes, int] | None = None, controls: Mapping[str, int] | None = None, *, marked: bool = True
+    file: Path,
+    words: Mapping[bytes, int] | None = None,
+    controls: Mapping[str, int] | None = None,
+    *,
+    marked: bool = True,
 ) -> Tokenizer:
     """Write a byte-level tokenizer without merges, and read it.
 

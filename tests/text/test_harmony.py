@@ -73,12 +73,18 @@ ANSWERS: dict[str, tuple[str, list[tuple[Any, ...]]]] = {
     ),
     "two channels": ("<|channel|>a<|channel|>b<|message|>c<|end|>", [("a", "bc", True)]),
     "words are left over": ("<|channel|>final to=a to=b<|message|>c<|end|>", [("final", " to=a to=bc", True)]),
-    "an unknown role": ("<|message|>a<|end|><|start|>weird<|message|>b<|end|>", [(None, "a", True), (None, "weirdb", True)]),
+    "an unknown role": (
+        "<|message|>a<|end|><|start|>weird<|message|>b<|end|>",
+        [(None, "a", True), (None, "weirdb", True)],
+    ),
     "the output ends in a header": ("<|channel|>final The", [("final", " The", False)]),
     "the output ends in a body": ("<|channel|>final<|message|>The", [("final", "The", False)]),
     "nothing": ("", []),
     "an empty message": ("<|channel|>analysis<|message|><|end|>", [("analysis", "", True)]),
-    "text after the end": ("<|message|>a<|return|>b<|end|>c", [(None, "a", True), (None, "b", True), (None, "c", False)]),
+    "text after the end": (
+        "<|message|>a<|return|>b<|end|>c",
+        [(None, "a", True), (None, "b", True), (None, "c", False)],
+    ),
     "only the end of a body ends it": (
         f"<|message|>a<|channel|>b<|message|>c{START}<|constrain|>d<|startoftext|><|end|>",
         [(None, "abcassistantd", True)],
@@ -110,7 +116,11 @@ PROMPTS: dict[str, tuple[str, str, list[tuple[Any, ...]]]] = {
     "half a channel, no header": (f"{START}<|channel|>fi", "nal Hello.", [("final", " Hello.", False)]),
     "half a recipient": (f"{START} to=func", "tions.a<|message|>b", [(None, "b", False, "functions.a")]),
     "<|start|> alone": ("<|start|>", "assistant<|channel|>final<|message|>b", [("final", "b", False)]),
-    "a body": (f"{START}<|channel|>analysis<|message|>They", " ask<|end|>b", [("analysis", " ask", True), (None, "b", False)]),
+    "a body": (
+        f"{START}<|channel|>analysis<|message|>They",
+        " ask<|end|>b",
+        [("analysis", " ask", True), (None, "b", False)],
+    ),
     "a body without <|start|>": ("<|channel|>analysis<|message|>They", " ask", [("analysis", " ask", False)]),
     "a user's body": ("<|start|>user<|message|>Hi", " you<|end|>", [(None, " you", True)]),
     "no header": ("<|start|>user" + " much" * 40, " more<|end|>", [(None, " more", True)]),
@@ -145,7 +155,12 @@ def test_words_of_a_header_come_when_it_is_none(tokenizer: Tokenizer) -> None:
     assert streamed(tokenizer, ["a b", "<|end|>"]) == ["", "", "", "a b", ""]
     assert streamed(tokenizer, ["a b", "<|start|>"]) == ["", "", "", "a b", ""]
     assert streamed(tokenizer, ["a b"]) == ["", "", "", "a b"]
-    assert streamed(tokenizer, ["a", " " * 9, "bcd"], longest_header=10) == [""] * 10 + ["a" + " " * 9 + "b", "c", "d", ""]
+    assert streamed(tokenizer, ["a", " " * 9, "bcd"], longest_header=10) == [""] * 10 + [
+        "a" + " " * 9 + "b",
+        "c",
+        "d",
+        "",
+    ]
 
 
 def test_a_header_that_grows_too_long_is_none(tokenizer: Tokenizer) -> None:
@@ -195,7 +210,12 @@ STOPS: dict[str, tuple[str, list[str], list[tuple[Any, ...]], bool]] = {
     "in a call": (" to=a<|message|>a END b", ["END"], [(None, "a END b", False, "a")], False),
     "between messages": (THOUGHT + "final<|message|>a", ["\n\n", "\n"], [("final", "a", False)], False),
     "across messages": ("<|message|>a<|end|>b", ["ab", "a\n\nb"], [(None, "a", True), (None, "b", False)], False),
-    "the beginning in one, the end in another": ("<|message|>aE<|end|>ND", ["END"], [(None, "aE", True), (None, "ND", False)], False),
+    "the beginning in one, the end in another": (
+        "<|message|>aE<|end|>ND",
+        ["END"],
+        [(None, "aE", True), (None, "ND", False)],
+        False,
+    ),
     "across a control token in a body": ("<|message|>aEN<|channel|>D", ["END"], [(None, "a", False)], True),
     "in what was no header": ("<|channel|>final a END b", ["END"], [("final", " a ", False)], True),
     "in a header": ("<|channel|>final<|message|>a", ["final"], [("final", "a", False)], False),
@@ -227,7 +247,9 @@ def test_no_word_is_lost_whatever_comes(tokenizer: Tokenizer) -> None:
             parser = Messages(tokenizer, encoded(tokenizer, prompt), longest_header=rng.choice((8, 20, 128)))
             pieces = [*map(parser.feed, encoded(tokenizer, numbered)), parser.finish(complete=False)]
             assert "".join(pieces) == BETWEEN_MESSAGES.join(each.text for each in parser.messages() if each.text)
-            fields = [[each.text, each.name, each.channel, each.recipient, each.content_type] for each in parser.messages()]
+            fields = [
+                [each.text, each.name, each.channel, each.recipient, each.content_type] for each in parser.messages()
+            ]
             found = "\n".join(field or "" for each in fields for field in each)
             own = [each for each in numbered if isinstance(each, str) and 0x4E00 <= ord(each[0]) < 0x4E80]
             assert [each for each in own if found.count(each) != 1] == [], (prompt, numbered, fields)

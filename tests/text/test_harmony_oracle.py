@@ -53,7 +53,18 @@ def test_messages_are_those_of_the_record(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("field", ["role", "name", "channel", "recipient", "content_type", "text"])
 def test_the_comparison_sees_every_field(tokenizer: Tokenizer, field: str) -> None:
-    symbols: list[Symbol] = ["<|message|>", "a", "<|end|>", "<|start|>", "f", " to=b", "<|channel|>", "c", " d", "<|message|>"]
+    symbols: list[Symbol] = [
+        "<|message|>",
+        "a",
+        "<|end|>",
+        "<|start|>",
+        "f",
+        " to=b",
+        "<|channel|>",
+        "c",
+        " d",
+        "<|message|>",
+    ]
     parser = parsed(tokenizer, byte_ids(symbols, tokenizer.tokenizer.token_to_id, int), prompted=True)
     plain: dict[str, Any] = {"role": "assistant", "text": "a"}
     second = {"role": "tool", "name": "f", "channel": "c", "recipient": "b", "content_type": "d", "text": ""}
@@ -88,7 +99,8 @@ def answers(library: Library, count: int) -> Iterator[list[int]]:
     for number, symbols in enumerate(sequences(count, seed=rng.randrange(2**30))):
         ids = byte_ids(symbols, library.control, library.byte)
         if number % 3:
-            ids = [rng.randrange(len(library.words)) if rng.random() < 0.1 * (number % 3) else id for id in ids]
+            words, share = len(library.words), 0.1 * (number % 3)
+            ids = [rng.randrange(words) if id < words and rng.random() < share else id for id in ids]
         yield ids
         yield byte_ids(noise(rng), library.control, lambda _: rng.randrange(len(library.words)))
 
