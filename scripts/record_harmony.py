@@ -13,11 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]  # runs from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from harmony_cases import Library, byte_ids, oracle, sequences
 
+ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "text" / "harmony_oracle.jsonl"
 
 

@@ -150,7 +150,7 @@ class Workload:
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int, first: int = 0) -> None:
-    """Raises UserError for a prompt that is empty, too long for the model or not of its vocabulary, as its stop ids are.
+    """Raises UserError for a prompt that is empty, or too long for the model, and for ids that its vocabulary lacks.
 
     The message names a prompt by its number, of which the first one's is `first` + 1.
     """

@@ -1,13 +1,13 @@
 """The harmony markup of gpt-oss: its control tokens, and what the header of a message says.
 
     <|start|>assistant to=functions.rain<|channel|>commentary <|constrain|>json<|message|>{"town":"Ulm"}<|call|>
-             ^role     ^recipient                 ^channel     ^content type           ^body
+             ^role     ^recipient                  ^channel   ^content type            ^body
 
-The recipient may stand behind the channel too, and the content type without <|constrain|>. Who is none of the roles is a
-tool, by its name: `functions.rain to=assistant`. Source: openai/harmony, docs/format.md and src/encoding.rs.
+The recipient may stand behind the channel too, and the content type without <|constrain|>. Who is none of the roles is
+a tool, by its name: `functions.rain to=assistant`. Source: openai/harmony, docs/format.md and src/encoding.rs.
 
-A header comes here as a string in which <|channel|> and <|constrain|> are CHANNEL and CONSTRAIN, two lone surrogates: no
-decoder gives those, so that a model which spells a token's name in letters has written letters.
+A header comes here as a string in which <|channel|> and <|constrain|> are CHANNEL and CONSTRAIN, two lone surrogates:
+no decoder gives those, so that a model which spells a token's name in letters has written letters.
 """
 
 import re

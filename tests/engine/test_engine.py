@@ -204,7 +204,12 @@ def test_stop_token_ids_end_a_request_as_the_end_of_text_does(ignore_eos: bool) 
         known = end is None or (ids[end] == EOS and not ignore_eos)
         ended.append((ids, reason) if known else (ids[: (end or 0) + 1], "stop"))
     seen: dict[int, list[int]] = {index: [] for index in range(12)}
-    results = engine(max_batch=5).generate(asked, lambda index, token: bool(seen[index].append(token)))
+
+    def on_token(index: int, token: int) -> bool:
+        seen[index].append(token)
+        return False
+
+    results = engine(max_batch=5).generate(asked, on_token)
     assert outputs(results) == ended and {reason for _, reason in ended} >= {"stop", "length"}
     for index, result in enumerate(results):
         assert tuple(seen[index]) == (result.ids if result.finish_reason == "length" else result.ids[:-1])

@@ -32,7 +32,7 @@ def split(text: str) -> list[Symbol]:
 def body(rng: random.Random) -> Iterator[Symbol]:
     """Text, some of it bytes that are cut anywhere, now and then a control token."""
     for _ in range(rng.randrange(4)):
-        text = rng.choice(BODIES)
+        text: str = rng.choice(BODIES)
         if rng.random() < 0.3:
             data = text.encode()
             yield from data[rng.randrange(2) : len(data) - rng.randrange(2)]
@@ -48,7 +48,8 @@ def header(rng: random.Random) -> Iterator[Symbol]:
     channel = "<|channel|>" + rng.choice(CHANNELS) if rng.random() < 0.8 else ""
     yield from split(recipient + channel + kind if rng.random() < 0.5 else channel + recipient + kind)
     if rng.random() < 0.1:
-        yield rng.choice([" more", " words here", *CONTROLS, 0xC3])
+        odd: list[Symbol] = [" more", " words here", *CONTROLS, 0xC3]
+        yield rng.choice(odd)
 
 
 def walk(rng: random.Random) -> list[Symbol]:
@@ -148,7 +149,7 @@ def oracle(encoding: Any, ids: Sequence[int], *, prompted: bool, strict: bool) -
     return Told(prompted, prompted and not ends & {*ids[:1]}, strict, found, whole)
 
 
-def byte_ids(symbols: Sequence[Symbol], control: Callable[[str], int], byte: Callable[[int], int]) -> list[int]:
+def byte_ids(symbols: Sequence[Symbol], control: Callable[[str], Any], byte: Callable[[int], int]) -> list[int]:
     """Symbols as ids of a vocabulary that has every byte."""
     found: list[int] = []
     for each in symbols:

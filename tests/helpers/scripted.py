@@ -16,7 +16,8 @@ from epmoe.weights.synthetic import make_checkpoint
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 VOCAB = 352
 TEMPLATE = (
-    "{%- for message in messages %}{{- '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}"
+    "{%- for message in messages %}"
+    "{{- '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}"
     "{%- endfor %}{{- '<|start|>assistant' }}"
 )
 
