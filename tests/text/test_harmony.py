@@ -115,6 +115,12 @@ PROMPTS: dict[str, tuple[str, str, list[tuple[Any, ...]]]] = {
     "half a channel": (f"{START}<|channel|>fi", "nal<|message|>Hello.", [("final", "Hello.", False)]),
     "half a channel, no header": (f"{START}<|channel|>fi", "nal Hello.", [("final", " Hello.", False)]),
     "half a recipient": (f"{START} to=func", "tions.a<|message|>b", [(None, "b", False, "functions.a")]),
+    "half a recipient, no header": (f"{START} to=func", " x y<|end|>", [(None, " x y", True)]),
+    "a token's name in a user's text": (
+        f"<|start|>user<|message|>What is {START}",
+        "<|channel|>final<|message|>a",
+        [("final", "a", False)],
+    ),
     "<|start|> alone": ("<|start|>", "assistant<|channel|>final<|message|>b", [("final", "b", False)]),
     "a body": (
         f"{START}<|channel|>analysis<|message|>They",
@@ -217,7 +223,7 @@ STOPS: dict[str, tuple[str, list[str], list[tuple[Any, ...]], bool]] = {
         False,
     ),
     "across a control token in a body": ("<|message|>aEN<|channel|>D", ["END"], [(None, "a", False)], True),
-    "in what was no header": ("<|channel|>final a END b", ["END"], [("final", " a ", False)], True),
+    "in what was no header": ("<|channel|>final a END b<|end|>", ["END"], [("final", " a ", False)], True),
     "in a header": ("<|channel|>final<|message|>a", ["final"], [("final", "a", False)], False),
     "nothing after it": ("<|message|>a END<|end|>b", ["END"], [(None, "a ", False)], True),
 }

@@ -57,6 +57,7 @@ NONE = {
 def test_what_is_no_header_keeps_its_words(text: str) -> None:
     assert parse(spelled(text), None) is None
     assert salvage(spelled(text), None, 0) == NONE[text]
+    assert salvage(spelled(text), "assistant", 0)[1] == NONE[text][1].replace(" to=a to=b", "user to=a to=b")
 
 
 @pytest.mark.parametrize(

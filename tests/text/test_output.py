@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from harmony_cases import CONTROLS
 from scripted import save_tokenizer
 
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
@@ -84,21 +85,24 @@ def test_a_special_token_as_a_stop_string(tokenizer: Tokenizer) -> None:
         ("<|channel|>", b"a", "a"),
         ("<|startoftext|>", b"a\xc3", "a\ufffd"),
     ):
-        out = output(tokenizer, 1, ("x", stop))
+        out = output(tokenizer, 1, ("#", stop))
         assert [out.on_token(0, id) for id in (*before, ids[stop])] == [False] * len(before) + [True]
         out.on_finish(0, Result((*before, ids[stop]), "stop", 0.1, 0.2, ()))
         assert out.answers[0].text == text and out.answers[0].parser.stopped is False
         assert out.answers[0].messages[0].complete == (stop == "<|end|>")
-        out = output(tokenizer, 1, ("x", stop))
+        out = output(tokenizer, 1, ("#", stop))
         assert [out.on_token(0, byte) for byte in f"b{stop}".encode()][-1]
         assert out.answers[0].text == "b"
 
 
 def test_an_added_token_as_a_stop_string(tmp_path: Path) -> None:
-    own = save_tokenizer(tmp_path / "tokenizer.json", controls={"<tool>": 256, "ab": 257}, marked=False)
+    """In analysis too, where a stop string in letters finds nothing; other added tokens are text."""
+    names = {name: 256 + place for place, name in enumerate(("<tool>", "ab", *CONTROLS))}
+    own = save_tokenizer(tmp_path / "tokenizer.json", controls=names)
+    ids = own.encode("<|channel|>analysis<|message|>aab<tool>", special=False)
     out = output(own, 1, ("<tool>",))
-    assert [out.on_token(0, id) for id in (97, 257, 256)] == [False, False, True]
-    out.on_finish(0, Result((97, 257, 256), "stop", 0.1, 0.2, ()))
+    assert [out.on_token(0, id) for id in ids] == [False] * (len(ids) - 1) + [True]
+    out.on_finish(0, Result(tuple(ids), "stop", 0.1, 0.2, ()))
     assert out.answers[0].text == "aab" and not out.answers[0].messages[0].complete
 
 

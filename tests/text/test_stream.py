@@ -89,6 +89,7 @@ STOPS = {
     "restart inside": (["aab"], ["aa", "ab", "c"], ("a", True)),
     "first to end wins": (["abcX", "bc"], ["abcX"], ("a", True)),
     "longer of two that end together": (["abc", "c"], ["zab", "c"], ("z", True)),
+    "whichever is named first": (["c", "abc"], ["zab", "c"], ("z", True)),
     "at the very beginning": (["\n"], ["\n"], ("", True)),
     "none": ([], ["a", "b"], ("ab", False)),
     "nothing after it": (["."], ["a.", "b."], ("a", True)),
