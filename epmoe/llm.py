@@ -185,7 +185,7 @@ class LLM:
                 text=answer.text,
                 messages=answer.messages,
                 ids=result.ids,
-                finish_reason=result.finish_reason,
+                finish_reason=answer.finish_reason,
                 logprobs=result.logprobs,
                 prompt_ids=request.ids,
                 first_token_s=result.first_token_s,

@@ -139,7 +139,7 @@ def test_json_lines_with_stop_strings(here: Callable[..., tuple[str, str]], chec
     out, before = run(prompts)
     assert out == "\n\n".join(line["text"] for line in before) + "\n"
     assert [line["index"] for line in before] == [0, 1, 2, 3]
-    letters = before[2]["text"]
+    letters = before[2]["messages"][0]["text"]
     stop = letters[len(letters) // 2 :][:2]
     prompts[2]["stop"] = [stop]
     out, after = run(prompts, "runtime.max_batch=2", "runtime.prefill_chunk=3")

@@ -36,6 +36,7 @@ class Answer:
         self.shown = 0  # pieces that `fresh` has given
         self.stopped = False  # by a stop string
         self.finished = False
+        self.finish_reason = ""  # once it is finished: "eos", "stop" or "length"
 
     def feed(self, token: int) -> bool:
         """Whether a stop string is complete now."""
@@ -67,6 +68,8 @@ class Answer:
         if ended and result.ids[-1] in self.special_ids:
             self.pieces.append(self.parser.feed(result.ids[-1]))
         self.pieces.append(self.parser.finish(complete=result.finish_reason == "eos"))
+        self.stopped = self.stopped or self.parser.stopped  # in what was taken for a header up to the end
+        self.finish_reason = "stop" if self.stopped else result.finish_reason
         self.finished = True
 
 
@@ -117,7 +120,7 @@ class Output:
             "ids": result.ids,
             "text": self.answers[index].text,
             "messages": [asdict(message) for message in self.answers[index].messages],
-            "finish_reason": result.finish_reason,
+            "finish_reason": self.answers[index].finish_reason,
             "first_token_s": round(result.first_token_s, 6),
             "total_s": round(result.total_s, 6),
         }

@@ -114,7 +114,7 @@ def test_messages_are_those_of_the_library(library: Library, whole_vocabulary: T
             found, count = differences(each, ours[prompted])
             assert found == [], (ids, each)
             told, compared, asked = told + len(each.messages), compared + count, asked + 1
-    assert asked == 24000 and told > 5000 and compared > 0.8 * told
+    assert asked == 24000 and told > 4000 and compared > 0.8 * told
 
 
 def test_the_record_is_what_the_library_says(library: Library) -> None:

@@ -128,9 +128,22 @@ def test_what_ended_the_answer_may_complete_its_message(
     assert [(each.text, each.complete) for each in out.answers[0].messages] == [(text, complete)]
 
 
+@pytest.mark.parametrize("reason", ["length", "eos"])
+def test_a_stop_string_in_what_was_no_header_is_a_stop(tokenizer: Tokenizer, reason: str) -> None:
+    """Though that is known only at the end."""
+    request = Request(tuple(tokenizer.encode("<|start|>assistant", special=False)), SamplingParams(stop=("END",)))
+    out = Output(tokenizer, [request], io.StringIO())
+    ids = tuple(b"a END b")
+    assert not any(out.on_token(0, id) for id in ids)
+    ended = (tokenizer.special_names["<|return|>"],) if reason == "eos" else ()
+    out.on_finish(0, Result(ids + ended, reason, 0.1, 0.2, ()))
+    assert printed(out) == "a \n" and out.answers[0].finish_reason == "stop"
+
+
 def test_record_of_a_request(tokenizer: Tokenizer) -> None:
     out = output(tokenizer, 1)
     out.on_token(0, ord("a"))
+    out.on_finish(0, Result((97,), "stop", 0.25, 0.5, ()))
     logprobs = (TokenLogprobs(-0.5, ((97, -0.5), (98, -2.0))),)
     request = Request((1, 2, 3), SamplingParams(logprobs=2))
     line = json.loads(json.dumps(out.record(0, request, Result((97,), "stop", 0.25, 0.5, logprobs))))
