@@ -35,7 +35,7 @@ class GptOssConfig(DecoderConfig):
         if keys.text("hidden_act", "silu") != "silu":
             raise keys.error("hidden_act", "is not known for gpt_oss; it has 'silu'")
         layers = keys.positive("num_hidden_layers")
-        return cls(
+        found = cls(
             layers=layers,
             hidden=keys.positive("hidden_size"),
             intermediate=keys.positive("intermediate_size"),
@@ -54,6 +54,8 @@ class GptOssConfig(DecoderConfig):
             tied=keys.flag("tie_word_embeddings", False),
             max_positions=keys.positive("max_position_embeddings"),
         )
+        keys.end("quantization_config", "eos_token_id")
+        return found
 
 
 def _windows(keys: Keys, layers: int) -> tuple[int | None, ...]:

@@ -5,7 +5,6 @@ bytes without gaps. Several files ("shards") come with model.safetensors.index.j
 each tensor. Only headers are read on opening; tensors are read by name afterwards, whole or by rows.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from epmoe import strictjson
 from epmoe.errors import UserError
 from epmoe.weights.reader import Reader, Span
 from epmoe.weights.source import TensorInfo
@@ -130,10 +130,10 @@ def _json_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str,
     if missing is not None and not file.exists():
         return missing
     try:
-        value = json.loads(file.read_bytes())
+        value = strictjson.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object: download it again")
@@ -208,8 +208,8 @@ def read_header(file: Path, reader: Reader) -> dict[str, TensorInfo]:
             f"truncated or no safetensors file; download it again"
         )
     try:
-        header = json.loads(reader.read_bytes(file, 8, length), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = strictjson.loads(reader.read_bytes(file, 8, length))
+    except ValueError as error:
         raise UserError(f"{file} has a malformed header ({error}): download it again") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} has a header that is no JSON object: download it again")
@@ -225,14 +225,6 @@ def read_header(file: Path, reader: Reader) -> dict[str, TensorInfo]:
         what = "truncated" if size < end else "too long"
         raise UserError(f"{file} is {what}: its header describes {end} bytes, the file has {size}; download it again")
     return tensors
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
-    return result
 
 
 def _tensor_info(file: Path, data: int, name: str, entry: Any) -> TensorInfo:

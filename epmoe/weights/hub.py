@@ -5,7 +5,6 @@ process that dies. Whoever gets it next finds the files there.
 """
 
 import fcntl
-import json
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from epmoe import strictjson
 from epmoe.errors import UserError
 from epmoe.weights.checkpoint import INDEX, SINGLE
 
@@ -85,7 +85,7 @@ def missing(path: Path, *, weights_only: bool = False) -> list[str]:
     if (path / SINGLE).exists():
         return absent
     try:
-        shards = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+        shards = set(strictjson.loads((path / INDEX).read_bytes())["weight_map"].values())
     except FileNotFoundError:
         return [*absent, SINGLE]
     except (ValueError, KeyError, AttributeError):

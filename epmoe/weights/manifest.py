@@ -16,6 +16,7 @@ import torch
 from epmoe.errors import UserError
 from epmoe.formats import FORMATS, ExpertMatrix
 from epmoe.models import Family, Target
+from epmoe.models.keys import Keys
 from epmoe.tables import lookup
 from epmoe.weights.source import Source
 
@@ -186,10 +187,12 @@ def _formats(source: Source, module: str, quant: str) -> tuple[type[ExpertMatrix
     """
     file = source.path / "config.json"
     settings = source.config.get("quantization_config") or {}
-    skipped = settings.get("modules_to_not_convert") or [] if isinstance(settings, dict) else None
-    if not isinstance(skipped, list) or not all(isinstance(pattern, str) for pattern in skipped):
-        raise UserError(f"{file}: quantization_config must be an object, its modules_to_not_convert a list of names")
-    method = lookup(f"{file}: quantization_config.quant_method", FORMATS, str(settings.get("quant_method", "bf16")))
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: quantization_config={settings!r} must be an object")
+    keys = Keys(settings, str(file), "quantization_config.")
+    skipped = keys.strings("modules_to_not_convert", [])
+    method = lookup(f"{file}: quantization_config.quant_method", FORMATS, keys.text("quant_method", "bf16"))
+    keys.end()
     plain = lookup("quant", FORMATS, "bf16")
     wanted = method if quant == "auto" else lookup("quant", FORMATS, quant)
     return (plain, plain) if any(_matches(module, pattern) for pattern in skipped) else (method, wanted)

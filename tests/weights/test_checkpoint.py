@@ -86,6 +86,14 @@ def duplicate(path: Path) -> None:
     (path / FIRST).write_bytes(len(text).to_bytes(8, "little") + text + b"x")
 
 
+def duplicate_key(name: str) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        text = (path / name).read_text().strip()
+        (path / name).write_text(text[:-1] + ', "eos_token_id": 1, "eos_token_id": 2}')
+
+    return spoil
+
+
 CASES = [
     Case("no config.json", lambda p: (p / "config.json").unlink(), "no config.json"),
     Case("config.json is no JSON", lambda p: (p / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -94,6 +102,12 @@ CASES = [
         lambda p: (p / "config.json").write_bytes(b"\xff\xfe"),
         "config.json is not valid JSON",
     ),
+    Case("config.json has a key twice", duplicate_key("config.json"), "config.json .*'eos_token_id' occurs twice"),
+    Case(
+        "generation_config.json has a key twice", duplicate_key("generation_config.json"), "'eos_token_id' occurs twice"
+    ),
+    Case("a number that is none", lambda p: (p / "config.json").write_text('{"a": NaN}'), "NaN is no number of JSON"),
+    Case("nested deeply", lambda p: (p / "config.json").write_text("[" * 100_000), "nested too deeply"),
     Case("config.json is a list", lambda p: (p / "config.json").write_text("[]"), "holds a JSON list"),
     Case(
         "generation_config.json is no JSON",
@@ -148,7 +162,7 @@ CASES = [
         "no safetensors file",
     ),
     Case("header is a list", lambda p: (p / FIRST).write_bytes((2).to_bytes(8, "little") + b"[]"), "no JSON object"),
-    Case("a name twice", duplicate, "a occurs twice"),
+    Case("a name twice", duplicate, "key 'a' occurs twice"),
     Case("gap", lambda p: rewrite_header(p / FIRST, shift(2, 2)), f"{SINKS} leaves a gap"),
     Case("overlap", lambda p: rewrite_header(p / FIRST, shift(-2, -2)), f"{SINKS} overlaps"),
     Case(

@@ -104,11 +104,15 @@ CASES = [
         config(quantization_config={"quant_method": "awq"}),
         "quant_method='awq' is unknown; known: mxfp4, bf16",
     ),
-    Case("quantization_config is text", config(quantization_config="mxfp4"), "quantization_config must be an object"),
+    Case(
+        "quantization_config is text",
+        config(quantization_config="mxfp4"),
+        "quantization_config='mxfp4' must be an object",
+    ),
     Case(
         "list of modules is text",
         config(quantization_config={"modules_to_not_convert": "a"}),
-        "modules_to_not_convert a list",
+        "modules_to_not_convert='a' must be a list of strings",
     ),
 ]
 
