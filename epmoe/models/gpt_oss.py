@@ -54,7 +54,7 @@ class GptOssConfig(DecoderConfig):
             tied=keys.flag("tie_word_embeddings", False),
             max_positions=keys.positive("max_position_embeddings"),
         )
-        keys.end("quantization_config", "eos_token_id")
+        keys.end("quantization_config")
         return found
 
 

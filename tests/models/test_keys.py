@@ -25,7 +25,14 @@ def renamed(old: str, new: str, inside: str = "") -> dict[str, Any]:
 
 
 def test_published_keys_raise_no_doubt(capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"attention_dropout": 0.0, "initializer_range": 0.02, "router_aux_loss_coef": 0.9, "use_cache": True}
+    more = {
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 0.9,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "pad_token_id": 2,
+    }
     assert said({**PUBLISHED, **more, "torch_dtype": "bfloat16", "architectures": ["GptOssForCausalLM"]}, capsys) == []
 
 
