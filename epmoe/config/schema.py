@@ -47,7 +47,7 @@ class Sampling:
     top_k: int = key(0, "draw from the k likeliest tokens; 0: from all", Range(low=0))
     top_p: float = key(1.0, "draw from the smallest set of tokens with this probability", Range(above=0, high=1))
     min_p: float = key(0.0, "drop tokens less likely than this times the likeliest", Range(0, 1))
-    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(above=0))
+    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(1e-6, 1e6))
     seed: int = key(0, "the same seed draws the same tokens; with combine=slots on any number of ranks", Range(low=0))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
     stop: tuple[str, ...] = key((), "end at this text; give the key again for several, empty for none")

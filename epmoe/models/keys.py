@@ -1,15 +1,17 @@
 """Reading a checkpoint's config.json: typed values, and an error that names the key."""
 
 import math
-import sys
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
+
+import torch
 
 from epmoe.errors import UserError, warn
 from epmoe.layers.rotary import Rope
 
 _REQUIRED = object()
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Keys:
@@ -73,10 +75,10 @@ class Keys:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A finite number above 0."""
+        """A number above 0 that float32, in which the model computes, can hold."""
         value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self.error(name, "must be a number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not SMALLEST <= value <= LARGEST:
+            raise self.error(name, f"must be a number from {SMALLEST:.3g} to {LARGEST:.3g}, as float32 holds them")
         return float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:

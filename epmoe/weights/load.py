@@ -126,7 +126,31 @@ def model_of(source: Source) -> tuple[type[Family], ModelConfig]:
     if not isinstance(name, str):
         raise UserError(f"{file} has no model_type; known: {', '.join(MODELS)}")
     family: type[Family] = lookup(f"{file}: model_type", MODELS, name)
-    return family, family.Config.from_json(source.config)
+    config: ModelConfig = family.Config.from_json(source.config)
+    _check_sizes(config, source)
+    return family, config
+
+
+def _check_sizes(config: ModelConfig, source: Source) -> None:
+    """Raises UserError for a size far beyond what is stored: before tables and modules of that size are made.
+
+    A size that is merely another than the checkpoint's is told later, with the tensor that has it (manifest.py).
+    """
+    longest = max((size for info in source.tensors.values() for size in info.shape), default=0)
+    sizes = {
+        "number of layers": (config.layers, len(source.tensors)),
+        "hidden size": (config.hidden, longest),
+        "intermediate size": (config.intermediate, longest),
+        "number of experts": (config.num_experts, longest),
+        "number of key/value heads times head size": (config.kv_heads * config.head_dim, longest),
+        "vocabulary": (config.vocab, longest),
+    }
+    for what, (size, most) in sizes.items():
+        if size > 16 * most:
+            raise UserError(
+                f"{source.path / 'config.json'}: the {what} is {size}, which the checkpoint's {len(source.tensors)} "
+                f"tensors, at most {longest} long, cannot have: they do not belong together"
+            )
 
 
 @contextmanager

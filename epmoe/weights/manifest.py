@@ -7,8 +7,9 @@ Letters: E experts · L experts on this rank · N output rows of a matrix · C i
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Self
 
 import torch
@@ -20,6 +21,7 @@ from epmoe.models.keys import Keys
 from epmoe.tables import lookup
 from epmoe.weights.source import Source
 
+MOST_PATTERNS = 1000  # of modules that are not converted; each is compared with every layer's experts
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what biases and shared tensors may be stored in
 
 
@@ -191,20 +193,28 @@ def _formats(source: Source, module: str, quant: str) -> tuple[type[ExpertMatrix
         raise UserError(f"{file}: quantization_config={settings!r} must be an object")
     keys = Keys(settings, str(file), "quantization_config.")
     skipped = keys.strings("modules_to_not_convert", [])
+    if len(skipped) > MOST_PATTERNS:
+        raise keys.error("modules_to_not_convert", f"has more than {MOST_PATTERNS} entries", shown=False)
     method = lookup(f"{file}: quantization_config.quant_method", FORMATS, keys.text("quant_method", "bf16"))
     keys.end()
     plain = lookup("quant", FORMATS, "bf16")
     wanted = method if quant == "auto" else lookup("quant", FORMATS, quant)
-    return (plain, plain) if any(_matches(module, pattern) for pattern in skipped) else (method, wanted)
+    return (plain, plain) if _matches(module, skipped) else (method, wanted)
 
 
-def _matches(module: str, pattern: str) -> bool:
-    """Whether `pattern` names the module, one that contains it, or the end of its name; `*` stands for any text.
+def _matches(module: str, patterns: Collection[str]) -> bool:
+    """Whether one of `patterns` names the module, one that contains it, or the end of its name; `*` is any text.
 
     The published list reads model.layers.*.self_attn, model.embed_tokens, lm_head.
     """
-    text = re.escape(pattern).replace(r"\*", ".*")
-    return re.fullmatch(rf"(?:.*\.)?{text}(?:\..*)?", module) is not None
+    parts = module.split(".")
+    names = {".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+    if not names.isdisjoint(patterns):
+        return True
+    globs = {
+        re.sub(r"\*+", "*", each) for each in patterns if "*" in each and len(each.replace("*", "")) <= len(module)
+    }
+    return any(fnmatchcase(name, re.sub(r"[\[?]", r"[\g<0>]", glob)) for glob in globs for name in names)
 
 
 def _first(names: list[str]) -> str:
