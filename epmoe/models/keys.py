@@ -17,16 +17,23 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 class Keys:
     """The keys of one JSON object. Every method raises UserError for a key that is missing or of the wrong type.
 
-    `end` says of keys that nobody asked for whether they look like one that was asked for in vain.
+    `end` says which keys were left out, and which ones nobody asked for that look like one that is not there.
+
+    Args:
+        prefix: of the keys, in messages.
+        standard: what transformers takes for keys that are left out.
     """
 
-    def __init__(self, values: Mapping[str, Any], file: str, prefix: str = "") -> None:
-        self.values, self.file, self.prefix = values, file, prefix
+    def __init__(
+        self, values: Mapping[str, Any], file: str, prefix: str = "", standard: Mapping[str, Any] | None = None
+    ) -> None:
+        self.values, self.file, self.prefix, self.standard = values, file, prefix, standard or {}
         self.asked: set[str] = set()
+        self.left_out: dict[str, Any] = {}
 
     def error(self, name: str, complaint: str, *, shown: bool = True) -> UserError:
         """The error about key `name`; `complaint` says what is wrong with its value and what would be right."""
-        value = f"={self.values[name]!r}" if shown else ""
+        value = f"={self.values.get(name, self.standard.get(name))!r}" if shown else ""
         return UserError(f"{self.file}: {self.prefix}{name}{value} {complaint}")
 
     def has(self, name: str) -> bool:
@@ -37,9 +44,12 @@ class Keys:
     def _get(self, name: str, default: Any) -> Any:
         if self.has(name):
             return self.values[name]
-        if default is _REQUIRED:
+        if default is not _REQUIRED:
+            return default
+        if name not in self.standard:
             raise self.missing(name)
-        return default
+        self.left_out[name] = self.standard[name]
+        return self.standard[name]
 
     def missing(self, name: str, *others: str) -> UserError:
         """The error about a key, or one of several, that is not there; it names a key that looks like it."""
@@ -53,6 +63,9 @@ class Keys:
         that is not there.
         """
         self.asked |= set(elsewhere)
+        if self.left_out:
+            taken = ", ".join(f"{self.prefix}{name}={value!r}" for name, value in self.left_out.items())
+            warn(f"{self.file} leaves keys out, which are taken as transformers takes them: {taken}")
         for wrong, right in self._near(self.asked).items():
             warn(
                 f"{self.file}: {self.prefix}{wrong} is a key that nothing reads, and {right}, which it resembles, is "
@@ -113,7 +126,8 @@ def _plain(name: str) -> str:
 def read_rope(keys: Keys, head_dim: int) -> Rope:
     """The rotary settings, in either published spelling: `rope_scaling` + `rope_theta`, or `rope_parameters`.
 
-    beta_fast, beta_slow and truncate default to 32, 1 and true, as the format (transformers' YaRN) defines them.
+    beta_fast, beta_slow and truncate default to 32, 1 and true, as the format (transformers' YaRN) defines them; all of
+    it to what is standard for the family, where neither spelling is there.
     """
     rope = _rope_keys(keys)
     kind = "rope_type" if rope.has("rope_type") else "type"  # `type` is the older name
@@ -151,7 +165,10 @@ def _rope_keys(keys: Keys) -> Keys:
                 raise keys.error(name, "must be an object")
             spellings.append((f"{name}.", keys.values[name]))
     if not spellings:
-        raise keys.missing("rope_scaling", "rope_parameters")
+        if "rope_parameters" not in keys.standard:
+            raise keys.missing("rope_scaling", "rope_parameters")
+        keys.left_out["rope_parameters"] = standard = keys.standard["rope_parameters"]
+        spellings.append(("rope_parameters.", standard))
     spellings.append(("", {"rope_theta": keys.values["rope_theta"]} if keys.has("rope_theta") else {}))
     for prefix, values in spellings:
         for name, value in values.items():
@@ -162,7 +179,8 @@ def _rope_keys(keys: Keys) -> Keys:
                     f"{keys.file}: {prefix}{name}={value!r} contradicts {origin[name]}{name}={found[name]!r}"
                 )
             found[name], origin[name] = value, prefix
-    return Keys(found, keys.file, spellings[0][0])
+    theta = {name: keys.standard[name] for name in ("rope_theta",) if name in keys.standard}
+    return Keys(found, keys.file, spellings[0][0], theta)
 
 
 def _concentration(rope: Keys, factor: float) -> float:

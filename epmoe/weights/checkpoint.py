@@ -15,6 +15,7 @@ import torch
 
 from epmoe import strictjson
 from epmoe.errors import UserError
+from epmoe.weights import layouts
 from epmoe.weights.reader import Reader, Span
 from epmoe.weights.source import TensorInfo
 
@@ -32,6 +33,7 @@ DTYPES = {
 }
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model-00001-of-00001.safetensors"  # one shard, which needs no index
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, bytes
 
 
@@ -63,7 +65,9 @@ class Checkpoint:
             what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
             raise UserError(f"checkpoint {path} {what}: give a directory with config.json and safetensors files")
         if not (path / "config.json").is_file():
-            raise UserError(f"checkpoint {path} has no config.json: it is no Hugging Face checkpoint directory")
+            raise UserError(f"checkpoint {path} {layouts.without_config(path)}")
+        if adapter := layouts.adapter(path):
+            raise UserError(f"checkpoint {path} {adapter}")
         config = _json_object(path / "config.json")
         tokenizer_config = _json_object(path / "tokenizer_config.json", missing={})
         tensors = _read_tensors(path, reader)
@@ -130,7 +134,10 @@ def _json_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str,
     if missing is not None and not file.exists():
         return missing
     try:
-        value = strictjson.loads(file.read_bytes())
+        data = file.read_bytes()
+        if layouts.is_pointer(data):
+            raise UserError(f"{file} {layouts.POINTER}")
+        value = strictjson.loads(data)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -161,6 +168,8 @@ def _read_tensors(path: Path, reader: Reader) -> dict[str, TensorInfo]:
         return read_header(single, reader)
     if not index.exists():
         others = sorted(file.name for file in path.glob("*.safetensors"))
+        if others == [WHOLE]:
+            return read_header(path / WHOLE, reader)
         if others:
             raise UserError(f"checkpoint {path} has {others[0]} but no {INDEX}: download the index too")
         raise UserError(f"checkpoint {path} has neither {SINGLE} nor {INDEX}: it holds no safetensors weights")
@@ -203,6 +212,8 @@ def read_header(file: Path, reader: Reader) -> dict[str, TensorInfo]:
         raise UserError(f"{file} has {size} bytes, too few for a safetensors header: download it again")
     length = int.from_bytes(reader.read_bytes(file, 0, 8), "little")
     if length > min(size - 8, _MAX_HEADER):
+        if layouts.is_pointer(reader.read_bytes(file, 0, min(size, 64))):
+            raise UserError(f"{file} {layouts.POINTER}")
         raise UserError(
             f"{file} says its header has {length} bytes, but the file has {size}: "
             f"truncated or no safetensors file; download it again"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from epmoe import strictjson
 from epmoe.errors import UserError
-from epmoe.weights.checkpoint import INDEX, SINGLE
+from epmoe.weights.checkpoint import INDEX, SINGLE, WHOLE
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 TOKENIZER = "tokenizer.json"
@@ -82,7 +82,7 @@ def missing(path: Path, *, weights_only: bool = False) -> list[str]:
     """
     small = ("config.json",) if weights_only else ("config.json", TOKENIZER)
     absent = [name for name in small if not (path / name).exists()]
-    if (path / SINGLE).exists():
+    if (path / SINGLE).exists() or (path / WHOLE).exists():
         return absent
     try:
         shards = set(strictjson.loads((path / INDEX).read_bytes())["weight_map"].values())

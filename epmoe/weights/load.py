@@ -23,6 +23,7 @@ from epmoe.moe.placement import PLACEMENTS, Placement
 from epmoe.ranks.memory import free_bytes
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
+from epmoe.weights import layouts
 from epmoe.weights.choices import DTYPES, Choices, experts_class, resolve, router_class, waiting
 from epmoe.weights.experts import ExpertReader, Limits
 from epmoe.weights.manifest import Manifest
@@ -123,6 +124,8 @@ def model_of(source: Source) -> tuple[type[Family], ModelConfig]:
         UserError: an unknown model_type, or a config.json that the model cannot be built from; it names the key.
     """
     file, name = source.path / "config.json", source.config.get("model_type")
+    if name is None and layouts.is_original(source.tensors):
+        raise UserError(f"{source.path} {layouts.ORIGINAL}")
     if not isinstance(name, str):
         raise UserError(f"{file} has no model_type; known: {', '.join(MODELS)}")
     family: type[Family] = lookup(f"{file}: model_type", MODELS, name)

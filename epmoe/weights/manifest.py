@@ -14,11 +14,12 @@ from typing import Self
 
 import torch
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, warn
 from epmoe.formats import FORMATS, ExpertMatrix
 from epmoe.models import Family, Target
 from epmoe.models.keys import Keys
 from epmoe.tables import lookup
+from epmoe.weights import layouts
 from epmoe.weights.source import Source
 
 MOST_PATTERNS = 1000  # of modules that are not converted; each is compared with every layer's experts
@@ -43,7 +44,7 @@ class Matrix:
         """
         found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
         for name, (shape, dtype) in self.stored.stored(self.name, self.shape).items():
-            found[name] = (shape, (dtype,))
+            found[name] = (shape, FLOATS if dtype.is_floating_point else (dtype,))
         if self.bias is not None:
             found[self.bias] = (self.shape[:2], FLOATS)
         return found
@@ -103,6 +104,11 @@ class Manifest:
         promised, found = self.tensors(), self.source.tensors
         missing = [name for name in promised if name not in found]
         extra = [name for name in found if name not in promised]
+        if missing and (one := layouts.one_by_one(extra)):
+            raise UserError(
+                f"{found[one].file} holds {one}, so experts one by one; gpt-oss's are published in one tensor a "
+                "layer: convert it (transformers' save_pretrained), or take the published checkpoint"
+            )
         if missing:
             raise UserError(
                 f"checkpoint {self.source.path} lacks {_first(missing)}, which its config.json calls for: "
@@ -125,6 +131,7 @@ class Manifest:
                     f"{info.file}: {name} has dtype {_short(info.dtype)}, expected "
                     f"{' or '.join(map(_short, dtypes))}: convert the checkpoint"
                 )
+        self._say_rounded()
 
     def bytes_to_read(self, local: int) -> int:
         """Bytes of tensors that a rank with `local` experts reads."""
@@ -147,6 +154,14 @@ class Manifest:
             for shape, stored in matrix.wanted.stored(matrix.name, (local, *matrix.shape[1:])).values():
                 matrix_bytes += math.prod(shape) * stored.itemsize
         return matrix_bytes + values * dtype.itemsize
+
+    def _say_rounded(self) -> None:
+        """Plain experts may be stored in any of FLOATS, and are bf16 in memory."""
+        for matrix in self.matrices():
+            info = self.source.tensors.get(matrix.name)  # MXFP4 has other names
+            if info is not None and info.dtype != torch.bfloat16:
+                warn(f"{info.file} stores experts in {_short(info.dtype)}: they are rounded to bfloat16 (quant=bf16)")
+                return
 
     def _check_formats(self) -> None:
         """A config.json that names the wrong format is told so, not that dozens of tensors are missing."""

@@ -159,7 +159,7 @@ CASES = [
     Case(
         "Git LFS pointer",
         lambda p: (p / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        "no safetensors file",
+        "is a git-lfs pointer, not the file itself",
     ),
     Case("header is a list", lambda p: (p / FIRST).write_bytes((2).to_bytes(8, "little") + b"[]"), "no JSON object"),
     Case("a name twice", duplicate, "key 'a' occurs twice"),
