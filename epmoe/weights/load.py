@@ -20,7 +20,7 @@ from epmoe.errors import UserError
 from epmoe.models import MODELS, Family, ModelConfig, Target
 from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.moe.placement import PLACEMENTS, Placement
-from epmoe.ranks.memory import free_bytes
+from epmoe.ranks.memory import free_bytes, is_full
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
 from epmoe.weights import layouts
@@ -168,7 +168,9 @@ def _fitting(need: int, device: torch.device) -> Iterator[None]:
         raise UserError(message)
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_full(error):
+            raise
         raise UserError(message) from error
 
 
