@@ -1,13 +1,14 @@
 """Text ↔ token ids: tokenizer.json and what stands beside it."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from epmoe.errors import UserError
 from epmoe.text.chat import ChatTemplate
+from epmoe.text.chat_files import chat_of
 from epmoe.weights.checkpoint import Checkpoint
 
 HEADER_BEGINS, HEADER_ENDS = ("<|start|>", "<|channel|>"), "<|message|>"
@@ -20,7 +21,9 @@ class Tokenizer:
         UserError: the checkpoint has no tokenizer.json, or one that cannot be read.
     """
 
-    def __init__(self, file: Path, chat_template: str | None = None, special: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, file: Path, chat_template: str | Mapping[str, str] | None = None, special: Mapping[str, str] | None = None
+    ) -> None:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -28,7 +31,7 @@ class Tokenizer:
         # Settings for training batches, which some checkpoints leave in the file.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.chat = None if chat_template is None else ChatTemplate(chat_template, special or {})
+        self._make_chat = lambda: None if chat_template is None else ChatTemplate(chat_template, special or {})
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         ends = self.tokenizer.token_to_id(HEADER_ENDS)
@@ -42,7 +45,18 @@ class Tokenizer:
         """The tokenizer of a checkpoint."""
         if checkpoint.tokenizer_file is None:
             raise UserError(f"checkpoint {checkpoint.path} has no tokenizer.json: download it beside the weights")
-        return cls(checkpoint.tokenizer_file, checkpoint.chat_template, _special_tokens(checkpoint.tokenizer_config))
+        made = cls(checkpoint.tokenizer_file)
+        made._make_chat = lambda: chat_of(checkpoint)
+        return made
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template, if there is one.
+
+        Raises:
+            UserError: it is broken; who needs none may go on.
+        """
+        return self._make_chat()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
@@ -59,17 +73,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids as they are, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """{bos_token: text, …} of tokenizer_config.json; a token stands there as text or as an object with `content`."""
-    found = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found
 
 
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

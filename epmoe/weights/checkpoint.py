@@ -48,7 +48,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]  # the safetensors files
     tokenizer_file: Path | None
-    chat_template: str | None
     reader: Reader = field(repr=False)
     # A tensor that is cast on reading passes through temporaries of this size.
     cast_bytes: int = field(default=64 << 20, kw_only=True)
@@ -80,7 +79,6 @@ class Checkpoint:
             tensors=tensors,
             files=tuple(dict.fromkeys(info.file for info in tensors.values())),
             tokenizer_file=tokenizer if tokenizer.is_file() else None,
-            chat_template=_chat_template(path, tokenizer_config),
             reader=reader,
         )
 
@@ -115,6 +113,10 @@ class Checkpoint:
         self.reader.read(info.file, spans, out)
         return out
 
+    def json(self, name: str) -> dict[str, Any]:
+        """What a JSON file beside the weights holds; empty when there is none. Raises UserError for no object."""
+        return _json_object(self.path / name, missing={})
+
     def close(self) -> None:
         """Free the host memory and the threads that reading to an accelerator has taken; the next read takes new."""
         self.reader.close()
@@ -145,18 +147,6 @@ def _json_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str,
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object: download it again")
     return value
-
-
-def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the entry of tokenizer_config.json that older checkpoints carry."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read as UTF-8 text ({error}): download it again") from error
-    template = tokenizer_config.get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _read_tensors(path: Path, reader: Reader) -> dict[str, TensorInfo]:
