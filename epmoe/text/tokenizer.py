@@ -9,6 +9,7 @@ import tokenizers
 from epmoe.errors import UserError
 from epmoe.text.chat import ChatTemplate
 from epmoe.text.chat_files import chat_of
+from epmoe.text.spelling import Spelling
 from epmoe.weights.checkpoint import Checkpoint
 
 HEADER_BEGINS, HEADER_ENDS = ("<|start|>", "<|channel|>"), "<|message|>"
@@ -32,6 +33,7 @@ class Tokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self._make_chat = lambda: None if chat_template is None else ChatTemplate(chat_template, special or {})
+        self.spelling = Spelling(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         ends = self.tokenizer.token_to_id(HEADER_ENDS)
@@ -62,13 +64,19 @@ class Tokenizer:
         """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
 
         Raises:
-            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can.
+            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can; a character
+                that the vocabulary has no token for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (character {error.start}): remove it") from error
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            encoded = self.tokenizer.encode(text, add_special_tokens=special)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"the tokenizer cannot encode the text ({error}): change it, or the tokenizer") from error
+        self.spelling.check(text, encoded)
+        return encoded.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids as they are, special tokens included."""

@@ -19,9 +19,11 @@ from epmoe.weights.checkpoint import INDEX, SINGLE, WHOLE
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 TOKENIZER = "tokenizer.json"
 # What a repository may do without; what a snapshot in the cache lacks of them is fetched as well.
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Of older or rarer repositories: they come with a download, and are not asked for one by one.
+RARE = ("chat_template.json", "additional_chat_templates/*.jinja")
 # The root of a repository only: gpt-oss carries the same weights twice more, in original/ and metal/.
-FILES = ("config.json", TOKENIZER, *OPTIONAL, INDEX, "model*.safetensors")
+FILES = ("config.json", TOKENIZER, *OPTIONAL, *RARE, INDEX, "model*.safetensors")
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 

@@ -115,11 +115,6 @@ CASES = [
         "generation_config.json is not valid",
     ),
     Case(
-        "chat template is no text",
-        lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"),
-        "chat_template.jinja .* UTF-8",
-    ),
-    Case(
         "no weights",
         remove_weights,
         "neither model.safetensors nor model.safetensors.index",
@@ -277,15 +272,12 @@ def test_checkpoints_are_sources(tmp_path: Path) -> None:
 def test_text_files_are_found(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
     assert checkpoint.tokenizer_file == tmp_path / "tokenizer.json"
-    assert checkpoint.chat_template is not None and "<|start|>" in checkpoint.chat_template
+    assert checkpoint.json("tokenizer_config.json") == checkpoint.tokenizer_config and checkpoint.json("none.json") == {}
     assert checkpoint.config["model_type"] == "gpt_oss" and len(checkpoint.generation_config["eos_token_id"]) == 3
-    (tmp_path / "chat_template.jinja").unlink()
-    rewrite_json(tmp_path / "tokenizer_config.json", lambda config: config.update(chat_template="older"))
-    assert Checkpoint.open(tmp_path).chat_template == "older"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).unlink()
     checkpoint = Checkpoint.open(tmp_path)
-    assert (checkpoint.tokenizer_file, checkpoint.chat_template, checkpoint.generation_config) == (None, None, {})
+    assert (checkpoint.tokenizer_file, checkpoint.tokenizer_config, checkpoint.generation_config) == (None, {}, {})
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
