@@ -1,10 +1,18 @@
 """Chat: templates byte for byte as transformers renders them; one that misbehaves is one line and does no harm."""
 
+import copy
+import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conversations import CONVERSATIONS as CORPUS
+from conversations import TOOLS as CORPUS_TOOLS
 from small_bpe import SPECIAL, make_tokenizer
+from templates import STYLES, Style
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from epmoe.errors import UserError
@@ -131,6 +139,73 @@ def test_chat_template_renders_as_in_transformers(file: Path, case: str, variabl
         expected = expected[0] if isinstance(expected, list) else expected
         assert ours.render(CONVERSATIONS[case], add_generation_prompt=generate, **variables) == expected
     assert datetime.now().strftime("%Y") in expected
+
+
+# --- the corpus: every conversation through every style, beside transformers ------------------------------------------
+
+
+def text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def call_for(style: Style, call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with arguments as the style wants them; the texts of the corpus are as `json` writes them."""
+    if "function" in call:
+        return {**call, "function": call_for(style, call["function"])}
+    given = call["arguments"]
+    if style.arguments == "object" and isinstance(given, str):
+        return {**call, "arguments": json.loads(given)}
+    if style.arguments == "text" and not isinstance(given, str):
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+    return call
+
+
+def meant(style: Style, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers leaves to its caller: content and arguments in the shape that the style is written for."""
+    made = []
+    for message in messages:
+        message = dict(message)
+        content = message.get("content")
+        if isinstance(content, list) and content and isinstance(content[0], dict) and not style.parts:
+            message["content"] = text_of(content)
+        if message.get("tool_calls"):
+            message["tool_calls"] = [call_for(style, call) for call in message["tool_calls"]]
+        made.append(message)
+    return made
+
+
+def outcome(render: Callable[..., str], *arguments: Any, **variables: Any) -> str | None:
+    """None: the template refuses, which is an error of its own in either library."""
+    try:
+        return render(*arguments, **variables)
+    except (UserError, TemplateError, TypeError):
+        return None
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_a_corpus_of_conversations_renders_as_in_transformers(file: Path, style: Style) -> None:
+    special = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=style.source, **special)
+    ours = ChatTemplate(style.source, special)
+    rendered = 0
+    for name, messages in CORPUS.items():
+        before = copy.deepcopy(messages)
+        for variables in ({"add_generation_prompt": False}, {"tools": CORPUS_TOOLS, "reasoning_effort": "high"}):
+            variables = {"add_generation_prompt": True, **variables}
+            theirs = outcome(oracle.apply_chat_template, meant(style, messages), tokenize=False, **variables)
+            assert outcome(ours.render, messages, **variables) == theirs, name
+            rendered += theirs is not None
+        assert messages == before, "the caller's messages were changed"
+    assert rendered > len(CORPUS), "most of them were refused"
+
+
+def test_the_corpus_is_one() -> None:
+    """At least 40 conversations with what the project promises equality for."""
+    assert len(CORPUS) >= 40 and len(STYLES) >= 5
+    texts = {name: json.dumps(messages) for name, messages in CORPUS.items()}
+    for what in ("tool_calls", "reasoning", '"type": "text"', "null", '"developer"', '"system"', '"arguments": "{'):
+        assert sum(what in text for text in texts.values()) >= 3, what
+    assert sum(len(messages) >= 4 for messages in CORPUS.values()) >= 10
 
 
 def test_template_that_refuses_is_a_users_mistake() -> None:
