@@ -46,7 +46,7 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, or there is none for them.
         """
-        template, habits = self._template(variables.get("tools") is not None)
+        template, habits = self.chosen(tools=variables.get("tools") is not None)
         values = {"tools": None, "documents": None, "add_generation_prompt": True, **self.special, **variables}
         conversation = shaped(messages, habits)
         try:
@@ -54,7 +54,8 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of a stranger: it may raise anything
             raise UserError(f"the checkpoint's chat template refuses the messages: {_said(error)}") from error
 
-    def _template(self, tools: bool) -> tuple[jinja2.Template, Habits]:
+    def chosen(self, *, tools: bool) -> tuple[jinja2.Template, Habits]:
+        """The template for conversations with or without tools. Raises UserError where there is none, or a broken one."""
         name = WITH_TOOLS if tools and WITH_TOOLS in self.sources else DEFAULT
         if name not in self.sources:
             known = ", ".join(sorted(self.sources)) or "none"

@@ -55,7 +55,14 @@ def text_of(content: Any) -> str:
     """The text of content: parts are pieces of one text, with nothing between, as templates that read parts do it."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content) if _looks_like_parts(content) else ""
+    return "".join(part["text"] for part in content) if _is_texts(content) else ""
+
+
+def _is_texts(content: Any) -> bool:
+    """Whether it is a list of text parts and nothing else."""
+    return _looks_like_parts(content) and all(
+        part["type"] == "text" and isinstance(part.get("text"), str) for part in content
+    )
 
 
 def shaped(messages: Sequence[Message], habits: Habits) -> list[dict[str, Any]]:
@@ -71,7 +78,8 @@ def _shaped(number: int, message: Message, habits: Habits) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if value is not None}
     result = _with_reasoning(kept, habits)
     content = result.get("content")
-    if _looks_like_parts(content) and not habits.reads_parts:
+    nothing = content == [] and message.get("role") != "tool"
+    if (nothing or _is_texts(content)) and not habits.reads_parts:
         result["content"] = text_of(content)
     elif isinstance(content, str) and not habits.reads_text:
         result["content"] = [{"type": "text", "text": content}]
@@ -114,6 +122,15 @@ def _parsed(place: str, arguments: str) -> Any:
     if not arguments.strip():
         return {}
     try:
-        return json.loads(arguments)
+        return json.loads(arguments, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: the text of `arguments` is not JSON ({error}): give an object") from error
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two values for a key, neither is known to be the one that was meant: ValueError."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return result

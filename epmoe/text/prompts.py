@@ -24,7 +24,7 @@ from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.text.instructions import rendered
-from epmoe.text.messages import Message, check_conversation
+from epmoe.text.messages import Message, check_conversation, without_repetition
 from epmoe.text.tokenizer import Tokenizer
 
 # What the embedded model continues when nothing is asked.
@@ -180,7 +180,7 @@ def _json_lines(name: str, default: SamplingParams) -> list[Prompt]:
 def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     """Raises UserError with `origin` for what is no JSON object, unknown keys, wrong types, values out of range."""
     try:
-        given = json.loads(line, object_pairs_hook=_without_repetition)
+        given = json.loads(line, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not JSON ({error})") from error
     if not isinstance(given, dict):
@@ -202,12 +202,3 @@ def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return Prompt(origin, content, own)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two values for a key, neither is known to be the one that was meant."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return result

@@ -120,5 +120,6 @@ CONVERSATIONS: dict[str, list[Message]] = {
     "parts everywhere": [system(parts("Be ", "brief.")), user(parts("One")), assistant(parts("1", "!")), user("Two")],
     "a developer's parts": [developer(parts("In ", "Latin.")), user(parts("Hi"))],
     "a tool's parts": [user(), calls(OBJECT), tool(parts("[1", ", 2]")), user("So?")],
+    "no parts": [user([])],
     "odd parts": [user(parts(ODD, "", "\n"))],
 }

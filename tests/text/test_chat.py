@@ -166,7 +166,8 @@ def meant(style: Style, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         message = dict(message)
         content = message.get("content")
-        if isinstance(content, list) and content and isinstance(content[0], dict) and not style.parts:
+        is_result = message["role"] == "tool" and not (content and isinstance(content, list) and isinstance(content[0], dict))
+        if isinstance(content, list) and not is_result and not style.parts:
             message["content"] = text_of(content)
         if message.get("tool_calls"):
             message["tool_calls"] = [call_for(style, call) for call in message["tool_calls"]]
