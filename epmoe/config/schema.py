@@ -92,7 +92,7 @@ class LLMConfig(Length, ModelKeys):
 
     subject: ClassVar[str] = "an LLM"
 
-    system: str | None = key(None, "system message for the chat template")
+    system: str | None = key(None, "system message for the chat template; conversations may have their own")
     chat: str = key("auto", "apply the checkpoint's chat template", Names(("auto", "on", "off")))
     sampling: Sampling = key(Sampling(), "how the next token is chosen")
 
@@ -111,7 +111,7 @@ Generate text from a mixture-of-experts checkpoint whose experts are shared by a
 Generated text goes to standard output, everything else to standard error."""
 
     prompt: str | None = key(None, "text to continue or to answer")
-    prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl: one a line, as JSON")
+    prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl, .ndjson: one a line, as JSON")
     output: str = key("", "write token ids, finish reasons and timings to this .jsonl file")
 
     def check(self) -> None:

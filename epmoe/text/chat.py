@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -55,7 +55,7 @@ class ChatTemplate:
             raise UserError(f"the checkpoint's chat template refuses the messages: {_said(error)}") from error
 
     def chosen(self, *, tools: bool) -> tuple[jinja2.Template, Habits]:
-        """The template for conversations with or without tools. Raises UserError where there is none, or a broken one."""
+        """The template for conversations with or without tools; raises UserError where there is none that works."""
         name = WITH_TOOLS if tools and WITH_TOOLS in self.sources else DEFAULT
         if name not in self.sources:
             known = ", ".join(sorted(self.sources)) or "none"
@@ -90,7 +90,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class _Generation(Extension):
     """`{% generation %} … {% endgeneration %}`: training marks the assistant's words with it; here it is its body."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -1,13 +1,13 @@
 """Chat templates and special tokens of a checkpoint, from all the files that transformers' tokenizers read.
 
-    chat_template.jinja                     the template named "default"
-    additional_chat_templates/NAME.jinja    more of them, by name
-    tokenizer_config.json: chat_template    only where there is none of these files; text, or a list of {name, template}
-    chat_template.json: chat_template       only where there is none of all these; likewise (a processor's file)
+chat_template.jinja                     the template named "default"
+additional_chat_templates/NAME.jinja    more of them, by name
+tokenizer_config.json: chat_template    only where there is none of these files; text, or a list of {name, template}
+chat_template.json: chat_template       only where there is none of all these; likewise (a processor's file)
 
-    tokenizer_config.json                   bos_token, …; any other named `…_token`; extra_special_tokens by name
-    special_tokens_map.json                 wins over it for bos_token and the like, and where extra tokens have names;
-                                            not read where tokenizer_config.json has an added_tokens_decoder
+tokenizer_config.json                   bos_token, …; any other named `…_token`; extra_special_tokens by name
+special_tokens_map.json                 wins over it for bos_token and the like, and where extra tokens have names;
+                                        not read where tokenizer_config.json has an added_tokens_decoder
 """
 
 from collections.abc import Mapping

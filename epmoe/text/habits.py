@@ -64,9 +64,9 @@ class _Uses:
         for node, parent in _with_parents(template):
             if _is_value(node, key, names):
                 uses._note(node, parent)
-            # content[0].text
-            if _key_of(node) in {"text", "type"} and isinstance(parent_list := getattr(node, "node", None), nodes.Getitem):
-                uses.as_list |= _is_value(parent_list.node, key, names)
+            match node:
+                case nodes.Getattr() | nodes.Getitem() if _key_of(node) in {"text", "type"}:  # content[0].text
+                    uses.as_list |= isinstance(node.node, nodes.Getitem) and _is_value(node.node.node, key, names)
         return uses
 
     def _note(self, node: nodes.Node, parent: nodes.Node) -> None:
@@ -92,15 +92,18 @@ def _names_of(template: nodes.Template, key: str, elements: bool) -> set[str]:
     names: set[str] = set()
     while True:
         found = set(names)
-        for node in template.find_all((nodes.Assign, nodes.For, nodes.Call)):
-            if isinstance(node, nodes.Assign | nodes.For):
-                value = node.node if isinstance(node, nodes.Assign) else node.iter if elements else None
-                if isinstance(node.target, nodes.Name) and _may_be_value(value, key, names):
-                    found.add(node.target.name)
-            elif isinstance(node.node, nodes.Name) and (macro := macros.get(node.node.name)):
-                given = [*zip(macro.args, node.args, strict=False)]
-                found |= {to.name for to, value in given if _may_be_value(value, key, names)}
-                found |= {each.key for each in node.kwargs if _may_be_value(each.value, key, names)}
+        for node, _ in _with_parents(template):
+            match node:
+                case nodes.Assign(target=nodes.Name(name=name), node=value):
+                    given = [(name, value)]
+                case nodes.For(target=nodes.Name(name=name), iter=value) if elements:
+                    given = [(name, value)]
+                case nodes.Call(node=nodes.Name(name=name)) if name in macros:
+                    given = [(to.name, value) for to, value in zip(macros[name].args, node.args, strict=False)]
+                    given += [(each.key, each.value) for each in node.kwargs]
+                case _:
+                    continue
+            found |= {name for name, value in given if _may_be_value(value, key, names)}
         if found == names:
             return names
         names = found

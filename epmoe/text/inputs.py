@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def check_output_is_no_input(config: Config, checkpoint: Checkpoint) -> None:
         return
     file = Path(os.path.realpath(os.path.expanduser(config.output)))
     for name, input in _inputs(config, checkpoint):
-        if file.exists() and os.path.samestat(file.stat(), input):
+        if os.path.exists(file) and os.path.samestat(file.stat(), input):
             raise UserError(f"output={config.output} is {name}, which this run reads: choose another file")
     directory = os.path.realpath(checkpoint.path)
     for pattern in FILES:
@@ -37,9 +38,8 @@ def _inputs(config: Config, checkpoint: Checkpoint) -> Iterator[tuple[str, os.st
     for file in conf_dir().rglob("*.yaml"):
         yield f"the configuration's {file.name}", file.stat()
     if config.prompts == "-":
-        try:
+        # Where there is none, or what Python code has put in its place, nothing is read by that name.
+        with suppress(OSError, ValueError, AttributeError):
             yield "standard input", os.fstat(sys.stdin.fileno())
-        except (OSError, ValueError, AttributeError):  # none, or what Python code has put in its place
-            pass
     elif config.prompts and os.path.exists(prompts := os.path.expanduser(config.prompts)):
         yield "the file of prompts", os.stat(prompts)

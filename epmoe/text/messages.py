@@ -48,7 +48,11 @@ def _check_content(place: str, message: Message) -> None:
 
 def _looks_like_parts(content: Any) -> bool:
     """Whether it is a list of parts, and not just a tool's list."""
-    return isinstance(content, list) and bool(content) and all(isinstance(each, dict) and "type" in each for each in content)
+    return isinstance(content, list) and content != [] and all(_is_part(each) for each in content)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and "type" in value
 
 
 def text_of(content: Any) -> str:

@@ -2,8 +2,8 @@
 
     prompt="…"            one prompt
     prompts=file.txt      the whole file is one prompt
-    prompts=file.jsonl    one prompt a line (.ndjson too): {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
-                          any key of the group `sampling` and max_new_tokens for this prompt alone
+    prompts=file.jsonl    one prompt a line: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
+                          any key of the group `sampling` and max_new_tokens for this prompt alone; .ndjson is the same
     prompts=-             all of standard input is one prompt
 
 Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for

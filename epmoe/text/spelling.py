@@ -59,8 +59,11 @@ class Spelling:
         """
         before = self.tokenizer.pre_tokenizer
         pieces = [character] if before is None else [piece for piece, _ in before.pre_tokenize_str(character)]
-        ends = [max((token.offsets[1] for token in self.tokenizer.model.tokenize(piece)), default=0) for piece in pieces]
-        return all(end == len(piece.encode()) for piece, end in zip(pieces, ends, strict=True))
+        return all(self._end(piece) == len(piece.encode()) for piece in pieces)
+
+    def _end(self, piece: str) -> int:
+        """The byte of a piece at which its last token ends."""
+        return max((token.offsets[1] for token in self.tokenizer.model.tokenize(piece)), default=0)
 
     def _outside_added_tokens(self, characters: set[str], text: str, encoded: tokenizers.Encoding) -> int | None:
         """Where one of them stands but in the text of an added token, whose letters need no tokens of their own."""

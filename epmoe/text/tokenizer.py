@@ -64,8 +64,8 @@ class Tokenizer:
         """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
 
         Raises:
-            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can; a character
-                that the vocabulary has no token for.
+            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can; or a
+                character that the vocabulary has no token for.
         """
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""Chat templates in the styles in which models publish theirs, written for these tests; and what each is written for."""
+"""Chat templates in the styles of published ones, written for these tests; and what each is written for."""
 
 from dataclasses import dataclass
 
@@ -217,7 +217,8 @@ MISTRAL = Style(
 {{- bos_token }}
 {%- for message in turns %}
     {%- if message["role"] == "user" %}
-        {%- if tools is not none and (message == last) %}{{ "[AVAILABLE_TOOLS]" + tools | tojson + "[/AVAILABLE_TOOLS]" }}
+        {%- if tools is not none and (message == last) %}
+            {{- "[AVAILABLE_TOOLS]" + tools | tojson + "[/AVAILABLE_TOOLS]" }}
         {%- endif %}
         {%- if loop.last and rules is defined %}
             {{- "[INST] " + rules + "\\n\\n" + message["content"] + "[/INST]" }}
@@ -264,7 +265,8 @@ DEEPSEEK = Style(
 {{- tool['type'] + '<|sep|>' + tool['function']['name'] + '\\n```json\\n' + tool['function']['arguments'] + '\\n```' }}
 {%- endfor %}{{ '<|end of calls|>' + eos_token }}
 {%- elif message['role'] == 'assistant' %}
-{%- set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
+{%- set content = message['content'] %}
+{%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
 {{- '<|Assistant|>' + content + eos_token }}
 {%- endif %}
 {%- if message['role'] == 'tool' %}{%- set ns.is_tool = true -%}{{ '<|output|>' + message['content'] }}{%- endif %}
@@ -284,7 +286,10 @@ GENERATION = Style(
 {%- if message.reasoning_content or message.thinking -%}
 <think>{{ message.thinking or message.reasoning_content }}|{{ message.reasoning_content }}</think>
 {%- endif -%}
-{{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | dictsort }}){% endfor %}
+{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+{{ call.function.name }}({{ call.function.arguments | dictsort }})
+{%- endfor %}
 {{ mark }}<|end|>{% endgeneration %}
     {%- else %}
 <|{{ message.role }}|>{{ message.content }}{{ mark }}<|end|>

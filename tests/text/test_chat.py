@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from conversations import CONVERSATIONS as CORPUS
 from conversations import TOOLS as CORPUS_TOOLS
+from jinja2 import TemplateError
 from small_bpe import SPECIAL, make_tokenizer
 from templates import STYLES, Style
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from epmoe.errors import UserError
@@ -166,8 +166,9 @@ def meant(style: Style, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         message = dict(message)
         content = message.get("content")
-        is_result = message["role"] == "tool" and not (content and isinstance(content, list) and isinstance(content[0], dict))
-        if isinstance(content, list) and not is_result and not style.parts:
+        if content in ([], [1, 2]):  # of no parts
+            message["content"] = "" if message["role"] == "user" and not style.parts else content
+        elif isinstance(content, list) and not style.parts:
             message["content"] = text_of(content)
         if message.get("tool_calls"):
             message["tool_calls"] = [call_for(style, call) for call in message["tool_calls"]]
@@ -191,8 +192,8 @@ def test_a_corpus_of_conversations_renders_as_in_transformers(file: Path, style:
     rendered = 0
     for name, messages in CORPUS.items():
         before = copy.deepcopy(messages)
-        for variables in ({"add_generation_prompt": False}, {"tools": CORPUS_TOOLS, "reasoning_effort": "high"}):
-            variables = {"add_generation_prompt": True, **variables}
+        for more in ({"add_generation_prompt": False}, {"tools": CORPUS_TOOLS, "reasoning_effort": "high"}):
+            variables: dict[str, Any] = {"add_generation_prompt": True, **more}
             theirs = outcome(oracle.apply_chat_template, meant(style, messages), tokenize=False, **variables)
             assert outcome(ours.render, messages, **variables) == theirs, name
             rendered += theirs is not None

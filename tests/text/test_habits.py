@@ -38,7 +38,7 @@ CASES = [
     Case("through two", "{% set b = m.content %}{% set c = b | default('') %}{% for p in c %}{% endfor %}", PARTS),
     Case(
         "text or parts",
-        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p }}{% endfor %}{% endif %}",
         BOTH,
     ),
     Case("text of one role, parts of another", "{{ a.content }}{% for p in b.content %}{{ p.text }}{% endfor %}", BOTH),

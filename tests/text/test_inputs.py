@@ -56,7 +56,9 @@ def test_the_file_of_prompts(checkpoint: Checkpoint, tmp_path: Path, name: Calla
     prompts = tmp_path / "in" / "p.jsonl"
     prompts.write_text('{"prompt": "Hi"}')
     output = name(prompts, tmp_path)
-    with pytest.raises(UserError, match=r"^output=.* is the file of prompts, which this run reads: choose another file$"):
+    with pytest.raises(
+        UserError, match=r"^output=.* is the file of prompts, which this run reads: choose another file$"
+    ):
         check(checkpoint, output, prompts)
     with pytest.raises(UserError, match="the file of prompts"):
         check(checkpoint, prompts, output)

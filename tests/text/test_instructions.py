@@ -36,13 +36,16 @@ def test_a_template_of_one_instruction_gets_both_in_one() -> None:
     assert f"developer<|message|># Instructions\n\n{FIRST}\n\nAnswer in Latin.\n\n<|end|>" in text
     assert text == made(HARMONY, [developer(f"{FIRST}\n\nAnswer in Latin."), user("Hi")])
     assert text == made(HARMONY, [developer(parts("Answer in ", "Latin.")), user("Hi")], FIRST)
-    for nothing in ("", None, []):
+    empty: tuple[Any, ...] = ("", None, [])
+    for nothing in empty:
         assert made(HARMONY, [developer(nothing), user("Hi")], FIRST) == made(HARMONY, [developer(FIRST), user("Hi")])
 
 
 def test_a_template_of_any_role_gets_two() -> None:
     text = made(PLAIN, [developer(), user("Hi")], FIRST)
-    assert text.startswith(f"<|start|>system<|message|>{FIRST}<|end|><|start|>developer<|message|>Answer in Latin.<|end|>")
+    assert text.startswith(
+        f"<|start|>system<|message|>{FIRST}<|end|><|start|>developer<|message|>Answer in Latin.<|end|>"
+    )
 
 
 def test_the_key_system_is_for_conversations_without_a_system_message() -> None:
@@ -65,7 +68,9 @@ VANISHING = [
 
 
 @pytest.mark.parametrize(("style", "messages", "place"), VANISHING)
-def test_a_conversation_of_whose_instructions_one_would_vanish(style: Style, messages: list[Message], place: str) -> None:
+def test_a_conversation_of_whose_instructions_one_would_vanish(
+    style: Style, messages: list[Message], place: str
+) -> None:
     with pytest.raises(UserError) as caught:
         made(style, messages)
     assert str(caught.value).startswith(f"{place}: the checkpoint's chat template drops these words: write them into")

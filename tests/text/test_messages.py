@@ -24,7 +24,11 @@ def one(message: dict[str, Any], habits: Habits | None = None) -> dict[str, Any]
 
 
 def test_nulls_of_a_message_are_left_out() -> None:
-    assert one({"role": "user", "content": None, "tool_calls": None, "x": 0, "y": ""}) == {"role": "user", "x": 0, "y": ""}
+    assert one({"role": "user", "content": None, "tool_calls": None, "x": 0, "y": ""}) == {
+        "role": "user",
+        "x": 0,
+        "y": "",
+    }
     inner = {"role": "tool", "content": {"a": None}}
     assert one(inner) == inner
 
@@ -90,7 +94,7 @@ def test_what_is_no_call_is_for_the_template_to_judge() -> None:
         assert one({"role": "assistant", "tool_calls": calls}, OBJECT)["tool_calls"] == calls
 
 
-REFUSED = {
+REFUSED: dict[str, list[Any]] = {
     "must be a list of objects": ["text", 3, None, {}, [], ["x"], [{}], [{"role": 3}], ({"role": "user"},)],
     r"messages\[0\] \(user\): content is neither text nor a list of parts": [
         [{"role": "user", "content": value}] for value in (3, True, {"type": "text", "text": "x"})
@@ -100,7 +104,8 @@ REFUSED = {
         for role in ("user", "system", "tool")
     ],
     r"content\[0\] is no part such as": [
-        [{"role": "user", "content": [each]}] for each in ("x", {}, {"type": "text"}, {"type": "text", "text": 3}, {"type": 3})
+        [{"role": "user", "content": [each]}]
+        for each in ("x", {}, {"type": "text"}, {"type": "text", "text": 3}, {"type": 3})
     ],
 }  # fmt: skip
 

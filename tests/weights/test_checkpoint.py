@@ -272,7 +272,7 @@ def test_checkpoints_are_sources(tmp_path: Path) -> None:
 def test_text_files_are_found(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
     assert checkpoint.tokenizer_file == tmp_path / "tokenizer.json"
-    assert checkpoint.json("tokenizer_config.json") == checkpoint.tokenizer_config and checkpoint.json("none.json") == {}
+    assert checkpoint.json("tokenizer_config.json") == checkpoint.tokenizer_config != checkpoint.json("none.json") == {}
     assert checkpoint.config["model_type"] == "gpt_oss" and len(checkpoint.generation_config["eos_token_id"]) == 3
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).unlink()
