@@ -201,6 +201,35 @@ def test_a_corpus_of_conversations_renders_as_in_transformers(file: Path, style:
     assert rendered > len(CORPUS), "most of them were refused"
 
 
+SMALL = [
+    "{% generation %}{% set a = 'in' %}{{ a }}{% endgeneration %}|{{ a }}",
+    "{% set a = 'out' %}{%- generation -%} {{ a }}{% set a = 'in' %} {%- endgeneration %}{{ a }}",
+    "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.content }}\n{% endgeneration %}\n{% endfor %}",
+    "{% for m in messages %}{% generation %}{% break %}{% endgeneration %}{% endfor %}",
+    "{% generation %}a",
+    "{% break %}",
+    "{% set n = namespace(_a=1) %}{{ n }}",
+    "{% set n = namespace({'__html__': 1}, b=2) %}x",
+    "{% set n = namespace(b=2) %}{% set n._b = 3 %}x",
+    "{% set n = namespace({'a': 1}, self=2) %}{% set n.a = n.a + n.self %}{{ n.a }}",
+    "{{ {'a': '<é>'} | tojson(indent=1) }}{{ [1, 2] | tojson(separators=(',', ':')) }}{{ {'b': 1, 'a': 2} | tojson }}",
+    "{{ messages[0].nothing.more }}",
+    "{{ messages[0].nothing }}{{ nothing }}{{ tools }}{{ documents }}{{ eos_token }}",
+]
+
+
+@pytest.mark.parametrize("source", SMALL)
+def test_small_templates_render_or_fail_as_in_transformers(file: Path, source: str) -> None:
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=source)
+    messages = [{"role": "user", "content": "Hi"}]
+    theirs: str | None
+    try:
+        theirs = oracle.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, SyntaxError):
+        theirs = None
+    assert outcome(lambda: ChatTemplate(source, {}).render(messages)) == theirs
+
+
 def test_the_corpus_is_one() -> None:
     """At least 40 conversations with what the project promises equality for."""
     assert len(CORPUS) >= 40 and len(STYLES) >= 5
@@ -224,10 +253,26 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{{ range(10**9) | list }}", "{{ 'x' + 1 }}", "{{ [][0].x }}"])
+RAISED = {
+    "{{ 1 // 0 }}": "refuses the messages: ",
+    "{{ range(10**9) | list }}": "refuses the messages: ",
+    "{{ 'x' + 1 }}": "refuses the messages: ",
+    "{{ [][0].x }}": "refuses the messages: ",
+    "{{ 'x' * (10**15 + (messages | length)) }}": "refuses the messages: MemoryError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "refuses the messages: maximum recursion depth",
+    "{{ 2.0 ** (10**6 + (messages | length)) }}": "refuses the messages: .*out of range",
+    "{% break %}": r"is no valid jinja \('break' outside loop.*: use chat=off",
+    "{{ " + "(" * 9999: r"is no valid jinja \(maximum recursion depth.*: use chat=off",
+    "{{ " + "[" * 500 + "]" * 500 + " }}": r"(is no valid jinja|refuses the messages)",
+    "{{ " + "9" * 5000 + " }}": "is no valid jinja",
+}
+
+
+@pytest.mark.parametrize("source", RAISED, ids=range(len(RAISED)))
 def test_whatever_a_template_raises_is_one_line(source: str) -> None:
-    with pytest.raises(UserError, match="chat template refuses the messages"):
+    with pytest.raises(UserError, match=f"^the checkpoint's chat template {RAISED[source]}") as caught:
         ChatTemplate(source, {}).render([])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

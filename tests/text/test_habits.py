@@ -75,6 +75,7 @@ CASES = [
         "{% if c.arguments is mapping %}{{ c.arguments | tojson }}{% else %}{{ c.arguments }}{% endif %}",
         EITHER,
     ),
+    Case("as text in a variable", "{% set a = c.arguments | trim %}{{ c.arguments | tojson }}", EITHER),
     Case("tools as JSON, arguments as they are", "{{ t.function | tojson }}{{ c.function.arguments }}", EITHER),
     Case("thinking", "{{ m.thinking }}", Habits(reasoning=frozenset({"thinking"}))),
     Case("reasoning", "{{ m.get('reasoning') or m['x'] }}", Habits(reasoning=frozenset({"reasoning"}))),

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,9 @@ def test_the_checkpoints_files(checkpoint: Checkpoint, tmp_path: Path, name: Cal
         with pytest.raises(UserError, match=rf"is the checkpoint's {file.name}, which this run reads"):
             check(checkpoint, name(file, tmp_path / str(number)))
     check(checkpoint, checkpoint.path / "old.jsonl")
+    odd = replace(checkpoint, files=(checkpoint.path / "old.jsonl",))  # an index may give its files any name
+    with pytest.raises(UserError, match=r"is the checkpoint's old\.jsonl"):
+        check(odd, checkpoint.path / "old.jsonl")
 
 
 def test_names_that_the_next_run_would_read(checkpoint: Checkpoint) -> None:

@@ -41,6 +41,16 @@ def test_a_template_of_one_instruction_gets_both_in_one() -> None:
         assert made(HARMONY, [developer(nothing), user("Hi")], FIRST) == made(HARMONY, [developer(FIRST), user("Hi")])
 
 
+def test_a_template_that_refuses_a_second_instruction_gets_both_in_one() -> None:
+    strict = Style(
+        "strict",
+        "{% if messages[1].role != 'user' %}{{ raise_exception('one') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}",
+    )
+    assert made(strict, [developer("B"), user("C")], "A") == "[developer: A\n\nB][user: C]"
+    assert made(strict, [developer(""), user("C")], "A") == "[developer: A][user: C]"
+
+
 def test_a_template_of_any_role_gets_two() -> None:
     text = made(PLAIN, [developer(), user("Hi")], FIRST)
     assert text.startswith(
