@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from epmoe import strictjson
 from epmoe.errors import UserError
 from epmoe.text.habits import REASONING, Habits
 
@@ -126,15 +127,6 @@ def _parsed(place: str, arguments: str) -> Any:
     if not arguments.strip():
         return {}
     try:
-        return json.loads(arguments, object_pairs_hook=without_repetition)
-    except (ValueError, RecursionError) as error:
+        return strictjson.loads(arguments)
+    except ValueError as error:
         raise UserError(f"{place}: the text of `arguments` is not JSON ({error}): give an object") from error
-
-
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two values for a key, neither is known to be the one that was meant: ValueError."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return result

@@ -10,7 +10,6 @@ Rank 0 alone reads and encodes: the others may have no standard input and no suc
 the date. They wait for the requests, so standard input must end within runtime.start_timeout_s.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,13 +17,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from epmoe import strictjson
 from epmoe.config.keys import known_instead
 from epmoe.config.schema import Config, LLMConfig
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.text.instructions import rendered
-from epmoe.text.messages import Message, check_conversation, without_repetition
+from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
 
 # What the embedded model continues when nothing is asked.
@@ -180,8 +180,8 @@ def _json_lines(name: str, default: SamplingParams) -> list[Prompt]:
 def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     """Raises UserError with `origin` for what is no JSON object, unknown keys, wrong types, values out of range."""
     try:
-        given = json.loads(line, object_pairs_hook=without_repetition)
-    except (ValueError, RecursionError) as error:
+        given = strictjson.loads(line)
+    except ValueError as error:
         raise UserError(f"{origin}: not JSON ({error})") from error
     if not isinstance(given, dict):
         raise UserError(f'{origin}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')

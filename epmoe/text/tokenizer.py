@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tokenizers
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, warn
 from epmoe.text.chat import ChatTemplate
-from epmoe.text.chat_files import chat_of
+from epmoe.text.chat_files import chat_of, special_tokens
 from epmoe.text.spelling import Spelling
 from epmoe.weights.checkpoint import Checkpoint
 
@@ -84,12 +84,23 @@ class Tokenizer:
 
 
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json."""
+    """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json, else the
+    tokenizer's eos_token. Where none is named, one line says so.
+    """
     for name, config in (("generation_config", checkpoint.generation_config), ("config", checkpoint.config)):
         value = config.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
         if not all(type(each) is int for each in ids) and value is not None:
             raise UserError(f"{checkpoint.path}/{name}.json: eos_token_id={value!r} is neither an id nor a list of ids")
-        if value is not None:
+        if value not in (None, []):
             return tuple(ids)
+    if checkpoint.tokenizer_file is not None:
+        token = special_tokens(checkpoint).get("eos_token")
+        id = None if token is None else Tokenizer.of(checkpoint).tokenizer.token_to_id(token)
+        if id is not None:
+            return (id,)
+    warn(
+        f"{checkpoint.path} names no token that ends a text (eos_token_id in generation_config.json or config.json): "
+        "every answer has max_new_tokens"
+    )
     return ()

@@ -77,7 +77,7 @@ def test_arguments_are_encoded_once(nested: bool) -> None:
     assert arguments("", OBJECT) == arguments(" ", OBJECT) == {}
     with pytest.raises(UserError, match=r"messages\[0\]\.tool_calls\[0\].* is not JSON .*: give an object"):
         arguments('{"a": ', OBJECT)
-    with pytest.raises(UserError, match="'a' stands there twice"):
+    with pytest.raises(UserError, match="'a' occurs twice"):
         arguments('{"a": 1, "a": 2}', OBJECT)
 
 

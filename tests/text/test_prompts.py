@@ -82,9 +82,9 @@ def test_names_of_files_of_lines(file: Callable[..., str], name: str) -> None:
 
 
 BAD_LINES = {
-    "not JSON (the key 'prompt' stands there twice)": '{"prompt": "a", "prompt": "b"}',
-    "the key 'seed' stands there twice": '{"seed": 1, "prompt": "a", "seed": 1}',
-    "the key 'content' stands there twice": '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+    "not JSON (the key 'prompt' occurs twice)": '{"prompt": "a", "prompt": "b"}',
+    "the key 'seed' occurs twice": '{"seed": 1, "prompt": "a", "seed": 1}',
+    "the key 'content' occurs twice": '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
     "content[0] is of type 'image_url', but only text is read": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]
     },
