@@ -36,8 +36,9 @@ from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text import harmony
+from epmoe.text.messages import Message
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Message, Prompt, default_params, encode, share
+from epmoe.text.prompts import Prompt, default_params, encode, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices

@@ -197,6 +197,15 @@ def test_mistakes(here: Callable[..., tuple[str, str]], checkpoint: str, case: s
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_output_never_replaces_the_prompts(
+    here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(UserError, match="is the file of prompts, which this run reads"):
+        here(checkpoint, f"prompts={tmp_path / 'p.jsonl'}", f"output={tmp_path / 'p.jsonl'}")
+    assert (tmp_path / "p.jsonl").read_text() == '{"prompt": "a"}'
+
+
 def test_a_prompt_is_refused_before_the_weights_are_read(
     here: Callable[..., tuple[str, str]], checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ with part of the batch cancel out:
 """
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from epmoe import strictjson
 from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import BenchConfig
@@ -87,7 +87,7 @@ def bench() -> None:
             add_peer(record, config, source, ranks)
         if ranks.is_main:
             print(table(record))
-            print(json.dumps(record))
+            print(strictjson.dumps(record))
 
 
 def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:

@@ -73,7 +73,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "top_p": ([5e-324, 1e-9, 1, 1.0], [0, 0.0, -0.1, 1.0000001, float("nan")]),
     "min_p": ([0, 1], [-1e-9, 1.0000001, float("nan")]),
     "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),
-    "repetition_penalty": ([1e-9, 0.5, 1e300], [0, 0.0, -1, float("inf"), float("nan")]),
+    "repetition_penalty": ([1e-6, 0.5, 1e6], [0, 0.0, -1, 0.9e-6, 1e7, float("inf"), float("nan")]),
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "logprobs": ([0, 100], [-1, 101]),
     "max_new_tokens": ([1, 2**63 - 1], [0, -1]),

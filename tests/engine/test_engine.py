@@ -358,12 +358,13 @@ def test_all_ranks_take_rank_zeros_tokens() -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])
-def test_nan_logits_are_an_error(good: int) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(good: int, bad: float) -> None:
     """At the position that had them, though another step was launched meanwhile; with log-probabilities asked for."""
 
     class Broken(FakeModel):
         def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
-            return super().__call__(step, cache) * (float("nan") if len(self.steps) > good else 1)
+            return super().__call__(step, cache) * (bad if len(self.steps) > good else 1)
 
-    with pytest.raises(UserError, match=f"NaN at position {2 + good} of prompt 1"):
+    with pytest.raises(UserError, match=f"not finite at position {2 + good} of prompt 1"):
         engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])
