@@ -6,13 +6,14 @@
 config → LLM (ranks, checkpoint) → requests → LLM (weights, cache, engine) → text
 """
 
-import signal
 import sys
 import time
 
+from epmoe.ranks import guard
+
 if __name__ == "__main__":
     # The imports below take seconds, in which Ctrl-C ends the process without a traceback; then `main` answers it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    guard.begin()
 
 from epmoe import BEGAN
 from epmoe.config.compose import parse

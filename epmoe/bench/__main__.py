@@ -21,6 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from epmoe.ranks import guard
+
+if __name__ == "__main__":
+    guard.begin()  # the imports below take seconds
+
 import torch
 
 from epmoe import strictjson

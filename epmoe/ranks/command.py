@@ -5,66 +5,85 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
-from typing import NoReturn
-
-import torch.distributed as dist
+from typing import Any, NoReturn
 
 from epmoe.errors import UserError
-from epmoe.ranks.fault import NoRankZero
-from epmoe.ranks.launch import Launch, open_store, stdout_closed
-from epmoe.ranks.watch import leave
+from epmoe.ranks import guard
+from epmoe.ranks.fault import NoRankZero, SharedMistake
+from epmoe.ranks.launch import Launch, Patience, open_store, stdout_closed
+from epmoe.ranks.watch import EARLY_S, Watch, leave
 
-TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
+
+class Terminated(BaseException):
+    """SIGTERM, where no watch hears it: in a rank alone, and before the ranks have met."""
 
 
 def main(body: Callable[[], None]) -> NoReturn:
     """Run a command and end the process: 0, 1 after an exception, 2 after a user's mistake, 130 after Ctrl-C.
 
     A mistake is one line from rank 0, on whichever ranks it was made. A reader of standard output that has closed it
-    (`| head`) has had enough: 0.
+    (`| head`) has had enough: 0. After SIGTERM it is 143; a process that does not answer a signal is killed (guard.py).
     """
-    code = 0
+    guard.begin()
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        body()
-        sys.stdout.flush()
-    except UserError as error:
-        code = 2
-        _tell_once(error)
-    except KeyboardInterrupt:
-        code = 130
+        for number in guard.SIGNALS:
+            signal.signal(number, _answer)
+        code = _run(body)
+    except (KeyboardInterrupt, Terminated) as end:
+        number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM
+        code = 128 + number
+        guard.told()
         if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all of them
-            print("epmoe: interrupted", file=sys.stderr)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except Exception as error:
-        if not (isinstance(error, BrokenPipeError) and stdout_closed()):
-            code = 1
-            traceback.print_exc()
+            print(f"epmoe: {guard.SIGNALS[number]}", file=sys.stderr)
     leave(code)
 
 
-def _tell_once(error: UserError) -> None:
-    """Print a mistake that was found before the ranks met: on rank 0, and elsewhere only if rank 0 does not make it.
+def _answer(number: int, _: Any) -> NoReturn:
+    """The first signal ends the command; what follows it (an agent's SIGTERM, impatience) must not disturb that."""
+    for each in guard.SIGNALS:
+        signal.signal(each, lambda *_: None)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    torchrun's agent terminates rank 0 as soon as another rank ends, perhaps before rank 0 got as far. So the others
-    stay until rank 0 has left a note in the agent's store.
+
+def _run(body: Callable[[], None]) -> int:
+    """The exit code, after whatever there is to be said."""
+    try:
+        body()
+        sys.stdout.flush()
+    except UserError as error:
+        _tell_once(error)
+        return 2
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        if not (isinstance(error, BrokenPipeError) and stdout_closed()):
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+def _tell_once(error: UserError) -> None:
+    """Say a mistake that was found before the ranks met: rank 0 its own, and another's only if it has none.
+
+    So ranks that still import hear of it, too, and end: all meet as for a run, EARLY_S long. A rank that finds no rank 0
+    says its mistake itself.
     """
-    rank, agent = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank = os.environ.get("RANK", "0")
     if rank == "0" or isinstance(error, NoRankZero):
         print(f"epmoe: error: {error}", file=sys.stderr, flush=True)
-    if not agent or isinstance(error, NoRankZero):
+    if isinstance(error, NoRankZero | SharedMistake):
         return
-    with suppress(UserError):
-        store, _ = open_store(Launch.read(), TOLD_S)
-        if rank == "0":
-            store.set("told", "")
+    try:
+        launch = Launch.read()
+        if launch.size == 1:
             return
-        try:
-            store.wait(["told"], timedelta(seconds=TOLD_S))
-        except dist.DistError:
+        patience = Patience.of(EARLY_S, 0.0)
+        store, host = open_store(launch, EARLY_S, patience)
+        watch = Watch(launch, store, host, EARLY_S, patience)
+    except UserError:
+        if rank != "0":
             print(f"epmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return
+    watch.fail("told" if rank == "0" else "mistake", str(error), 2)

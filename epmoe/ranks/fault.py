@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from epmoe.errors import UserError
 
-# The likeliest cause first. "port": two runs came to one MASTER_PORT, so nobody knows whose rank 0 is.
-KINDS = ("interrupt", "closed", "port", "lost", "mistake", "error", "term")
+# The likeliest cause first. "port": two runs came to one MASTER_PORT, so nobody knows whose rank 0 is. "told": rank 0's
+# own mistake from before the ranks met, which it has said at once.
+KINDS = ("interrupt", "closed", "port", "lost", "told", "mistake", "error", "term")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fault:
             return f"epmoe: rank {self.rank} {self.text}; rank {reader} ends too\n"
         if self.kind == "port":
             return f"epmoe: error: {self.text}\n"
-        if reader != 0 or self.kind == "closed":
+        if reader != 0 or self.kind in ("closed", "told"):
             return ""
         error = "error: " if self.kind == "mistake" else ""
         whose = f"rank {self.rank}: " if self.rank != 0 and self.kind != "interrupt" else ""
@@ -35,3 +36,7 @@ class Fault:
 
 class NoRankZero(UserError):
     """Rank 0 cannot be reached, or is another run's, so that whoever finds it says it."""
+
+
+class SharedMistake(UserError):
+    """What every rank finds for certain, as a launcher started all alike: rank 0 alone says it, and asks nobody."""

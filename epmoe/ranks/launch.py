@@ -1,7 +1,8 @@
-"""What the launcher (torchrun, Slurm, a hand) put into the environment: coordinates, the store, this rank's device."""
+"""What the launcher (torchrun, Slurm, MPI, a hand) put into the environment: coordinates, the store, the device."""
 
 import ipaddress
 import os
+import re
 import select
 import socket
 import sys
@@ -19,10 +20,36 @@ import torch
 import torch.distributed as dist
 
 from epmoe.errors import UserError
-from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
-from epmoe.ranks.fault import NoRankZero
+from epmoe.ranks import launchers
+from epmoe.ranks.admission import REMEDY, SKEW, Hello, age_s, origin
+from epmoe.ranks.fault import NoRankZero, SharedMistake
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+LARGEST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a rank waits for the others to come: until `until` (time.monotonic), `within_s` after it was started."""
+
+    until: float
+    within_s: float
+
+    @staticmethod
+    def of(timeout_s: float, age: float) -> "Patience":
+        """`timeout_s` counts from the process' start, so that a rank that dies while all import is not waited for longer.
+
+        Where importing took long, another rank may take half as long again; never longer than `timeout_s` from now.
+        """
+        wait = min(timeout_s, max(timeout_s - age, SKEW * age))
+        return Patience(time.monotonic() + wait, age + wait if wait < timeout_s else timeout_s)
+
+    @property
+    def left_s(self) -> float:
+        return max(0.01, self.until - time.monotonic())
+
+    def __str__(self) -> str:
+        return f"{round(self.within_s, 1):g} s" if self.within_s < 10 else f"{self.within_s:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -40,8 +67,15 @@ class Launch:
 
     @staticmethod
     def read() -> "Launch":
-        """Raises UserError for a variable that is no number or a rank that is not below its size."""
+        """Another launcher's numbers become torchrun's.
+
+        Raises:
+            UserError: a variable that is no number, a rank that is not below its size, or several ranks without one.
+        """
+        launchers.adopt(os.environ)
         rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        if size > 1 and "RANK" not in os.environ:
+            raise UserError(f"WORLD_SIZE={size} without RANK: start the ranks with torchrun")
         local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)
         if not (0 <= rank < size and 0 <= local_rank < local_size):
             raise UserError(
@@ -61,8 +95,11 @@ class Launch:
 
     @property
     def port(self) -> int:
-        """MASTER_PORT; raises UserError where it is no number."""
-        return _number("MASTER_PORT", 29500)
+        """MASTER_PORT; raises UserError where it is none."""
+        port = _number("MASTER_PORT", 29500)
+        if not 0 < port <= LARGEST_PORT:
+            raise NoRankZero(f"MASTER_PORT={port} is no port: take one from 1 to {LARGEST_PORT}")
+        return port
 
     def hello(self) -> Hello:
         """What this process says of itself to rank 0."""
@@ -71,7 +108,7 @@ class Launch:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise UserError(f"environment variable {name}={text!r} is not a number: start the ranks with torchrun")
     return int(text)
 
@@ -94,26 +131,55 @@ def rank_device(device: str, launch: Launch) -> torch.device:
             f"runtime.device={kind}, but torch sees no {kind} device on this machine: check nvidia-smi, "
             "CUDA_VISIBLE_DEVICES and that torch is a CUDA build, or take runtime.device=cpu"
         )
-    if launch.local_size > count:
+    if launch.local_size > count > 1:
         raise UserError(
             f"{launch.local_size} ranks on one node cannot share {count} {kind} devices: "
             f"start at most {count} (--nproc-per-node), or take runtime.device=cpu"
         )
-    torch.cuda.set_device(launch.local_rank)
-    return torch.device(kind, launch.local_rank)
+    index = launch.local_rank if count > 1 else 0  # one is each rank's own, or shared: see `check_devices`
+    torch.cuda.set_device(index)
+    return torch.device(kind, index)
 
 
-def open_store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
+def tell_device(launch: Launch, device: torch.device, store: dist.Store) -> None:
+    """Let rank 0 know which device this rank has, for `check_devices`."""
+    if device.type != "cpu":
+        store.set(f"device/{launch.rank}", str(torch.cuda.get_device_properties(device).uuid))
+
+
+def check_devices(launch: Launch, device: torch.device, store: dist.Store) -> None:
+    """After a meeting since every rank's `tell_device`.
+
+    Raises:
+        UserError: on rank 0, if two ranks have one device.
+    """
+    if device.type == "cpu" or launch.rank != 0:
+        return
+    owners: dict[bytes, int] = {}
+    for rank in range(launch.size):
+        first = owners.setdefault(store.get(f"device/{rank}"), rank)
+        if first != rank:
+            raise UserError(
+                f"ranks {first} and {rank} have one {device.type} device: start at most as many ranks on a node as it has "
+                "(--nproc-per-node), or give each its own (CUDA_VISIBLE_DEVICES), or take runtime.device=cpu"
+            )
+
+
+def open_store(launch: Launch, timeout_s: float, patience: Patience) -> tuple[dist.Store, str]:
     """The key-value store of this attempt, and the address at which others reach this process.
 
-    Keys of an earlier attempt would send a restarted rank to processes that are gone, hence the prefix.
+    Keys of an earlier attempt would send a restarted rank to processes that are gone, hence the prefix. `timeout_s` is
+    for what is asked of the store later.
+
+    Raises:
+        NoRankZero: it is not to be had.
+        SharedMistake: nothing says where rank 0 is, and a launcher started all ranks alike.
     """
+    address, port = os.environ.get("MASTER_ADDR"), launch.port
+    if not address:
+        raise _no_address(launch)
     try:
-        address, port = os.environ["MASTER_ADDR"], launch.port
-    except KeyError:
-        raise NoRankZero(f"WORLD_SIZE={launch.size} without MASTER_ADDR: start the ranks with torchrun") from None
-    try:
-        store = _within(timeout_s, partial(_connect, launch, address, timeout_s))
+        store = _within(patience, partial(_connect, launch, address, timeout_s, patience))
         return dist.PrefixStore(f"epmoe/{launch.attempt}", store), _own_address(address, port)
     except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -124,13 +190,23 @@ def open_store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
         ) from error
 
 
-def _connect(launch: Launch, address: str, timeout_s: float) -> dist.Store:
+def _no_address(launch: Launch) -> UserError:
+    task = launchers.find(os.environ)
+    if task is None or (task.rank, task.size) != (launch.rank, launch.size):
+        return NoRankZero(f"WORLD_SIZE={launch.size} without MASTER_ADDR: start the ranks with torchrun")
+    return SharedMistake(
+        f"{' and '.join(task.names)} say that this is one of {task.size} tasks on several nodes, and nothing says where "
+        "rank 0 is: set MASTER_ADDR to its node (and MASTER_PORT), or start the ranks with torchrun (launch/README.md); "
+        "RANK=0 WORLD_SIZE=1 makes a run of each task"
+    )
+
+
+def _connect(launch: Launch, address: str, timeout_s: float, patience: Patience) -> dist.Store:
     """Rank 0's store, or a connection to it, at once when it is there: torch pauses for a second between attempts."""
     is_master = launch.rank == 0 and not launch.agent
-    deadline = time.monotonic() + timeout_s
-    while not is_master and time.monotonic() < deadline:
+    while not is_master and time.monotonic() < patience.until:
         with suppress(OSError):
-            socket.create_connection((address, launch.port), timeout_s).close()
+            socket.create_connection((address, launch.port), patience.left_s).close()
             break
         time.sleep(0.05)
     return dist.TCPStore(
@@ -142,8 +218,8 @@ def _connect(launch: Launch, address: str, timeout_s: float) -> dist.Store:
     )
 
 
-def _within(seconds: float, make: Callable[[], dist.Store]) -> dist.Store:
-    """What `make` gives or raises; TimeoutError after `seconds`.
+def _within(patience: Patience, make: Callable[[], dist.Store]) -> dist.Store:
+    """What `make` gives or raises; TimeoutError when there is no more patience.
 
     torch would wait for ever for a stranger at the port that says nothing.
     """
@@ -157,9 +233,9 @@ def _within(seconds: float, make: Callable[[], dist.Store]) -> dist.Store:
 
     threading.Thread(target=fulfil, daemon=True).start()
     try:
-        return made.result(seconds)
+        return made.result(patience.left_s)
     except FutureTimeout:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
+        raise TimeoutError(f"no answer within {patience}") from None
 
 
 def _own_address(master: str, port: int) -> str:

@@ -1,6 +1,6 @@
 """Ranks: this process's coordinates, the process group and the device mesh; a clean start and a clean end.
 
-`start` reads what torchrun (or Slurm, or a hand) put into the environment. Without any of it there is one rank and no
+`start` reads what torchrun (or Slurm, MPI, a hand) put into the environment. Without any of it there is one rank and no
 process group. Which device a rank has is decided here; files with kernels ask for its type.
 
     main(body)                 runs a command: one line for a user's mistake, the exit code
@@ -21,7 +21,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from epmoe.errors import UserError
-from epmoe.ranks.launch import BACKENDS, Launch, open_store, rank_device, stdout_closed
+from epmoe.ranks.admission import age_s
+from epmoe.ranks.launch import (
+    BACKENDS,
+    Launch,
+    Patience,
+    check_devices,
+    open_store,
+    rank_device,
+    stdout_closed,
+    tell_device,
+)  # fmt: skip
 from epmoe.ranks.machine import machine
 from epmoe.ranks.meeting import Meeting
 from epmoe.ranks.watch import Watch
@@ -147,8 +157,10 @@ def start(
     if launch.size == 1:
         yield Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
         return
-    store, host = open_store(launch, timeout_s)
-    watch = Watch(launch, store, host, timeout_s)
+    patience = Patience.of(timeout_s, age_s())
+    store, host = open_store(launch, timeout_s, patience)
+    watch = Watch(launch, store, host, timeout_s, patience)
+    watch.gather()
     met = Ranks(
         launch.rank, launch.size, launch.local_rank, launch.nodes, torch.device("cpu"),
         watch=watch, start_timeout_s=start_timeout_s,
@@ -156,7 +168,9 @@ def start(
     try:
         met.agree(lambda: settings or {}, "start every rank with the same keys")
         met = replace(met, device=rank_device(device, launch))
+        tell_device(launch, met.device, store)
         met.agree(lambda: machine(met.device), "let every rank have the same")
+        check_devices(launch, met.device, store)
         ranks = _grouped(met, store, timeout_s)
         yield ranks
         for holder in (*ranks.at_end, *ranks.until_end):

@@ -12,7 +12,8 @@ collects faults for `SETTLE_S`, takes the likeliest cause and sends it to all as
 gone, each rank sees that on its own connection and needs no verdict.
 
 The thread must run while the main thread waits in a collective, which releases Python's lock. Signals reach it through
-`signal.set_wakeup_fd` for the same reason: a Python handler would have to wait for the main thread.
+`signal.set_wakeup_fd` for the same reason: a Python handler would have to wait for the main thread. In a command they
+come by way of its guard (guard.py), which ends a process whose thread cannot run.
 """
 
 import json
@@ -29,37 +30,43 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from epmoe.ranks import guard
 from epmoe.ranks.admission import Admission, Hello
 from epmoe.ranks.fault import KINDS, Fault, NoRankZero
-from epmoe.ranks.launch import Launch
+from epmoe.ranks.launch import Launch, Patience
 from epmoe.ranks.meeting import Meeting, difference
 from epmoe.ranks.peer import Peer
 
 SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
+EARLY_S = (
+    10.0  # how long a mistake from before the ranks met waits for those that still import, so that they hear of it
+)
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
-SIGNALS = {signal.SIGINT: ("interrupt", "interrupted"), signal.SIGTERM: ("term", "ended by SIGTERM")}
+SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "term"}  # → the kind of fault
 
 
 class Watch:
-    """The constructor waits until every rank has come, `meet` and `finish` until every rank calls them.
+    """The constructor waits for rank 0, `gather` until every rank has come, `meet` and `finish` until each calls them.
 
-    In between a thread ends the process as soon as any rank has failed. Main thread only, because of the signals.
+    A thread ends the process as soon as any rank has failed. Main thread only, because of the signals.
     """
 
-    def __init__(self, launch: Launch, store: dist.Store, host: str, timeout_s: float) -> None:
+    def __init__(self, launch: Launch, store: dist.Store, host: str, timeout_s: float, patience: Patience) -> None:
         """`host` is the name or address by which other ranks reach this one; used on rank 0.
 
-        A rank that does not come within `timeout_s` ends the process.
+        `patience` is for ranks that are still to come, `timeout_s` for those that are there.
 
         Raises:
             NoRankZero: rank 0 has not come, or not to where this rank can reach it, or it is another run's.
         """
         self.rank, self.size, self.port, self.timeout_s = launch.rank, launch.size, launch.port, timeout_s
+        self.patience = patience
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
@@ -70,16 +77,19 @@ class Watch:
         self.inbox: deque[Fault | Meeting | None] = deque()  # from the main thread
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
         self.finishing = self.closing = False
-        self.begin = self.first_fault = self.first_arrival = time.monotonic()
+        self.first_fault = self.first_arrival = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
         self._join(store, host)
         self._catch_signals()
         self.thread = threading.Thread(target=self._run, name="epmoe-watch", daemon=True)
         self.thread.start()
-        self.all_here.wait()
 
     # The main thread's side
+
+    def gather(self) -> None:
+        """Wait until every rank has come; one that does not ends the process."""
+        self.all_here.wait()
 
     def fail(self, kind: str, text: str, code: int, details: str = "") -> NoReturn:
         """End every rank because of this rank's error; `details` (a traceback) is printed here if it is the cause."""
@@ -111,7 +121,8 @@ class Watch:
         self.thread.join(5)
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
+        if guard.heard() is None:
+            signal.set_wakeup_fd(-1)
 
     def _tell(self, message: Fault | Meeting | None) -> None:
         self.inbox.append(message)
@@ -131,10 +142,11 @@ class Watch:
             return
         place = f"MASTER_PORT {self.port}"
         try:
+            store.wait(["watch"], timedelta(seconds=self.patience.left_s))
             host, port, token = json.loads(store.get("watch"))
-            connection = socket.create_connection((host, port), self.timeout_s)
+            connection = socket.create_connection((host, port), self.patience.left_s)
         except dist.DistError as error:
-            text = f"rank 0 did not come to {place} within {self.timeout_s:g} s of rank {self.rank}"
+            text = f"rank 0 did not come to {place} within {self.patience} of rank {self.rank}"
             raise NoRankZero(text) from error
         except OSError as error:
             text = f"rank {self.rank} cannot reach rank 0 of {place} at {host}:{port} ({error})"
@@ -149,9 +161,8 @@ class Watch:
         Raises:
             NoRankZero: it refuses, ends or says nothing.
         """
-        deadline = time.monotonic() + self.timeout_s
         while not (messages := peer.receive()):
-            if messages is None or time.monotonic() > deadline:
+            if messages is None or time.monotonic() > self.patience.until:
                 what = "ended before it knew" if messages is None else "did not answer"
                 text = f"rank 0 of MASTER_PORT {self.port} {what} rank {self.rank}: is it another run's?"
                 raise NoRankZero(text)
@@ -166,9 +177,17 @@ class Watch:
         """Let the thread learn of SIGINT and SIGTERM while the main thread is in a collective; it answers for both."""
         self.woken, self.waker = socket.socketpair()
         self.waker.setblocking(False)
-        self.selector.register(self.woken, selectors.EVENT_READ, self._wake)
-        self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+        source = guard.heard()
+        if source is None:
+            signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+        for each in filter(None, (source, self.woken)):
+            self.selector.register(each, selectors.EVENT_READ, partial(self._wake, each))
+        # In Python as well, should the guard be killed: then in the main thread, when that comes to it.
+        self.old_handlers = {each: signal.signal(each, lambda number, _: self._signal(number)) for each in SIGNALS}
+
+    def _signal(self, number: int) -> None:
+        with suppress(BlockingIOError):
+            self.waker.send(bytes([number]))
 
     # The thread's side
 
@@ -203,11 +222,13 @@ class Watch:
         """After `close`: at once, but rank 0 when the connections of all others have ended (or `close` gave up)."""
         return self.closing and (self.rank != 0 or not self.peers)
 
-    def _wake(self) -> None:
-        for byte in self.woken.recv(4096):
+    def _wake(self, source: socket.socket) -> None:
+        if not (said := source.recv(4096)):
+            self.selector.unregister(source)  # the guard has ended
+        for byte in said:
             if byte in SIGNALS:
-                kind, text = SIGNALS[signal.Signals(byte)]
-                self._fault(Fault(kind, self.rank, text, 128 + byte))
+                number = signal.Signals(byte)
+                self._fault(Fault(SIGNALS[number], self.rank, guard.SIGNALS[number], 128 + byte))
         while self.inbox:
             message = self.inbox.popleft()
             if isinstance(message, Fault):
@@ -315,16 +336,20 @@ class Watch:
         if not self.faults:
             for rank, text in self._overdue(now):
                 self._fault(Fault("lost", rank, text, 1))
-        if self.faults:
-            judge = self.rank == 0 or self.faults[0].rank == 0  # the others wait longer, for rank 0's verdict
-            if now - self.first_fault > (SETTLE_S if judge else 6 * SETTLE_S):
-                self._end(min(self.faults, key=lambda fault: (KINDS.index(fault.kind), fault.rank)))
+        if self.faults and now - self.first_fault > self._settle_s():
+            self._end(min(self.faults, key=lambda fault: (KINDS.index(fault.kind), fault.rank)))
+
+    def _settle_s(self) -> float:
+        """How long after the first fault the run ends."""
+        early = not self.all_here.is_set() and self.faults[0].kind in ("told", "mistake")
+        judge = self.rank == 0 or self.faults[0].rank == 0  # the others wait longer, for rank 0's verdict
+        return (EARLY_S if early else SETTLE_S) + (0 if judge else 5 * SETTLE_S)
 
     def _overdue(self, now: float) -> list[tuple[int, str]]:
         if self.rank == 0 and not self.all_here.is_set():
             absent = sorted(set(range(1, self.size)) - set(self.peers))
-            if now - self.begin > self.timeout_s:
-                where = f"did not come to MASTER_PORT {self.port} within {self.timeout_s:g} s"
+            if now > self.patience.until:
+                where = f"did not come to MASTER_PORT {self.port} within {self.patience}"
                 return [(rank, where) for rank in absent]
             return []
         if self._finished():
@@ -342,6 +367,7 @@ class Watch:
 
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
+        guard.told()
         text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
         with suppress(OSError):
             os.write(2, text.encode())

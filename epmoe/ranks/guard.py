@@ -1,0 +1,114 @@
+"""Guard: SIGINT and SIGTERM end a command within seconds, whatever it is at.
+
+Python answers a signal between two operations of the main thread, and the watch (watch.py) in a thread of its own; both
+need Python's lock. One operation may keep that lock for minutes, and one that releases it may never come back: a power
+of large numbers, a library's own threads, a device. What needs no lock is the handler that Python has in C: it writes
+the signal's number to a file descriptor. There a small child process reads:
+
+    signal ── number ──▶ guard ── number ──▶ the watch, which ends all ranks with one line
+                           └── after GRACE_S: the line, if nobody has said it, and SIGKILL
+
+The child is forked before torch is imported, so it is small. It ends with its parent.
+"""
+
+import os
+import select
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import NoReturn
+
+from epmoe.ranks import launchers
+
+GRACE_S = 6.0  # more than a clean end takes: another rank than 0 waits 3 s for the verdict, a stream's flush 1 s
+LOOK_S = 10.0  # how often the child looks for a parent that has died and left its socket to another process
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+TOLD = 0  # no signal's number: the parent is about to say why it ends
+
+ENDS: list[socket.socket] = []  # this process' end, once there is a guard: signals are the process' own, too
+
+
+def begin() -> None:
+    """Start this process' guard, once. Until the process handles the two signals itself, they end it at once.
+
+    For a command's first lines, before it imports what takes seconds and before it starts a thread.
+    """
+    launchers.adopt(os.environ)  # the guard must know which rank's it is
+    if ENDS:
+        return
+    here, there = socket.socketpair()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    parent = os.getpid()
+    if os.fork() == 0:
+        _keep_watch(there, parent)
+    there.close()
+    here.setblocking(False)
+    signal.set_wakeup_fd(here.fileno(), warn_on_full_buffer=False)  # for signals with a handler in Python
+    ENDS.append(here)
+
+
+def heard() -> socket.socket | None:
+    """Where numbers of signals can be read, as the guard passes them on; None: this process has no guard."""
+    return ENDS[0] if ENDS else None
+
+
+def told() -> None:
+    """This process says itself why it ends: the guard need not."""
+    for each in ENDS:
+        with suppress(OSError):
+            each.send(bytes([TOLD]))
+
+
+def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
+    """The child's whole life. It keeps nothing of its parent's but standard error and the socket."""
+    try:
+        for number in (*SIGNALS, signal.SIGQUIT, signal.SIGHUP):  # a terminal sends them to all of its job
+            signal.signal(number, signal.SIG_IGN)
+        _close_all_but(2, there.fileno())
+        there.setblocking(False)
+        first, silent, deadline = 0, False, 0.0
+        while True:
+            select.select([there], [], [], max(0.0, deadline - time.monotonic()) if first else LOOK_S)
+            numbers = _passed_on(there)
+            if numbers is None or os.getppid() != parent:
+                break
+            silent |= TOLD in numbers
+            for number in numbers:
+                if number in SIGNALS and not first:
+                    first, deadline = number, time.monotonic() + GRACE_S
+            if first and time.monotonic() >= deadline:
+                _end(parent, "" if silent else SIGNALS[signal.Signals(first)])
+                break
+    finally:
+        os._exit(0)
+
+
+def _passed_on(there: socket.socket) -> bytes | None:
+    """What has come, once it has gone back; None when the parent has ended."""
+    try:
+        numbers = there.recv(4096)
+    except BlockingIOError:
+        return b""
+    except OSError:
+        return None
+    with suppress(OSError):  # the parent may read none of it
+        there.send(bytes(number for number in numbers if number in SIGNALS))
+    return numbers or None
+
+
+def _end(parent: int, text: str) -> None:
+    """Rank 0 says it; another rank is named by rank 0, which sees its end. A stream that is full is not waited for."""
+    if text and os.environ.get("RANK", "0") == "0" and select.select([], [2], [], 0)[1]:
+        with suppress(OSError):
+            os.write(2, f"epmoe: {text}\n".encode())
+    os.kill(parent, signal.SIGKILL)
+
+
+def _close_all_but(*kept: int) -> None:
+    """What stayed open here would not end for its reader when the parent ends."""
+    for number in map(int, os.listdir("/dev/fd")):
+        if number not in kept:
+            with suppress(OSError):
+                os.close(number)
