@@ -67,8 +67,8 @@ def _run(body: Callable[[], None]) -> int:
 def _tell_once(error: UserError) -> None:
     """Say a mistake that was found before the ranks met: rank 0 its own, and another's only if it has none.
 
-    So ranks that still import hear of it, too, and end: all meet as for a run, EARLY_S long. A rank that finds no rank 0
-    says its mistake itself.
+    So that ranks which still import hear of it, too, all meet as for a run, for EARLY_S at most. A rank that finds no
+    rank 0 says its mistake itself.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0" or isinstance(error, NoRankZero):

@@ -7,6 +7,7 @@ from epmoe.errors import UserError
 # The likeliest cause first. "port": two runs came to one MASTER_PORT, so nobody knows whose rank 0 is. "told": rank 0's
 # own mistake from before the ranks met, which it has said at once.
 KINDS = ("interrupt", "closed", "port", "lost", "told", "mistake", "error", "term")
+SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
             if numbers is None or os.getppid() != parent:
                 break
             silent |= TOLD in numbers
-            for number in numbers:
-                if number in SIGNALS and not first:
-                    first, deadline = number, time.monotonic() + GRACE_S
+            for each in numbers:
+                if each in SIGNALS and not first:
+                    first, deadline = each, time.monotonic() + GRACE_S
             if first and time.monotonic() >= deadline:
                 _end(parent, "" if silent else SIGNALS[signal.Signals(first)])
                 break

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from epmoe.errors import UserError
 from epmoe.ranks import launchers
-from epmoe.ranks.admission import REMEDY, SKEW, Hello, age_s, origin
-from epmoe.ranks.fault import NoRankZero, SharedMistake
+from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
+from epmoe.ranks.fault import SETTLE_S, NoRankZero, SharedMistake
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 LARGEST_PORT = 65535
@@ -37,12 +37,13 @@ class Patience:
 
     @staticmethod
     def of(timeout_s: float, age: float) -> "Patience":
-        """`timeout_s` counts from the process' start, so that a rank that dies while all import is not waited for longer.
+        """`timeout_s` counts from the process' start: a rank that dies while all import is not waited for longer.
 
-        Where importing took long, another rank may take half as long again; never longer than `timeout_s` from now.
+        Where importing took long, another rank may take a quarter as long again; never more than `timeout_s` from now.
+        The run's end takes SETTLE_S of it.
         """
-        wait = min(timeout_s, max(timeout_s - age, SKEW * age))
-        return Patience(time.monotonic() + wait, age + wait if wait < timeout_s else timeout_s)
+        wait = min(timeout_s, max(timeout_s - SETTLE_S - age, age / 4, 1.0))
+        return Patience(time.monotonic() + wait, max(timeout_s, age + wait) if wait < timeout_s else timeout_s)
 
     @property
     def left_s(self) -> float:
@@ -160,8 +161,9 @@ def check_devices(launch: Launch, device: torch.device, store: dist.Store) -> No
         first = owners.setdefault(store.get(f"device/{rank}"), rank)
         if first != rank:
             raise UserError(
-                f"ranks {first} and {rank} have one {device.type} device: start at most as many ranks on a node as it has "
-                "(--nproc-per-node), or give each its own (CUDA_VISIBLE_DEVICES), or take runtime.device=cpu"
+                f"ranks {first} and {rank} cannot share one {device.type} device: start at most one rank for each "
+                "device of a node (--nproc-per-node), show each its own (CUDA_VISIBLE_DEVICES), "
+                "or take runtime.device=cpu"
             )
 
 
@@ -195,8 +197,8 @@ def _no_address(launch: Launch) -> UserError:
     if task is None or (task.rank, task.size) != (launch.rank, launch.size):
         return NoRankZero(f"WORLD_SIZE={launch.size} without MASTER_ADDR: start the ranks with torchrun")
     return SharedMistake(
-        f"{' and '.join(task.names)} say that this is one of {task.size} tasks on several nodes, and nothing says where "
-        "rank 0 is: set MASTER_ADDR to its node (and MASTER_PORT), or start the ranks with torchrun (launch/README.md); "
+        f"{' and '.join(task.names)} say that this is one of {task.size} tasks, and nothing says on which node rank 0 "
+        "is: set MASTER_ADDR to it (and MASTER_PORT), or start the ranks with torchrun (launch/README.md); "
         "RANK=0 WORLD_SIZE=1 makes a run of each task"
     )
 
@@ -235,7 +237,7 @@ def _within(patience: Patience, make: Callable[[], dist.Store]) -> dist.Store:
     try:
         return made.result(patience.left_s)
     except FutureTimeout:
-        raise TimeoutError(f"no answer within {patience}") from None
+        raise TimeoutError(f"no answer within {patience}, runtime.timeout_s") from None
 
 
 def _own_address(master: str, port: int) -> str:

@@ -45,9 +45,9 @@ def adopt(environment: MutableMapping[str, str]) -> None:
     task = find(environment)
     if task is None or "RANK" in environment or "WORLD_SIZE" in environment:
         return
-    environment |= {"RANK": str(task.rank), "WORLD_SIZE": str(task.size)}
+    environment.update({"RANK": str(task.rank), "WORLD_SIZE": str(task.size)})
     if task.local_rank is not None and task.local_size is not None:
-        environment |= {"LOCAL_RANK": str(task.local_rank), "LOCAL_WORLD_SIZE": str(task.local_size)}
+        environment.update({"LOCAL_RANK": str(task.local_rank), "LOCAL_WORLD_SIZE": str(task.local_size)})
     if task.local_size == task.size:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
 

@@ -1,10 +1,18 @@
-"""Peer: one end of a connection between two ranks' watches; lines of JSON."""
+"""Peer: one end of a connection between two ranks' watches; lines of JSON. How a rank comes to rank 0."""
 
 import json
 import socket
 import time
 from contextlib import suppress
+from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
+
+import torch.distributed as dist
+
+from epmoe.ranks.admission import Hello
+from epmoe.ranks.fault import NoRankZero
+from epmoe.ranks.launch import Patience
 
 
 class Peer:
@@ -32,3 +40,31 @@ class Peer:
             return None
         self.heard = time.monotonic()
         return messages if data else None
+
+
+def reach_rank_0(store: dist.Store, own: Hello, port: int, patience: Patience) -> tuple[Peer, list[list[Any]]]:
+    """A connection on which rank 0 knows this rank, and what it has said besides.
+
+    Raises:
+        NoRankZero: it does not come, cannot be reached, refuses, ends or says nothing.
+    """
+    try:
+        store.wait(["watch"], timedelta(seconds=patience.left_s))
+        host, its_port, token = json.loads(store.get("watch"))
+        connection = socket.create_connection((host, its_port), patience.left_s)
+    except dist.DistError as error:
+        text = f"rank 0 did not come to MASTER_PORT {port} within {patience} of rank {own.rank}'s start"
+        raise NoRankZero(f"{text} (runtime.timeout_s)") from error
+    except OSError as error:
+        text = f"rank {own.rank} cannot reach rank 0 of MASTER_PORT {port} at {host}:{its_port} ({error})"
+        raise NoRankZero(text) from error
+    peer = Peer(connection, 0)
+    peer.send("hello", token, asdict(own))
+    while not (messages := peer.receive()):
+        if messages is None or time.monotonic() > patience.until:
+            what = "ended before it knew" if messages is None else "did not answer"
+            raise NoRankZero(f"rank 0 of MASTER_PORT {port} {what} rank {own.rank}: is it another run's?")
+    (answer, *reasons), *more = messages
+    if answer == "refused":
+        raise NoRankZero(*reasons)
+    return peer, more

@@ -30,7 +30,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
@@ -38,12 +37,11 @@ import torch.distributed as dist
 
 from epmoe.ranks import guard
 from epmoe.ranks.admission import Admission, Hello
-from epmoe.ranks.fault import KINDS, Fault, NoRankZero
+from epmoe.ranks.fault import KINDS, SETTLE_S, Fault
 from epmoe.ranks.launch import Launch, Patience
 from epmoe.ranks.meeting import Meeting, difference
-from epmoe.ranks.peer import Peer
+from epmoe.ranks.peer import Peer, reach_rank_0
 
-SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 EARLY_S = (
     10.0  # how long a mistake from before the ranks met waits for those that still import, so that they hear of it
 )
@@ -140,35 +138,7 @@ class Watch:
             self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
             store.set("watch", json.dumps([host, self.listener.getsockname()[1], self.token]))
             return
-        place = f"MASTER_PORT {self.port}"
-        try:
-            store.wait(["watch"], timedelta(seconds=self.patience.left_s))
-            host, port, token = json.loads(store.get("watch"))
-            connection = socket.create_connection((host, port), self.patience.left_s)
-        except dist.DistError as error:
-            text = f"rank 0 did not come to {place} within {self.patience} of rank {self.rank}"
-            raise NoRankZero(text) from error
-        except OSError as error:
-            text = f"rank {self.rank} cannot reach rank 0 of {place} at {host}:{port} ({error})"
-            raise NoRankZero(text) from error
-        peer = Peer(connection, 0)
-        peer.send("hello", token, asdict(self.admission.own))
-        self._be_known(peer)
-
-    def _be_known(self, peer: Peer) -> None:
-        """Wait for rank 0's answer to this rank's hello.
-
-        Raises:
-            NoRankZero: it refuses, ends or says nothing.
-        """
-        while not (messages := peer.receive()):
-            if messages is None or time.monotonic() > self.patience.until:
-                what = "ended before it knew" if messages is None else "did not answer"
-                text = f"rank 0 of MASTER_PORT {self.port} {what} rank {self.rank}: is it another run's?"
-                raise NoRankZero(text)
-        (answer, *reasons), *more = messages
-        if answer == "refused":
-            raise NoRankZero(*reasons)
+        peer, more = reach_rank_0(store, self.admission.own, self.port, self.patience)
         self.peers[0] = peer
         self.selector.register(peer.connection, selectors.EVENT_READ, partial(self._hear, peer))
         self._answer(peer, more)
@@ -223,8 +193,12 @@ class Watch:
         return self.closing and (self.rank != 0 or not self.peers)
 
     def _wake(self, source: socket.socket) -> None:
-        if not (said := source.recv(4096)):
-            self.selector.unregister(source)  # the guard has ended
+        try:
+            said = source.recv(4096)
+        except ConnectionError:
+            said = b""
+        if not said:
+            self.selector.unregister(source)  # the guard was killed
         for byte in said:
             if byte in SIGNALS:
                 number = signal.Signals(byte)
@@ -349,7 +323,7 @@ class Watch:
         if self.rank == 0 and not self.all_here.is_set():
             absent = sorted(set(range(1, self.size)) - set(self.peers))
             if now > self.patience.until:
-                where = f"did not come to MASTER_PORT {self.port} within {self.patience}"
+                where = f"did not come to MASTER_PORT {self.port} within {self.patience} (runtime.timeout_s)"
                 return [(rank, where) for rank in absent]
             return []
         if self._finished():

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,21 +38,60 @@ def test_mistakes(env: dict[str, str], options: dict[str, str], words: str, monk
     assert words in str(mistake.value) and "\n" not in str(mistake.value)
 
 
-def more_ranks_than_devices() -> None:
-    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-    with mesh.start():
+class Devices:
+    """Stands for torch.cuda: the devices that a rank sees, by their identity."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def put(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: len(self.seen))
+        patch.setattr(torch.cuda, "set_device", lambda index: self.seen[index])
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=self.seen[device.index]))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "an accelerator")
+
+
+def see(seen: list[list[str]]) -> None:
+    """Each rank its own; rank 0 says which device it took, and no group is made."""
+    Devices(seen[int(os.environ["RANK"])]).put(pytest.MonkeyPatch())
+    mesh._grouped = lambda met, *_: sys.exit(f"took {met.device}")
+    with mesh.start(timeout_s=20):
         pass
 
 
-def test_more_ranks_than_devices(tmp_path: Path) -> None:
-    """Two ranks never share a device silently."""
-    with commands(more_ranks_than_devices, 2, folder=tmp_path) as started:
-        assert [command.wait(30) for command in started] == [2, 2]
-        assert started[0].stderr.splitlines() == [
-            "epmoe: device=cuda (auto)",
-            "epmoe: error: 2 ranks on one node cannot share 1 cuda devices: "
-            "start at most 1 (--nproc-per-node), or take runtime.device=cpu",
-        ]
+@pytest.mark.parametrize(
+    ("seen", "says"),
+    [
+        pytest.param([["A", "B"]] * 3, "3 ranks on one node cannot share 2 cuda devices: start at most 2", id="two"),
+        pytest.param([["A"]] * 2, "ranks 0 and 1 cannot share one cuda device: start at most one", id="one"),
+        pytest.param([["A"], ["B"], ["A"]], "ranks 0 and 2 cannot share one cuda device: start", id="its-own-but-one"),
+    ],
+)
+def test_two_ranks_never_share_a_device_silently(seen: list[list[str]], says: str, tmp_path: Path) -> None:
+    with commands(see, len(seen), seen, folder=tmp_path) as started:
+        assert [command.wait(30) for command in started] == [2] * len(seen)
+        assert started[0].stderr.startswith(f"epmoe: device=cuda (auto)\nepmoe: error: {says}")
+        assert len(started[0].stderr.splitlines()) == 2
+        assert started[0].stderr.endswith(" or take runtime.device=cpu\n")
+
+
+@pytest.mark.parametrize(
+    ("local", "seen", "index"),
+    [
+        pytest.param({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, ["D"], 0, id="one-for-each-task"),
+        pytest.param({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, ["A", "B", "C", "D"], 3, id="all"),
+        pytest.param({}, ["A", "B", "C", "D"], 3, id="all-by-hand"),
+    ],
+)
+def test_which_device(local: dict[str, str], seen: list[str], index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number LOCAL_RANK of those on the node; where a launcher shows each task one of its own, that one."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", **local}.items():
+        monkeypatch.setenv(name, value)
+    Devices(seen).put(monkeypatch)
+    assert launch.rank_device("cuda", launch.Launch.read()) == torch.device("cuda", index)
 
 
 def join(timeout_s: float) -> None:
@@ -66,8 +106,8 @@ def test_a_stranger_at_the_port_is_waited_for_no_longer_than_for_a_rank(tmp_path
         with commands(join, 2, 2.0, folder=tmp_path, port=port) as started:
             assert [command.wait(6) for command in started] == [2, 2]
             assert started[0].stderr.startswith(f"epmoe: error: MASTER_PORT {port} is taken, perhaps by another run: ")
-            cannot = f"epmoe: error: rank 1 cannot use MASTER_ADDR:MASTER_PORT 127.0.0.1:{port} (no answer within 2 s)"
-            assert started[1].stderr == f"{cannot}\n"
+            cannot = f"epmoe: error: rank 1 cannot use MASTER_ADDR:MASTER_PORT 127.0.0.1:{port} (no answer within 2 s, "
+            assert started[1].stderr == f"{cannot}runtime.timeout_s)\n"
 
 
 @pytest.mark.parametrize("size", ["1", "2"])

@@ -1,0 +1,128 @@
+"""Guard: a command whose main thread answers no signal ends within seconds all the same, and says why."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import repeat
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM, Signals
+
+import psutil
+import pytest
+from spawn import Command, commands
+
+from epmoe.ranks import guard, mesh
+
+pytestmark = pytest.mark.alone  # it measures time
+
+WITHIN_S = guard.GRACE_S + 3
+SLOWEST_S = 10.0
+
+
+def keep_the_lock(ranks: list[int]) -> None:
+    """One operation in C, which neither ends nor releases Python's lock, on some ranks; the others wait for them."""
+    with mesh.start(device="cpu", timeout_s=60) as mine:
+        os.write(1, b"running\n")
+        if mine.rank in ranks:
+            deque(repeat(None), maxlen=0)
+        mine.barrier()
+
+
+def wait_for_threads() -> None:
+    """Ctrl-C leaves the block, whose end waits for its threads: as a library's download does."""
+    with ThreadPoolExecutor() as pool:
+        pool.submit(time.sleep, 1000)
+        os.write(1, b"running\n")
+        time.sleep(1000)
+
+
+def sleep() -> None:
+    with mesh.start(device="cpu"):
+        os.write(1, b"running\n")
+        time.sleep(1000)
+
+
+def child(command: Command) -> psutil.Process:
+    """The rank's guard."""
+    (found,) = psutil.Process(command.process.pid).children()
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def running(started: list[Command]) -> bool:
+    return all(command.stdout for command in started)
+
+
+# (what runs, its arguments, ranks, signal, to which ranks) → codes, standard error by rank
+KILLED = "epmoe: rank {} ended without a word (killed?); rank {} ends too\n"
+CASES: list[tuple[Callable[..., None], tuple[list[int], ...], int, Signals, list[int], list[int], list[str]]] = [
+    (keep_the_lock, ([0],), 1, SIGINT, [0], [-SIGKILL], ["epmoe: interrupted\n"]),
+    (keep_the_lock, ([0],), 1, SIGTERM, [0], [-SIGKILL], ["epmoe: ended by SIGTERM\n"]),
+    (wait_for_threads, (), 1, SIGINT, [0], [-SIGKILL], ["epmoe: interrupted\n"]),
+    (keep_the_lock, ([0, 1],), 2, SIGINT, [0, 1], [-SIGKILL] * 2, ["epmoe: interrupted\n", ""]),
+    (keep_the_lock, ([1],), 2, SIGINT, [0, 1], [130, -SIGKILL], ["epmoe: interrupted\n", ""]),
+    (keep_the_lock, ([0],), 2, SIGINT, [0, 1], [-SIGKILL, 130], ["epmoe: interrupted\n", ""]),
+    (keep_the_lock, ([1],), 2, SIGTERM, [1], [1, -SIGKILL], [KILLED.format(1, 0), ""]),
+]
+
+
+def test_a_main_thread_that_answers_no_signal(tmp_path: Path) -> None:
+    """All at once, as each takes GRACE_S: they only wait. One line of the run, from rank 0, whoever says it."""
+    with ExitStack() as stack:
+        runs = []
+        for number, (body, arguments, size, *_) in enumerate(CASES):
+            (folder := tmp_path / str(number)).mkdir()
+            runs.append(stack.enter_context(commands(body, size, *arguments, folder=folder)))
+        until(lambda: all(running(started) for started in runs))
+        time.sleep(0.3)  # they are in that operation
+        for started, (*_, signal, victims, _, _) in zip(runs, CASES, strict=True):
+            for rank in victims:
+                started[rank].signal(signal)
+        deadline = time.monotonic() + WITHIN_S + SLOWEST_S  # seven processes may want two cores
+        ended = [[command.wait(deadline - time.monotonic()) for command in started] for started in runs]
+        assert ended == [case[-2] for case in CASES]
+        assert [[command.stderr for command in started] for started in runs] == [case[-1] for case in CASES]
+
+
+def test_one_that_answers_ends_before_the_guard_would(tmp_path: Path) -> None:
+    """And once only, however many signals come."""
+    with commands(sleep, 1, folder=tmp_path) as started:
+        until(lambda: running(started))
+        begin = time.monotonic()
+        for number in (SIGINT, SIGTERM, SIGINT):
+            started[0].signal(number)
+        assert started[0].wait(guard.GRACE_S) in (128 + SIGINT, 128 + SIGTERM)
+        assert time.monotonic() - begin < guard.GRACE_S - 2
+        assert len(started[0].stderr.splitlines()) == 1 and started[0].stderr.startswith("epmoe: ")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_without_the_guard_a_signal_still_ends_it(size: int, tmp_path: Path) -> None:
+    """Whoever kills the guard has the ranks' own handlers left."""
+    with commands(sleep, size, folder=tmp_path) as started:
+        until(lambda: running(started))
+        for command in started:
+            child(command).kill()
+        for command in started:
+            command.signal(SIGINT)
+        assert [command.wait(10) for command in started] == [130] * size
+        assert [line for line in started[0].stderr.splitlines() if line.startswith("epmoe")] == ["epmoe: interrupted"]
+
+
+def test_the_guard_holds_nothing_and_goes_with_its_command(tmp_path: Path) -> None:
+    """A pipe that it kept open would have no end for its reader."""
+    with commands(sleep, 1, folder=tmp_path) as started:
+        until(lambda: running(started))
+        found = child(started[0])
+        until(lambda: found.num_fds() == 2)
+        started[0].signal(SIGKILL)
+        until(lambda: not found.is_running() or found.status() == psutil.STATUS_ZOMBIE, 5)
