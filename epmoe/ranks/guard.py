@@ -41,7 +41,11 @@ def begin() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     parent = os.getpid()
-    if os.fork() == 0:
+    try:
+        child = os.fork()
+    except OSError:  # no more processes for this user: signals are answered where Python can
+        return
+    if child == 0:
         _keep_watch(there, parent)
     there.close()
     here.setblocking(False)
@@ -108,7 +112,11 @@ def _end(parent: int, text: str) -> None:
 
 def _close_all_but(*kept: int) -> None:
     """What stayed open here would not end for its reader when the parent ends."""
-    for number in map(int, os.listdir("/dev/fd")):
+    try:
+        numbers = [int(each) for each in os.listdir("/dev/fd")]
+    except OSError:  # no such folder: at a command's begin few are open
+        numbers = list(range(256))
+    for number in numbers:
         if number not in kept:
             with suppress(OSError):
                 os.close(number)

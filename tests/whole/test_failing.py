@@ -128,16 +128,17 @@ def test_ctrl_c_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psu
     assert psutil.wait_procs(started, timeout=5)[1] == []
 
 
-def test_ctrl_c_while_modules_are_imported() -> None:
-    """Importing torch takes seconds, in which a user who mistyped a key is likely to press it."""
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_signal_while_modules_are_imported(number: Signals) -> None:
+    """Importing torch takes seconds, in which a user who mistyped a key is likely to press Ctrl-C."""
     process = subprocess.Popen([sys.executable, "-m", "epmoe.generate"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any("libtorch" in each.path for each in psutil.Process(process.pid).memory_maps()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(SIGINT)
+    process.send_signal(number)
     err = process.communicate(timeout=10)[1]
-    assert process.returncode in (-SIGINT, 130)  # 130: it was fast, and `main` had begun
+    assert process.returncode in (-number, 128 + number)  # the second: it was fast, and `main` had begun
     assert "Traceback" not in err
 
 

@@ -19,7 +19,7 @@ from epmoe.ranks import command, launch, mesh
 
 pytestmark = pytest.mark.alone  # it measures time
 
-IMPORT_S, TIMEOUT_S = 1.5, 4.0
+IMPORT_S, TIMEOUT_S = 1.5, 5.0
 
 
 def come(import_s: float = IMPORT_S, timeout_s: float = TIMEOUT_S) -> None:
@@ -44,7 +44,7 @@ def end_without(victim: int, number: Signals, folder: Path) -> None:
         assert ends([started[rank] for rank in others], TIMEOUT_S) == [1 if victim else 2] * 3
         for rank in others:
             (line,) = started[rank].stderr.splitlines()
-            assert str(port) in line and "within 4 s" in line and "runtime.timeout_s" in line
+            assert str(port) in line and " within " in line and "runtime.timeout_s" in line
             assert (f"rank {victim} did not come" in line) == bool(victim)
 
 
