@@ -15,7 +15,8 @@ from epmoe.kernels import linear as today, norm as norm_triton, vocabulary as vo
 from epmoe.kernels.gpu import early
 from epmoe.kernels.product import product_kernel
 from epmoe.kernels.product_few import few_kernel
-from router_try import router_kernel
+from router_try import router_kernel, runs_kernel
+from few_try import few3_kernel, norm_first_kernel
 
 B16, dev = torch.bfloat16, "cuda"
 RESULT = {}
@@ -66,116 +67,149 @@ def attempt(name, fn):
         BAD.add(name); print("FAILED", name, repr(e)[:300].replace("\n", " "), flush=True)
 
 
-def bits():
-    print("== bits: T at which the library differs (of those tried)")
-    many = [*range(1, 301), 320, 384, 448, 512, 600, 777, 1000, 1024, 1500, 2048, 3000, 4096, 5000, 6144, 8192]
-    for n, k in ((5120, 2880), (2560, 2880), (1280, 2880), (640, 2880), (2880, 4096), (32, 2880), (128, 2880)):
-        l = layer(n, k); x = torch.randn(8192, k, device=dev, dtype=B16)
-        want = product(x, l, 64, 64, 64, 4, 5)
-        for tile in ((16, 8, 128, 1, 6), (16, 16, 128, 4, 6), (64, 16, 128, 4, 4), (64, 32, 128, 4, 5), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)):
-            got = attempt(f"bits {tile}", lambda: product(x[:512], l, *tile))
-            if got is not None and not torch.equal(got, want[:512]): print("DIFFER", n, k, tile, (got != want[:512]).sum().item())
-        for T in (1, 2, 3, 5, 8):
-            got = attempt("bits few", lambda: few(x[:T], l, 16, 8, 256, 1, 4))
-            if got is not None and not torch.equal(got, want[:T]): print("DIFFER few", n, k, T, (got != want[:T]).sum().item())
-        if got is not None: print("few ok" , n, k)
-        bad = [T for T in many if not torch.equal(F.linear(x[:T], l.weight, l.bias), want[:T])]
-        l0 = nn.Linear(k, n, False, device=dev, dtype=B16).requires_grad_(False); l0.weight.copy_(l.weight)
-        want0 = product(x, l0, 64, 64, 64, 4, 5)
-        bad0 = [T for T in many if not torch.equal(F.linear(x[:T], l.weight), want0[:T])]
-        RESULT[f"library differs {n}x{k}"] = {"bias": bad, "none": bad0}
-        print(n, k, "bias", len(bad), bad[:3], bad[-3:], "none", len(bad0), bad0[:3], bad0[-3:], flush=True)
-    V, k = 201088, 2880
-    w = torch.empty(16384, k, device=dev, dtype=B16).normal_(0, 0.02)
-    l = nn.Linear(k, 16384, False, device="meta"); l.weight = nn.Parameter(w, False)
-    x = torch.randn(1024, k, device=dev, dtype=B16)
-    want = product(x, l, 64, 64, 64, 4, 5, f32=True)
-    old = vocab_triton.part_logits(x[:64], w, (0, 16384), 16384)
-    print("vocabulary kernel of today equal:", torch.equal(old, want[:64]))
-    for n in (16384, 4480):
-        bad = []
-        for T in [*range(1, 301), 320, 384, 512, 640, 1000, 1024]:
-            buf = torch.empty(T, V, device=dev)
-            torch.mm(x[:T], w[:n].T, out_dtype=torch.float32, out=buf[:, :n])
-            if not torch.equal(buf[:, :n], want[:T, :n]): bad.append(T)
-        RESULT[f"vocab differs {n}"] = bad
-        print("vocabulary f32 strided", n, len(bad), bad[:5], bad[-5:], flush=True)
-    for T in (512, 4096, 8192):  # what a check of 50 sizes would cost
-        pass
+def few3(x, l, W, ROWS, M, K, S, EV=""):
+    t, n = len(x), len(l.weight)
+    out = torch.empty(t, n, device=dev, dtype=B16)
+    few3_kernel[(triton.cdiv(n, W * ROWS),)](x, l.weight, l.bias, out, t, n, H=x.shape[1], R=16 * W, M=M, K=K, S=S, ROWS=ROWS, EVICT=EV, num_warps=W, **early(x.device))
+    return out
+
+
+def norm1(x, rows, w, first=False, warps=16, pdl=True):
+    s, nm = torch.empty_like(x), torch.empty_like(x)
+    opts = early(x.device) if pdl else {"PDL": True}
+    norm_first_kernel[(len(x),)](x, rows, w, s, nm, 1e-5, H=x.shape[1], HP=4096, FIRST=first, num_warps=warps, **opts)
+    return s, nm
+
+
+H = 2880
+ONES = torch.ones(4096, device=dev, dtype=B16)
+
+
+def fused(x, rows, l, B, S, PRE, FIRST, W):
+    T, E = len(x), len(l.weight)
+    s, nm, out = torch.empty_like(x), torch.empty_like(x), x.new_empty(T, E)
+    router_kernel[(T, triton.cdiv(E, B))](x, rows, ONES, l.weight, l.bias, s, nm, out, 1e-5, H=H, K=1, E=E, B=B, HP=4096, S=S, PRE=PRE, FIRST=FIRST, SIDE=1, num_warps=W, **early(x.device))
+    return s, nm, out
+
+
+def runs(x, l, Sr, R, M, CK, W, S):
+    T, E = len(x), len(l.weight)
+    out = x.new_empty(T, E)
+    runs_kernel[(triton.cdiv(E, R), triton.cdiv(T, M))](x, l.weight, l.bias, out, T, E, H=H, HP=4096, S=Sr, R=R, M=M, CK=CK, num_warps=W, num_stages=S, **early(x.device))
+    return out
 
 
 def timing():
-    ones = torch.ones(4096, device=dev, dtype=B16)
-    fews = [(16, 8, 256, 1, 3), (16, 8, 256, 1, 4), (16, 8, 256, 1, 5), (16, 8, 512, 1, 3), (16, 8, 128, 1, 6), (16, 8, 128, 1, 8), (32, 8, 256, 2, 3), (32, 8, 128, 2, 4), (32, 8, 128, 2, 6), (16, 8, 256, 2, 4), (64, 8, 128, 4, 4)]
-    fews16 = [(16, 16, 256, 1, 4), (16, 16, 128, 1, 6), (32, 16, 128, 2, 4), (32, 16, 128, 2, 6), (64, 16, 128, 4, 4)]
-    tiles = {8: [(16, 8, 128, 1, 6), (16, 8, 128, 4, 6), (16, 8, 256, 1, 4), (16, 8, 256, 4, 4), (32, 8, 128, 4, 6)],
-             16: [(16, 16, 128, 4, 6), (16, 16, 128, 1, 6), (64, 16, 128, 4, 6), (64, 16, 128, 4, 4), (32, 16, 128, 4, 6)],
-             32: [(16, 32, 128, 4, 6), (64, 32, 128, 4, 5), (32, 32, 128, 4, 5), (64, 32, 128, 4, 4)],
-             64: [(64, 64, 128, 4, 4), (64, 64, 64, 4, 6), (64, 32, 128, 4, 4), (32, 64, 128, 4, 4)],
-             128: [(64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3)],
-             256: [(64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]}
-    for n, k in ((5120, 2880), (2880, 4096), (640, 2880), (1280, 2880), (2560, 2880)):
-        big = n > 2600
+    P8 = [(1, 16, 8, 256, 4), (1, 16, 8, 256, 5), (1, 16, 8, 512, 3), (1, 10, 8, 256, 4), (1, 10, 8, 256, 3), (1, 10, 8, 128, 8), (1, 10, 8, 128, 6), (1, 10, 8, 512, 2), (2, 10, 8, 256, 4), (2, 10, 8, 256, 5), (4, 10, 8, 256, 4), (4, 10, 8, 256, 5), (2, 10, 8, 512, 3), (4, 10, 8, 512, 3), (4, 10, 8, 128, 8), (1, 8, 8, 256, 3), (1, 10, 8, 256, 4, "evict_first")]
+    O8 = [(1, 16, 8, 256, 5), (1, 11, 8, 256, 5), (1, 11, 8, 256, 8), (1, 11, 8, 512, 4), (1, 8, 8, 256, 5), (1, 8, 8, 256, 4), (2, 11, 8, 256, 5), (2, 11, 8, 256, 8), (2, 11, 8, 512, 4), (4, 11, 8, 256, 5), (1, 11, 8, 128, 12), (1, 11, 8, 256, 8, "evict_first"), (2, 6, 8, 256, 8)]
+    with16 = lambda c: [(a[0], a[1], 16, *a[3:]) for a in c if a[0] * a[3] * a[4] <= 4 * 256 * 5]
+    for n, k, cands in ((5120, 2880, P8), (2880, 4096, O8), (640, 2880, P8[:6] + O8), (2560, 2880, P8 + O8)):
         copies = [layer(n, k) for _ in range(max(3, int(260e6 / (n * k * 2)) + 1))]
         calls = 2 * len(copies)
-        for T in (1, 2, 4, 8, 16, 32, 48, 64, 128, 256) if big else (1, 4, 16, 64):
+        xs = torch.randn(16, k, device=dev, dtype=B16)
+        want = product(xs, copies[0], 64, 64, 64, 4, 5)
+        for t in cands + with16(cands):
+            for T in (1, 3, 8, 16):
+                if T <= t[2]:
+                    got = attempt(f"g{t}", lambda: few3(xs[:T], copies[0], *t))
+                    if got is not None and not torch.equal(got, want[:T]): print("DIFFER", n, k, t, T); BAD.add(f"g{t}")
+        for T in (1, 2, 8, 16) if n > 2600 else (1, 16):
             x = torch.randn(T, k, device=dev, dtype=B16); rows = torch.randn(T, 1, k, device=dev, dtype=B16)
-            def chain(fn):
+            def chain(fn, first):
                 def one(i):
                     def go():
-                        y = norm_triton.add_norm(x, rows, ones[:k], 1e-5)[1]
+                        y = norm1(x, rows, ONES[:k], first)[1]
                         return fn(y, copies[i % len(copies)]) if fn else y
                     return go
                 return graph_us([one(i) for i in range(calls)])
-            row = {"norm": chain(None), "library": chain(lambda y, l: F.linear(y, l.weight, l.bias))}
-            if T <= 4: row["today"] = attempt("today", lambda: chain(lambda y, l: today.linear(y, l))) if T <= 2 else None
-            bucket = next(b for b in (8, 16, 32, 64, 128, 256) if T <= b)
-            cands = [("p", t) for t in tiles[bucket]] + ([("p", t) for t in tiles[16]] if bucket == 8 else [])
-            cands += [("f", t) for t in (fews if bucket == 8 else fews16 if bucket == 16 else [])]
-            for kind, t in cands:
-                f = product if kind == "p" else few
-                v = attempt(f"{kind} {t}", lambda: chain(lambda y, l: f(y, l, *t)))
-                if v: row[f"{kind}{'x'.join(map(str, t))}"] = v
+            row = {"norm": chain(None, False), "norm first": chain(None, True), "library": chain(lambda y, l: F.linear(y, l.weight, l.bias), False)}
+            if T <= 2: row |= {"today": chain(lambda y, l: today.linear(y, l), False), "today first": chain(lambda y, l: today.linear(y, l), True)}
+            for t in cands if T <= 8 else with16(cands):
+                for first in (False, True):
+                    v = attempt(f"g{t}", lambda: chain(lambda y, l: few3(y, l, *t), first))
+                    if v: row[f"{'first ' if first else ''}g{'x'.join(map(str, t))}"] = v
+            if T == 16: row["gp64x16x128x4x6"] = chain(lambda y, l: product(y, l, 64, 16, 128, 4, 6), False)
             RESULT[f"{n}x{k} T={T}"] = row
-            best = sorted((v, c) for c, v in row.items() if c[0] in "pf" and v)
-            print(f"{n}x{k} T={T} norm {row['norm']} library {row['library']} today {row.get('today')} |", " ".join(f"{c} {v}" for v, c in best[:9]), flush=True)
+            best = sorted((v, c) for c, v in row.items() if "g" in c and v)
+            print(f"{n}x{k} T={T}", " ".join(f"{c} {v};" for c, v in row.items() if "g" not in c), "|", " ".join(f"{c} {v};" for v, c in best[:16]), flush=True)
+
+
+def whole():
+    """norm, q/k/v, a small kernel in attention's place, output, norm with router: µs a layer, all weights cold."""
+    Q, O, R = [layer(5120, 2880) for _ in range(12)], [layer(2880, 4096) for _ in range(12)], [layer(32, 2880) for _ in range(12)]
+    R128 = [layer(128, 2880) for _ in range(12)]
+    for T in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        x = torch.randn(T, H, device=dev, dtype=B16); y0 = torch.randn(T, 4096, device=dev, dtype=B16); r0 = torch.randn(T, 4, H, device=dev, dtype=B16)
+        z0 = torch.randn(T, 1, 4096, device=dev, dtype=B16)
+        def seq(qkv, out, router, first, E=32):
+            def one(i):
+                def go():
+                    nm = (norm1(x, r0[:, :1].contiguous() if T > 1 else r0[:, :1], ONES[:H], first)[1])
+                    q = qkv(nm, Q[i % 12])
+                    y = norm1(y0, z0, ONES, True, 16, False)[1]
+                    o = out(y, O[i % 12])
+                    return router(x, o[:, None], (R if E == 32 else R128)[i % 12])
+                return go
+            return graph_us([one(i) for i in range(24)])
+        lib = lambda v, l: F.linear(v, l.weight, l.bias)
+        old = (lambda v, l: today.linear(v, l)) if T <= 2 else lib
+        oldr = lambda x, r, l: norm_triton.add_norm_linear(x, r, ONES[:H], 1e-5, l)
+        row = {"today": seq(old, lib if T > 2 else old, oldr, False), "today again": seq(old, lib if T > 2 else old, oldr, False), "today 128": seq(old, lib if T > 2 else old, oldr, False, 128)}
+        if T <= 16:
+            M = 8 if T <= 8 else 16
+            for qc in ((1, 16, M, 512, 3), (1, 16, M, 256, 4), (1, 10, M, 256, 4), (2, 10, M, 256, 4), (4, 10, M, 256, 4)):
+                for oc in ((1, 16, M, 256, 5), (1, 11, M, 256, 5), (2, 11, M, 256, 5)):
+                    for rc in (None, (8, 16, 0, 0, 16), (8, 16, 1, 0, 16), (8, 16, 1, 1, 16), (8, 8, 1, 1, 16)):
+                        for first in (False, True):
+                            if rc is not None and (qc[1], oc[1]) not in ((10, 11), (16, 16)): continue
+                            if rc is None and not first: continue
+                            rt = oldr if rc is None else (lambda x, r, l: fused(x, r, l, *rc))
+                            row[f"q{qc} o{oc} r{rc} {first}"] = attempt(f"w{qc}{oc}{rc}", lambda: seq(lambda v, l: few3(v, l, *qc), lambda v, l: few3(v, l, *oc), rt, first))
+            rt = lambda x, r, l: fused(x, r, l, 8, 16, 1, 0, 16)
+            row["today but router"] = seq(old, old, rt, False)
+            for rc in ((8, 16, 0, 0, 16), (8, 16, 1, 1, 16)):
+                row[f"128 r{rc}"] = attempt("w128", lambda: seq(lambda v, l: few3(v, l, 1, 10, M, 256, 4), lambda v, l: few3(v, l, 1, 11, M, 256, 5), lambda x, r, l: fused(x, r, l, *rc), True, 128))
+        else:
+            for rc in ((8, 16, 0, 0, 16), (8, 8, 0, 0, 16)):
+                if T <= 128: row[f"lib fused{rc}"] = seq(lib, lib, lambda x, r, l: fused(x, r, l, *rc), True)
+        for first in (False, True):
+            row[f"lib, runs 8 {first}"] = seq(lib, lib, lambda x, r, l: runs(norm1(x, r, ONES[:H], first)[1], l, 8, 16, 8, 64, 8, 4), first)
+        RESULT[f"whole T={T}"] = row
+        few = sorted((v, c) for c, v in row.items() if v and c[0] == "q")
+        print(f"whole T={T}", " ".join(f"{c} {v};" for c, v in row.items() if c[0] != "q"), "|", " ".join(f"{c} {v};" for v, c in few[:24]), flush=True)
 
 
 def router():
-    H = 2880
-    ones = torch.ones(H, device=dev, dtype=B16)
-    def fused(x, rows, l, B, M, W):
-        T, E = len(x), len(l.weight)
-        s, nm, out = torch.empty_like(x), torch.empty_like(x), x.new_empty(T, E)
-        router_kernel[(T, triton.cdiv(E, B))](x, rows, ones, l.weight, l.bias, s, nm, out, 1e-5, H=H, K=1, E=E, B=B, HP=4096, M=M, num_warps=W, **early(x.device))
-        return s, nm, out
+    FUSED = [(8, 8, 0, 0, 16), (8, 8, 1, 0, 16), (8, 16, 0, 0, 16), (8, 16, 1, 0, 16), (8, 16, 1, 1, 16)]
+    RUNS = [(8, 16, 8, 64, 8, 4), (8, 16, 8, 64, 8, 3), (8, 16, 8, 128, 8, 2), (8, 16, 8, 64, 4, 4), (16, 16, 8, 32, 8, 4), (16, 16, 8, 64, 8, 3), (16, 16, 8, 64, 16, 3), (8, 16, 16, 64, 8, 3), (16, 16, 16, 32, 8, 3), (8, 32, 16, 64, 8, 3), (8, 32, 16, 32, 8, 4), (16, 32, 16, 32, 8, 3), (8, 32, 32, 32, 8, 3), (8, 64, 16, 32, 8, 3), (8, 64, 32, 32, 8, 2)]
+    SEQ = [(128, 64, 64, 8, 4), (128, 32, 64, 4, 4), (32, 64, 128, 4, 3), (32, 32, 128, 4, 4), (128, 64, 128, 8, 3), (64, 64, 128, 4, 3), (32, 128, 128, 8, 3)]
     for E in (32, 128):
         ls = [layer(E, H) for _ in range(24)]
-        pad = torch.empty(256 << 20, dtype=torch.uint8, device=dev)
         x = torch.randn(4096, H, device=dev, dtype=B16); rows = torch.randn(4096, 1, H, device=dev, dtype=B16)
-        s0, n0 = norm_triton.add_norm(x, rows, ones, 1e-5)
-        want = product(n0, ls[0], 32, 64, 64, 4, 4, RUN=512)
-        for c in ((16, 8, 8), (16, 8, 16), (8, 16, 8), (16, 8, 4)):
-            r = attempt(f"fused {c}", lambda: fused(x[:64], rows[:64], ls[0], *c))
-            if r: print("router bits", E, c, "sum", torch.equal(r[0], s0[:64]), "norm", torch.equal(r[1], n0[:64]), "logits", torch.equal(r[2], want[:64]), flush=True)
-        for t in ((16, 16, 128, 4, 4), (16, 32, 128, 4, 4), (32, 128, 64, 4, 4), (16, 16, 64, 1, 8), (64, 64, 64, 4, 4), (16, 16, 256, 4, 4)):
-            r = attempt(f"run {t}", lambda: product(n0, ls[0], *t, RUN=512))
-            if r is not None: print("router run bits", E, t, torch.equal(r, want))
-        ref = (n0.double() @ ls[0].weight.double().T + ls[0].bias.double())
-        print("error", ((want.double() - ref).norm() / ref.norm()).item())
-        for T in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096):
+        n0 = norm1(x, rows, ONES[:H])[1]
+        l = ls[0]
+        want = {8: product(n0, l, 32, 64, 64, 4, 4, RUN=512), 16: product(n0, l, 32, 64, 64, 4, 4, RUN=256)}
+        for c in FUSED:
+            r = attempt(f"fused {c}", lambda: fused(x[:300], rows[:300], l, *c))
+            if r: print("router bits", E, c, "norm", torch.equal(r[1], n0[:300]), "logits", torch.equal(r[2], want[c[1]][:300]), flush=True)
+        for c in RUNS:
+            r = attempt(f"runs {c}", lambda: runs(n0, l, *c))
+            if r is not None: print("runs bits", E, c, torch.equal(r, want[c[0]]))
+        for c in SEQ:
+            r = attempt(f"seq {c}", lambda: product(n0, l, *c, RUN=256))
+            if r is not None and not torch.equal(r, want[16]): print("seq DIFFER", c)
+        for T in (1, 32, 64, 96, 128, 256, 512, 1024, 2048, 4096):
             xs, rs = x[:T], rows[:T]
-            row = {"norm": graph_us([lambda: norm_triton.add_norm(xs, rs, ones, 1e-5)] * 24)}
-            row["library"] = graph_us([lambda l=l: F.linear(norm_triton.add_norm(xs, rs, ones, 1e-5)[1], l.weight, l.bias) for l in ls])
-            row["today"] = graph_us([lambda l=l: norm_triton.add_norm_linear(xs, rs, ones, 1e-5, l) for l in ls])
+            row = {"norm": graph_us([lambda: norm1(xs, rs, ONES[:H])] * 24)}
+            row["today"] = graph_us([lambda l=l: norm_triton.add_norm_linear(xs, rs, ONES[:H], 1e-5, l) for l in ls])
             if T <= 128:
-                for c in ((16, 8, 8), (16, 8, 16), (8, 16, 8)):
-                    row[f"fused{c}"] = attempt(f"fused {c}", lambda: graph_us([lambda l=l: fused(xs, rs, l, *c) for l in ls]))
-            for t in ((16, 16, 128, 4, 4), (16, 16, 128, 1, 6), (16, 16, 256, 4, 4), (16, 32, 128, 4, 4), (32, 32, 128, 4, 4), (32, 64, 64, 4, 4), (32, 128, 64, 4, 4), (64, 64, 64, 4, 4)):
-                if t[1] <= max(16, T):
-                    row[f"run{t}"] = attempt(f"run {t}", lambda: graph_us([lambda l=l: product(norm_triton.add_norm(xs, rs, ones, 1e-5)[1], l, *t, RUN=512) for l in ls]))
+                for c in FUSED: row[f"fused{c}"] = attempt(f"fused {c}", lambda: graph_us([lambda l=l: fused(xs, rs, l, *c) for l in ls]))
+            for c in RUNS: row[f"runs{c}"] = attempt(f"runs {c}", lambda: graph_us([lambda l=l: runs(norm1(xs, rs, ONES[:H])[1], l, *c) for l in ls]))
+            if T >= 1024:
+                for c in SEQ: row[f"seq{c}"] = attempt(f"seq {c}", lambda: graph_us([lambda l=l: product(norm1(xs, rs, ONES[:H])[1], l, *c, RUN=256) for l in ls]))
             RESULT[f"router {E} T={T}"] = row
-            print(f"router {E} T={T}", " ".join(f"{a} {b}" for a, b in row.items()), flush=True)
+            best = sorted((v, c) for c, v in row.items() if v and c[:4] in ("fuse", "runs", "seq("))
+            print(f"router {E} T={T} norm {row['norm']} today {row['today']} |", " ".join(f"{a} {b};" for b, a in best[:12]), flush=True)
 
 
 if __name__ == "__main__":
