@@ -9,9 +9,8 @@ Letters: T tokens · H inputs · N outputs · of a product of any two matrices: 
 import torch
 from torch import nn
 
-
-# Rows of every product on a CPU. For 300 rows of 1000 x 2880 in float32 tiles of 16 take 28 ms, the library's own product
-# 18; one row takes 1.4 ms in a tile of 16 and 0.3 in one of 1.
+# Rows of every product on a CPU. For 300 rows of 1000 x 2880 in float32 tiles of 16 take 28 ms, the library's own
+# product 18; one row takes 1.4 ms in a tile of 16 and 0.3 in one of 1.
 TILE = 16
 
 
@@ -22,7 +21,7 @@ def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
 
 def tiles(x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows as the library is to multiply them: on a CPU TILE at a time, zeros below the last; elsewhere as they are.
+    """The rows as the library is to multiply them: on a CPU TILE at a time, zeros below the last; else as they are.
 
     A GPU's library serves what the kernels do not, float32: its rows have the same bits at the same number of them.
     """

@@ -1,7 +1,7 @@
 """The projection to the vocabulary: norms of the rows whose logits are wanted → float32 logits of a part of it.
 
-Ranks may share the vocabulary, so a logit's bits must not follow from the part that it is computed in; nor from the rows
-that come with it (linear.py).
+Ranks may share the vocabulary, so a logit's bits must not follow from the part that it is computed in; nor from the
+rows that come with it (linear.py).
 
 Letters: T rows · M of them a tile · H hidden · V vocabulary.
 """

@@ -35,7 +35,7 @@ def layer(product: str, *attention: str, ranks: int) -> list[str]:
 
 
 BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
-AFTER = ["add_norm_kernel", "few_logits_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
+AFTER = ["add_norm_kernel", "product_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
 
 
 def share(model: Any, size: int) -> None:
