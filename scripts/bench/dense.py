@@ -34,8 +34,8 @@ PRODUCTS = ((5120, 2880), (2560, 2880), (1280, 2880), (640, 2880), (2880, 4096))
 EXPERTS = (32, 128)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 CANDIDATES = (
-    "few:16x8x256x1x4 few:16x8x256x1x5 few:16x8x512x1x3 few:16x8x256x2x4 few:16x16x256x1x4 few:16x16x256x1x5 "
-    "64x16x128x4x6 64x16x128x4x4 64x32x128x4x5 64x32x128x4x4 64x64x128x4x4"
+    "few:16x8x256x1x4 few:16x8x256x1x5 few:16x8x256x1x8 few:16x8x512x1x3 few:16x8x512x1x4 few:16x8x256x2x4 "
+    "few:16x16x256x1x4 few:16x16x256x1x5 few:16x16x256x1x6 64x16x128x4x6 64x16x128x4x4 64x32x128x4x5 64x32x128x4x4"
 )
 # A tile more is worth it when it saves this much at some point: each is compiled before a run is ready.
 CHANGE = 0.03
