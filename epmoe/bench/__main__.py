@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from epmoe.bench import peer
+from epmoe.bench.bits import bits
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import BenchConfig
 from epmoe.bench.weights import RandomCheckpoint
@@ -348,4 +349,4 @@ def _release(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main(bench)
+    main(bits if sys.argv[1:2] == ["bits"] else bench)

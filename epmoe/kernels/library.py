@@ -34,9 +34,19 @@ class Product(NamedTuple):
     most: int = MOST  # rows at a time
 
 
-def instead(tokens: int) -> Tile:
-    """The kernel's tile where the library does not serve."""
-    return FEW if tokens <= 64 else MANY
+def product(x_TH: torch.Tensor, weight_NH: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """x · weightᵀ + bias in x's dtype, [T, N], in pieces of MOST rows; a kernel's, of pieces that it does not serve."""
+    tokens, (outputs, columns) = len(x_TH), weight_NH.shape
+    kind = Product(x_TH.device, outputs, columns, bias_N is not None, x_TH.dtype, outputs)
+    pieces = x_TH.split(MOST)
+    sizes = [rows(kind, len(x_MH)) for x_MH in pieces]
+    out_SN = x_TH.new_empty(MOST * (len(pieces) - 1) + (sizes[-1] or len(pieces[-1])), outputs)
+    for x_MH, size, out_MN in zip(pieces, sizes, out_SN.split(MOST), strict=True):
+        if size is None:
+            tiled(x_MH, weight_NH, bias_N, FEW if len(x_MH) <= 64 else MANY, out_MN)
+        else:
+            multiply(filled_up(x_MH, size), weight_NH, bias_N, out_MN)
+    return out_SN[:tokens]
 
 
 def rows(product: Product, tokens: int) -> int | None:

@@ -3,7 +3,7 @@
 Few rows by the kernels here (few.py, product.py), more by the library where it has the same bits (library.py); which
 from when on, says a table (ways.py). A row's bits follow from none of that.
 
-Letters: T tokens · H inputs · N outputs · S rows of a product, filled up.
+Letters: T tokens · H inputs · N outputs.
 """
 
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 from epmoe.kernels import library, native
 from epmoe.kernels.few import few
 from epmoe.kernels.gpu import generation
-from epmoe.kernels.library import Product
 from epmoe.kernels.product import Tile, tiled
 from epmoe.kernels.ways import way_for
 
@@ -29,15 +28,9 @@ def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     tokens, (outputs, columns), bias_N = len(x_TH), layer.weight.shape, layer.bias
     if x_TH.device.type == "cpu":
         return tiled(x_TH, layer.weight, bias_N, INTERPRETED)
-    if tokens > library.MOST:
-        return torch.cat([linear(x_MH, layer) for x_MH in x_TH.split(library.MOST)])
-    way = way_for(generation(x_TH.device), outputs, columns, tokens)
-    if way.kernel == "library":
-        kind = Product(x_TH.device, outputs, columns, bias_N is not None, x_TH.dtype, outputs)
-        if (size := library.rows(kind, tokens)) is not None:
-            out_SN = x_TH.new_empty(size, outputs)
-            return library.multiply(library.filled_up(x_TH, size), layer.weight, bias_N, out_SN)[:tokens]
-    if way.kernel == "few" and tokens and columns % 8 == 0:
-        assert way.tile is not None
-        return few(x_TH, layer.weight, bias_N, way.tile)
-    return tiled(x_TH, layer.weight, bias_N, way.tile or library.instead(tokens))
+    kernel, tile = way_for(generation(x_TH.device), outputs, columns, tokens)
+    if tile is None:
+        return library.product(x_TH, layer.weight, bias_N)
+    if kernel == "few" and tokens and columns % 8 == 0:
+        return few(x_TH, layer.weight, bias_N, tile)
+    return tiled(x_TH, layer.weight, bias_N, tile)
