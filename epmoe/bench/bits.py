@@ -81,9 +81,10 @@ def ways(prompts: int) -> list[Way]:
 
 
 def requests(config: BitsConfig, vocab: int) -> list[Request]:
-    """Half of them greedy, half sampled; lengths from 1 to the longest, both included."""
+    """Half of them greedy, half sampled; lengths from 1 to the longest, and such that a chunk leaves a single token."""
     rng = random.Random(0)
-    lengths = [1, config.longest, *(rng.randint(1, config.longest) for _ in range(config.prompts - 2))]
+    edges = [1, config.longest, *(length for length in (65, 129, 1001) if length < config.longest)]
+    lengths = (edges + [rng.randint(1, config.longest) for _ in range(config.prompts)])[: config.prompts]
     return [
         Request(
             tuple(rng.randrange(vocab) for _ in range(length)),

@@ -20,6 +20,9 @@ from epmoe.trace import named
 # Names of torch versions with which a DecodeStep waits for its positions, so that no graph can capture it.
 WAITING = frozenset({"attention"})
 
+# Queries of a block of a prompt: at 131,072 positions the float32 scores of 64 heads are half a GiB.
+QUERIES = 16
+
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD: of a step's tokens
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
 
@@ -76,49 +79,54 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
 
 
 def _decode(heads: Heads, cached: Pair, gather: Gather, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
-    """All sequences of `gather` at once: write each one's token, gather what it sees, attend."""
-    q_TED, k_TJD, v_TJD = heads
-    (sequences, columns), (_, kv_heads, head_dim) = gather.row_BC.shape, k_TJD.shape
-    gathered: list[torch.Tensor] = []
+    """One sequence's token: write its key and value, gather what it sees, attend."""
+    (q_TED, k_TJD, v_TJD), token = heads, gather.token
+    seen: list[torch.Tensor] = []
     for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
-        store_JRD.index_copy_(1, gather.row_B, new_TJD[gather.token_B].transpose(0, 1))
-        picked_JBCD = store_JRD.index_select(1, gather.row_BC.flatten())
-        gathered.append(picked_JBCD.view(kv_heads * sequences, columns, head_dim))
-    q_BJGD = q_TED[gather.token_B].unflatten(1, (kv_heads, -1))
-    sink_JBG = sink_E.view(kv_heads, 1, -1).expand(-1, sequences, -1)
-    out = attend(
-        q_BJGD.transpose(0, 1).flatten(0, 1),
-        gathered[0],
-        gathered[1],
-        gather.valid_BC.repeat(kv_heads, 1)[:, None],
-        sink_JBG.flatten(0, 1),
-    )
-    out_BJGD = out.unflatten(0, (kv_heads, sequences)).transpose(0, 1)
-    out_TED.index_copy_(0, gather.token_B, out_BJGD.flatten(1, 2))
+        store_JRD.index_copy_(1, gather.row_1, new_TJD[token][:, None])
+        seen.append(store_JRD.index_select(1, gather.row_C))
+    kv_heads = k_TJD.shape[1]
+    valid_11C = torch.ones(1, 1, len(gather.row_C), dtype=torch.bool, device=q_TED.device)
+    q_JGD = q_TED[token].unflatten(0, (kv_heads, -1))
+    out_JGD = attend(q_JGD, seen[0], seen[1], valid_11C, sink_E.view(kv_heads, -1))
+    out_TED[token] = out_JGD.flatten(0, 1)
 
 
 def _prefill(
     heads: Heads, cached: Pair, prefill: Prefill, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """One sequence, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it."""
-    (q_TED, k_TJD, v_TJD), window, limits = heads, plan.window, plan.limits
-    tokens = slice(prefill.begin, prefill.end)
-    k_JCD, v_JCD = (
-        torch.cat((store_JRD.index_select(1, prefill.past_C), new_TJD[tokens].transpose(0, 1)), dim=1)
-        for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True)
-    )
-    new, total = prefill.end - prefill.begin, k_JCD.shape[1]
-    block = max(1, limits.score_elements // (q_TED.shape[1] * total))
-    if window is not None:
-        block = min(block, max(window, limits.window_queries))
-    for first in range(0, new, block):
-        last = min(first + block, new)
-        end = total - new + last  # columns 0 : end are the positions up to the block's last query
-        begin = 0 if window is None else max(0, total - new + first - window + 1)
-        rows = slice(prefill.begin + first, prefill.begin + last)
-        out_TED[rows] = _block(q_TED[rows], k_JCD[:, begin:end], v_JCD[:, begin:end], window, sink_E)
-    for store_JRD, context_JCD in zip(cached, (k_JCD, v_JCD), strict=True):
-        store_JRD.index_copy_(1, prefill.row_R, context_JCD[:, total - len(prefill.row_R) :])
+    """A prompt's tokens, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it.
+
+    A block has the positions from one multiple of QUERIES to the next, and the keys that these can see, whichever of
+    them the chunk brings: so the shapes of its products follow from the positions alone.
+    """
+    q_TED, *new = heads
+    window, tokens, past = plan.window, slice(prefill.begin, prefill.end), len(prefill.past_C)
+    total = prefill.cached + prefill.end - prefill.begin
+    first, last = prefill.cached // QUERIES * QUERIES, -(-total // QUERIES) * QUERIES
+    start = _seen_from(first, window)
+    q_QED = q_TED.new_zeros(last - first, *q_TED.shape[1:])
+    q_QED[prefill.cached - first : total - first] = q_TED[tokens]
+    context: list[torch.Tensor] = []  # keys and values of the positions start : last; zeros where there are none yet
+    for store_JRD, new_TJD in zip(cached, new, strict=True):
+        kept_JCD = new_TJD.new_zeros(new_TJD.shape[1], last - start, new_TJD.shape[2])
+        at = prefill.cached - start
+        kept_JCD[:, at - past : at] = store_JRD.index_select(1, prefill.past_C)
+        kept_JCD[:, at : total - start] = new_TJD[tokens].transpose(0, 1)
+        context.append(kept_JCD)
+    for begin in range(first, last, QUERIES):
+        seen = slice(_seen_from(begin, window) - start, begin + QUERIES - start)
+        block_QED = q_QED[begin - first : begin - first + QUERIES]
+        out_QED = _block(block_QED, context[0][:, seen], context[1][:, seen], window, sink_E)
+        low, high = max(begin, prefill.cached), min(begin + QUERIES, total)
+        to = prefill.begin - prefill.cached
+        out_TED[to + low : to + high] = out_QED[low - begin : high - begin]
+    for store_JRD, new_TJD in zip(cached, new, strict=True):
+        store_JRD.index_copy_(1, prefill.row_R, new_TJD[tokens][-len(prefill.row_R) :].transpose(0, 1))
+
+
+def _seen_from(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1)
 
 
 def _block(

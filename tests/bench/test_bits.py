@@ -29,11 +29,10 @@ def command(*keys: str, ranks: int = 1, timeout: float = 120) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_command(ranks: int) -> None:
-    """On a CPU, where attention's torch version still follows the batch."""
-    found = command("runtime=cpu", "size=tiny", "prompts=4", "longest=30", "new=3", ranks=ranks)
-    assert found["ranks"] == ranks and [row["name"] for row in found["rows"]] == [way.name for way in ways(4)]
-    same = {row["name"]: row["bits"] for row in found["rows"]}
-    assert same["the same again"] == same["without CUDA graphs"] == 4
+    """And what it finds: every bit is the same in any company."""
+    found = command("runtime=cpu", "size=tiny", "prompts=12", "longest=140", "new=6", ranks=ranks)
+    assert found["ranks"] == ranks and found["model"] == "random-tiny"
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in ways(12)}
 
 
 def test_requests_are_greedy_and_sampled_and_of_every_length() -> None:
@@ -62,9 +61,7 @@ def test_mistakes() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("experts", [32, 128])
 def test_bits_follow_no_batch_on_a_gpu(tmp_path: Path, experts: int) -> None:
-    """gpt-oss's layer shapes. Chunks wait for attention, whose prefill adds otherwise than its decode."""
+    """gpt-oss's layer shapes."""
     path = make_checkpoint(tmp_path / "shapes", "20b", layers=2, experts=experts, vocab=20_000, shards=1)
     found = command(f"checkpoint={path}", "prompts=40", timeout=500)
-    assert {row["name"]: row["bits"] for row in found["rows"] if not row["chunk"]} == {
-        way.name: 40 for way in ways(40) if not way.chunk
-    }
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 40 for way in ways(40)}
