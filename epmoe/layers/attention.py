@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from epmoe.cache.plan import Gather, Plan, Prefill
+from epmoe.cache.plan import Plan, Prefill
 from epmoe.layers.linear import product_f32
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -20,8 +20,9 @@ from epmoe.trace import named
 # Names of torch versions with which a DecodeStep waits for its positions, so that no graph can capture it.
 WAITING = frozenset({"attention"})
 
-# Queries of a block of a prompt: at 131,072 positions the float32 scores of 64 heads are half a GiB.
-QUERIES = 16
+# Queries of a block. A decode has one of them to itself, so few; at 131,072 positions the float32 scores of 64 heads
+# are an eighth of a GiB.
+QUERIES = 4
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD: of a step's tokens
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
@@ -71,31 +72,15 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     q_TED, k_TJD, v_TJD = heads
     turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
     out_TED = torch.empty_like(turned[0])
-    for gather in plan.decode.gathers if plan.decode else ():
-        _decode(turned, cached, gather, sink_E, out_TED)
-    for prefill in plan.prefills:
+    for prefill in (*(plan.decode.prefills if plan.decode else ()), *plan.prefills):
         _prefill(turned, cached, prefill, plan, sink_E, out_TED)
     return out_TED
-
-
-def _decode(heads: Heads, cached: Pair, gather: Gather, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
-    """One sequence's token: write its key and value, gather what it sees, attend."""
-    (q_TED, k_TJD, v_TJD), token = heads, gather.token
-    seen: list[torch.Tensor] = []
-    for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
-        store_JRD.index_copy_(1, gather.row_1, new_TJD[token][:, None])
-        seen.append(store_JRD.index_select(1, gather.row_C))
-    kv_heads = k_TJD.shape[1]
-    valid_11C = torch.ones(1, 1, len(gather.row_C), dtype=torch.bool, device=q_TED.device)
-    q_JGD = q_TED[token].unflatten(0, (kv_heads, -1))
-    out_JGD = attend(q_JGD, seen[0], seen[1], valid_11C, sink_E.view(kv_heads, -1))
-    out_TED[token] = out_JGD.flatten(0, 1)
 
 
 def _prefill(
     heads: Heads, cached: Pair, prefill: Prefill, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """A prompt's tokens, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it.
+    """A sequence's tokens, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it.
 
     A block has the positions from one multiple of QUERIES to the next, and the keys that these can see, whichever of
     them the chunk brings: so the shapes of its products follow from the positions alone.

@@ -12,7 +12,7 @@ from steps import make_step
 from epmoe.batch import DecodeStep
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import CacheFull
-from epmoe.cache.plan import Gather, Plan
+from epmoe.cache.plan import Plan
 from epmoe.errors import UserError
 
 
@@ -171,11 +171,6 @@ def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]
     return cache.plan(make_step([(handle, [0] * new, cached) for handle, new, cached in chunks]))[window]
 
 
-def gathers_of(plan: Plan) -> tuple[Gather, ...]:
-    assert plan.decode is not None
-    return plan.decode.gathers
-
-
 def test_plan_of_a_window() -> None:
     """Protects the traffic: a sliding layer reads window − 1 cached rows at most and writes `window` at most."""
     cache = new_cache([7, None])
@@ -211,13 +206,16 @@ def test_plan_of_a_decode_step(window: int | None) -> None:
         torch.zeros(4, dtype=torch.int64), torch.tensor([30, 0, 4, 0]), torch.tensor([a, cache.spare] * 2)
     )
     step.sequence_B[2] = b
-    got = gathers_of(cache.plan(step)[window])
-    assert [gather.token for gather in got] == [0, 1, 2, 3]
+    plan = cache.plan(step)[window]
+    assert plan.decode is not None and not plan.prefills
+    got = plan.decode.prefills
+    assert [(each.begin, each.end, each.cached) for each in got] == [(0, 1, 30), (1, 2, 0), (2, 3, 4), (3, 4, 0)]
     of_a, of_b = rows_of(cache, window, a, 31), rows_of(cache, window, b, 5)
-    assert got[0].row_C.tolist() == of_a[-(window or 31) :] and got[2].row_C.tolist() == of_b
-    assert all(gather.row_1.tolist() == gather.row_C.tolist()[-1:] for gather in got)
+    assert got[0].past_C.tolist() == of_a[-(window or 31) : -1] and got[0].row_R.tolist() == of_a[-1:]
+    assert got[2].past_C.tolist() == of_b[:-1] and got[2].row_R.tolist() == of_b[-1:]
     rows = {row for handle, count in ((a, 40), (b, 20)) for row in rows_of(cache, window, handle, count)}
-    assert got[1].row_C.tolist() == got[3].row_C.tolist() and not rows & set(got[1].row_C.tolist())
+    assert not got[1].past_C.tolist() and got[1].row_R.tolist() == got[3].row_R.tolist()
+    assert not rows & set(got[1].row_R.tolist())
 
 
 def test_the_spare_sequence_is_nobodys() -> None:
