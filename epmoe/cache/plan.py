@@ -11,6 +11,10 @@ import torch
 
 from epmoe.cache.rows import PagedRows, RingRows
 
+# Queries of a block of attention's torch version: from one multiple to the next. A decode has one of them to itself, so
+# few; at 131,072 positions the float32 scores of 64 heads are an eighth of a GiB.
+QUERIES = 4
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -40,6 +44,18 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Rows of a Decode whose positions lie in one block, spelled out."""
+
+    token_B: torch.Tensor  # int64, the token's index in T
+    offset_B: torch.Tensor  # int64, its place in the block
+    row_B: torch.Tensor  # int64, the row of the token
+    # int64, of the positions from the first that a query at the block's begin sees to the block's end; where a token
+    # does not see one, the nearest that it sees: no row of another sequence is ever read.
+    row_BC: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Decode:
     """Rows of a DecodeStep, a token each. Its row is written, and then attended to like the cached ones."""
 
@@ -49,10 +65,24 @@ class Decode:
     pool: "PagedRows | RingRows"
 
     @cached_property
-    def prefills(self) -> tuple[Prefill, ...]:
-        """Each row as what it would be as a prompt's single token. Waits for the device."""
-        rows = zip(self.position_B.tolist(), self.sequence_B.tolist(), strict=True)
-        return tuple(Prefill(token, token + 1, *row, self.pool) for token, row in enumerate(rows))
+    def gathers(self) -> tuple[Gather, ...]:
+        """The rows, block by block of QUERIES positions. Waits for the device."""
+        positions = self.position_B.tolist()
+        blocks: dict[int, list[int]] = {}
+        for index, position in enumerate(positions):
+            blocks.setdefault(position // QUERIES * QUERIES, []).append(index)
+        lows = [position + 1 - self.pool.columns(position) for position in positions]
+        return tuple(self._gather(begin, rows, [lows[row] for row in rows]) for begin, rows in blocks.items())
+
+    def _gather(self, begin: int, rows: list[int], lows: list[int]) -> Gather:
+        index_B, low_B = (torch.tensor(each, device=self.position_B.device) for each in (rows, lows))
+        position_B1, sequence_B1 = self.position_B[index_B, None], self.sequence_B[index_B, None]
+        first = begin + 1 - self.pool.columns(begin)
+        position_1C = torch.arange(first, begin + QUERIES, device=index_B.device)[None]
+        seen_BC = position_1C.maximum(low_B[:, None]).minimum(position_B1)
+        row_BC = self.pool.row(sequence_B1, seen_BC)
+        row_B = self.pool.row(sequence_B1, position_B1)[:, 0]
+        return Gather(self.token_B[index_B], position_B1[:, 0] - begin, row_B, row_BC)
 
 
 @dataclass(frozen=True)

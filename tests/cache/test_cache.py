@@ -208,14 +208,16 @@ def test_plan_of_a_decode_step(window: int | None) -> None:
     step.sequence_B[2] = b
     plan = cache.plan(step)[window]
     assert plan.decode is not None and not plan.prefills
-    got = plan.decode.prefills
-    assert [(each.begin, each.end, each.cached) for each in got] == [(0, 1, 30), (1, 2, 0), (2, 3, 4), (3, 4, 0)]
+    first, zeros, fourth = plan.decode.gathers  # positions 30; 0 and 0; 4
+    assert [each.token_B.tolist() for each in (first, zeros, fourth)] == [[0], [1, 3], [2]]
+    assert [each.offset_B.tolist() for each in (first, zeros, fourth)] == [[2], [0, 0], [0]]
     of_a, of_b = rows_of(cache, window, a, 31), rows_of(cache, window, b, 5)
-    assert got[0].past_C.tolist() == of_a[-(window or 31) : -1] and got[0].row_R.tolist() == of_a[-1:]
-    assert got[2].past_C.tolist() == of_b[:-1] and got[2].row_R.tolist() == of_b[-1:]
+    seen = of_a if window is None else of_a[24:]
+    assert first.row_B.tolist() == of_a[30:]  # of the block, 28 to 31, the last is not there yet
+    assert first.row_BC[0].tolist() == [*seen[:1] * (2 if window else 0), *seen, of_a[30]]
+    assert fourth.row_B.tolist() == of_b[4:] and fourth.row_BC[0].tolist() == of_b + of_b[4:] * 3
     rows = {row for handle, count in ((a, 40), (b, 20)) for row in rows_of(cache, window, handle, count)}
-    assert not got[1].past_C.tolist() and got[1].row_R.tolist() == got[3].row_R.tolist()
-    assert not rows & set(got[1].row_R.tolist())
+    assert zeros.row_BC.shape == (2, 4) and not rows & set(zeros.row_BC.flatten().tolist())
 
 
 def test_the_spare_sequence_is_nobodys() -> None:

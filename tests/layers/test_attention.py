@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epmoe.batch import DecodeStep
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.layers.attention import QUERIES, Attention, Where, attend
+from epmoe.cache.plan import QUERIES
+from epmoe.layers.attention import Attention, Where, attend
 from epmoe.layers.rotary import Rope, Rotary, rotate
 
 HIDDEN = 24
