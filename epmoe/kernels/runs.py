@@ -3,7 +3,7 @@
     out[t] = (((r₀ + r₁) + …) + r₁₅) + bias        r: a run's products of 16 columns, one after the other from +0
 
 One sum over all columns (product.py) would be 180 steps of a tensor core that wait for each other, 3 µs, more than all
-else that the router does with few rows; 16 runs are 12 steps. The library, which splits the columns by rules of its
+else that the router does with few rows; a run of 256 is 16 steps. The library, which splits the columns by rules of its
 own, is never asked, so the order is ours to choose, and it is the same for few tokens (norm.py), more and many.
 
 Letters: T tokens · H columns · E outputs · in a program: B outputs, M tokens, R runs of C columns, D columns of a step.

@@ -22,7 +22,7 @@ def test_candidates_waste_an_eighth_and_meet_every_bucket_of_a_batch() -> None:
 
 def test_rows_are_filled_up_to_the_next_size_that_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to one far above: then a kernel is faster."""
-    monkeypatch.setattr(library, "compared", lambda product: (48, 64, 256))
+    monkeypatch.setattr(library, "compared", lambda kind: (48, 64, 256))
     expected = {17: 48, 48: 48, 49: 64, 64: 64, 65: None, 102: None, 103: 256, 256: 256, 257: None}
     assert {tokens: rows(QKV, tokens) for tokens in expected} == expected
 

@@ -107,6 +107,6 @@ def test_a_splitting_call_of_the_library_would_be_seen(monkeypatch: pytest.Monke
     """Without the comparison, the library is called where it splits the columns, and rows differ."""
     from epmoe.kernels import library
 
-    monkeypatch.setattr(library, "compared", lambda product: tuple(library.candidates(product.most)))
+    monkeypatch.setattr(library, "compared", lambda kind: tuple(library.candidates(kind.most)))
     x_TH = torch.randn(MOST, 2880, device="cuda").bfloat16()
     assert other_rows(linear(2880, 640, torch.bfloat16, "cuda"), x_TH, range(1, MOST + 1))
