@@ -1,4 +1,10 @@
-"""The one kind of exception that is a user's mistake."""
+"""The one kind of exception that is a user's mistake, and what is said of something that may be one."""
+
+import os
+import sys
+from functools import cache
+
+MOST = 480  # characters of a message; "epmoe: error: " stands before it
 
 
 class UserError(ValueError):
@@ -9,6 +15,27 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # Names of files and text may hold newlines, or bytes that are no UTF-8; they are shown as \n and \udcff.
-        shown = (each if each.isprintable() else repr(each)[1:-1] for each in message)
-        super().__init__("".join(shown))
+        super().__init__(shown(message))
+
+
+def shown(message: str) -> str:
+    """A text from anywhere as one line of at most MOST characters: a longer one loses its middle.
+
+    Names of files and text may hold newlines, or bytes that are no UTF-8; they are shown as \\n and \\udcff.
+    """
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in _cut(message))
+    return _cut(line)
+
+
+def _cut(text: str) -> str:
+    """The place stands at the beginning of a message and the remedy at its end; a long value between them."""
+    if len(text) <= MOST:
+        return text
+    return f"{text[: MOST - 190]} … ({len(text)} characters) … {text[-150:]}"
+
+
+@cache
+def warn(message: str) -> None:
+    """Say on standard error, once and on rank 0 alone, what may be a mistake and stops nothing: one line, as above."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"epmoe: warning: {shown(message)}", file=sys.stderr)

@@ -20,6 +20,7 @@ from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.profile import profiled
+from epmoe.text.inputs import check_output_is_no_input
 from epmoe.text.output import Output, check_writable, standard_output, write_lines
 from epmoe.text.prompts import get_requests
 from epmoe.text.report import closing_line
@@ -31,6 +32,8 @@ def generate() -> None:
         if ranks.is_main:
             check_writable(config.output)
         llm = LLM.opened(config, ranks)
+        if ranks.is_main:
+            check_output_is_no_input(config, llm.source)
         requests = get_requests(config, llm.tokenizer, ranks)
         llm.check(requests)
         llm.load([request.cached(llm.architecture.max_positions) for request in requests])

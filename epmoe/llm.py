@@ -26,20 +26,24 @@ from typing import Any, Self
 
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Request, SamplingParams, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, check
 from epmoe.errors import UserError
 from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
+from epmoe.text import harmony
+from epmoe.text.messages import Message
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Message, Prompt, default_params, encode, share
+from epmoe.text.prompts import Prompt, default_params, encode, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.digest import SAME_COPY, contents, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
@@ -53,9 +57,10 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class Completion:
     """What came of a prompt. Times are seconds since the request was added, so they include waiting for its turn."""
 
-    text: str  # without special tokens, cut before a stop string
+    text: str  # of all messages, a blank line between two; without special tokens, cut before a stop string
+    messages: tuple[harmony.Message, ...]  # which analysis, answer and calls of tools tell apart
     ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a stop string) or "length"
+    finish_reason: str  # "eos", "stop" (a stop string, or one of stop_token_ids) or "length"
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
     prompt_ids: tuple[int, ...]
     first_token_s: float
@@ -71,6 +76,7 @@ def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
         timeout_s=run.timeout_s,
         start_timeout_s=run.start_timeout_s,
         threads=run.threads,
+        settings=agreed(config),
     )
 
 
@@ -111,6 +117,7 @@ class LLM:
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
         self.config, self.ranks = config, ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
+        ranks.agree(lambda: contents(self.source), SAME_COPY)
         self.architecture = model_of(self.source)[1]
         self.model: Family
         self.report: LoadReport
@@ -138,7 +145,7 @@ class LLM:
             Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype),
             progress=run.progress and bool(self.source.files),
         )
-        self.ranks.meet()  # another node's disk may be slower
+        self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         settings = CacheSettings(DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         engine = EngineConfig(
@@ -171,18 +178,19 @@ class LLM:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
         """
         requests = self._requests("generate", prompts, params)
-        answers = [Answer(self.tokenizer, request.params.stop) for request in requests]
+        answers = [Answer(self.tokenizer, request) for request in requests]
         with told_when_full(self.ranks.device):
             results = self.engine.generate(
                 requests,
                 on_token=lambda index, token: answers[index].feed(token),
-                on_finish=lambda index, result: answers[index].finish(),
+                on_finish=lambda index, result: answers[index].finish(result),
             )
         return [
             Completion(
                 text=answer.text,
+                messages=answer.messages,
                 ids=result.ids,
-                finish_reason=result.finish_reason,
+                finish_reason=answer.finish_reason,
                 logprobs=result.logprobs,
                 prompt_ids=request.ids,
                 first_token_s=result.first_token_s,
@@ -204,20 +212,20 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        answer = Answer(self.tokenizer, request.params.stop)
+        answer = Answer(self.tokenizer, request)
         id = self.engine.add(request)
         try:
             while self.engine.busy:
                 with told_when_full(self.ranks.device):
                     events = self.engine.step()
                 for event in events:
+                    result = event.result if isinstance(event, Finished) else None
                     if isinstance(event, Token) and answer.feed(event.token):
-                        self.engine.abort(id)
+                        result = self.engine.abort(id, "stop")  # None: its last one anyway, whose event follows
+                    if result is not None:
+                        answer.finish(result)
                 if piece := answer.fresh():
                     yield piece
-            answer.finish()
-            if piece := answer.fresh():
-                yield piece
         finally:
             self.engine.clear()
 

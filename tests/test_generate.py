@@ -139,7 +139,7 @@ def test_json_lines_with_stop_strings(here: Callable[..., tuple[str, str]], chec
     out, before = run(prompts)
     assert out == "\n\n".join(line["text"] for line in before) + "\n"
     assert [line["index"] for line in before] == [0, 1, 2, 3]
-    letters = before[2]["text"]
+    letters = before[2]["messages"][0]["text"]
     stop = letters[len(letters) // 2 :][:2]
     prompts[2]["stop"] = [stop]
     out, after = run(prompts, "runtime.max_batch=2", "runtime.prefill_chunk=3")
@@ -195,6 +195,15 @@ def test_mistakes(here: Callable[..., tuple[str, str]], checkpoint: str, case: s
     with pytest.raises(UserError) as error:
         here(checkpoint, *keys)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_output_never_replaces_the_prompts(
+    here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(UserError, match="is the file of prompts, which this run reads"):
+        here(checkpoint, f"prompts={tmp_path / 'p.jsonl'}", f"output={tmp_path / 'p.jsonl'}")
+    assert (tmp_path / "p.jsonl").read_text() == '{"prompt": "a"}'
 
 
 def test_a_prompt_is_refused_before_the_weights_are_read(

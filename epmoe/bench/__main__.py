@@ -13,7 +13,6 @@ with part of the batch cancel out:
 """
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from epmoe import strictjson
 from epmoe.bench import peer
 from epmoe.bench.bits import bits
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
@@ -88,7 +88,7 @@ def bench() -> None:
             add_peer(record, config, source, ranks)
         if ranks.is_main:
             print(table(record))
-            print(json.dumps(record))
+            print(strictjson.dumps(record))
 
 
 def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:
@@ -149,7 +149,7 @@ def measure(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> tuple[Floo
             llm.engine.generate(batch.requests(PROFILED_TOKENS))
     report, cache = llm.report, llm.cache
     load_us, peak, cached = zip(
-        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks), cache.nbytes]), strict=True
+        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks.device), cache.nbytes]), strict=True
     )
     owners = lookup("placement", PLACEMENTS, config.placement)(llm.architecture.num_experts, ranks.expert_size)
     floor = Floor.of(

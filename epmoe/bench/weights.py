@@ -44,7 +44,6 @@ class RandomCheckpoint(Checkpoint):
             files=(),
             tokenizer_file=None,
             tokenizer_config={},
-            chat_template=None,
             reader=Reader(),
             seed=seed,
             drawn=drawn,

@@ -25,6 +25,7 @@ from epmoe.cache.pages import Pages
 from epmoe.cache.plan import Decode, Plan, Prefill
 from epmoe.cache.rows import PagedRows, RingRows
 from epmoe.errors import UserError
+from epmoe.ranks.memory import is_full
 from epmoe.ranks.transfer import to_device
 
 
@@ -61,7 +62,9 @@ class Cache:
         shapes = [(2, config.kv_heads, self.pools[window].rows, config.head_dim) for window in config.windows]
         try:
             self.layers = [torch.empty(shape, dtype=config.dtype, device=self.device) for shape in shapes]
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_full(error):
+                raise
             need = sum(math.prod(shape) for shape in shapes) * config.dtype.itemsize
             raise UserError(
                 f"the key/value cache of {config.tokens} tokens and {config.sequences} sequences needs "

@@ -86,6 +86,7 @@ class Numbers:
     each: Range = Range()
     between: str = ","
     ascending: bool = False
+    empty: bool = False  # none at all is right, too
     form: str = ""  # what they are, spelled as on the command line
 
     def holds(self, values: Sequence[int]) -> bool:
@@ -96,8 +97,9 @@ class Numbers:
         many = self.each.words({None: "whole numbers", 2: "two whole numbers"}.get(count, f"{count} whole numbers"))
         if count is None and not self.form:
             many += f", separated by {self.between!r}"
-        order = ", the smaller one first" if self.ascending else ""
-        return f"{self.form}: {many}{order}" if self.form else many + order
+        many += ", the smaller one first" if self.ascending else ""
+        many += ", or none" if self.empty else ""
+        return f"{self.form}: {many}" if self.form else many
 
 
 def key(default: Any, about: str, allowed: Range | Names | Numbers | None = None) -> Any:
@@ -205,7 +207,8 @@ class Key:
         if self.kind is bool:
             return {"true": True, "false": False}.get(word.lower(), word)
         if isinstance(self.allowed, Numbers):
-            return tuple(int(part) for part in word.split(self.allowed.between))
+            parts = word.split(self.allowed.between) if word or not self.allowed.empty else []
+            return tuple(int(part) for part in parts)
         return self.kind(word)
 
     def _fits(self, value: Any) -> bool:
@@ -214,7 +217,8 @@ class Key:
             return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
         if isinstance(self.allowed, Numbers):
             fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
-            return fits and len(value) == (self._count or max(len(value), 1)) and self.allowed.holds(value)
+            least = 0 if self.allowed.empty else 1
+            return fits and len(value) == (self._count or max(len(value), least)) and self.allowed.holds(value)
         if self.kind is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
         return type(value) is self.kind

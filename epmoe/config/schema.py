@@ -10,7 +10,7 @@ Sampling and Length    also what one request may ask for (engine/request.py)
 from dataclasses import dataclass
 from typing import ClassVar
 
-from epmoe.config.keys import Names, Range, key
+from epmoe.config.keys import Names, Numbers, Range, key
 from epmoe.errors import UserError
 
 
@@ -47,10 +47,11 @@ class Sampling:
     top_k: int = key(0, "draw from the k likeliest tokens; 0: from all", Range(low=0))
     top_p: float = key(1.0, "draw from the smallest set of tokens with this probability", Range(above=0, high=1))
     min_p: float = key(0.0, "drop tokens less likely than this times the likeliest", Range(0, 1))
-    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(above=0))
+    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(1e-6, 1e6))
     seed: int = key(0, "the same seed draws the same tokens; with combine=slots on any number of ranks", Range(low=0))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
-    stop: tuple[str, ...] = key((), "end at this text; give the key again for several, empty for none")
+    stop: tuple[str, ...] = key((), "end the answer at this text or special token; again for several, empty for none")
+    stop_token_ids: tuple[int, ...] = key((), "end at these token ids", Numbers(Range(low=0), empty=True))
     ignore_eos: bool = key(False, "go on after the end-of-text token")
 
 
@@ -92,7 +93,7 @@ class LLMConfig(Length, ModelKeys):
 
     subject: ClassVar[str] = "an LLM"
 
-    system: str | None = key(None, "system message for the chat template")
+    system: str | None = key(None, "system message for the chat template; conversations may have their own")
     chat: str = key("auto", "apply the checkpoint's chat template", Names(("auto", "on", "off")))
     sampling: Sampling = key(Sampling(), "how the next token is chosen")
 
@@ -111,7 +112,7 @@ Generate text from a mixture-of-experts checkpoint whose experts are shared by a
 Generated text goes to standard output, everything else to standard error."""
 
     prompt: str | None = key(None, "text to continue or to answer")
-    prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl: one a line, as JSON")
+    prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl, .ndjson: one a line, as JSON")
     output: str = key("", "write token ids, finish reasons and timings to this .jsonl file")
 
     def check(self) -> None:

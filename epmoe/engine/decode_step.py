@@ -63,8 +63,8 @@ class State:
         """The next ids [B], at `position_B` of the sequences, and the state after them; a collective.
 
         They are the same on every rank: those of expert rank 0, or what all ranks find together when each has the
-        logits of its `part` of the vocabulary. V, where the logits are NaN, is for the host to see; the state gets an
-        id that the model can take until then.
+        logits of its `part` of the vocabulary. V, where the logits are not finite, is for the host to see; the state
+        gets an id that the model can take until then.
         """
         with named("sample"):
             if level == Level.GREEDY:

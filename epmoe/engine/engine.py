@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from epmoe.cache.cache import Cache
+from epmoe.engine import scheduler
+from epmoe.engine.diagnose import locate
 from epmoe.engine.graphs import Graphs
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner
@@ -113,7 +115,7 @@ class Engine:
         """Launch what runs next, and say what has come of the launch before. A collective of the expert group.
 
         Raises:
-            UserError: logits that are NaN.
+            UserError: logits that are not finite.
             NoArrival: a step did not end in time.
         """
         for sequence in self.scheduler.admit():
@@ -150,7 +152,7 @@ class Engine:
         Times in the results count from the moment when everything is prepared.
 
         Raises:
-            UserError: see `check`; a request that the whole cache cannot hold; logits that are NaN.
+            UserError: see `check`; a request that the whole cache cannot hold; logits that are not finite.
             NoArrival: a step did not end in time.
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
@@ -189,15 +191,21 @@ class Engine:
             if sequence.finished:
                 continue  # it ended while this step was under way
             if token == self.vocab:
-                number = sequence.id - self.first + 1
-                raise UserError(
-                    f"the model's logits are NaN at position {sequence.length - 1} of prompt {number}: "
-                    "the checkpoint's weights hold NaN, or overflow in this runtime.dtype"
-                )
+                raise self._not_finite(sequence)
             now = time.perf_counter()
             reason = self.scheduler.append(sequence, token, logprobs, now)
-            if reason != "eos":
+            if reason not in ("eos", "stop"):
                 events.append(Token(sequence.id, token, sequence.logprobs[-1] if logprobs is not None else None))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
         return events
+
+    def _not_finite(self, sequence: scheduler.Sequence) -> UserError:
+        """The error that says where this sequence ceased to be finite; all others end with it."""
+        number, position = sequence.id - self.first + 1, sequence.length - 1
+        self.clear()
+        where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
+        return UserError(
+            f"the model's logits are not finite at position {position} of prompt {number}; {where}: "
+            "the checkpoint is damaged, or its numbers overflow in this runtime.dtype"
+        )

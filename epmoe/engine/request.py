@@ -72,21 +72,21 @@ class Result:
     """What came of a request. Times are seconds since it was added, so they include waiting for its turn."""
 
     ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a listener ended it), "length" or "abort"
+    finish_reason: str  # "eos", "stop" (stop_token_ids, or a listener, ended it), "length" or "abort"
     first_token_s: float
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
 
 
-# Called on every rank, in the same order. `on_token(request, id)` for each new id but an end-of-text one; True ends the
-# request there. `on_finish(request, result)` once for each.
+# Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself
+# (end of text, stop_token_ids); True ends the request there. `on_finish(request, result)` once for each.
 OnToken = Callable[[int, int], bool]
 OnFinish = Callable[[int, Result], None]
 
 
 @dataclass(frozen=True)
 class Token:
-    """A new token of a request; an end-of-text one comes with the result alone."""
+    """A new token of a request; one that ends the text by itself comes with the result alone."""
 
     id: int  # of the request
     token: int
@@ -150,7 +150,7 @@ class Workload:
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int, first: int = 0) -> None:
-    """Raises UserError for a prompt that is empty, too long for the model or not of its vocabulary.
+    """Raises UserError for a prompt that is empty, or too long for the model, and for ids that its vocabulary lacks.
 
     The message names a prompt by its number, of which the first one's is `first` + 1.
     """
@@ -166,4 +166,9 @@ def check(requests: Sequence[Request], vocab: int, max_positions: int, first: in
             raise UserError(
                 f"prompt {number} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
+            )
+        if max(request.params.stop_token_ids, default=0) >= vocab:
+            raise UserError(
+                f"prompt {number} has stop_token_ids={max(request.params.stop_token_ids)} and the model's vocab_size "
+                f"is {vocab}: give ids from 0 to {vocab - 1}"
             )

@@ -32,7 +32,7 @@ class Flight:
             assert logits_BV is not None
             row_O = to_device(self.asked, torch.int64, id_B.device)
             top = max(sequences[row].request.params.logprobs for row in self.asked)
-            chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # NaN logits have chosen no token
+            chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
             tensors += top_logprobs(logits_BV[row_O], chosen_O, top)
         self.arrival = Arrival(tensors)
         for sequence in sequences:

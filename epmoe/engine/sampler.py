@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from epmoe.engine.request import Level, SamplingParams, TokenLogprobs
+from epmoe.layers.greedy import finite_rows
 from epmoe.layers.twin import twin
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
@@ -56,7 +57,7 @@ def sample(
     seen_BV: torch.Tensor | None,
     level: Level,
 ) -> torch.Tensor:
-    """Choose one token a row: int64 [B] on the logits' device. A row that holds NaN yields V, which is no token.
+    """Choose one token a row: int64 [B] on the logits' device. A row that is not finite yields V, which is no token.
 
     Everything is on the device and nothing waits for it, so it fits a CUDA graph. Does not change its arguments.
 
@@ -75,7 +76,7 @@ def sample(
         _sample(logits_BV[rows], params[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
         for rows in chunks
     ]
-    return torch.cat(chosen)
+    return torch.where(finite_rows(logits_BV), torch.cat(chosen), logits_BV.shape[1])
 
 
 def _sample(
@@ -90,7 +91,8 @@ def _sample(
     token_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
     noisy_BV = _filter(scores_BV, params, level) + gumbel(params.seed_B, position_B, token_V)
     warm_B = params.value_BP[:, 0] > 0
-    return torch.where(warm_B, argmax_lowest(noisy_BV), argmax_lowest(scores_BV))
+    # torch.argmax promises the first of equal values, and bf16 logits are equal often.
+    return torch.where(warm_B, noisy_BV.argmax(1), scores_BV.argmax(1))
 
 
 def top_logprobs(
@@ -114,15 +116,6 @@ def to_logprobs(chosen_B: torch.Tensor, id_BQ: torch.Tensor, logprob_BQ: torch.T
         TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
         for chosen, (ids, values) in zip(chosen_B.tolist(), tops, strict=True)
     ]
-
-
-def argmax_lowest(scores_BV: torch.Tensor) -> torch.Tensor:
-    """int64 [B]: the index of each row's largest value, the lowest where several are equal; V where the row has NaN.
-
-    torch.argmax promises the first of equal values (bf16 logits are equal often), and takes NaN for the largest.
-    """
-    id_B1 = scores_BV.argmax(1, keepdim=True)
-    return torch.where(scores_BV.gather(1, id_B1).isnan(), scores_BV.shape[1], id_B1)[:, 0]
 
 
 def gumbel(seed_B: torch.Tensor, position_B: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
@@ -190,5 +183,4 @@ def _filter(scores_BV: torch.Tensor, params: SamplingTensors, level: Level) -> t
         before_BV = weight_BV.cumsum(1) - weight_BV
         among_p_BV = (before_BV < top_p_B1 * weight_BV.sum(1, keepdim=True)) | (top_p_B1 == 1)
         keep_BV &= torch.empty_like(keep_BV).scatter_(1, order_BV, among_k_BV & among_p_BV)
-    nan_B1 = scores_BV.isnan().any(1, keepdim=True)
-    return scores_BV.masked_fill(~keep_BV & ~nan_B1, -math.inf)
+    return scores_BV.masked_fill(~keep_BV, -math.inf)

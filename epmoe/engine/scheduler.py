@@ -10,7 +10,7 @@ Every rank has one, is told the same and so makes the same choices; no choice de
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from epmoe.cache.pages import CacheFull, Pages
@@ -32,6 +32,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_token_s: float = 0.0  # since it was added
     finished: bool = False
+    stop_ids: Set[int] = frozenset()  # that end it besides the end of text
 
     @property
     def pending(self) -> int:
@@ -84,7 +85,8 @@ class Scheduler:
             UserError: the whole cache could not hold it.
         """
         self.pages.check(request.cached(self.max_positions))
-        sequence = Sequence(self.added, request, request.length(self.max_positions), now)
+        stop_ids = frozenset(request.params.stop_token_ids)
+        sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids=stop_ids)
         self.waiting.append(sequence)
         self.added += 1
         return sequence.id
@@ -116,7 +118,7 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.decodes]
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
-        """A chosen token has come; the reason when it ends the sequence ("eos" or "length"), else ""."""
+        """A chosen token has come; the reason when it ends the sequence ("eos", "stop" or "length"), else ""."""
         if not sequence.ids:
             sequence.first_token_s = now - sequence.added_s
         sequence.ids.append(token)
@@ -125,6 +127,8 @@ class Scheduler:
             sequence.logprobs.append(TokenLogprobs(logprobs.chosen, own))
         if token in self.eos_ids and not sequence.request.params.ignore_eos:
             return "eos"
+        if token in sequence.stop_ids:
+            return "stop"
         return "length" if sequence.length >= sequence.end else ""
 
     def finish(self, sequence: Sequence, reason: str, now: float) -> Result:

@@ -71,7 +71,10 @@ class Bf16Matrix:
 
     @classmethod
     def read(cls, name: str, experts: Sequence[int], read: ReadExperts) -> Self:
-        """Matrix `name` of the given experts, transposed one by one: one expert more than the result in memory."""
+        """Matrix `name` of the given experts, transposed one by one: one expert more than the result in memory.
+
+        Values of another floating-point dtype are rounded.
+        """
         first_CN = read(name, experts[:1])[0]
         columns, rows = first_CN.shape
         value_LNC = torch.empty((len(experts), rows, columns), dtype=torch.bfloat16, device=first_CN.device)

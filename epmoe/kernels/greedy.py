@@ -13,7 +13,7 @@ import triton.language as tl
 RUN = 8192
 WARPS = 8
 
-_NAN, _LOW = tl.constexpr(0x7FFFFFFF), tl.constexpr(0xFFFFFFFF)  # as in epmoe/layers/greedy.py
+_NOT_FINITE, _LOW = tl.constexpr(0x7FFFFFFF), tl.constexpr(0xFFFFFFFF)  # as in epmoe/layers/greedy.py
 _NOTHING = tl.constexpr(-(1 << 63))  # below every key
 
 
@@ -60,7 +60,7 @@ def largest_kernel(
     value_N = tl.where(value_N == 0, 0.0, value_N)  # -0 becomes 0
     bits_N = value_N.to(tl.int32, bitcast=True)
     ordered_N = tl.where(bits_N < 0, bits_N ^ 0x7FFFFFFF, bits_N)
-    ordered_N = tl.where(value_N == value_N, ordered_N, _NAN)
+    ordered_N = tl.where(tl.abs(value_N) < float("inf"), ordered_N, _NOT_FINITE)  # NaN compares as false
     key_N = (ordered_N.to(tl.int64) << 32) | (_LOW - (first + id_N).to(tl.int64))
     tl.store(key_ptr + s * rows + b, tl.max(tl.where(real_N, key_N, _NOTHING), 0))
 
@@ -79,4 +79,4 @@ def join_kernel(
     s_S = tl.arange(0, SP)
     key = tl.max(tl.load(key_ptr + s_S * rows + b, s_S < parts, other=_NOTHING), 0)
     found = _LOW - (key & _LOW)
-    tl.store(id_ptr + b, tl.where(key >> 32 == _NAN, vocab.to(tl.int64), found))
+    tl.store(id_ptr + b, tl.where(key >> 32 == _NOT_FINITE, vocab.to(tl.int64), found))

@@ -212,5 +212,7 @@ def _add_norm(
             add_H += tl.load(rows_ptr + (t * K + k) * H + h_H, real_H, other=0).to(tl.float32)
         x_H = (x_H.to(tl.float32) + add_H.to(x_H.dtype).to(tl.float32)).to(x_H.dtype)
     wide_H = x_H.to(tl.float32)
-    norm_H = wide_H * tl.rsqrt(tl.sum(wide_H * wide_H, 0) / H + eps) * weight_H
+    square = tl.sum(wide_H * wide_H, 0) / H
+    scale = tl.where(square < float("inf"), tl.rsqrt(square + eps), float("nan"))  # NaN compares as false
+    norm_H = wide_H * scale * weight_H
     return x_H, norm_H.to(x_H.dtype)

@@ -6,6 +6,9 @@ from the experts. So their sum, the residual and the next norm are one pass over
     x[t] += round(((+0 + rows[t, 0]) + rows[t, 1]) + … + rows[t, K-1])        in float32, rounded as each step says
     norm(x)[t] = x[t] / rms(x[t]) · weight                                    in float32, rounded once
 
+A row whose mean square is not finite has a norm of NaN: an infinite rms would make zeros of its finite numbers, and
+nobody would learn that they overflowed.
+
 The experts' router reads the norm next: for few tokens its product is made in the same kernel.
 
 Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
@@ -42,7 +45,8 @@ def add_norm(
         if clear:
             rows_TKH.zero_()
     wide_TH = x_TH.float()
-    wide_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
+    square_T1 = wide_TH.square().mean(-1, keepdim=True)
+    wide_TH = wide_TH * torch.rsqrt(square_T1 + eps).masked_fill(~square_T1.isfinite(), torch.nan)
     return x_TH, (wide_TH * weight_H.float()).to(x_TH.dtype)
 
 

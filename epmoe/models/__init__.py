@@ -83,6 +83,10 @@ class Model(Protocol):
         """
         ...
 
+    def sublayers(self) -> list[tuple[str, nn.Module]]:
+        """Its parts and what to call them in a message, in the order in which numbers pass through them."""
+        ...
+
 
 class Family(Model, Protocol):
     """What a class of MODELS is: a model, and what its checkpoints call its tensors."""

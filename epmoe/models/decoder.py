@@ -171,6 +171,13 @@ class Decoder(nn.Module):
         """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
         return self.limits.vocab_chunk
 
+    def sublayers(self) -> list[tuple[str, nn.Module]]:
+        """Its parts, as a message calls them, in the order in which numbers pass through them."""
+        found: list[tuple[str, nn.Module]] = [("the embedding", self.embedding)]
+        for index, layer in enumerate(cast(list[Layer], list(self.layers))):
+            found += [(f"layer {index}'s attention", layer.attention), (f"layer {index}'s experts", layer.moe)]
+        return [*found, ("the last norm", self.norm)]
+
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in layer order."""
         return [layer.moe for layer in cast(list[Layer], list(self.layers))]

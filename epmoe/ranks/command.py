@@ -12,8 +12,9 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from epmoe.errors import UserError
+from epmoe.ranks.fault import NoRankZero
 from epmoe.ranks.launch import Launch, open_store, stdout_closed
-from epmoe.ranks.watch import NoRankZero, leave
+from epmoe.ranks.watch import leave
 
 TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error
 

@@ -9,29 +9,42 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from epmoe.engine.request import Request, Result
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
-from epmoe.text.stream import StopStrings, TextStream
+from epmoe.text.harmony import Message, Messages
 from epmoe.text.tokenizer import Tokenizer
 
 
 class Answer:
-    """One request's text as far as it is known: without special tokens, cut before a stop string."""
+    """What is known of one request's answer: its messages, without special tokens, cut before a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.stream, self.stops = TextStream(tokenizer), StopStrings(stops)
+    A stop string is looked for in what the model wrote in the message that is the answer (`Header.is_answer`). One that
+    spells a special or added token of the tokenizer also ends the answer at that token's id, wherever it comes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.special_ids = tokenizer.special_ids
+        self.stop_strings = request.params.stop
+        self.stop_ids = {id for stop in self.stop_strings if (id := tokenizer.special_names.get(stop)) is not None}
+        self.parser = Messages(tokenizer, request.ids, self.stop_strings)
         self.pieces: list[str] = []
         self.shown = 0  # pieces that `fresh` has given
+        self.stopped = False  # by a stop string
         self.finished = False
+        self.finish_reason = ""  # once it is finished: "eos", "stop" or "length"
 
     def feed(self, token: int) -> bool:
         """Whether a stop string is complete now."""
-        self.pieces.append(self.stops.feed(self.stream.feed(token)))
-        return self.stops.found
+        stops = token in self.stop_ids
+        if not self.stopped and (not stops or token in self.special_ids):
+            self.pieces.append(self.parser.feed(token))
+        self.stopped = self.stopped or stops or self.parser.stopped
+        return self.stopped
 
     def fresh(self) -> str:
         """The text that came since this was called last."""
@@ -44,9 +57,19 @@ class Answer:
         """All of it so far."""
         return "".join(self.pieces)
 
-    def finish(self) -> None:
-        """No more tokens come."""
-        self.pieces.append(self.stops.feed(self.stream.flush()) + self.stops.flush())
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of them so far."""
+        return self.parser.messages()
+
+    def finish(self, result: Result) -> None:
+        """No more tokens come. One that ended the text by itself was not fed, and may end a message."""
+        ended = not self.stopped and result.finish_reason in ("eos", "stop")
+        if ended and result.ids[-1] in self.special_ids:
+            self.pieces.append(self.parser.feed(result.ids[-1]))
+        self.pieces.append(self.parser.finish(complete=result.finish_reason == "eos"))
+        self.stopped = self.stopped or self.parser.stopped  # in what was taken for a header up to the end
+        self.finish_reason = "stop" if self.stopped else result.finish_reason
         self.finished = True
 
 
@@ -58,13 +81,13 @@ class Output:
     """
 
     def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], stdout: TextIO | None) -> None:
-        self.answers = [Answer(tokenizer, request.params.stop) for request in requests]
+        self.answers = [Answer(tokenizer, request) for request in requests]
         self.stdout = stdout
         self.turn = 0  # the answer that is being printed
 
     def on_token(self, index: int, token: int) -> bool:
         """Take a token; print what can be printed. Whether a stop string ends the request here."""
-        if self.stdout is None and not self.answers[index].stops.stops:
+        if self.stdout is None and not self.answers[index].stop_strings:
             return False
         stopped = self.answers[index].feed(token)
         self._print()
@@ -72,7 +95,7 @@ class Output:
 
     def on_finish(self, index: int, result: Result) -> None:
         """No more tokens come for this request."""
-        self.answers[index].finish()
+        self.answers[index].finish(result)
         self._print()
 
     def _print(self) -> None:
@@ -96,7 +119,8 @@ class Output:
             "prompt_tokens": len(request.ids),
             "ids": result.ids,
             "text": self.answers[index].text,
-            "finish_reason": result.finish_reason,
+            "messages": [asdict(message) for message in self.answers[index].messages],
+            "finish_reason": self.answers[index].finish_reason,
             "first_token_s": round(result.first_token_s, 6),
             "total_s": round(result.total_s, 6),
         }

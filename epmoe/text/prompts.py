@@ -3,32 +3,34 @@
     prompt="…"            one prompt
     prompts=file.txt      the whole file is one prompt
     prompts=file.jsonl    one prompt a line: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
-                          any key of the group `sampling` and max_new_tokens for this prompt alone
+                          any key of the group `sampling` and max_new_tokens for this prompt alone; .ndjson is the same
     prompts=-             all of standard input is one prompt
 
 Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for
 the date. They wait for the requests, so standard input must end within runtime.start_timeout_s.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from epmoe import strictjson
 from epmoe.config.keys import known_instead
 from epmoe.config.schema import Config, LLMConfig
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
+from epmoe.text.instructions import rendered
+from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
 
 # What the embedded model continues when nothing is asked.
 DEFAULT_PROMPT = "It was a fine morning, and"
 
-Message = Mapping[str, Any]
+LINES = (".jsonl", ".ndjson")  # how the name of a file with a prompt a line ends, in any case
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
-            _check_conversation(self.origin, self.content)
+            check_conversation(self.origin, self.content)
 
 
 def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Request]:
@@ -93,7 +95,7 @@ def default_params(config: LLMConfig) -> SamplingParams:
 def read(config: Config) -> list[Prompt]:
     """The prompts that the configuration names."""
     default = default_params(config)
-    if config.prompts.endswith(".jsonl"):
+    if config.prompts.lower().endswith(LINES):
         return _json_lines(config.prompts, default)
     if config.prompts == "-":
         if sys.stdin.isatty():
@@ -119,7 +121,11 @@ def resolve_chat(wanted: str, tokenizer: Tokenizer) -> str:
 def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) -> list[int]:
     """Token ids of a prompt, through the chat template if `chat` is on, or auto and the checkpoint has one.
 
-    `system` becomes the first message of a conversation that has no system message of its own.
+    `system` becomes the first message of a conversation that has no system message of its own: see `rendered`.
+
+    Raises:
+        UserError: the prompt cannot be what `chat` and `system` ask for, the template refuses its messages or drops
+            some of their instructions, or the vocabulary cannot spell it.
     """
     is_text = isinstance(prompt.content, str)
     use_chat = resolve_chat(chat, tokenizer) == "on"
@@ -131,15 +137,13 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) 
         raise UserError(f"system={system!r} needs the checkpoint's chat template: leave it out, or use chat=on")
     if prompt.content == "":
         raise UserError(f"{prompt.origin} is empty: give some text")
-    if not use_chat:
-        assert isinstance(prompt.content, str)
-        return tokenizer.encode(prompt.content, special=True)
-    assert tokenizer.chat is not None
-    messages = list(prompt.content) if not isinstance(prompt.content, str) else [_user(prompt.content)]
-    if system is not None and all(message["role"] != "system" for message in messages):
-        messages.insert(0, {"role": "system", "content": system})
+    messages = [_user(prompt.content)] if isinstance(prompt.content, str) else prompt.content
     try:
-        return tokenizer.encode(tokenizer.chat.render(messages), special=False)
+        if not use_chat:
+            assert isinstance(prompt.content, str)
+            return tokenizer.encode(prompt.content, special=True)
+        assert tokenizer.chat is not None
+        return tokenizer.encode(rendered(tokenizer.chat, messages, system), special=False)
     except UserError as error:
         raise UserError(f"{prompt.origin}: {error}") from None
 
@@ -176,8 +180,8 @@ def _json_lines(name: str, default: SamplingParams) -> list[Prompt]:
 def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     """Raises UserError with `origin` for what is no JSON object, unknown keys, wrong types, values out of range."""
     try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        given = strictjson.loads(line)
+    except ValueError as error:
         raise UserError(f"{origin}: not JSON ({error})") from error
     if not isinstance(given, dict):
         raise UserError(f'{origin}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')
@@ -192,19 +196,9 @@ def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
     if "prompt" in given and not isinstance(content, str):
         raise UserError(f"{origin}: prompt={content!r} is not text")
     if "messages" in given:
-        _check_conversation(origin, content)
+        check_conversation(origin, content)
     try:
         own = replace(default, **{name: given[name] for name in params if name in given})
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return Prompt(origin, content, own)
-
-
-def _check_conversation(origin: str, value: Any) -> None:
-    """Raises UserError for what is no conversation. Other keys of a message are for its chat template to judge."""
-    if not (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
-    ):
-        raise UserError(f"{origin}: messages must be a list of objects, each with a text `role`, and not empty")

@@ -1,16 +1,17 @@
 """Text ↔ token ids: tokenizer.json and what stands beside it."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, warn
 from epmoe.text.chat import ChatTemplate
+from epmoe.text.chat_files import chat_of, special_tokens
+from epmoe.text.markup import Markup
+from epmoe.text.spelling import Spelling
 from epmoe.weights.checkpoint import Checkpoint
-
-HEADER_BEGINS, HEADER_ENDS = ("<|start|>", "<|channel|>"), "<|message|>"
 
 
 class Tokenizer:
@@ -20,7 +21,9 @@ class Tokenizer:
         UserError: the checkpoint has no tokenizer.json, or one that cannot be read.
     """
 
-    def __init__(self, file: Path, chat_template: str | None = None, special: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, file: Path, chat_template: str | Mapping[str, str] | None = None, special: Mapping[str, str] | None = None
+    ) -> None:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -28,57 +31,74 @@ class Tokenizer:
         # Settings for training batches, which some checkpoints leave in the file.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.chat = None if chat_template is None else ChatTemplate(chat_template, special or {})
+        self._make_chat = lambda: None if chat_template is None else ChatTemplate(chat_template, special or {})
+        self.spelling = Spelling(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        ends = self.tokenizer.token_to_id(HEADER_ENDS)
-        begins = [self.tokenizer.token_to_id(name) for name in HEADER_BEGINS]
-        harmony = ends is not None and None not in begins
-        self.header_ends = ends if harmony else None
-        self.header_begins = frozenset(begins if harmony else ())
+        # Harmony's control tokens are special even where the file does not mark them so.
+        self.harmony = Markup.of(self.tokenizer.token_to_id)
+        controls = frozenset() if self.harmony is None else self.harmony.ids
+        self.special_ids = controls | {id for id, token in added.items() if token.special}
+        self.special_names = {self.tokenizer.id_to_token(id): id for id in self.special_ids | added.keys()}
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Tokenizer":
         """The tokenizer of a checkpoint."""
         if checkpoint.tokenizer_file is None:
             raise UserError(f"checkpoint {checkpoint.path} has no tokenizer.json: download it beside the weights")
-        return cls(checkpoint.tokenizer_file, checkpoint.chat_template, _special_tokens(checkpoint.tokenizer_config))
+        made = cls(checkpoint.tokenizer_file)
+        made._make_chat = lambda: chat_of(checkpoint)
+        return made
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template, if there is one.
+
+        Raises:
+            UserError: it is broken; who needs none may go on.
+        """
+        return self._make_chat()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` lets the tokenizer add what it puts around a plain text. A template brings its own.
 
         Raises:
-            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can.
+            UserError: half of a surrogate pair, which JSON's \\u escapes can spell and no text encoding can; or a
+                character that the vocabulary has no token for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (character {error.start}): remove it") from error
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            encoded = self.tokenizer.encode(text, add_special_tokens=special)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"the tokenizer cannot encode the text ({error}): change it, or the tokenizer") from error
+        self.spelling.check(text, encoded)
+        return encoded.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids as they are, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """{bos_token: text, …} of tokenizer_config.json; a token stands there as text or as an object with `content`."""
-    found = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found
-
-
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json."""
+    """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json, else the
+    tokenizer's eos_token. Where none is named, one line says so.
+    """
     for name, config in (("generation_config", checkpoint.generation_config), ("config", checkpoint.config)):
         value = config.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
         if not all(type(each) is int for each in ids) and value is not None:
             raise UserError(f"{checkpoint.path}/{name}.json: eos_token_id={value!r} is neither an id nor a list of ids")
-        if value is not None:
+        if value not in (None, []):
             return tuple(ids)
+    if checkpoint.tokenizer_file is not None:
+        token = special_tokens(checkpoint).get("eos_token")
+        id = None if token is None else Tokenizer.of(checkpoint).tokenizer.token_to_id(token)
+        if id is not None:
+            return (id,)
+    warn(
+        f"{checkpoint.path} names no token that ends a text (eos_token_id in generation_config.json or config.json): "
+        "every answer has max_new_tokens"
+    )
     return ()

@@ -5,7 +5,6 @@ bytes without gaps. Several files ("shards") come with model.safetensors.index.j
 each tensor. Only headers are read on opening; tensors are read by name afterwards, whole or by rows.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from typing import Any, Self
 
 import torch
 
+from epmoe import strictjson
 from epmoe.errors import UserError
+from epmoe.weights import layouts
 from epmoe.weights.reader import Reader, Span
 from epmoe.weights.source import TensorInfo
 
@@ -32,6 +33,7 @@ DTYPES = {
 }
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model-00001-of-00001.safetensors"  # one shard, which needs no index
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, bytes
 
 
@@ -46,7 +48,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]  # the safetensors files
     tokenizer_file: Path | None
-    chat_template: str | None
     reader: Reader = field(repr=False)
     # A tensor that is cast on reading passes through temporaries of this size.
     cast_bytes: int = field(default=64 << 20, kw_only=True)
@@ -63,7 +64,9 @@ class Checkpoint:
             what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
             raise UserError(f"checkpoint {path} {what}: give a directory with config.json and safetensors files")
         if not (path / "config.json").is_file():
-            raise UserError(f"checkpoint {path} has no config.json: it is no Hugging Face checkpoint directory")
+            raise UserError(f"checkpoint {path} {layouts.without_config(path)}")
+        if adapter := layouts.adapter(path):
+            raise UserError(f"checkpoint {path} {adapter}")
         config = _json_object(path / "config.json")
         tokenizer_config = _json_object(path / "tokenizer_config.json", missing={})
         tensors = _read_tensors(path, reader)
@@ -76,7 +79,6 @@ class Checkpoint:
             tensors=tensors,
             files=tuple(dict.fromkeys(info.file for info in tensors.values())),
             tokenizer_file=tokenizer if tokenizer.is_file() else None,
-            chat_template=_chat_template(path, tokenizer_config),
             reader=reader,
         )
 
@@ -111,6 +113,10 @@ class Checkpoint:
         self.reader.read(info.file, spans, out)
         return out
 
+    def json(self, name: str) -> dict[str, Any]:
+        """What a JSON file beside the weights holds; empty when there is none. Raises UserError for no object."""
+        return _json_object(self.path / name, missing={})
+
     def close(self) -> None:
         """Free the host memory and the threads that reading to an accelerator has taken; the next read takes new."""
         self.reader.close()
@@ -130,26 +136,17 @@ def _json_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str,
     if missing is not None and not file.exists():
         return missing
     try:
-        value = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        if layouts.is_pointer(data):
+            raise UserError(f"{file} {layouts.POINTER}")
+        value = strictjson.loads(data)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object: download it again")
     return value
-
-
-def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the entry of tokenizer_config.json that older checkpoints carry."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read as UTF-8 text ({error}): download it again") from error
-    template = tokenizer_config.get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _read_tensors(path: Path, reader: Reader) -> dict[str, TensorInfo]:
@@ -161,6 +158,8 @@ def _read_tensors(path: Path, reader: Reader) -> dict[str, TensorInfo]:
         return read_header(single, reader)
     if not index.exists():
         others = sorted(file.name for file in path.glob("*.safetensors"))
+        if others == [WHOLE]:
+            return read_header(path / WHOLE, reader)
         if others:
             raise UserError(f"checkpoint {path} has {others[0]} but no {INDEX}: download the index too")
         raise UserError(f"checkpoint {path} has neither {SINGLE} nor {INDEX}: it holds no safetensors weights")
@@ -203,13 +202,15 @@ def read_header(file: Path, reader: Reader) -> dict[str, TensorInfo]:
         raise UserError(f"{file} has {size} bytes, too few for a safetensors header: download it again")
     length = int.from_bytes(reader.read_bytes(file, 0, 8), "little")
     if length > min(size - 8, _MAX_HEADER):
+        if layouts.is_pointer(reader.read_bytes(file, 0, min(size, 64))):
+            raise UserError(f"{file} {layouts.POINTER}")
         raise UserError(
             f"{file} says its header has {length} bytes, but the file has {size}: "
             f"truncated or no safetensors file; download it again"
         )
     try:
-        header = json.loads(reader.read_bytes(file, 8, length), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = strictjson.loads(reader.read_bytes(file, 8, length))
+    except ValueError as error:
         raise UserError(f"{file} has a malformed header ({error}): download it again") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} has a header that is no JSON object: download it again")
@@ -225,14 +226,6 @@ def read_header(file: Path, reader: Reader) -> dict[str, TensorInfo]:
         what = "truncated" if size < end else "too long"
         raise UserError(f"{file} is {what}: its header describes {end} bytes, the file has {size}; download it again")
     return tensors
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
-    return result
 
 
 def _tensor_info(file: Path, data: int, name: str, entry: Any) -> TensorInfo:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from epmoe.errors import UserError
 from epmoe.formats import ExpertMatrix, ExpertWeights, ReadExperts
 from epmoe.weights.manifest import Matrix
 from epmoe.weights.source import Source
@@ -36,6 +37,7 @@ class ExpertReader:
         """One layer's weights, biases in `dtype`.
 
         Raises:
+            UserError: a bias that is not finite.
             torch.OutOfMemoryError: they do not fit on the device.
         """
         return ExpertWeights(
@@ -74,7 +76,14 @@ class ExpertReader:
     def _bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         if matrix.bias is None:
             return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
-        return self._to(self.device)(matrix.bias, self.ids).to(dtype)
+        bias_LN = self._to(self.device)(matrix.bias, self.ids).to(dtype)
+        # Anything else that is not finite reaches the logits; the activation's clamp would make a number of this.
+        for row in (~bias_LN.isfinite().all(1)).nonzero()[:1, 0].tolist():
+            raise UserError(
+                f"{self.source.tensors[matrix.bias].file}: {matrix.bias} of expert {self.ids[row]} holds NaN or an "
+                "infinity: download it again"
+            )
+        return bias_LN
 
     def _to(self, device: torch.device) -> ReadExperts:
         return lambda name, ids: self.source.read_rows(name, ids, device)

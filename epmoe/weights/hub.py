@@ -5,7 +5,6 @@ process that dies. Whoever gets it next finds the files there.
 """
 
 import fcntl
-import json
 import os
 import sys
 import time
@@ -13,15 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from epmoe import strictjson
 from epmoe.errors import UserError
-from epmoe.weights.checkpoint import INDEX, SINGLE
+from epmoe.weights.checkpoint import INDEX, SINGLE, WHOLE
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 TOKENIZER = "tokenizer.json"
 # What a repository may do without; what a snapshot in the cache lacks of them is fetched as well.
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Of older or rarer repositories: they come with a download, and are not asked for one by one.
+RARE = ("chat_template.json", "additional_chat_templates/*.jinja")
 # The root of a repository only: gpt-oss carries the same weights twice more, in original/ and metal/.
-FILES = ("config.json", TOKENIZER, *OPTIONAL, INDEX, "model*.safetensors")
+FILES = ("config.json", TOKENIZER, *OPTIONAL, *RARE, INDEX, "model*.safetensors")
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 
@@ -82,10 +84,10 @@ def missing(path: Path, *, weights_only: bool = False) -> list[str]:
     """
     small = ("config.json",) if weights_only else ("config.json", TOKENIZER)
     absent = [name for name in small if not (path / name).exists()]
-    if (path / SINGLE).exists():
+    if (path / SINGLE).exists() or (path / WHOLE).exists():
         return absent
     try:
-        shards = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+        shards = set(strictjson.loads((path / INDEX).read_bytes())["weight_map"].values())
     except FileNotFoundError:
         return [*absent, SINGLE]
     except (ValueError, KeyError, AttributeError):

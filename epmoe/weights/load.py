@@ -20,9 +20,10 @@ from epmoe.errors import UserError
 from epmoe.models import MODELS, Family, ModelConfig, Target
 from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.moe.placement import PLACEMENTS, Placement
-from epmoe.ranks.memory import free_bytes
+from epmoe.ranks.memory import free_bytes, is_full
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
+from epmoe.weights import layouts
 from epmoe.weights.choices import DTYPES, Choices, experts_class, resolve, router_class, waiting
 from epmoe.weights.experts import ExpertReader, Limits
 from epmoe.weights.manifest import Manifest
@@ -72,6 +73,8 @@ def load(
     manifest.check()
     placement: Placement = lookup("placement", PLACEMENTS, asked.placement)(config.num_experts, ranks.expert_size)
     chosen = resolve(asked, {matrix.wanted.format for matrix in manifest.matrices()}, ranks)
+    # auto may choose otherwise where a package is lacking or nodes are counted otherwise; an exchange is a collective.
+    ranks.agree(lambda: asdict(chosen), "name it, in the place of auto")
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_class(chosen.experts), router_class(chosen.router)()
@@ -123,10 +126,36 @@ def model_of(source: Source) -> tuple[type[Family], ModelConfig]:
         UserError: an unknown model_type, or a config.json that the model cannot be built from; it names the key.
     """
     file, name = source.path / "config.json", source.config.get("model_type")
+    if name is None and layouts.is_original(source.tensors):
+        raise UserError(f"{source.path} {layouts.ORIGINAL}")
     if not isinstance(name, str):
         raise UserError(f"{file} has no model_type; known: {', '.join(MODELS)}")
     family: type[Family] = lookup(f"{file}: model_type", MODELS, name)
-    return family, family.Config.from_json(source.config)
+    config: ModelConfig = family.Config.from_json(source.config)
+    _check_sizes(config, source)
+    return family, config
+
+
+def _check_sizes(config: ModelConfig, source: Source) -> None:
+    """Raises UserError for a size far beyond what is stored: before tables and modules of that size are made.
+
+    A size that is merely another than the checkpoint's is told later, with the tensor that has it (manifest.py).
+    """
+    longest = max((size for info in source.tensors.values() for size in info.shape), default=0)
+    sizes = {
+        "number of layers": (config.layers, len(source.tensors)),
+        "hidden size": (config.hidden, longest),
+        "intermediate size": (config.intermediate, longest),
+        "number of experts": (config.num_experts, longest),
+        "number of key/value heads times head size": (config.kv_heads * config.head_dim, longest),
+        "vocabulary": (config.vocab, longest),
+    }
+    for what, (size, most) in sizes.items():
+        if size > 16 * most:
+            raise UserError(
+                f"{source.path / 'config.json'}: the {what} is {size}, which the checkpoint's {len(source.tensors)} "
+                f"tensors, at most {longest} long, cannot have: they do not belong together"
+            )
 
 
 @contextmanager
@@ -141,7 +170,9 @@ def _fitting(need: int, device: torch.device) -> Iterator[None]:
         raise UserError(message)
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_full(error):
+            raise
         raise UserError(message) from error
 
 

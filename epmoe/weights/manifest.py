@@ -7,18 +7,22 @@ Letters: E experts · L experts on this rank · N output rows of a matrix · C i
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Self
 
 import torch
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, warn
 from epmoe.formats import FORMATS, ExpertMatrix
 from epmoe.models import Family, Target
+from epmoe.models.keys import Keys
 from epmoe.tables import lookup
+from epmoe.weights import layouts
 from epmoe.weights.source import Source
 
+MOST_PATTERNS = 1000  # of modules that are not converted; each is compared with every layer's experts
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what biases and shared tensors may be stored in
 
 
@@ -40,7 +44,7 @@ class Matrix:
         """
         found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
         for name, (shape, dtype) in self.stored.stored(self.name, self.shape).items():
-            found[name] = (shape, (dtype,))
+            found[name] = (shape, FLOATS if dtype.is_floating_point else (dtype,))
         if self.bias is not None:
             found[self.bias] = (self.shape[:2], FLOATS)
         return found
@@ -100,6 +104,11 @@ class Manifest:
         promised, found = self.tensors(), self.source.tensors
         missing = [name for name in promised if name not in found]
         extra = [name for name in found if name not in promised]
+        if missing and (one := layouts.one_by_one(extra)):
+            raise UserError(
+                f"{found[one].file} holds {one}, so experts one by one; gpt-oss's are published in one tensor a "
+                "layer: convert it (transformers' save_pretrained), or take the published checkpoint"
+            )
         if missing:
             raise UserError(
                 f"checkpoint {self.source.path} lacks {_first(missing)}, which its config.json calls for: "
@@ -122,6 +131,7 @@ class Manifest:
                     f"{info.file}: {name} has dtype {_short(info.dtype)}, expected "
                     f"{' or '.join(map(_short, dtypes))}: convert the checkpoint"
                 )
+        self._say_rounded()
 
     def bytes_to_read(self, local: int) -> int:
         """Bytes of tensors that a rank with `local` experts reads."""
@@ -144,6 +154,14 @@ class Manifest:
             for shape, stored in matrix.wanted.stored(matrix.name, (local, *matrix.shape[1:])).values():
                 matrix_bytes += math.prod(shape) * stored.itemsize
         return matrix_bytes + values * dtype.itemsize
+
+    def _say_rounded(self) -> None:
+        """Plain experts may be stored in any of FLOATS, and are bf16 in memory."""
+        for matrix in self.matrices():
+            info = self.source.tensors.get(matrix.name)  # MXFP4 has other names
+            if info is not None and info.dtype != torch.bfloat16:
+                warn(f"{info.file} stores experts in {_short(info.dtype)}: they are rounded to bfloat16 (quant=bf16)")
+                return
 
     def _check_formats(self) -> None:
         """A config.json that names the wrong format is told so, not that dozens of tensors are missing."""
@@ -186,22 +204,32 @@ def _formats(source: Source, module: str, quant: str) -> tuple[type[ExpertMatrix
     """
     file = source.path / "config.json"
     settings = source.config.get("quantization_config") or {}
-    skipped = settings.get("modules_to_not_convert") or [] if isinstance(settings, dict) else None
-    if not isinstance(skipped, list) or not all(isinstance(pattern, str) for pattern in skipped):
-        raise UserError(f"{file}: quantization_config must be an object, its modules_to_not_convert a list of names")
-    method = lookup(f"{file}: quantization_config.quant_method", FORMATS, str(settings.get("quant_method", "bf16")))
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: quantization_config={settings!r} must be an object")
+    keys = Keys(settings, str(file), "quantization_config.")
+    skipped = keys.strings("modules_to_not_convert", [])
+    if len(skipped) > MOST_PATTERNS:
+        raise keys.error("modules_to_not_convert", f"has more than {MOST_PATTERNS} entries", shown=False)
+    method = lookup(f"{file}: quantization_config.quant_method", FORMATS, keys.text("quant_method", "bf16"))
+    keys.end()
     plain = lookup("quant", FORMATS, "bf16")
     wanted = method if quant == "auto" else lookup("quant", FORMATS, quant)
-    return (plain, plain) if any(_matches(module, pattern) for pattern in skipped) else (method, wanted)
+    return (plain, plain) if _matches(module, skipped) else (method, wanted)
 
 
-def _matches(module: str, pattern: str) -> bool:
-    """Whether `pattern` names the module, one that contains it, or the end of its name; `*` stands for any text.
+def _matches(module: str, patterns: Collection[str]) -> bool:
+    """Whether one of `patterns` names the module, one that contains it, or the end of its name; `*` is any text.
 
     The published list reads model.layers.*.self_attn, model.embed_tokens, lm_head.
     """
-    text = re.escape(pattern).replace(r"\*", ".*")
-    return re.fullmatch(rf"(?:.*\.)?{text}(?:\..*)?", module) is not None
+    parts = module.split(".")
+    names = {".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+    if not names.isdisjoint(patterns):
+        return True
+    globs = {
+        re.sub(r"\*+", "*", each) for each in patterns if "*" in each and len(each.replace("*", "")) <= len(module)
+    }
+    return any(fnmatchcase(name, re.sub(r"[\[?]", r"[\g<0>]", glob)) for glob in globs for name in names)
 
 
 def _first(names: list[str]) -> str:

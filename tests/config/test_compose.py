@@ -137,7 +137,11 @@ MISTAKES = {
     "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or at least 1e-06"]),
     "above one": (["sampling.min_p=1.1"], ["sampling.min_p=1.1", "from 0 to 1"]),
     "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0.0 is out of range", "above 0 and at most 1"]),
-    "penalty of nothing": (["sampling.repetition_penalty=0"], ["repetition_penalty=0.0", "a number above 0"]),
+    "penalty of nothing": (
+        ["sampling.repetition_penalty=0"],
+        ["repetition_penalty=0.0", "a number from 1e-06 to 1000000.0"],
+    ),
+    "penalty beyond float32": (["sampling.repetition_penalty=1e39"], ["repetition_penalty=1e+39", "to 1000000.0"]),
     "too many": (["sampling.logprobs=101"], ["sampling.logprobs=101", "from 0 to 100"]),
     "not a number": (["sampling.temperature=nan"], ["sampling.temperature=nan", "out of range"]),
     "infinite": (["sampling.temperature=inf"], ["sampling.temperature=inf", "out of range"]),

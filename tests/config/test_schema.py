@@ -73,7 +73,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "top_p": ([5e-324, 1e-9, 1, 1.0], [0, 0.0, -0.1, 1.0000001, float("nan")]),
     "min_p": ([0, 1], [-1e-9, 1.0000001, float("nan")]),
     "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),
-    "repetition_penalty": ([1e-9, 0.5, 1e300], [0, 0.0, -1, float("inf"), float("nan")]),
+    "repetition_penalty": ([1e-6, 0.5, 1e6], [0, 0.0, -1, 0.9e-6, 1e7, float("inf"), float("nan")]),
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "logprobs": ([0, 100], [-1, 101]),
     "max_new_tokens": ([1, 2**63 - 1], [0, -1]),
@@ -103,6 +103,20 @@ def test_a_request_checks_types_and_brings_values_to_them() -> None:
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name}=.* is not "):
             SamplingParams(**wrong)
+
+
+def test_stop_token_ids_are_ids_or_none_at_all() -> None:
+    for word, ids in {"3": (3,), "200002, 0": (200002, 0), "": ()}.items():
+        assert parse([f"sampling.stop_token_ids={word}"]).sampling.stop_token_ids == ids
+        assert SamplingParams(stop_token_ids=list(ids)).stop_token_ids == ids  # type: ignore[arg-type]
+    for wrong in ("-1", "a", "1,", ",", "1.0"):
+        with pytest.raises(
+            UserError, match=r"^sampling\.stop_token_ids=.* is not whole numbers, at least 0.* or none$"
+        ):
+            parse([f"sampling.stop_token_ids={wrong}"])
+    for value in (-1, [-1], "1", [1.0], [True], None, [[1]]):
+        with pytest.raises(UserError, match=r"^stop_token_ids=.* is not whole numbers, at least 0"):
+            SamplingParams(stop_token_ids=value)  # type: ignore[arg-type]
 
 
 def test_schemas_are_frozen() -> None:

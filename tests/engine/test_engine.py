@@ -191,6 +191,37 @@ def test_stop_at_the_last_allowed_token_is_a_stop() -> None:
     assert result.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_stop_token_ids_end_a_request_as_the_end_of_text_does(ignore_eos: bool) -> None:
+    """The id is the last one and no event of its own; other requests of the batch know nothing of it."""
+    requests = some_requests(12, seed=4, ignore_eos=ignore_eos)
+    plain = [expected(request) for request in requests]
+    asked, ended = [], []
+    for number, (request, (ids, reason)) in enumerate(zip(requests, plain, strict=True)):
+        stop = () if number % 3 == 2 else (ids[len(ids) // 2], *range(50, 55), EOS)
+        asked.append(replace(request, params=replace(request.params, stop_token_ids=stop)))
+        end = next((place for place, id in enumerate(ids) if id in stop), None)
+        known = end is None or (ids[end] == EOS and not ignore_eos)
+        ended.append((ids, reason) if known else (ids[: (end or 0) + 1], "stop"))
+    seen: dict[int, list[int]] = {index: [] for index in range(12)}
+
+    def on_token(index: int, token: int) -> bool:
+        seen[index].append(token)
+        return False
+
+    results = engine(max_batch=5).generate(asked, on_token)
+    assert outputs(results) == ended and {reason for _, reason in ended} >= {"stop", "length"}
+    for index, result in enumerate(results):
+        assert tuple(seen[index]) == (result.ids if result.finish_reason == "length" else result.ids[:-1])
+
+
+def test_a_stop_id_at_the_last_allowed_token_is_a_stop() -> None:
+    ids, _ = expected(Request((1,), SamplingParams(max_new_tokens=1, ignore_eos=True)))
+    params = SamplingParams(max_new_tokens=1, ignore_eos=True, stop_token_ids=ids)
+    (result,) = engine().generate([Request((1,), params)])
+    assert (result.ids, result.finish_reason) == (ids, "stop")
+
+
 def test_output_ends_where_the_models_positions_end() -> None:
     request = Request(tuple(range(10)), SamplingParams(max_new_tokens=50, ignore_eos=True))
     (result,) = engine(FakeModel(max_positions=16)).generate([request])
@@ -295,6 +326,7 @@ BAD = {
     "is empty": Request((), SamplingParams()),
     "400 positions": Request(tuple([1] * 400), SamplingParams()),
     "vocab_size is 97": Request((97,), SamplingParams()),
+    "stop_token_ids=97 and the model's vocab_size is 97": Request((1,), SamplingParams(stop_token_ids=(3, 97, 5))),
 }
 
 
@@ -326,12 +358,13 @@ def test_all_ranks_take_rank_zeros_tokens() -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])
-def test_nan_logits_are_an_error(good: int) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(good: int, bad: float) -> None:
     """At the position that had them, though another step was launched meanwhile; with log-probabilities asked for."""
 
     class Broken(FakeModel):
         def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
-            return super().__call__(step, cache) * (float("nan") if len(self.steps) > good else 1)
+            return super().__call__(step, cache) * (bad if len(self.steps) > good else 1)
 
-    with pytest.raises(UserError, match=f"NaN at position {2 + good} of prompt 1"):
+    with pytest.raises(UserError, match=f"not finite at position {2 + good} of prompt 1"):
         engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])

@@ -1,6 +1,7 @@
 """The sampler: exact greedy, filters as transformers', noise that depends on (seed, position, token id) alone."""
 
 import dataclasses
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -50,11 +51,14 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert sample(tied, [SamplingParams()] * 3, [0] * 3).tolist() == [7, 0, 998]
 
 
-def test_nan_yields_no_token() -> None:
-    broken = logits(2, 50)
-    broken[:, 3] = float("nan")
-    rows = [SamplingParams(), SamplingParams(temperature=1.0, top_k=5)]
-    assert sample(broken, rows, [0, 0]).tolist() == [50, 50]
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_yields_no_token(bad: float) -> None:
+    broken = logits(4, 50)
+    broken[:3, 3] = bad
+    cold, warm, filtered = SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=5)
+    for params in ([cold] * 4, [cold, warm, warm, warm], [cold, warm, filtered, filtered]):
+        found = sample(broken, params, [0] * 4).tolist()
+        assert found[:3] == [50] * 3 and 0 <= found[3] < 50
 
 
 def test_hash_equals_python_integers() -> None:

@@ -30,12 +30,8 @@ class Recorder:
     """A model that remembers the logits it gave, but those of rows that only fill up a batch."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config, self.vocab_chunk, self.distinct = (
-            model,
-            model.config,
-            model.vocab_chunk,
-            model.distinct,
-        )
+        self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
+        self.distinct, self.sublayers = model.distinct, model.sublayers
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:

@@ -22,9 +22,15 @@ class FakeCache:
     def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
         self.pages, self.spare = Pages(tokens // page, page, sequences), sequences
         self.fed: dict[int, list[int]] = {}
+        self.device = torch.device("cpu")
 
     def write(self, handle: int) -> None:
         self.fed[handle] = []
+
+    def admit(self, tokens: int) -> int:
+        handle = self.pages.admit(tokens)
+        self.write(handle)
+        return handle
 
     def release(self, handle: int) -> None:
         self.pages.release(handle)
@@ -43,6 +49,9 @@ class FakeModel:
         self.config = FakeConfig(**config)
         self.vocab_chunk = 10  # so that several ranks share the vocabulary
         self.steps: list[Step | DecodeStep] = []
+
+    def sublayers(self) -> list[tuple[str, Any]]:
+        return []
 
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
         return prefill_kinds(tokens, prompts, halves_from=4096)

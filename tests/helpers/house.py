@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What lies in epmoe/, from the ground up; `__init__` is the package's own file. A floor imports only floors below it.
 FLOORS = (
     {"errors"},
-    {"batch", "tables", "trace"},
+    {"batch", "strictjson", "tables", "trace"},
     {"config", "formats", "ranks"},
     {"cache"},
     {"kernels"},

@@ -168,6 +168,25 @@ def test_the_norm_is_rms() -> None:
     assert torch.equal(same_TH, x_TH)
 
 
+def overflowing(device: str) -> None:
+    x_TH = torch.ones(4, 96)
+    x_TH[1:, 5] = torch.tensor([3e20, torch.inf, torch.nan])  # the first one's square is what is not finite
+    one_H = torch.ones(96)
+    for version in (add_norm, norm_triton.add_norm):
+        norm_TH = version(x_TH.to(device), None, one_H.to(device), EPS)[1]
+        assert norm_TH.isnan().all(1).tolist() == [False, True, True, True], version
+
+
+def test_a_row_that_overflows_is_nan() -> None:
+    """Protects from silence: an infinite rms makes zeros of the row's finite numbers, and a model goes on with them."""
+    interpreted(overflowing, "cpu")
+
+
+@pytest.mark.gpu
+def test_a_row_that_overflows_is_nan_on_a_gpu() -> None:
+    overflowing("cuda")
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize(("rows", "clear"), [(0, False), (1, False), (4, False), (4, True)])
 def test_compiles_without_spills(rows: int, clear: bool, arch: int) -> None:

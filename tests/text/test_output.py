@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from harmony_cases import CONTROLS
+from scripted import save_tokenizer
 
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
 from epmoe.errors import UserError
@@ -74,9 +76,74 @@ def test_what_was_held_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
     assert printed(out) == "aEN\ufffd\n"
 
 
+def test_a_special_token_as_a_stop_string(tokenizer: Tokenizer) -> None:
+    """It ends the answer wherever it comes, within a header too, and is no text; spelled in letters, in the answer."""
+    ids = {name: tokenizer.special_names[name] for name in ("<|end|>", "<|message|>", "<|channel|>", "<|startoftext|>")}
+    for stop, before, text in (
+        ("<|end|>", b"a", "a"),
+        ("<|message|>", b"a", "a"),
+        ("<|channel|>", b"a", "a"),
+        ("<|startoftext|>", b"a\xc3", "a\ufffd"),
+    ):
+        out = output(tokenizer, 1, ("#", stop))
+        assert [out.on_token(0, id) for id in (*before, ids[stop])] == [False] * len(before) + [True]
+        out.on_finish(0, Result((*before, ids[stop]), "stop", 0.1, 0.2, ()))
+        assert out.answers[0].text == text and out.answers[0].parser.stopped is False
+        assert out.answers[0].messages[0].complete == (stop == "<|end|>")
+        out = output(tokenizer, 1, ("#", stop))
+        assert [out.on_token(0, byte) for byte in f"b{stop}".encode()][-1]
+        assert out.answers[0].text == "b"
+
+
+def test_an_added_token_as_a_stop_string(tmp_path: Path) -> None:
+    """In analysis too, where a stop string in letters finds nothing; other added tokens are text."""
+    names = {name: 256 + place for place, name in enumerate(("<tool>", "ab", *CONTROLS))}
+    own = save_tokenizer(tmp_path / "tokenizer.json", controls=names)
+    ids = own.encode("<|channel|>analysis<|message|>aab<tool>", special=False)
+    out = output(own, 1, ("<tool>",))
+    assert [out.on_token(0, id) for id in ids] == [False] * (len(ids) - 1) + [True]
+    out.on_finish(0, Result(tuple(ids), "stop", 0.1, 0.2, ()))
+    assert out.answers[0].text == "aab" and not out.answers[0].messages[0].complete
+
+
+@pytest.mark.parametrize(
+    ("last", "reason", "text", "complete"),
+    [
+        ("<|return|>", "eos", "a", True),
+        ("<|endoftext|>", "eos", "a", True),
+        ("z", "eos", "a", True),  # an end-of-text token that is not special is no text either
+        ("<|end|>", "stop", "a", True),
+        ("<|startoftext|>", "stop", "a", False),
+        ("z", "stop", "a", False),
+        ("z", "length", "a", False),
+    ],
+)
+def test_what_ended_the_answer_may_complete_its_message(
+    tokenizer: Tokenizer, last: str, reason: str, text: str, complete: bool
+) -> None:
+    out = output(tokenizer, 1)
+    out.on_token(0, ord("a"))
+    (id,) = tokenizer.encode(last, special=False)
+    out.on_finish(0, Result((97, id), reason, 0.1, 0.2, ()))
+    assert [(each.text, each.complete) for each in out.answers[0].messages] == [(text, complete)]
+
+
+@pytest.mark.parametrize("reason", ["length", "eos"])
+def test_a_stop_string_in_what_was_no_header_is_a_stop(tokenizer: Tokenizer, reason: str) -> None:
+    """Though that is known only at the end."""
+    request = Request(tuple(tokenizer.encode("<|start|>assistant", special=False)), SamplingParams(stop=("END",)))
+    out = Output(tokenizer, [request], io.StringIO())
+    ids = tuple(b"a END b")
+    assert not any(out.on_token(0, id) for id in ids)
+    ended = (tokenizer.special_names["<|return|>"],) if reason == "eos" else ()
+    out.on_finish(0, Result(ids + ended, reason, 0.1, 0.2, ()))
+    assert printed(out) == "a \n" and out.answers[0].finish_reason == "stop"
+
+
 def test_record_of_a_request(tokenizer: Tokenizer) -> None:
     out = output(tokenizer, 1)
     out.on_token(0, ord("a"))
+    out.on_finish(0, Result((97,), "stop", 0.25, 0.5, ()))
     logprobs = (TokenLogprobs(-0.5, ((97, -0.5), (98, -2.0))),)
     request = Request((1, 2, 3), SamplingParams(logprobs=2))
     line = json.loads(json.dumps(out.record(0, request, Result((97,), "stop", 0.25, 0.5, logprobs))))
@@ -85,6 +152,17 @@ def test_record_of_a_request(tokenizer: Tokenizer) -> None:
         "prompt_tokens": 3,
         "ids": [97],
         "text": "a",
+        "messages": [
+            {
+                "role": "assistant",
+                "name": None,
+                "channel": None,
+                "recipient": None,
+                "content_type": None,
+                "text": "a",
+                "complete": False,
+            }
+        ],
         "finish_reason": "stop",
         "first_token_s": 0.25,
         "total_s": 0.5,

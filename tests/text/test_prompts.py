@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 from spawn import run_ranks
 
 from epmoe.config.compose import parse
@@ -73,7 +74,24 @@ def test_json_lines_have_their_own_sampling(file: Callable[..., str]) -> None:
     assert two.origin.endswith("p.jsonl:3")
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.JSONL", "p.ndjson", "p.NdJson"])
+def test_names_of_files_of_lines(file: Callable[..., str], name: str) -> None:
+    assert len(read(config(f"prompts={file(name, {'prompt': 'a'}, {'prompt': 'b'})}"))) == 2
+    (whole,) = read(config(f"prompts={file('p.json', {'prompt': 'a'})}"))
+    assert whole.content == '{"prompt": "a"}'
+
+
 BAD_LINES = {
+    "not JSON (the key 'prompt' occurs twice)": '{"prompt": "a", "prompt": "b"}',
+    "the key 'seed' occurs twice": '{"seed": 1, "prompt": "a", "seed": 1}',
+    "the key 'content' occurs twice": '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+    "content[0] is of type 'image_url', but only text is read": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]
+    },
+    "messages[1] (user): content is neither text nor a list of parts": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 1}]
+    },
+    "messages must be a list of objects, each": {"messages": "Hi"},
     "not JSON": "{",
     "list, expected an object": "[1]",
     "unknown key 'temprature'; known: prompt, messages, max_new_tokens, temperature": {"prompt": "a", "temprature": 1},
@@ -155,6 +173,55 @@ def test_chat_template_is_applied_when_there_is_one(tokenizer: Tokenizer, tiny_c
     for wrong in ("chat=on", "system=Be kind"):
         with pytest.raises(UserError, match="chat template"):
             text(plain, "prompt=Hi", wrong)
+
+
+def test_parts_and_nulls_of_a_line(tokenizer: Tokenizer, tiny_checkpoint: Path, file: Callable[..., str]) -> None:
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    name = file("p.jsonl", {"messages": [{"role": "user", "content": parts, "name": None, "tool_calls": None}]})
+    assert text(tokenizer, f"prompts={name}") == text(tokenizer, "prompt=Hi")
+    whatever = Tokenizer(tiny_checkpoint / "tokenizer.json", "{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    name = file("p.jsonl", {"messages": [{"role": "user", "content": None}]})
+    assert text(whatever, f"prompts={name}") == "<>"
+
+
+def test_a_broken_template_stops_only_who_needs_it(tiny_checkpoint: Path, file: Callable[..., str]) -> None:
+    broken = Tokenizer(tiny_checkpoint / "tokenizer.json", "{% for %}")
+    assert text(broken, "prompt=Hi", "chat=off") == "Hi"
+    lines = file("p.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
+    for arguments in (["prompt=Hi"], ["prompt=Hi", "chat=on"], [f"prompts={lines}"]):
+        with pytest.raises(UserError, match=r"chat template is no valid jinja .*: use chat=off"):
+            text(broken, *arguments)
+
+
+def test_the_developers_words_stay_beside_the_key_system(tiny_checkpoint: Path, file: Callable[..., str]) -> None:
+    """A template of one instruction, as gpt-oss has it; a line that it would cut is refused by its number."""
+    first = (
+        "{% set own = messages[0].role in ['system', 'developer'] %}{% if own %}[{{ messages[0].content }}]{% endif %}"
+        "{% for m in messages[1:] if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    one = Tokenizer(tiny_checkpoint / "tokenizer.json", first)
+    messages = [{"role": "developer", "content": "Answer in Latin."}, {"role": "user", "content": "Hi"}]
+    name = file("p.jsonl", {"messages": messages})
+    assert text(one, f"prompts={name}") == "[Answer in Latin.]Hi"
+    assert text(one, f"prompts={name}", "system=Be polite.") == "[Be polite.\n\nAnswer in Latin.]Hi"
+    name = file("p.jsonl", {"messages": [{"role": "system", "content": "Be polite."}, *messages]})
+    with pytest.raises(UserError, match=r"p\.jsonl:1: messages\[1\] \(developer\): .* drops these words"):
+        text(one, f"prompts={name}")
+
+
+def test_a_prompt_that_the_vocabulary_cannot_spell(tmp_path: Path, file: Callable[..., str]) -> None:
+    """On the command line, in a line, and in a conversation."""
+    vocab = {letter: id for id, letter in enumerate("Hi<user>")}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "tokenizer.json"))
+    few = Tokenizer(tmp_path / "tokenizer.json", "<user>{{ messages[0].content }}")
+    (prompt,) = read(config("prompt=Hi"))
+    assert len(encode(prompt, few, "on", None)) == 8
+    for chat, place in (("on", 8), ("off", 2)):
+        with pytest.raises(UserError, match=rf"^prompt: the vocabulary .* for '!' \(U\+0021, character {place}"):
+            text(few, "prompt=Hi!", f"chat={chat}")
+        with pytest.raises(UserError, match=r"p\.jsonl:2: the vocabulary has no token for '!'"):
+            for prompt in read(config(f"prompts={file('p.jsonl', {'prompt': 'Hi'}, {'prompt': 'Hi!'})}")):
+                encode(prompt, few, chat, None)
 
 
 def test_messages_need_a_template_and_keep_their_own_system(tokenizer: Tokenizer, file: Callable[..., str]) -> None:

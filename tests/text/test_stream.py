@@ -49,19 +49,31 @@ def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
     assert "".join(streamed(tokenizer, ids)) == "the then"
 
 
-def test_harmony_headers_are_no_text(tokenizer: Tokenizer) -> None:
-    answer = (
-        "<|channel|>analysis<|message|>They ask.\nEasy.<|end|><|start|>assistant<|channel|>commentary"
-        "<|message|><|end|><|start|>assistant<|channel|>final<|message|>東京.<|return|>"
-    )
-    ids = tokenizer.encode(answer, special=False)
-    assert "".join(streamed(tokenizer, ids)) == "They ask.\nEasy.\n\n東京."
-
-
 def test_a_character_cut_by_a_special_token_stays_cut(tokenizer: Tokenizer) -> None:
     vocab = tokenizer.tokenizer.get_vocab()
     ids = [vocab["Ã"], vocab["<|end|>"], vocab["©"], *tokenizer.encode("the", special=False)]  # C3 A9 is é
     assert "".join(streamed(tokenizer, ids)) == "\ufffd\ufffdthe"
+
+
+def test_a_feed_does_not_grow_with_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bytes are: those of a text that never ends in a whole character too."""
+    vocab = tokenizer.tokenizer.get_vocab()
+    longest = 0
+
+    def counted(self: Tokenizer, ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return plain(self, ids)
+
+    plain = Tokenizer.decode
+    for letters in (["t"], ["\u0122"], ["Ã"], ["ð", "Ł"], ["Ã", "©", "t"]):  # 80; C3; F0 9F; C3 A9 74
+        ids = [vocab[letters[place % len(letters)]] for place in range(2000)]
+        whole = tokenizer.decode(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "decode", counted)
+            pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == whole and max(map(len, pieces)) <= 4
+    assert 0 < longest < 30
 
 
 def cut(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
@@ -77,6 +89,7 @@ STOPS = {
     "restart inside": (["aab"], ["aa", "ab", "c"], ("a", True)),
     "first to end wins": (["abcX", "bc"], ["abcX"], ("a", True)),
     "longer of two that end together": (["abc", "c"], ["zab", "c"], ("z", True)),
+    "whichever is named first": (["c", "abc"], ["zab", "c"], ("z", True)),
     "at the very beginning": (["\n"], ["\n"], ("", True)),
     "none": ([], ["a", "b"], ("ab", False)),
     "nothing after it": (["."], ["a.", "b."], ("a", True)),
@@ -109,3 +122,17 @@ def test_stop_strings_do_not_depend_on_borders(text: str, stops: list[str], bord
 def test_text_is_held_back_no_longer_than_needed() -> None:
     matcher = StopStrings(["END"])
     assert [matcher.feed(piece) for piece in ("aE", "N", "E", "x")] == ["a", "", "EN", "Ex"]
+
+
+def test_another_text_may_come_after_one() -> None:
+    """A stop string's beginning in the first does not go on in the second."""
+    matcher = StopStrings(["END"])
+    assert [matcher.feed("aEN"), matcher.flush(), matcher.feed("D"), matcher.feed("END")] == ["a", "EN", "D", ""]
+
+
+@pytest.mark.parametrize(("stop", "letters"), [("a" * 5000 + "b", "a"), ("ab" * 3000 + "c", "ab"), ("a" * 5000, "aab")])
+def test_a_long_stop_string_is_looked_for_in_linear_time(stop: str, letters: str) -> None:
+    """Each character is looked at about twice; comparing each end of the text with each beginning takes minutes."""
+    text = letters * (20000 // len(letters))
+    matcher = StopStrings([stop])
+    assert "".join(map(matcher.feed, text)) + matcher.flush() == text and not matcher.found

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from epmoe.errors import UserError
-from epmoe.text.tokenizer import Tokenizer
+from epmoe.errors import UserError, warn
+from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.synthetic import make_checkpoint
 
@@ -26,3 +26,25 @@ def test_a_checkpoints_own_template_and_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         Tokenizer.of(Checkpoint.open(tmp_path))
+
+
+def test_the_end_of_text_is_looked_for_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty list names none: generation_config.json, config.json, the tokenizer's own; then one line says it."""
+    make_checkpoint(tmp_path)
+    named = eos_ids(Checkpoint.open(tmp_path))
+
+    def write(name: str, **changes: object) -> None:
+        kept = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**kept, **changes}))
+
+    write("config.json", eos_token_id=7)
+    assert eos_ids(Checkpoint.open(tmp_path)) == named != (7,)
+    write("generation_config.json", eos_token_id=[])
+    assert eos_ids(Checkpoint.open(tmp_path)) == (7,)
+    write("config.json", eos_token_id=None)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert eos_ids(checkpoint) == (Tokenizer.of(checkpoint).tokenizer.token_to_id("<|return|>"),)
+    write("tokenizer_config.json", eos_token=None)
+    warn.cache_clear()
+    assert eos_ids(Checkpoint.open(tmp_path)) == ()
+    assert capsys.readouterr().err.count("names no token that ends a text") == 1

@@ -86,6 +86,14 @@ def duplicate(path: Path) -> None:
     (path / FIRST).write_bytes(len(text).to_bytes(8, "little") + text + b"x")
 
 
+def duplicate_key(name: str) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        text = (path / name).read_text().strip()
+        (path / name).write_text(text[:-1] + ', "eos_token_id": 1, "eos_token_id": 2}')
+
+    return spoil
+
+
 CASES = [
     Case("no config.json", lambda p: (p / "config.json").unlink(), "no config.json"),
     Case("config.json is no JSON", lambda p: (p / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -94,16 +102,17 @@ CASES = [
         lambda p: (p / "config.json").write_bytes(b"\xff\xfe"),
         "config.json is not valid JSON",
     ),
+    Case("config.json has a key twice", duplicate_key("config.json"), "config.json .*'eos_token_id' occurs twice"),
+    Case(
+        "generation_config.json has a key twice", duplicate_key("generation_config.json"), "'eos_token_id' occurs twice"
+    ),
+    Case("a number that is none", lambda p: (p / "config.json").write_text('{"a": NaN}'), "NaN is no number of JSON"),
+    Case("nested deeply", lambda p: (p / "config.json").write_text("[" * 100_000), "nested too deeply"),
     Case("config.json is a list", lambda p: (p / "config.json").write_text("[]"), "holds a JSON list"),
     Case(
         "generation_config.json is no JSON",
         lambda p: (p / "generation_config.json").write_text("x"),
         "generation_config.json is not valid",
-    ),
-    Case(
-        "chat template is no text",
-        lambda p: (p / "chat_template.jinja").write_bytes(b"\xff"),
-        "chat_template.jinja .* UTF-8",
     ),
     Case(
         "no weights",
@@ -145,10 +154,10 @@ CASES = [
     Case(
         "Git LFS pointer",
         lambda p: (p / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        "no safetensors file",
+        "is a git-lfs pointer, not the file itself",
     ),
     Case("header is a list", lambda p: (p / FIRST).write_bytes((2).to_bytes(8, "little") + b"[]"), "no JSON object"),
-    Case("a name twice", duplicate, "a occurs twice"),
+    Case("a name twice", duplicate, "key 'a' occurs twice"),
     Case("gap", lambda p: rewrite_header(p / FIRST, shift(2, 2)), f"{SINKS} leaves a gap"),
     Case("overlap", lambda p: rewrite_header(p / FIRST, shift(-2, -2)), f"{SINKS} overlaps"),
     Case(
@@ -263,15 +272,12 @@ def test_checkpoints_are_sources(tmp_path: Path) -> None:
 def test_text_files_are_found(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
     assert checkpoint.tokenizer_file == tmp_path / "tokenizer.json"
-    assert checkpoint.chat_template is not None and "<|start|>" in checkpoint.chat_template
+    assert checkpoint.json("tokenizer_config.json") == checkpoint.tokenizer_config != checkpoint.json("none.json") == {}
     assert checkpoint.config["model_type"] == "gpt_oss" and len(checkpoint.generation_config["eos_token_id"]) == 3
-    (tmp_path / "chat_template.jinja").unlink()
-    rewrite_json(tmp_path / "tokenizer_config.json", lambda config: config.update(chat_template="older"))
-    assert Checkpoint.open(tmp_path).chat_template == "older"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).unlink()
     checkpoint = Checkpoint.open(tmp_path)
-    assert (checkpoint.tokenizer_file, checkpoint.chat_template, checkpoint.generation_config) == (None, None, {})
+    assert (checkpoint.tokenizer_file, checkpoint.tokenizer_config, checkpoint.generation_config) == (None, {}, {})
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])

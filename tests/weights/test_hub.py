@@ -31,6 +31,7 @@ def cache_up(cache: Path, name: str, **spec: object) -> Path:
         folder.mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     made = make_checkpoint(cache / "made", "tiny", **spec)
+    (made / "special_tokens_map.json").write_text("{}")
     for number, file in enumerate(sorted(made.iterdir())):
         shutil.move(file, blobs / f"{number:040x}")
         (snapshot / file.name).symlink_to(os.path.relpath(blobs / f"{number:040x}", snapshot))
@@ -260,10 +261,11 @@ def test_only_what_is_needed_is_downloaded(tmp_path: Path, online: Online) -> No
     [patterns] = calls
     published = [
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "model-00000-of-00002.safetensors", INDEX, "README.md", "LICENSE", "special_tokens_map.json",
+        "special_tokens_map.json", "chat_template.json", "additional_chat_templates/tool_use.jinja",
+        "model-00000-of-00002.safetensors", INDEX, "README.md", "LICENSE",
         "original/model.safetensors", "original/config.json", "metal/model.bin", ".gitattributes",
     ]  # fmt: skip
-    assert list(filter_repo_objects(published, allow_patterns=patterns)) == published[:7]
+    assert list(filter_repo_objects(published, allow_patterns=patterns)) == published[:10]
 
 
 def test_a_second_process_waits_no_longer_than_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,10 +210,17 @@ def test_converting_slices_by_chunks_is_converting_the_whole(dtype_experts: str,
         ("model.layers.3.ml", False),
         ("lm_head", False),
         ("model-layers", False),
+        ("*exp*", True),
+        ("*.*rts", True),
+        ("*ml", False),
+        ("model.layers.?.mlp", False),
+        ("model.layers.[0-9].mlp", False),
+        ("*" * 30 + "x", False),
+        ("*e" * 13 + "x", False),  # a regular expression would try them all, for minutes
     ],
 )
 def test_patterns_of_modules_to_not_convert(pattern: str, hit: bool) -> None:
-    assert manifest._matches("model.layers.3.mlp.experts", pattern) is hit
+    assert manifest._matches("model.layers.3.mlp.experts", ["lm_head", pattern]) is hit
 
 
 def test_modules_to_not_convert_stay_bf16_when_quantising(tmp_path: Path) -> None:

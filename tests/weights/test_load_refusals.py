@@ -104,11 +104,29 @@ CASES = [
         config(quantization_config={"quant_method": "awq"}),
         "quant_method='awq' is unknown; known: mxfp4, bf16",
     ),
-    Case("quantization_config is text", config(quantization_config="mxfp4"), "quantization_config must be an object"),
+    Case(
+        "sizes that fill a machine", config(vocab_size=2**31 - 32, hidden_size=2**31 - 32), "hidden size is 2147483616,"
+    ),
+    Case("heads of half a table of 16 GB", config(head_dim=2**31 - 2), "times head size is 4294967292, which the"),
+    Case(
+        "layers without end",
+        config(num_hidden_layers=10**5, layer_types=["full_attention"] * 10**5),
+        "number of layers is 100000, which the checkpoint's 41 tensors",
+    ),
+    Case(
+        "patterns without end",
+        config(quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["a*"] * 1001}),
+        "modules_to_not_convert has more than 1000 entries",
+    ),
+    Case(
+        "quantization_config is text",
+        config(quantization_config="mxfp4"),
+        "quantization_config='mxfp4' must be an object",
+    ),
     Case(
         "list of modules is text",
         config(quantization_config={"modules_to_not_convert": "a"}),
-        "modules_to_not_convert a list",
+        "modules_to_not_convert='a' must be a list of strings",
     ),
 ]
 

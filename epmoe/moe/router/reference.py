@@ -39,9 +39,10 @@ class ReferenceRouter:
 def route(logits_TE: torch.Tensor, top_k: int, local_E: torch.Tensor, num_local: int) -> Dispatch:
     """The K largest logits of a token, their softmax, and the index of the slots whose expert lives on this rank.
 
-    Equal logits go to the lower expert id, and -0 equals 0. A NaN logit counts as -inf, so it is chosen after every
-    finite one; a token whose chosen logits are all NaN or -inf, or whose largest is +inf, has NaN weights, but never an
-    id out of range. No size depends on the values and nothing waits for the device.
+    Equal logits go to the lower expert id, and -0 equals 0. A token with a logit that is not finite has NaN weights,
+    which reach its logits, where they are told: a router that merely passed over a NaN or -inf would never choose that
+    expert, and nobody would know. Such logits count as +inf, so that no id is ever out of range. No size depends on the
+    values and nothing waits for the device.
 
     Args:
         logits_TE: floating point [T, E]; T may be 0.
@@ -74,7 +75,7 @@ def top_experts(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torc
     """Expert ids int32 [T, K] by falling logit, ties to the lower id; the softmax over those logits, float32 [T, K]."""
     assert 1 <= top_k <= logits_TE.shape[1], f"top_k={top_k} of {logits_TE.shape[1]} experts"
     number_TE = logits_TE.float()
-    number_TE = number_TE.masked_fill(number_TE.isnan(), -torch.inf)
+    number_TE = number_TE.masked_fill(~number_TE.isfinite(), torch.inf)
     # torch.topk promises no order among equals; a stable sort does.
     sorted_TE, id_TE = number_TE.sort(dim=-1, descending=True, stable=True)
     return id_TE[:, :top_k].int(), sorted_TE[:, :top_k].softmax(dim=-1)

@@ -113,7 +113,7 @@ def by_hand(case: Case, logits_TE: torch.Tensor, rank: int) -> dict[str, list]:
     mine = contiguous(case.experts, case.ranks).experts[rank]
     chosen = []
     for logits in logits_TE.tolist():
-        order = sorted((math.inf if math.isnan(x) else -x, expert) for expert, x in enumerate(logits))
+        order = sorted((-x if math.isfinite(x) else -math.inf, expert) for expert, x in enumerate(logits))
         chosen.append([expert for _, expert in order[: case.top_k]])
     slot_expert = [expert for ids in chosen for expert in ids]
     rows = [[slot for slot, e in enumerate(slot_expert) if e == expert] for expert in mine]
@@ -162,9 +162,11 @@ def test_weights_are_the_softmax_of_the_chosen_logits() -> None:
 
 def test_a_token_without_numbers_has_nan_weights() -> None:
     """Broken logits must show in the output instead of turning into plausible weights."""
-    logits_TE = torch.full((1, 4), math.nan)
+    nan, inf = math.nan, math.inf
+    logits_TE = torch.tensor([[nan] * 4, [3.0, 1.0, nan, 2.0], [3.0, 1.0, 2.0, -inf], [3.0, inf, 1.0, 2.0]])
     dispatch = reference(logits_TE, 2, torch.arange(4, dtype=torch.int32), 4)
-    assert dispatch.expert_TK.tolist() == [[0, 1]] and bool(dispatch.weight_TK.isnan().all())
+    assert dispatch.expert_TK.tolist() == [[0, 1], [2, 0], [3, 0], [1, 0]]
+    assert bool(dispatch.weight_TK.isnan().all())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -254,9 +254,9 @@ def _top(
 
 @triton.jit
 def _ordered(x):
-    """float32 → int32 in the same order; -0 becomes 0 and NaN -inf."""
+    """float32 → int32 in the same order; -0 becomes 0, and what is not finite +inf."""
     x = tl.where(x == 0.0, 0.0, x)
-    x = tl.where(x == x, x, float("-inf"))
+    x = tl.where(tl.abs(x) < float("inf"), x, float("inf"))  # NaN compares as false
     bits = x.to(tl.int32, bitcast=True)
     # Negative floats grow towards zero as their lower 31 bits fall, so those are flipped.
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

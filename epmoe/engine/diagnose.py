@@ -1,0 +1,83 @@
+"""Where numbers stopped being finite: in which sublayer, at which position. Asked when logits are not; before, it costs
+nothing: a NaN anywhere reaches the logits by itself, through norm, router, experts and attention.
+
+The sequence goes through the model once more, in pieces of its own, and each sublayer's outcome is looked at.
+
+Letters: T tokens of a step · S sublayers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from epmoe.cache.cache import Cache
+from epmoe.engine import scheduler
+from epmoe.engine.request import Request, SamplingParams
+from epmoe.engine.runner import build
+from epmoe.layers.owed import Owed
+from epmoe.models import Model
+from epmoe.ranks.transfer import Arrival
+
+CHUNK = 1024  # tokens of a piece: small beside what the cache was made for, and in one micro-batch
+FINITE = 1 << 60  # above every position
+
+
+def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> str:
+    """Which part of the model is the first that is not finite, at which position, and a weight of it that is not.
+
+    A collective, like every call of the model; what is found is the same on every rank.
+
+    Args:
+        cache: has room for these ids.
+    Raises:
+        NoArrival: the model did not answer in time.
+    """
+    sublayers = model.sublayers()
+    outcomes = [Outcome() for _ in sublayers]
+    hooks = [part.register_forward_hook(each) for (_, part), each in zip(sublayers, outcomes, strict=True)]
+    request = Request(tuple(ids), SamplingParams())
+    sequence = scheduler.Sequence(0, request, len(ids), 0.0, cache.admit(len(ids)))
+    try:
+        while sequence.pending:
+            step = build([(sequence, min(CHUNK, sequence.pending))], cache.device)
+            for each in outcomes:
+                each.positions = step.position_T, step.position_T[step.output_O]
+            model(step, cache)
+            sequence.cached += len(step.token_T)
+        firsts = torch.stack([each.first.to(cache.device) for each in outcomes] or [torch.tensor(FINITE)])
+        first_S = Arrival([firsts]).wait(timeout_s)[0].tolist()
+    finally:
+        cache.release(sequence.handle)
+        for hook in hooks:
+            hook.remove()
+    found = [(*named, first) for named, first in zip(sublayers, first_S, strict=False) if first < FINITE]
+    if not found:
+        return "all sublayers are finite in a second pass, so it is the projection to the vocabulary"
+    name, part, position = found[0]
+    weights = [f"{key} holds {_odd(value)}" for key, value in part.named_parameters() if not value.isfinite().all()]
+    reason = f" (its {weights[0]})" if weights else ""
+    return f"the first sublayer that is not finite is {name} at position {position}{reason}"
+
+
+class Outcome:
+    """A forward hook that keeps the first position at which its module's outcome was not finite, on the device."""
+
+    def __init__(self) -> None:
+        self.first = torch.tensor(FINITE)
+        self.positions = self.first, self.first  # of the step's tokens, and of those whose logits are wanted
+
+    def __call__(self, module: nn.Module, given: Any, outcome: Any) -> None:
+        value = outcome[1] if isinstance(outcome, tuple) else outcome  # beside the residual stream: what is new
+        if isinstance(value, Owed):
+            value = value.wait()
+        if value is None or not len(value):
+            return
+        position_T = next(each for each in self.positions if len(each) == len(value))
+        bad_T = ~value.flatten(1).isfinite().all(1)
+        self.first = torch.minimum(self.first.to(value.device), torch.where(bad_T, position_T, FINITE).amin())
+
+
+def _odd(value: torch.Tensor) -> str:
+    return "NaN" if bool(value.isnan().any()) else "an infinity"
