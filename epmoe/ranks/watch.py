@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from epmoe.errors import UserError
+from epmoe.ranks.ending import last_words
 
 SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
@@ -368,6 +369,7 @@ def leave(code: int) -> NoReturn:
     """End the process without unwinding: torch's own threads crash some interpreters at exit."""
 
     def flush() -> None:
+        last_words()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
