@@ -8,6 +8,7 @@ output. Hence commands call `open_missing` before they open anything, and messag
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 
@@ -22,7 +23,7 @@ def open_missing() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             # A file of its own: where the number was taken before this call, it is some other file's.
-            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))
 
 
 def tell(line: str) -> None:

@@ -13,9 +13,9 @@ WAYS: list[Callable[[], str]] = []  # the process's own: it ends once
 
 @contextmanager
 def at_the_end(words: Callable[[], str]) -> Iterator[None]:
-    """If the block does not come to its end, `words` is called when the process leaves: a line for standard error, or "".
+    """If the block does not come to its end, `words` is called when the process leaves.
 
-    It may be called on another thread, while the block still runs, and must not wait long.
+    It gives a line for standard error, or "". It may be called on another thread, while the block still runs, and must not wait long.
     """
     WAYS.append(words)
     yield

@@ -111,9 +111,7 @@ class Answers:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"output={self.name} cannot be written ({error.strerror}): choose another place"
-            ) from error
+            raise UserError(f"output={self.name} cannot be written ({error.strerror}): choose another place") from error
 
     def remaining(self, requests: Sequence[Request], model: Any) -> list[int]:
         """The indices of the requests that are still to be computed, in order.
@@ -166,15 +164,15 @@ class Answers:
                 self.synced = time.monotonic()
 
     def _append(self, index: int, line: bytes) -> None:
-        begin, left = self.end, memoryview(line)
+        written = 0
         try:
-            while left:
-                written = os.pwrite(self.number, left, self.end)
-                self.end, left = self.end + written, left[written:]
+            while written < len(line):
+                written += os.pwrite(self.number, line[written:], self.end + written)
         except OSError:  # the disk is full: no half line is left
-            os.ftruncate(self.number, begin)
+            os.ftruncate(self.number, self.end)
             raise
-        self.places[index] = Place(begin, len(line))
+        self.places[index] = Place(self.end, len(line))
+        self.end += len(line)
 
     def finish(self) -> None:
         """Put all lines under the file's name, in the order of the prompts: in one step, or not at all.
@@ -209,7 +207,9 @@ class Answers:
 
     def last_words(self) -> str:
         """What is said of a run that ended early, and the end of all writing. On any thread."""
-        if self.turn.acquire(timeout=0.5) and not self.closed:
+        if not self.turn.acquire(timeout=0.5):  # the disk does not answer
+            return f"epmoe: answers may be kept in {self.unfinished}: go on from there with resume=true"
+        if not self.closed:
             self._leave()
         return self.words
 

@@ -59,7 +59,9 @@ def _judged(line: bytes, origin: str, digests: Sequence[str]) -> int | None:
     except ValueError as error:
         raise UserError(f"{origin}: not JSON ({error}): mend the line or remove it") from error
     match answer:
-        case {"index": int(index), "request": str(request), "ids": list(), "finish_reason": str(reason)}:
+        case {"index": int(index), "request": str(request), "ids": list(), "finish_reason": str(reason)} if (
+            not isinstance(index, bool)
+        ):
             pass
         case _:
             raise UserError(f"{origin} is no line that resume=true can go on from: mend it or remove it")
@@ -68,6 +70,6 @@ def _judged(line: bytes, origin: str, digests: Sequence[str]) -> int | None:
         raise UserError(f"{origin} answers prompt {index + 1}, and there are {len(digests)} prompts: {remedy}")
     if request != digests[index]:
         raise UserError(
-            f"{origin} answers another prompt {index + 1}, or was asked with other sampling or of another model: {remedy}"
+            f"{origin} answers another prompt {index + 1}, or one with other sampling or of another model: {remedy}"
         )
     return index if reason in FINAL else None
