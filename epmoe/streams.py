@@ -23,7 +23,7 @@ def open_missing() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             # A file of its own: where the number was taken before this call, it is some other file's.
-            setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def tell(line: str) -> None:
@@ -31,6 +31,13 @@ def tell(line: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
+
+
+def tell_raw(lines: str) -> None:
+    """The same past Python's stream, whose lock another thread may hold."""
+    if sys.stderr is not None:  # else the number may be another file's
+        with suppress(OSError):
+            os.write(2, lines.encode())
 
 
 def on_terminal() -> bool:

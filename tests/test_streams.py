@@ -15,6 +15,7 @@ with open(sys.argv[1], "w") as file:
     file.write("data\\n")
     file.flush()
     streams.tell("a message")
+    streams.tell_raw("another\\n")
     for number in (1, 2):
         try:
             os.write(number, b"raw\\n")
@@ -43,10 +44,10 @@ def ended(place: Path, redirect: str, *, early: bool = True) -> tuple[int, str, 
 @pytest.mark.parametrize(
     ("redirect", "out", "err"),
     [
-        ("", "raw\ntext\n", "a message\nraw\n"),
-        (">&-", "", "a message\nraw\n"),
+        ("", "raw\ntext\n", "a message\nanother\nraw\n"),
+        (">&-", "", "a message\nanother\nraw\n"),
         ("2>&-", "raw\ntext\n", ""),
-        ("<&-", "raw\ntext\n", "a message\nraw\n"),
+        ("<&-", "raw\ntext\n", "a message\nanother\nraw\n"),
         ("<&- >&- 2>&-", "", ""),
         ("2>/dev/full", "raw\ntext\n", ""),
     ],

@@ -26,7 +26,7 @@ FINITE = 1 << 60  # above every position
 
 
 class NotFinite(UserError):
-    """Logits of some prompts are not finite: which prompts, by their numbers from 1, and where the first of them failed."""
+    """Logits of some prompts are not finite: which prompts, numbered from 1, and where the first of them failed."""
 
     def __init__(self, prompts: Sequence[int], position: int, where: str) -> None:
         self.prompts, self.position, self.where = tuple(prompts), position, where

@@ -4,9 +4,10 @@ The watch ends a process while its main thread is anywhere, perhaps in a collect
 lost then registers here, and `leave` (epmoe/ranks/watch.py) asks it.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+from epmoe.streams import tell_raw
 
 WAYS: list[Callable[[], str]] = []  # the process's own: it ends once
 
@@ -15,7 +16,8 @@ WAYS: list[Callable[[], str]] = []  # the process's own: it ends once
 def at_the_end(words: Callable[[], str]) -> Iterator[None]:
     """If the block does not come to its end, `words` is called when the process leaves.
 
-    It gives a line for standard error, or "". It may be called on another thread, while the block still runs, and must not wait long.
+    It gives a line for standard error, or "". It may be called on another thread, while the block still runs, and must
+    not wait long.
     """
     WAYS.append(words)
     yield
@@ -26,5 +28,4 @@ def last_words() -> None:
     """Say them: on standard error, which may be gone."""
     while WAYS:
         if line := WAYS.pop()():
-            with suppress(OSError):
-                os.write(2, f"{line}\n".encode())
+            tell_raw(f"{line}\n")

@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from epmoe.errors import UserError
 from epmoe.ranks.ending import last_words
+from epmoe.streams import tell_raw
 
 SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
@@ -352,8 +353,7 @@ class Watch:
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
         text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
-        with suppress(OSError):
-            os.write(2, text.encode())
+        tell_raw(text)
         if self.rank == 0:
             self._all("verdict", asdict(fault))
             deadline = time.monotonic() + 1  # a connection closed too early could take the verdict with it

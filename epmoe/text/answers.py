@@ -23,6 +23,7 @@ from epmoe.errors import UserError, warn
 from epmoe.ranks.ending import at_the_end
 from epmoe.text.recorded import FINAL, Place, recorded, request_digest
 
+UNFINISHED = ".unfinished"  # stands after the file's name while a run goes on
 SYNC_S = 1.0  # so often, at most, is what was written forced to the disk before the end
 
 
@@ -66,7 +67,7 @@ class Answers:
 
     def __init__(self, name: str, *, resume: bool) -> None:
         self.name, self.resume, self.path = name, resume, check_writable(name)
-        self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        self.unfinished = self.path.with_name(f"{self.path.name}{UNFINISHED}")
         self.ordered = self.path.with_name(f".{self.path.name}.{os.getpid()}.ordered")
         self.turn = threading.Lock()  # `last_words` comes on another thread, and nothing is written after it
         self.places: dict[int, Place] = {}  # by index, in the unfinished file

@@ -13,6 +13,7 @@ from epmoe import strictjson
 from epmoe.engine.request import Request
 from epmoe.errors import UserError
 
+BEGIN = b'{"index": '  # of each line
 FINAL = ("eos", "stop", "length")  # finish reasons of answers; others are computed again
 
 
@@ -43,13 +44,18 @@ def recorded(file: BinaryIO, path: Path, digests: Sequence[str], *, torn: bool) 
     begin = 0
     file.seek(0)
     for number, line in enumerate(file, 1):
-        if torn and not line.endswith(b"\n"):
+        if torn and not line.endswith(b"\n") and _begun(line):
             break
         index = _judged(line, f"{path}:{number}", digests)
         if index is not None:
             found[index] = Place(begin, len(line))
         begin += len(line)
     return found, begin
+
+
+def _begun(line: bytes) -> bool:
+    """Whether a line may be the beginning of one of ours; where a machine went down, the rest may be zeros."""
+    return line[: len(BEGIN)] == BEGIN[: len(line)] or not line.strip(b"\0")
 
 
 def _judged(line: bytes, origin: str, digests: Sequence[str]) -> int | None:

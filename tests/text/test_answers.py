@@ -181,7 +181,8 @@ def test_two_runs_do_not_write_into_each_other(tmp_path: Path) -> None:
 
 def test_a_file_that_was_removed_while_its_lock_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run has come to its end between `open` and `flock`."""
-    real, removed = fcntl.flock, []
+    real = fcntl.flock
+    removed: list[int] = []
 
     def flock(number: int, how: int) -> None:
         real(number, how)

@@ -32,10 +32,12 @@ def test_final_answers_and_where_they_lie() -> None:
 
 def test_a_torn_line_is_dropped_where_a_run_may_have_been_killed() -> None:
     whole = line(0) + b"\n"
-    for rest in (b"{", line(1)[:-1], line(1), b"\xc3", b"\0\0"):
+    for rest in (b"{", line(1)[:-1], line(1), b"\0\0"):
         assert read(whole + rest, torn=True) == ({0: Place(0, len(whole))}, len(whole))
     with pytest.raises(UserError, match=r"^o\.jsonl:2: not JSON"):
         read(whole + line(1)[:-1])
+    with pytest.raises(UserError, match=r"^o\.jsonl:1: not JSON"):
+        read(b"someone's notes", torn=True)  # no run has written that
 
 
 @pytest.mark.parametrize(
