@@ -133,11 +133,7 @@ class Engine:
         return events
 
     def abort(self, id: int, reason: str = "abort") -> Result | None:
-        """End a request now, whether it waits or runs; what came of it. None when it has ended already.
-
-        What came after the token at which the caller ends it is no part of it, be it no number.
-        """
-        self.failed.pop(id, None)
+        """End a request now, whether it waits or runs; what came of it. None when it has ended already."""
         sequence = self.scheduler.find(id)
         return None if sequence is None else self.scheduler.finish(sequence, reason, time.perf_counter())
 

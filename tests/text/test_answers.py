@@ -118,6 +118,7 @@ def test_a_line_in_which_a_run_was_killed_is_dropped(tmp_path: Path) -> None:
         unfinished.write_bytes(whole[:-cut])
         again = Answers(str(tmp_path / "o.jsonl"), resume=True)
         assert again.remaining(REQUESTS, MODEL) == [2, 3]
+        assert unfinished.read_bytes() == whole[:-last]
         again.add(0, record("C"))
         again.close()
         assert texts(unfinished) == [(0, "a"), (1, "b"), (2, "C")]
@@ -158,13 +159,14 @@ def test_both_files_are_gone_on_from(tmp_path: Path) -> None:
     third.finish()
     third.close()
     assert texts(file) == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
-    done = file.read_bytes()
+    done, state = file.read_bytes(), file.stat()
     (tmp_path / "o.jsonl.unfinished").write_bytes(kept)
     fourth = begun(file, resume=True)
     assert fourth.rest == []
     fourth.finish()
     fourth.close()
     assert file.read_bytes() == done and names(tmp_path) == {"o.jsonl"}
+    assert os.path.samestat(file.stat(), state)  # nothing was to be written
 
 
 def test_two_runs_do_not_write_into_each_other(tmp_path: Path) -> None:
@@ -210,6 +212,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"o\.jsonl cannot be written \(No space left on device\)"):
         answers.add(1, record("b" * 100))
     monkeypatch.setattr(os, "pwrite", real)
+    assert (tmp_path / "o.jsonl.unfinished").read_bytes().endswith(b"}\n")  # no half line
     assert texts(tmp_path / "o.jsonl.unfinished") == [(0, "a")]
     for index in (1, 2, 3):
         answers.add(index, record("x"))

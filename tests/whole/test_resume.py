@@ -172,6 +172,27 @@ def test_a_prompt_whose_numbers_are_none_harms_no_other(
     assert (again[1]["finish_reason"], len(again[1]["ids"])) == ("length", 5)
 
 
+WATCHED = """
+import runpy, sys
+
+class Opens:
+    def find_spec(self, name, *_):
+        if name == "torch" and not kept:
+            kept.append(open(sys.argv.pop(1), "w"))
+            print(kept[0].fileno(), file=kept[0], flush=True)
+
+kept = []
+sys.meta_path.insert(0, Opens())
+runpy.run_module("epmoe.generate", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_file_that_an_import_opens_gets_no_standard_streams_number(tmp_path: Path) -> None:
+    given = [str(tmp_path / "number"), "no=key"]
+    done = subprocess.run(["bash", "-c", '"$0" -c "$@" <&- >&- 2>&-', sys.executable, WATCHED, *given], timeout=100)
+    assert done.returncode == 2 and int((tmp_path / "number").read_text()) > 2
+
+
 @pytest.mark.parametrize("redirect", ["<&- >&- 2>&-", "2>&-", "| head -c 3"])
 def test_the_file_is_written_whatever_standard_streams_there_are(redirect: str, tmp_path: Path) -> None:
     """In a fresh interpreter: closed from the start, or with a reader that goes away. Messages go nowhere else."""
