@@ -149,7 +149,7 @@ def measure(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> tuple[Floo
             llm.engine.generate(batch.requests(PROFILED_TOKENS))
     report, cache = llm.report, llm.cache
     load_us, peak, cached = zip(
-        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks), cache.nbytes]), strict=True
+        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks.device), cache.nbytes]), strict=True
     )
     owners = lookup("placement", PLACEMENTS, config.placement)(llm.architecture.num_experts, ranks.expert_size)
     floor = Floor.of(

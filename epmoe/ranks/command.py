@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from epmoe import streams
 from epmoe.errors import UserError
+from epmoe.ranks.fault import NoRankZero
 from epmoe.ranks.launch import Launch, open_store, stdout_closed
-from epmoe.ranks.watch import NoRankZero, leave
+from epmoe.ranks.watch import leave
 
 TERMINATED = 128 + signal.SIGTERM
 TOLD_S = 10.0  # how long an early error of another rank waits for rank 0 to print the same error

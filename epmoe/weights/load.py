@@ -74,6 +74,8 @@ def load(
     manifest.check()
     placement: Placement = lookup("placement", PLACEMENTS, asked.placement)(config.num_experts, ranks.expert_size)
     chosen = resolve(asked, {matrix.wanted.format for matrix in manifest.matrices()}, ranks)
+    # auto may choose otherwise where a package is lacking or nodes are counted otherwise; an exchange is a collective.
+    ranks.agree(lambda: asdict(chosen), "name it, in the place of auto")
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_class(chosen.experts), router_class(chosen.router)()
