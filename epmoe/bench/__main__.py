@@ -40,6 +40,7 @@ from epmoe.ranks.command import main
 from epmoe.ranks.memory import peak_bytes
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.profile import profiled
+from epmoe.streams import tell
 from epmoe.tables import lookup
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES
@@ -97,7 +98,7 @@ def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:
         return Checkpoint.open(resolve(config.checkpoint))
     size = config.size or ("tiny" if ranks.device.type == "cpu" else "20b")
     if not config.size and ranks.is_main:
-        print(f"epmoe: neither checkpoint nor size given: size={size}", file=sys.stderr)
+        tell(f"epmoe: neither checkpoint nor size given: size={size}")
     return RandomCheckpoint.of(size)
 
 
@@ -227,7 +228,7 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConf
         first.append(first_token)
     step, size = statistics.median(steps), len(batch.ids_BP)
     if ranks.is_main:  # a run that is cut short has not been for nothing
-        print(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step", file=sys.stderr)
+        tell(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step")
     return {
         "batch": size,
         "ms": 1e3 * step,

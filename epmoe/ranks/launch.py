@@ -4,7 +4,6 @@ import ipaddress
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from epmoe.errors import UserError
 from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
 from epmoe.ranks.fault import NoRankZero
+from epmoe.streams import tell
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -81,7 +81,7 @@ def rank_device(device: str, launch: Launch) -> torch.device:
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         if launch.rank == 0:
-            print(f"epmoe: device={kind} (auto)", file=sys.stderr)
+            tell(f"epmoe: device={kind} (auto)")
     else:
         kind = device
     if kind not in BACKENDS:

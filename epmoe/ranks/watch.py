@@ -35,10 +35,12 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from epmoe.ranks.admission import Admission, Hello
+from epmoe.ranks.ending import last_words
 from epmoe.ranks.fault import KINDS, Fault, NoRankZero
 from epmoe.ranks.launch import Launch
 from epmoe.ranks.meeting import Meeting, difference
 from epmoe.ranks.peer import Peer
+from epmoe.streams import tell_raw
 
 SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
@@ -343,8 +345,7 @@ class Watch:
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
         text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
-        with suppress(OSError):
-            os.write(2, text.encode())
+        tell_raw(text)
         if self.rank == 0:
             self._all("verdict", asdict(fault))
             deadline = time.monotonic() + 1  # a connection closed too early could take the verdict with it
@@ -360,6 +361,7 @@ def leave(code: int) -> NoReturn:
     """End the process without unwinding: torch's own threads crash some interpreters at exit."""
 
     def flush() -> None:
+        last_words()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
