@@ -176,6 +176,7 @@ class LLM:
             params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
         Raises:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
+            NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
         """
         requests = self._requests("generate", prompts, params)
         answers = [Answer(self.tokenizer, request) for request in requests]
@@ -226,6 +227,7 @@ class LLM:
                         answer.finish(result)
                 if piece := answer.fresh():
                     yield piece
+            self.engine.check_finite()
         finally:
             self.engine.clear()
 

@@ -21,15 +21,18 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from epmoe import streams
 from epmoe.ranks import guard
 
 if __name__ == "__main__":
+    streams.open_missing()
     guard.begin()  # the imports below take seconds
 
 import torch
 
 from epmoe import strictjson
 from epmoe.bench import peer
+from epmoe.bench.bits import bits
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import BenchConfig
 from epmoe.bench.weights import RandomCheckpoint
@@ -44,6 +47,7 @@ from epmoe.ranks.command import main
 from epmoe.ranks.memory import peak_bytes
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.profile import profiled
+from epmoe.streams import tell
 from epmoe.tables import lookup
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES
@@ -101,7 +105,7 @@ def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:
         return Checkpoint.open(resolve(config.checkpoint))
     size = config.size or ("tiny" if ranks.device.type == "cpu" else "20b")
     if not config.size and ranks.is_main:
-        print(f"epmoe: neither checkpoint nor size given: size={size}", file=sys.stderr)
+        tell(f"epmoe: neither checkpoint nor size given: size={size}")
     return RandomCheckpoint.of(size)
 
 
@@ -231,7 +235,7 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConf
         first.append(first_token)
     step, size = statistics.median(steps), len(batch.ids_BP)
     if ranks.is_main:  # a run that is cut short has not been for nothing
-        print(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step", file=sys.stderr)
+        tell(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step")
     return {
         "batch": size,
         "ms": 1e3 * step,
@@ -353,4 +357,4 @@ def _release(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main(bench)
+    main(bits if sys.argv[1:2] == ["bits"] else bench)

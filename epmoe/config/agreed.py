@@ -22,6 +22,7 @@ OWN: Mapping[str, str] = {
     "prompt": "rank 0's",
     "prompts": "rank 0's, a path",
     "output": "rank 0's, a path",
+    "resume": "rank 0's, which alone reads what is there",
     "sampling.temperature": "rank 0's",
     "sampling.top_k": "rank 0's",
     "sampling.top_p": "rank 0's",

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from epmoe import streams
 from epmoe.errors import UserError
 from epmoe.ranks import guard
 from epmoe.ranks.fault import NoRankZero, SharedMistake
@@ -23,7 +24,9 @@ def main(body: Callable[[], None]) -> NoReturn:
 
     A mistake is one line from rank 0, on whichever ranks it was made. A reader of standard output that has closed it
     (`| head`) has had enough: 0. After SIGTERM it is 143; a process that does not answer a signal is killed (guard.py).
+    A standard stream that is closed from the start is the null device.
     """
+    streams.open_missing()
     guard.begin()
     try:
         for number in guard.SIGNALS:
@@ -34,7 +37,7 @@ def main(body: Callable[[], None]) -> NoReturn:
         code = 128 + number
         guard.told()
         if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all of them
-            print(f"epmoe: {guard.SIGNALS[number]}", file=sys.stderr)
+            streams.tell(f"epmoe: {guard.SIGNALS[number]}")
     leave(code)
 
 
@@ -55,11 +58,11 @@ def _run(body: Callable[[], None]) -> int:
         return 2
     except SystemExit as end:
         if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+            streams.tell(end.code)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and stdout_closed()):
-            traceback.print_exc()
+            streams.tell(traceback.format_exc().removesuffix("\n"))
             return 1
     return 0
 
@@ -72,7 +75,7 @@ def _tell_once(error: UserError) -> None:
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0" or isinstance(error, NoRankZero):
-        print(f"epmoe: error: {error}", file=sys.stderr, flush=True)
+        streams.tell(f"epmoe: error: {error}")
     if isinstance(error, NoRankZero | SharedMistake):
         return
     try:
@@ -84,6 +87,6 @@ def _tell_once(error: UserError) -> None:
         watch = Watch(launch, store, host, EARLY_S, patience)
     except UserError:
         if rank != "0":
-            print(f"epmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            streams.tell(f"epmoe: error: rank {rank}: {error}")
         return
     watch.fail("told" if rank == "0" else "mistake", str(error), 2)

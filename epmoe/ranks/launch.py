@@ -5,7 +5,6 @@ import os
 import re
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from epmoe.errors import UserError
 from epmoe.ranks import launchers
 from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
 from epmoe.ranks.fault import SETTLE_S, NoRankZero, SharedMistake
+from epmoe.streams import tell
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 LARGEST_PORT = 65535
@@ -119,7 +119,7 @@ def rank_device(device: str, launch: Launch) -> torch.device:
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         if launch.rank == 0:
-            print(f"epmoe: device={kind} (auto)", file=sys.stderr)
+            tell(f"epmoe: device={kind} (auto)")
     else:
         kind = device
     if kind not in BACKENDS:

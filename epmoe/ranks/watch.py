@@ -37,14 +37,14 @@ import torch.distributed as dist
 
 from epmoe.ranks import guard
 from epmoe.ranks.admission import Admission, Hello
+from epmoe.ranks.ending import last_words
 from epmoe.ranks.fault import KINDS, SETTLE_S, Fault
 from epmoe.ranks.launch import Launch, Patience
 from epmoe.ranks.meeting import Meeting, difference
 from epmoe.ranks.peer import Peer, reach_rank_0
+from epmoe.streams import tell_raw
 
-EARLY_S = (
-    10.0  # how long a mistake from before the ranks met waits for those that still import, so that they hear of it
-)
+EARLY_S = 10.0  # how long a mistake from before the ranks met waits for those that still import: they hear of it then
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
 SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "term"}  # → the kind of fault
 
@@ -343,8 +343,7 @@ class Watch:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
         guard.told()
         text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
-        with suppress(OSError):
-            os.write(2, text.encode())
+        tell_raw(text)
         if self.rank == 0:
             self._all("verdict", asdict(fault))
             deadline = time.monotonic() + 1  # a connection closed too early could take the verdict with it
@@ -360,6 +359,7 @@ def leave(code: int) -> NoReturn:
     """End the process without unwinding: torch's own threads crash some interpreters at exit."""
 
     def flush() -> None:
+        last_words()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
