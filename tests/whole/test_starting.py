@@ -14,7 +14,7 @@ import pytest
 import torch
 from spawn import Command, commands, free_port
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, warn
 from epmoe.ranks import command, launch, mesh
 
 pytestmark = pytest.mark.alone  # it measures time
@@ -118,6 +118,7 @@ def test_a_port_that_is_none(port: str, tmp_path: Path) -> None:
 
 
 def add_up() -> None:
+    warn("this is rank 0's to say")
     with mesh.start(device="cpu", timeout_s=20) as mine:
         x = torch.ones(1)
         torch.distributed.all_reduce(x, group=mine.expert_group)
@@ -140,10 +141,10 @@ def without_torchrun(variables: dict[str, str]) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         os.environ.pop(name, None)
     os.environ.update(variables)
-    launch.launchers.adopt(os.environ)
     command.main(add_up)
 
 
+SAID = "epmoe: warning: this is rank 0's to say\n"
 MPI = {"OMPI_COMM_WORLD_RANK": "{}", "OMPI_COMM_WORLD_SIZE": "2"}
 LOCAL = {"OMPI_COMM_WORLD_LOCAL_RANK": "{}", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 STEP = {"SLURM_PROCID": "{}", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}
@@ -155,6 +156,7 @@ def test_tasks_of_another_launcher_are_one_run(env: dict[str, str], tmp_path: Pa
     started = as_tasks(env, free_port(), tmp_path)
     assert ends(started, 30) == [0, 0], [each.stderr for each in started]
     assert [each.stdout for each in started] == ["rank 0 of 2: 2\n", ""]
+    assert [each.stderr for each in started] == [SAID, ""]
 
 
 @pytest.mark.parametrize("env", [MPI, STEP])
@@ -163,7 +165,7 @@ def test_tasks_that_cannot_meet_are_refused(env: dict[str, str], tmp_path: Path)
     started = as_tasks(env, free_port(), tmp_path)
     assert ends(started, 8) == [2, 2]
     assert [each.stdout for each in started] == ["", ""] and started[1].stderr == ""
-    (line,) = started[0].stderr.splitlines()
+    (line,) = started[0].stderr.removeprefix(SAID).splitlines()
     name = next(iter(env))
     assert line.startswith(f"epmoe: error: {name} and ") and "set MASTER_ADDR" in line and "RANK=0 WORLD_SIZE=1" in line
 
