@@ -23,7 +23,7 @@ from epmoe.ranks.profile import profiled
 from epmoe.text.inputs import check_output_is_no_input
 from epmoe.text.output import Output, check_writable, standard_output, write_lines
 from epmoe.text.prompts import get_requests
-from epmoe.text.report import closing_line
+from epmoe.text.report import closing_line, cut
 
 
 def generate() -> None:
@@ -48,7 +48,8 @@ def generate() -> None:
             if config.output:
                 pairs = zip(requests, results, strict=True)
                 write_lines(config.output, [output.record(i, *pair) for i, pair in enumerate(pairs)])
-            print(line, file=sys.stderr)
+            reasons = [answer.finish_reason for answer in output.answers]
+            print(line + cut(requests, results, reasons), file=sys.stderr)
 
 
 if __name__ == "__main__":

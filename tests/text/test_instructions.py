@@ -15,7 +15,7 @@ DEAF = Style("deaf", "{% for m in messages if m.role == 'user' %}{{ m.content }}
 
 
 def made(style: Style, messages: list[Message], key: str | None = None, **variables: Any) -> str:
-    return rendered(ChatTemplate(style.source, {"bos_token": "<s>", "eos_token": "</s>"}), messages, key, **variables)
+    return rendered(ChatTemplate(style.source, {"bos_token": "<s>", "eos_token": "</s>"}), messages, key, variables)
 
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style is not DEEPSEEK], ids=lambda style: style.name)
