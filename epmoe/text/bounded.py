@@ -37,7 +37,7 @@ class ExceededError(Exception):
 class Limits:
     """What a call may take: so much, and more by the megabyte (10^6 bytes) that it is given."""
 
-    seconds: float = 1.5  # of a processor, so that other work on this machine does not count
+    seconds: float = 1.0  # of a processor, so that other work on this machine does not count
     seconds_per_mb: float = 4.0
     memory_mb: float = 384.0  # beside Python and its modules
     memory_mb_per_mb: float = 24.0
@@ -80,7 +80,7 @@ class Bounded:
                 # By the clock ten times as long: a machine may be busy, but nothing waits for ever.
                 answer = _unpacked(process.stdout, time.monotonic() + 60 + 10 * seconds)
                 if answer is not None:
-                    return answer
+                    return answer[0]
             except BaseException:  # Ctrl-C, too: what is left in the pipes would answer the next call
                 self._end()
                 raise
@@ -128,7 +128,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _unpacked(stream: IO[bytes], deadline: float) -> Any:
-    """The next message; None at the end of the stream, or when the time is over."""
+    """The next message's value; None at the end of the stream, or when the time is over."""
     data, wanted = bytearray(), _LENGTH.size
     while len(data) < wanted:
         ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
@@ -159,7 +159,7 @@ def serve(function: str, limits: tuple[float, ...]) -> None:
         size = _LENGTH.unpack(head)[0]
         try:
             _bound(*Limits(*limits).of(_LENGTH.size + size))
-            answers.write(_packed(called(_loads(calls.read(size)))))
+            answers.write(_packed([called(_loads(calls.read(size)))]))
             answers.flush()
             signal.setitimer(signal.ITIMER_PROF, 0)
         except MemoryError:

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,6 +21,7 @@ from jinja2.utils import Namespace
 from epmoe.errors import UserError
 from epmoe.text.habits import Habits
 from epmoe.text.messages import Message, shaped
+from epmoe.text.reads import read_names
 
 OWN = ("messages", "add_generation_prompt")  # variables that every conversation has
 
@@ -74,7 +75,7 @@ class Template:
     @cached_property
     def reads(self) -> frozenset[str]:
         """The variables that it reads of those that it may be given; not those that it sets before."""
-        return frozenset(meta.find_undeclared_variables(_environment().parse(self.source))) - set(OWN)
+        return read_names(_environment().parse(self.source), {*_environment().globals, *OWN})
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any], now: str) -> str:
         """The conversation as text; `now` is the moment that strftime_now tells, in ISO's form.
