@@ -254,9 +254,7 @@ class LLM:
             else:
                 ids = [int(id) for id in prompt if isinstance(id, int)]
                 if len(ids) != len(prompt) or min(ids, default=0) < 0:
-                    raise UserError(
-                        f"{origin} is no text, no messages and no list of token ids: give one of them"
-                    )
+                    raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
             found.append(Request(tuple(ids), each))
         return found
 

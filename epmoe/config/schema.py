@@ -97,7 +97,9 @@ class LLMConfig(Length, ModelKeys):
     chat: str = key("auto", "apply the checkpoint's chat template", Names(("auto", "on", "off")))
     reasoning_effort: str | None = key(None, "how much to think, as the chat template spells it: low, medium, high")
     tools: str = key("", "a file with the tools that may be called: a JSON list of objects, as for OpenAI")
-    template: Variables = key((), "template.NAME=value: any other variable that the chat template reads, as JSON or text")
+    template: Variables = key(
+        (), "template.NAME=value: any other variable that the chat template reads, as JSON or text"
+    )
     sampling: Sampling = key(Sampling(), "how the next token is chosen")
 
 

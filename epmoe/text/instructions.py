@@ -58,7 +58,9 @@ def _whole(render: Render, messages: Sequence[Message], names: Sequence[str]) ->
     One more rendering tells it of all whose words stand in the text as they are, with a mark; each other one takes one.
     """
     text = render(messages)
-    marks = {number: f"mark-{number}-{secrets.token_hex(8)}." for number, message in enumerate(messages) if _asks(message)}
+    marks = {
+        number: f"mark-{number}-{secrets.token_hex(8)}." for number, message in enumerate(messages) if _asks(message)
+    }
     marked = render(_with_more(messages, marks)) if len(marks) > 1 else ""
     for number, mark in marks.items():
         if mark in marked:

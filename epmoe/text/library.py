@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 
 from epmoe.errors import UserError
 
-
 _ALONE = threading.RLock()  # file descriptor 2 is one for all threads
 
 

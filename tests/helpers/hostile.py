@@ -3,7 +3,9 @@
 LONG, LARGE, REFUSES = "runs for more than ", "takes more than ", "refuses the messages: "
 EITHER = f"({LONG}|{LARGE}|{REFUSES})"
 
-GROWING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = SUM %}{% endfor %}{{ n.s | length }}"
+GROWING = (
+    "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = SUM %}{% endfor %}{{ n.s | length }}"
+)
 NESTED = "{% set n = namespace(a=[0]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
 
 HOSTILE = {

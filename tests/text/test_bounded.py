@@ -45,6 +45,7 @@ def bounded() -> Bounded:
 
 
 def test_any_json_comes_back(bounded: Bounded) -> None:
+    value: Any
     for value in (None, "é\ud800\n", [1, 2.5, True, {"a": [None]}], "x" * 300_000, {}):
         assert bounded({"echo": value}) == value
     for wrong in (float("nan"), {1, 2}):

@@ -1,5 +1,6 @@
 """Template: hostile ones are refused within limits, published ones take their fill, and each says what it reads."""
 
+import re
 import resource
 import time
 from typing import Any
@@ -34,8 +35,7 @@ def said(source: str) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused(name: str) -> None:
     source, says = HOSTILE[name]
-    words = said(source)
-    assert pytest.raises(AssertionError, match=f"^{says}").matches(AssertionError(words)), words
+    assert re.match(says, words := said(source)), words
 
 
 @pytest.mark.parametrize("name", ["powers of powers", "doubled"])
@@ -91,7 +91,7 @@ def test_the_variables_that_a_template_reads(source: str) -> None:
 
 
 def test_the_variables_that_styles_read() -> None:
-    found: dict[str, Any] = {style.name: set(ChatTemplate(style.source, SPECIAL).reads(tools=False)) for style in STYLES}
+    found = {style.name: {*ChatTemplate(style.source, SPECIAL).reads(tools=False)} for style in STYLES}
     assert found == {
         "harmony": {"builtin_tools", "reasoning_effort", "tools"},
         "chatml": {"enable_thinking", "tools"},
