@@ -59,9 +59,9 @@ def test_a_prompt_may_be_an_object_with_what_its_template_reads(tmp_path: Path) 
         assert [len(each.ids) <= most for each, most in zip(answers, (2, 3, 3, 3), strict=True)] == [True] * 4
         assert llm.generate(prompts[1])[0].prompt_ids == answers[1].prompt_ids
         assert "".join(llm.stream({**words, "effort": 7})) == answers[3].text
-        with pytest.raises(UserError, match="^prompt 2: unknown key 'effrt'; .*did you mean effort"):
+        with pytest.raises(UserError, match=r"^prompt 2: unknown key 'effrt'; .*did you mean effort"):
             llm.generate([prompts[0], {**words, "effrt": 7}])
-        with pytest.raises(UserError, match="^prompt 1: give either prompt or messages"):
+        with pytest.raises(UserError, match=r"^prompt 1: give either prompt or messages"):
             llm.generate({**words, "prompt": "a"})
 
 

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from scripted import scripted
-from spawn import command
 
 from epmoe.weights.checkpoint import Checkpoint
 
@@ -27,6 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = scripted(tmp_path_factory.mktemp("ck"), ["t", "ok", "<|return|>"])
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
+
+
+def command(*keys: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    start = [sys.executable, *torchrun, "-m", "epmoe.generate", "runtime.device=cpu"]
+    return subprocess.run([*start, *keys], capture_output=True, text=True, timeout=120, check=False)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -53,7 +59,7 @@ def test_variables_on_two_ranks(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_hostile_template_ends_every_rank(checkpoint: Path, tmp_path: Path) -> None:
     path = copied(checkpoint, tmp_path / "ck", chat_template="{{ 7 ** (7 ** 9) % 10 }}")
     said = refusal(command(f"checkpoint={path}", "prompt=Hi", ranks=2))
-    assert said.startswith("prompt: the checkpoint's chat template runs for more than 1 s: use chat=off")
+    assert said.startswith("the checkpoint's chat template runs for more than 1 s: use chat=off")
     assert command(f"checkpoint={path}", "prompt=t", "chat=off").stdout == "ok\n"
 
 
