@@ -60,5 +60,5 @@ HOSTILE = {
     "many batches": ("{{ [0] | slice(10**9) | list }}", EITHER),
     "much nonsense": ("{{ lipsum(n=10**6, html=false) }}", EITHER),
     "rounded": ("{{ 1.5 | round(10**9, 'ceil') }}", EITHER),
-    "written much": ("{% for a in range(10**5) %}{{ 'x' * 10**4 }}{% endfor %}", f"({REFUSES}it writes more|{LARGE})"),
+    "written much": ("{% for a in range(1700) %}{{ 'x' * 10**4 }}{% endfor %}", f"{REFUSES}it writes more"),
 }

@@ -119,11 +119,11 @@ def test_it_ends_with_the_process_that_calls() -> None:
 def test_threads_take_turns(bounded: Bounded) -> None:
     found: dict[int, Any] = {}
     threads = [
-        threading.Thread(target=lambda number=each: found.update({number: bounded({"echo": number})}))
+        threading.Thread(target=lambda number=each: found.update({number: bounded({"echo": [number] * 99_999})}))
         for each in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {each: each for each in range(8)}
+    assert found == {each: [each] * 99_999 for each in range(8)}  # more than a pipe holds at a time

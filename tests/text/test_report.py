@@ -38,7 +38,7 @@ CUT = {  # (tokens made, most of them, finish reason) of each answer → what is
     ((3, 3, "length"), (2, 3, "eos"), (1, 3, "stop")): "; 1 of 3 answers was cut by max_new_tokens=3",
     ((3, 3, "length"), (4, 4, "length"), (1, 9, "eos")): "; 2 of 3 answers were cut by max_new_tokens",
     ((2, 3, "length"),): "; the answer was cut at the last of the model's positions",
-    ((2, 3, "length"), (3, 3, "length"), (1, 3, "eos")): (
+    ((2, 9, "length"), (3, 3, "length"), (1, 3, "eos")): (
         "; 1 of 3 answers was cut by max_new_tokens=3; 1 of 3 answers was cut at the last of the model's positions"
     ),
 }
