@@ -117,6 +117,7 @@ def test_it_ends_with_the_process_that_calls() -> None:
 
 
 def test_threads_take_turns(bounded: Bounded) -> None:
+    bounded({})  # of one process
     found: dict[int, Any] = {}
     threads = [
         threading.Thread(target=lambda number=each: found.update({number: bounded({"echo": [number] * 99_999})}))
