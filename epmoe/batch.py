@@ -5,7 +5,6 @@ Letters: T tokens of a step · B sequences · O tokens whose logits are wanted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -91,17 +90,8 @@ def spans(step: Step) -> list[Span]:
 def _middle(start_B1: Sequence[int]) -> int:
     """Where to cut a step: after half its tokens, or at the next multiple of 64 in a step that is not small.
 
-    Where the cut would leave one token of a sequence by itself, it moves to that sequence's edge: attention has another
-    kernel for single tokens, with other last bits.
-
-    >>> [_middle(starts) for starts in [(0, 300), (0, 7), (0, 191, 300), (0, 193, 300), (0, 2)]]
-    [192, 3, 191, 193, 0]
+    >>> [_middle(starts) for starts in [(0, 300), (0, 7), (0, 2)]]
+    [192, 3, 1]
     """
     tokens = start_B1[-1]
-    cut = -(-tokens // 128) * 64 if tokens >= 256 else tokens // 2
-    for begin, end in pairwise(start_B1):
-        if begin < cut < end and cut - begin == 1:
-            return begin
-        if begin < cut < end and end - cut == 1:
-            return end
-    return cut
+    return -(-tokens // 128) * 64 if tokens >= 256 else tokens // 2

@@ -1,8 +1,9 @@
 """The one kind of exception that is a user's mistake, and what is said of something that may be one."""
 
 import os
-import sys
 from functools import cache
+
+from epmoe.streams import tell
 
 MOST = 480  # characters of a message; "epmoe: error: " stands before it
 
@@ -38,4 +39,4 @@ def _cut(text: str) -> str:
 def warn(message: str) -> None:
     """Say on standard error, once and on rank 0 alone, what may be a mistake and stops nothing: one line, as above."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"epmoe: warning: {shown(message)}", file=sys.stderr)
+        tell(f"epmoe: warning: {shown(message)}")

@@ -9,19 +9,28 @@ config → LLM (ranks, checkpoint) → requests → LLM (weights, cache, engine)
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from epmoe import streams
 
 if __name__ == "__main__":
     # The imports below take seconds, in which Ctrl-C ends the process without a traceback; then `main` answers it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    streams.open_missing()  # before they open a file, which would get a closed stream's number
 
 from epmoe import BEGAN
 from epmoe.config.compose import parse
+from epmoe.config.schema import Config
+from epmoe.engine.diagnose import NotFinite
+from epmoe.engine.request import Request
 from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.profile import profiled
+from epmoe.text.answers import Answers, opened
 from epmoe.text.inputs import check_output_is_no_input
-from epmoe.text.output import Output, check_writable, standard_output, write_lines
+from epmoe.text.output import Output, standard_output
 from epmoe.text.prompts import get_requests
 from epmoe.text.report import closing_line, cut
 
@@ -29,27 +38,60 @@ from epmoe.text.report import closing_line, cut
 def generate() -> None:
     config = parse(sys.argv[1:])
     with join(config) as ranks:
-        if ranks.is_main:
-            check_writable(config.output)
-        llm = LLM.opened(config, ranks)
-        if ranks.is_main:
-            check_output_is_no_input(config, llm.source)
-        requests = get_requests(config, llm.tokenizer, ranks)
-        llm.check(requests)
-        llm.load([request.cached(llm.architecture.max_positions) for request in requests])
-        output = Output(llm.tokenizer, requests, standard_output(ranks))
-        with told_when_full(ranks.device):
-            llm.prepare(requests)
-            ready_s = time.perf_counter() - BEGAN
-            with profiled(config.runtime.profile, ranks):
-                results = llm.engine.generate(requests, output.on_token, output.on_finish)
-        line = closing_line(results, ready_s, llm.report.bytes_read, ranks)
-        if ranks.is_main:
-            if config.output:
-                pairs = zip(requests, results, strict=True)
-                write_lines(config.output, [output.record(i, *pair) for i, pair in enumerate(pairs)])
-            reasons = [answer.finish_reason for answer in output.answers]
-            print(line + cut(requests, results, reasons), file=sys.stderr)
+        writes = ranks.is_main and config.output
+        with opened(config.output, resume=config.resume) if writes else nullcontext() as answers:
+            llm = LLM.opened(config, ranks)
+            if ranks.is_main:
+                check_output_is_no_input(config, llm.source)
+            requests = get_requests(config, llm.tokenizer, ranks)
+            llm.check(requests)
+            rest = remaining(llm, requests, answers, config)
+            failed, line = None, f"epmoe: output={config.output} has every answer already"
+            try:
+                if rest:
+                    line = answer(llm, [requests[index] for index in rest], answers, config)
+            except NotFinite as error:  # all others are answered
+                failed = error.numbered([index + 1 for index in rest])
+            if answers is not None and (answers.good or failed is None):
+                answers.finish()
+            ranks.meet()  # the file may be long
+            if failed is not None:
+                raise failed
+            if ranks.is_main:
+                streams.tell(line)
+
+
+def remaining(llm: LLM, requests: Sequence[Request], answers: Answers | None, config: Config) -> list[int]:
+    """The requests that no earlier run has answered, by index: rank 0's, which alone reads the file; a collective."""
+    mine = list(range(len(requests)))
+    if answers is not None:
+        mine = answers.remaining(requests, llm.source.config)
+    if not config.resume:
+        return mine
+    llm.ranks.meet()  # the file may be long
+    shared: list[int] = llm.ranks.broadcast_json(mine)
+    return shared
+
+
+def answer(llm: LLM, requests: Sequence[Request], answers: Answers | None, config: Config) -> str:
+    """Answer the requests that remain; the closing line. A collective.
+
+    Raises:
+        NotFinite: logits of some are not finite; all others are answered.
+    """
+    ranks = llm.ranks
+    llm.load([request.cached(llm.architecture.max_positions) for request in requests])
+    keep = None if answers is None else answers.add
+    output = Output(llm.tokenizer, requests, standard_output(ranks), keep)
+    with told_when_full(ranks.device):
+        llm.prepare(requests)
+        ready_s = time.perf_counter() - BEGAN
+        with profiled(config.runtime.profile, ranks):
+            results = llm.engine.generate(requests, output.on_token, output.on_finish)
+    before = len(answers.good) - len(requests) if answers is not None else 0
+    reasons = [each.finish_reason for each in output.answers]
+    line = closing_line(results, ready_s, llm.report.bytes_read, ranks, before=before)
+    return line + cut(requests, results, reasons)
 
 
 if __name__ == "__main__":

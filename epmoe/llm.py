@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.engine import Engine, EngineConfig
@@ -43,6 +44,7 @@ from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import configured
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.digest import SAME_COPY, contents, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
@@ -76,6 +78,7 @@ def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
         timeout_s=run.timeout_s,
         start_timeout_s=run.start_timeout_s,
         threads=run.threads,
+        settings=agreed(config),
     )
 
 
@@ -116,6 +119,7 @@ class LLM:
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
         self.config, self.ranks = config, ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
+        ranks.agree(lambda: contents(self.source), SAME_COPY)
         self.architecture = model_of(self.source)[1]
         self.model: Family
         self.report: LoadReport
@@ -143,7 +147,7 @@ class LLM:
             Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype),
             progress=run.progress and bool(self.source.files),
         )
-        self.ranks.meet()  # another node's disk may be slower
+        self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         settings = CacheSettings(DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         engine = EngineConfig(
@@ -175,6 +179,7 @@ class LLM:
             params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
         Raises:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
+            NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
         """
         requests = self._requests("generate", prompts, params)
         answers = [Answer(self.tokenizer, request) for request in requests]
@@ -225,6 +230,7 @@ class LLM:
                         answer.finish(result)
                 if piece := answer.fresh():
                     yield piece
+            self.engine.check_finite()
         finally:
             self.engine.clear()
 

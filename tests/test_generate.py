@@ -182,6 +182,7 @@ def test_all_ranks_end_texts_at_the_same_ids(checkpoint: str, tmp_path: Path) ->
 
 MISTAKES = {
     "no prompt": ([], "no prompt: give prompt="),
+    "resume without output": (["prompt=a", "resume=true"], "resume=true without output=: name the file"),
     "output's directory": (["prompt=a", "output=/nowhere/o.jsonl"], "/nowhere does not exist"),
     "no such file": (["prompts=/nowhere.txt"], "No such file"),
     "longer than the model's positions": (["prompt=" + "a" * 600], "model has 512 positions"),
@@ -233,16 +234,29 @@ def test_a_checkpoint_without_tokenizer(here: Callable[..., tuple[str, str]], tm
         here(f"checkpoint={tmp_path}", "prompt=a")
 
 
-def test_no_file_is_left_when_the_run_fails(
-    here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("error", "message"), [(BrokenPipeError(), None), (OSError(28, "full"), "cannot be written")])
+def test_standard_output_that_fails(
+    here: Callable[..., tuple[str, str]],
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    message: str | None,
 ) -> None:
+    """Without a reader the file is written all the same; a full disk is a mistake, and nothing is left of no answer."""
+
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
     monkeypatch.setattr(sys, "stdout", Gone())
-    with pytest.raises(BrokenPipeError):
-        here(checkpoint, "prompt=a", f"output={tmp_path / 'o.jsonl'}")
+    keys = [checkpoint, "prompt=a", "max_new_tokens=3", f"output={tmp_path / 'o.jsonl'}"]
+    if message is None:
+        here(*keys)
+        assert [len(line["ids"]) for line in lines(tmp_path / "o.jsonl")] == [3]
+        return
+    with pytest.raises(UserError, match=message):
+        here(*keys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,6 +25,7 @@ import torch
 
 from epmoe import strictjson
 from epmoe.bench import peer
+from epmoe.bench.bits import bits
 from epmoe.bench.floor import Floor, measure_bandwidth, measure_flops
 from epmoe.bench.options import BenchConfig
 from epmoe.bench.weights import RandomCheckpoint
@@ -39,6 +40,7 @@ from epmoe.ranks.command import main
 from epmoe.ranks.memory import peak_bytes
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.profile import profiled
+from epmoe.streams import tell
 from epmoe.tables import lookup
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES
@@ -96,7 +98,7 @@ def open_source(config: BenchConfig, ranks: Ranks) -> Checkpoint:
         return Checkpoint.open(resolve(config.checkpoint))
     size = config.size or ("tiny" if ranks.device.type == "cpu" else "20b")
     if not config.size and ranks.is_main:
-        print(f"epmoe: neither checkpoint nor size given: size={size}", file=sys.stderr)
+        tell(f"epmoe: neither checkpoint nor size given: size={size}")
     return RandomCheckpoint.of(size)
 
 
@@ -148,7 +150,7 @@ def measure(config: BenchConfig, ranks: Ranks, source: Checkpoint) -> tuple[Floo
             llm.engine.generate(batch.requests(PROFILED_TOKENS))
     report, cache = llm.report, llm.cache
     load_us, peak, cached = zip(
-        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks), cache.nbytes]), strict=True
+        *ranks.gather([int(1e6 * report.seconds), peak_bytes(ranks.device), cache.nbytes]), strict=True
     )
     owners = lookup("placement", PLACEMENTS, config.placement)(llm.architecture.num_experts, ranks.expert_size)
     floor = Floor.of(
@@ -226,7 +228,7 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConf
         first.append(first_token)
     step, size = statistics.median(steps), len(batch.ids_BP)
     if ranks.is_main:  # a run that is cut short has not been for nothing
-        print(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step", file=sys.stderr)
+        tell(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step")
     return {
         "batch": size,
         "ms": 1e3 * step,
@@ -348,4 +350,4 @@ def _release(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main(bench)
+    main(bits if sys.argv[1:2] == ["bits"] else bench)

@@ -22,7 +22,7 @@ import torch
 
 from epmoe.batch import DecodeStep, Step, spans
 from epmoe.cache.pages import Pages
-from epmoe.cache.plan import Decode, Limits, Plan, Prefill
+from epmoe.cache.plan import Decode, Plan, Prefill
 from epmoe.cache.rows import PagedRows, RingRows
 from epmoe.errors import UserError
 from epmoe.ranks.memory import is_full
@@ -49,9 +49,9 @@ class Cache:
         UserError: the device has not enough memory.
     """
 
-    def __init__(self, config: CacheConfig, device: torch.device | str, limits: Limits | None = None) -> None:
+    def __init__(self, config: CacheConfig, device: torch.device | str) -> None:
         assert config.tokens > 0 and config.sequences > 0 and config.page > 0
-        self.config, self.device, self.limits = config, torch.device(device), limits or Limits()
+        self.config, self.device = config, torch.device(device)
         self.tokens, self.sequences = config.tokens, config.sequences
         self.paged = PagedRows(config.tokens, config.sequences, config.page, self.device)
         self.pools: dict[int | None, PagedRows | RingRows] = {
@@ -106,13 +106,7 @@ class Cache:
         if isinstance(step, DecodeStep):
             token_B = torch.arange(len(step.token_B), device=self.device)
             return {
-                window: Plan(
-                    window,
-                    Decode(token_B, step.position_B, step.sequence_B, pool, None, self.limits),
-                    (),
-                    None,
-                    self.limits,
-                )
+                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool), (), None)
                 for window, pool in self.pools.items()
             }
         assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
@@ -121,20 +115,9 @@ class Cache:
             assert end > begin and cached + end - begin <= self.pages.reserved[sequence], (
                 "more tokens than were reserved"
             )
-        singles = [(begin, cached, sequence) for begin, end, cached, sequence in all_spans if end - begin == 1]
-        longer = [span for span in all_spans if span[1] - span[0] > 1]
-        # A tensor each, not rows of one: kernels are compiled anew for addresses that 16 does not divide.
-        columns = list(zip(*singles, strict=True)) or [(), (), ()]
-        token_B, position_B, sequence_B = (to_device(column, torch.int64, self.device) for column in columns)
-        cached_B = tuple(cached for _, cached, _ in singles)
-        span_P4 = to_device(longer, torch.int32, self.device) if longer else None
+        # Also a prompt's single token: attention's decode adds in another order, and a prompt may come in any pieces.
+        span_P4 = to_device(all_spans, torch.int32, self.device) if all_spans else None
         return {
-            window: Plan(
-                window,
-                Decode(token_B, position_B, sequence_B, pool, cached_B, self.limits) if singles else None,
-                tuple(Prefill(*span, pool) for span in longer),
-                span_P4,
-                self.limits,
-            )
+            window: Plan(window, None, tuple(Prefill(*span, pool) for span in all_spans), span_P4)
             for window, pool in self.pools.items()
         }

@@ -4,7 +4,6 @@ Every rank must build the same cache, since all of them schedule the same steps:
 first, and the least counts.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +14,7 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.errors import UserError
 from epmoe.ranks.memory import free_bytes
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import tell
 
 # Of what is free once the weights are loaded, the cache may take this much; the rest is for activations and logits.
 CACHE_SHARE = 0.7
@@ -101,11 +101,10 @@ def _say_bound(capacity: int, wanted: int, ranks: Ranks) -> None:
     """Rank 0 says that memory bounds the cache at `capacity` positions; `wanted` is 0 where no requests are known."""
     if ranks.is_main:
         wish = f", the requests want {wanted}" if wanted else ""
-        print(
+        tell(
             f"epmoe: free memory bounds the key/value cache at {capacity} positions{wish}: "
             "batches, and so last bits, may differ with the number of ranks; "
-            f"runtime.cache_tokens=N, at most {capacity} here, fixes them",
-            file=sys.stderr,
+            f"runtime.cache_tokens=N, at most {capacity} here, fixes them"
         )
 
 

@@ -1,7 +1,7 @@
 """Where the layers of one window read and write the cache in one step, spelled out for attention.
 
 Letters: T tokens of a step · B sequences · C positions attended to · R rows of a pool (a row is the place of one
-position) · P sequences that bring several tokens.
+position) · P prompts.
 """
 
 from dataclasses import dataclass
@@ -11,67 +11,14 @@ import torch
 
 from epmoe.cache.rows import PagedRows, RingRows
 
-
-@dataclass(frozen=True)
-class Limits:
-    """How much the torch version of attention has in memory at once, however long prompts and chunks are."""
-
-    # A decode step gathers the keys and values of several sequences at once, padded to the longest: at most this many
-    # positions a gather. 8 key/value heads of 64 in bf16 make it 1 GiB of keys and as much of values.
-    gather_positions: int = 2**20
-    # A prefill's float32 scores are made in blocks of queries of at most this many elements (256 MiB; about three times
-    # that is alive at once).
-    score_elements: int = 2**26
-    # With a window W a block of Q queries meets Q + W positions, of which each query uses W: a small block wastes
-    # little.
-    window_queries: int = 128
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Some of a Decode's rows, spelled out. The last of the C rows attended to is the token's own."""
-
-    token_B: torch.Tensor  # int64, the token's index in T
-    row_B: torch.Tensor  # int64, the row of the token
-    row_BC: torch.Tensor  # int64, ascending positions; the columns of positions below 0 repeat position 0 ...
-    valid_BC: torch.Tensor  # bool ... and are False here: no row of another sequence is ever read
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Sequences that bring one token each. Its row is written, and then attended to like the cached ones."""
-
-    token_B: torch.Tensor  # int64, the token's index in T
-    position_B: torch.Tensor  # int64
-    sequence_B: torch.Tensor  # int64
-    pool: "PagedRows | RingRows"
-    positions: tuple[int, ...] | None  # position_B on the host, if it is known there
-    limits: Limits = Limits()
-
-    @cached_property
-    def gathers(self) -> tuple[Gather, ...]:
-        """The rows of neighbours together, up to a limit. Sizes come from the positions: may wait for them."""
-        positions = self.position_B.tolist() if self.positions is None else self.positions
-        columns_B = [self.pool.columns(position) for position in positions]
-        return tuple(
-            self._gather(slice(begin, end), max(columns_B[begin:end]))
-            for begin, end in _groups(columns_B, self.limits.gather_positions)
-        )
-
-    def _gather(self, part: slice, columns: int) -> Gather:
-        position_B1, sequence_B1 = self.position_B[part, None], self.sequence_B[part, None]
-        position_BC = position_B1 + torch.arange(1 - columns, 1, device=position_B1.device)
-        return Gather(
-            self.token_B[part],
-            self.pool.row(sequence_B1, position_B1).squeeze(1),
-            self.pool.row(sequence_B1, position_BC.clamp(min=0)),
-            position_BC >= 0,
-        )
+# Queries of a block of attention's torch version: from one multiple to the next. A decode has one of them to itself, so
+# few; at 131,072 positions the float32 scores of 64 heads are an eighth of a GiB.
+QUERIES = 4
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A sequence that brings several tokens: they attend to what is cached and to each other, and are written last."""
+    """A prompt's tokens: they attend to what is cached and to each other, and are written last."""
 
     begin: int  # its tokens are begin : end of T
     end: int
@@ -97,6 +44,48 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Rows of a Decode whose positions lie in one block, spelled out."""
+
+    token_B: torch.Tensor  # int64, the token's index in T
+    offset_B: torch.Tensor  # int64, its place in the block
+    row_B: torch.Tensor  # int64, the row of the token
+    # int64, of the positions from the first that a query at the block's begin sees to the block's end; where a token
+    # does not see one, the nearest that it sees: no row of another sequence is ever read.
+    row_BC: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Rows of a DecodeStep, a token each. Its row is written, and then attended to like the cached ones."""
+
+    token_B: torch.Tensor  # int64, the token's index in T
+    position_B: torch.Tensor  # int64
+    sequence_B: torch.Tensor  # int64
+    pool: "PagedRows | RingRows"
+
+    @cached_property
+    def gathers(self) -> tuple[Gather, ...]:
+        """The rows, block by block of QUERIES positions. Waits for the device."""
+        positions = self.position_B.tolist()
+        blocks: dict[int, list[int]] = {}
+        for index, position in enumerate(positions):
+            blocks.setdefault(position // QUERIES * QUERIES, []).append(index)
+        lows = [position + 1 - self.pool.columns(position) for position in positions]
+        return tuple(self._gather(begin, rows, [lows[row] for row in rows]) for begin, rows in blocks.items())
+
+    def _gather(self, begin: int, rows: list[int], lows: list[int]) -> Gather:
+        index_B, low_B = (torch.tensor(each, device=self.position_B.device) for each in (rows, lows))
+        position_B1, sequence_B1 = self.position_B[index_B, None], self.sequence_B[index_B, None]
+        first = begin + 1 - self.pool.columns(begin)
+        position_1C = torch.arange(first, begin + QUERIES, device=index_B.device)[None]
+        seen_BC = position_1C.maximum(low_B[:, None]).minimum(position_B1)
+        row_BC = self.pool.row(sequence_B1, seen_BC)
+        row_B = self.pool.row(sequence_B1, position_B1)[:, 0]
+        return Gather(self.token_B[index_B], position_B1[:, 0] - begin, row_B, row_BC)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the layers of one window read and write in one step."""
 
@@ -104,16 +93,3 @@ class Plan:
     decode: Decode | None
     prefills: tuple[Prefill, ...]
     span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
-    limits: Limits = Limits()
-
-
-def _groups(columns_B: list[int], most: int) -> list[tuple[int, int]]:
-    """(begin, end) of neighbouring sequences whose gathers together have at most `most` positions."""
-    groups: list[tuple[int, int]] = []
-    begin, widest = 0, 0
-    for index, columns in enumerate(columns_B):
-        widest = max(widest, columns)
-        if index > begin and (index + 1 - begin) * widest > most:
-            groups.append((begin, index))
-            begin, widest = index, columns
-    return [*groups, (begin, len(columns_B))]

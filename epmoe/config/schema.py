@@ -119,7 +119,10 @@ Generated text goes to standard output, everything else to standard error."""
     prompt: str | None = key(None, "text to continue or to answer")
     prompts: str = key("", "a file is one prompt, so is standard input (-); .jsonl, .ndjson: one a line, as JSON")
     output: str = key("", "write token ids, finish reasons and timings to this .jsonl file")
+    resume: bool = key(False, "go on from the answers that an earlier run has left at `output`")
 
     def check(self) -> None:
         if self.prompt is not None and self.prompts:
             raise UserError(f"prompt and prompts={self.prompts!r} exclude each other: give one of them")
+        if self.resume and not self.output:
+            raise UserError("resume=true without output=: name the file that is to be gone on with")

@@ -16,12 +16,31 @@ from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.engine.runner import build
+from epmoe.errors import UserError
 from epmoe.layers.owed import Owed
 from epmoe.models import Model
 from epmoe.ranks.transfer import Arrival
 
 CHUNK = 1024  # tokens of a piece: small beside what the cache was made for, and in one micro-batch
 FINITE = 1 << 60  # above every position
+
+
+class NotFinite(UserError):
+    """Logits of some prompts are not finite: which prompts, numbered from 1, and where the first of them failed."""
+
+    def __init__(self, prompts: Sequence[int], position: int, where: str) -> None:
+        self.prompts, self.position, self.where = tuple(prompts), position, where
+        others = ", ".join(str(each) for each in self.prompts[1:6])
+        more = len(self.prompts) - 6
+        also = f" (nor are those of {others}{f' and {more} more' if more > 0 else ''})" if others else ""
+        super().__init__(
+            f"the model's logits are not finite at position {position} of prompt {self.prompts[0]}{also}; {where}: "
+            "the checkpoint is damaged, or its numbers overflow in this runtime.dtype"
+        )
+
+    def numbered(self, numbers: Sequence[int]) -> "NotFinite":
+        """The same of prompts whose n-th one has the number `numbers[n - 1]`."""
+        return NotFinite([numbers[each - 1] for each in self.prompts], self.position, self.where)
 
 
 def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> str:

@@ -24,13 +24,12 @@ import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
-from epmoe.engine.diagnose import locate
+from epmoe.engine.diagnose import NotFinite, locate
 from epmoe.engine.graphs import Graphs
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.warm import Warm
-from epmoe.errors import UserError
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 
@@ -89,6 +88,7 @@ class Engine:
         self.warm = Warm(self.runner, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
         self.first = 0  # id of the first request of this run: messages number prompts from it
+        self.failed: dict[int, scheduler.Sequence] = {}  # by id, until `clear`: their logits were not finite
 
     @torch.inference_mode()
     def prepare(self, load: Workload) -> None:
@@ -114,8 +114,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Launch what runs next, and say what has come of the launch before. A collective of the expert group.
 
+        A request whose logits are not finite ends with the reason "error", alone: see `check_finite`.
+
         Raises:
-            UserError: logits that are not finite.
             NoArrival: a step did not end in time.
         """
         for sequence in self.scheduler.admit():
@@ -152,7 +153,9 @@ class Engine:
         Times in the results count from the moment when everything is prepared.
 
         Raises:
-            UserError: see `check`; a request that the whole cache cannot hold; logits that are not finite.
+            UserError: see `check`; a request that the whole cache cannot hold.
+            NotFinite: logits of some requests are not finite. All others have come to their end, each with its
+                `on_finish`; so have these, with the reason "error".
             NoArrival: a step did not end in time.
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
@@ -174,15 +177,29 @@ class Engine:
                     if result is not None:
                         results[index] = replace(result, finish_reason="stop") if index in stopped else result
                         on_finish(index, results[index])
+            self.check_finite()
         finally:
             self.clear()
         return [results[index] for index in range(len(requests))]
 
     def clear(self) -> None:
-        """End whatever waits or runs."""
+        """End whatever waits or runs; what has failed is forgotten."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.finish(sequence, "abort", time.perf_counter())
         self.flights.clear()
+        self.failed.clear()
+        self.first = self.scheduler.added
+
+    def check_finite(self) -> None:
+        """Raises NotFinite if logits were not since `clear`, when nothing runs any more; a collective then."""
+        if not self.failed:
+            return
+        assert not self.busy
+        self.flights.clear()
+        prompts = [id - self.first + 1 for id in sorted(self.failed)]
+        sequence = self.failed[min(self.failed)]
+        where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
+        raise NotFinite(prompts, sequence.length - 1, where)
 
     def _land(self, flight: Flight) -> list[Event]:
         """What a step has brought, when it has ended."""
@@ -190,22 +207,14 @@ class Engine:
         for sequence, token, logprobs in flight.land(self.config.timeout_s):
             if sequence.finished:
                 continue  # it ended while this step was under way
-            if token == self.vocab:
-                raise self._not_finite(sequence)
             now = time.perf_counter()
+            if token == self.vocab:  # no token: its logits are not finite
+                self.failed[sequence.id] = sequence
+                events.append(Finished(sequence.id, self.scheduler.finish(sequence, "error", now)))
+                continue
             reason = self.scheduler.append(sequence, token, logprobs, now)
             if reason not in ("eos", "stop"):
                 events.append(Token(sequence.id, token, sequence.logprobs[-1] if logprobs is not None else None))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
         return events
-
-    def _not_finite(self, sequence: scheduler.Sequence) -> UserError:
-        """The error that says where this sequence ceased to be finite; all others end with it."""
-        number, position = sequence.id - self.first + 1, sequence.length - 1
-        self.clear()
-        where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
-        return UserError(
-            f"the model's logits are not finite at position {position} of prompt {number}; {where}: "
-            "the checkpoint is damaged, or its numbers overflow in this runtime.dtype"
-        )

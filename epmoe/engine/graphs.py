@@ -22,6 +22,7 @@ from epmoe.layers.attention import WAITING
 from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import to_device
+from epmoe.streams import on_terminal, tell
 
 # Up to so many rows, in steps of so many. Small batches double; then steps stay small against the batch: a row too many
 # costs little, a graph a little memory and a tenth of a second at start.
@@ -52,7 +53,7 @@ def resolve_graphs(wanted: str, ranks: Ranks, waits: Sequence[str]) -> bool:
         raise UserError(f"runtime.graphs=true is not possible with {reason}: take runtime.graphs=auto")
     chosen = wanted != "false" and not reason
     if wanted == "auto" and ranks.is_main and ranks.device.type != "cpu":
-        print(f"epmoe: graphs={str(chosen).lower()} (auto{': ' + reason if reason else ''})", file=sys.stderr)
+        tell(f"epmoe: graphs={str(chosen).lower()} (auto{': ' + reason if reason else ''})")
     return chosen
 
 
@@ -63,7 +64,7 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
     """The jobs, one by one, behind a progress bar on rank 0's terminal."""
     from tqdm import tqdm
 
-    hidden = not (jobs and progress and ranks.is_main and sys.stderr.isatty())
+    hidden = not (jobs and progress and ranks.is_main and on_terminal())
     yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
 
 
@@ -122,7 +123,7 @@ class Graphs:
         if self.ranks.is_main:
             torch.accelerator.synchronize(self.ranks.device)
             what = "captured" if self.capture else "warmed up"
-            print(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+            tell(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s")
 
     def close(self) -> None:
         """Let go of the graphs. A process group waits at its end until no graph holds a collective of it."""

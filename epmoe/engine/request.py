@@ -72,7 +72,7 @@ class Result:
     """What came of a request. Times are seconds since it was added, so they include waiting for its turn."""
 
     ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (stop_token_ids, or a listener, ended it), "length" or "abort"
+    finish_reason: str  # "eos", "stop" (stop_token_ids, or a listener, ended it), "length", "abort" or "error"
     first_token_s: float
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty

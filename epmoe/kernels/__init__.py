@@ -7,11 +7,16 @@ Which of the two runs is decided in one place, epmoe/layers/twin.py, by what eac
 This file imports no triton, so that a machine without a GPU can ask.
 
     norm.py             the residual sum, its norm, for few tokens the router's logits too, in one kernel
-    linear.py           attention's projections of one or two tokens, at the speed of memory
+    linear.py           attention's projections
     rotary.py           cos and sin of a step's positions
     attention/          decode and prefill over the paged cache
-    vocabulary.py       the projection of few rows to the vocabulary
+    vocabulary.py       the projection to the vocabulary
     greedy.py           the largest logit of each row
+    product.py          rows times a weight, in one order of summation for any number of rows
+    few.py              the same for very few rows
+    runs.py             the same in the router's order
+    library.py          the library's products, where they have the same bits
+    ways.py             which of these serves how many rows
     sequence_state.py   what surrounds the model in a decode step
     capture.py          CUDA graphs
     symmetric.py        memory that the GPUs of one node map into each other

@@ -9,7 +9,8 @@ dependent launch (Hopper and newer) lets it come in before that:
 A's programs call `next_may_begin`; B is launched with `**early(device)`. Until its `after_previous` returns, a program
 of B may read what no kernel writes, or what was there when A's programs called `next_may_begin`, and nothing else; and
 each program calls it, or what comes after B would not wait for A. A kernel after B that is launched without these
-options waits for B's end as ever.
+options waits for B's end as ever. A itself may let B in before it waits (norm.py), if B reads only what no kernel
+writes until then: B waits for A's end, and so for all that A waited for.
 
 This gains where B reads much of its own (a product of few rows: linear.py), or where A is small and B's programs
 find the machine empty, or where A has more programs than the machine has places: B's come in when A's last ones have
@@ -48,7 +49,7 @@ def early(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def next_may_begin(PDL: tl.constexpr):
-    """Let the next kernel's programs come in as soon as all of this one's are here; after `after_previous`, if any."""
+    """Let the next kernel's programs come in as soon as all of this one's are here; see above when."""
     if PDL:
         gdc_launch_dependents()
 

@@ -1,11 +1,13 @@
 """The residual sum and its norm in one Triton kernel, for few tokens a linear layer too: norm.py's functions.
 
-Letters: T tokens · K rows a token · H hidden · E outputs of the linear layer · B of them a program.
+Letters: T tokens · K rows a token · H hidden · E outputs of the linear layer · B of them a program · R runs of C
+columns.
 
 One program a token, which holds the whole row in registers and reads and writes it once. With a linear layer, a program
-for every B outputs of a token: each makes the norm again, which costs less than a kernel for the product. The orders of
-summation follow H and B alone, so a row's bits depend neither on the batch nor on the ranks (nor the product's, but for
-its other way for many tokens).
+for every B outputs of a token: each makes the norm again, which costs less than a kernel for the product.
+
+The orders of summation follow H alone, so a row's bits depend neither on the batch nor on the ranks. The linear layer
+is the router, whose product is summed in runs (runs.py), a warp for each.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -15,14 +17,16 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from epmoe.kernels import native
 from epmoe.kernels.gpu import after_previous, early, next_may_begin
+from epmoe.kernels.runs import RUNS, columns, product, upwards
 
-# 4096 padded columns over 8 warps: 16 to a thread.
-_THREAD = 16
-# Outputs of a linear layer that one program makes: 4 rows of weights are 16 bf16 registers a thread each.
-OUTPUTS = 4
-# Up to so many tokens times outputs the norm is made again for each few outputs; beyond, a product has work enough.
-MOST_AGAIN = 2048
+# 4096 padded columns over 16 warps: 8 to a thread. One number for all kernels here: it sets the order of the squares.
+_THREAD = 8
+# Outputs of the linear layer that one program makes: with their weights, [16, C, 8], it has 64 KB in shared memory.
+OUTPUTS = 8
+# Up to so many tokens times outputs the norm is made again for each few outputs, in rows of up to so many columns.
+MOST_AGAIN, MOST_COLUMNS = 1024, 4096
 
 
 def serves(x_TH: torch.Tensor) -> bool:
@@ -64,14 +68,22 @@ def add_norm(
 def add_norm_linear(
     x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `norm.add_norm_linear`; one launch for few tokens, else the library's product after the norm.
+    """As `norm.add_norm_linear`; one launch for few tokens, else a product after the norm.
 
-    The product differs from the library's by the order of its sums.
+    Of another dtype than the kernels' own (`native`) the product is the library's, with its orders of summation.
     """
+    tokens, hidden = x_TH.shape
+    if 0 < tokens * linear.out_features <= MOST_AGAIN and columns(hidden) <= MOST_COLUMNS and native(x_TH):
+        return _few(x_TH, rows_TKH, weight_H, eps, linear)
+    sum_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
+    return sum_TH, norm_TH, product(norm_TH, linear) if native(x_TH) else linear(norm_TH)
+
+
+def _few(
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_norm_linear` in one launch."""
     (tokens, hidden), outputs, top_k = x_TH.shape, linear.out_features, rows_TKH.shape[1]
-    if not 0 < tokens * outputs <= MOST_AGAIN:
-        sum_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
-        return sum_TH, norm_TH, linear(norm_TH)
     assert rows_TKH.shape == (tokens, top_k, hidden) and weight_H.shape == (hidden,) and hidden == linear.in_features
     tensors = (x_TH, rows_TKH, weight_H, linear.weight, *(() if linear.bias is None else (linear.bias,)))
     assert all(tensor.is_contiguous() and tensor.dtype == x_TH.dtype for tensor in tensors)
@@ -90,6 +102,7 @@ def add_norm_linear(
         K=top_k,
         E=outputs,
         B=OUTPUTS,
+        R=RUNS,
         **tile_options(hidden),
         **early(x_TH.device),
     )
@@ -97,7 +110,7 @@ def add_norm_linear(
 
 
 def tile_options(hidden: int) -> dict[str, int]:
-    padded = max(128, triton.next_power_of_2(hidden))
+    padded = columns(hidden)
     return {"HP": padded, "num_warps": min(16, max(1, padded // (32 * _THREAD)))}
 
 
@@ -144,6 +157,7 @@ def add_norm_linear_kernel(
     K: tl.constexpr,
     E: tl.constexpr,
     B: tl.constexpr,
+    R: tl.constexpr,
     HP: tl.constexpr,  # H rounded up to a power of two
     PDL: tl.constexpr,
 ):
@@ -153,14 +167,22 @@ def add_norm_linear_kernel(
     real_H = h_H < H
     e_B = b * B + tl.arange(0, B)
     # Asked for first: they are under way while the kernel before ends and the norm is made.
-    linear_BH = tl.load(linear_ptr + e_B[:, None] * H + h_H[None, :], (e_B < E)[:, None] & real_H[None, :], other=0)
+    h_RC = tl.arange(0, R)[:, None] * (HP // R) + tl.arange(0, HP // R)[None, :]
+    real_RCB = (h_RC < H)[:, :, None] & (e_B < E)[None, None, :]
+    linear_RCB = tl.load(linear_ptr + e_B[None, None, :] * H + h_RC[:, :, None], real_RCB, other=0)
+    bias_B = tl.zeros([B], tl.float32)
+    if bias_ptr is not None:
+        bias_B = tl.load(bias_ptr + e_B, e_B < E, other=0).to(tl.float32)
     sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if b == 0:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
         tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
-    out_B = tl.sum(linear_BH.to(tl.float32) * norm_H.to(tl.float32)[None, :], 1)
-    if bias_ptr is not None:
-        out_B += tl.load(bias_ptr + e_B, e_B < E, other=0).to(tl.float32)
+    # A tensor core takes 16 rows: all are this one, and one of them is taken. (Reshaped to [R, 1, C] first, all 16
+    # would pass through shared memory, 128 KB.)
+    x_RMC = tl.broadcast_to(tl.reshape(norm_H, [R, HP // R])[:, None, :], [R, 16, HP // R])
+    sum_RMB = tl.dot(x_RMC, linear_RCB, input_precision="ieee")
+    sum_RB = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :, None], sum_RMB, 0.0), 1)
+    out_B = upwards(sum_RB, B) + bias_B
     tl.store(out_ptr + t * E + e_B, out_B.to(out_ptr.dtype.element_ty), e_B < E)
 
 
@@ -180,8 +202,9 @@ def _add_norm(
 ):
     """Row t: (the sum, its norm), both rounded to x's dtype."""
     weight_H = tl.load(weight_ptr + h_H, real_H, other=0).to(tl.float32)
-    after_previous(PDL)
+    # In this order: what comes next reads nothing but weights before this kernel's end, which is later than its wait.
     next_may_begin(PDL)
+    after_previous(PDL)
     x_H = tl.load(x_ptr + t * H + h_H, real_H, other=0)
     if K:
         add_H = tl.zeros([HP], tl.float32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from epmoe.cache.plan import Gather, Plan, Prefill
+from epmoe.cache.plan import QUERIES, Gather, Plan, Prefill
 from epmoe.layers.linear import product_f32
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -69,76 +69,91 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
     out_TED = torch.empty_like(turned[0])
     for gather in plan.decode.gathers if plan.decode else ():
-        _decode(turned, cached, gather, sink_E, out_TED)
+        _decode(turned, cached, gather, plan.window, sink_E, out_TED)
     for prefill in plan.prefills:
-        _prefill(turned, cached, prefill, plan, sink_E, out_TED)
+        _prefill(turned, cached, prefill, plan.window, sink_E, out_TED)
     return out_TED
 
 
-def _decode(heads: Heads, cached: Pair, gather: Gather, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
-    """All sequences of `gather` at once: write each one's token, gather what it sees, attend."""
-    q_TED, k_TJD, v_TJD = heads
-    (sequences, columns), (_, kv_heads, head_dim) = gather.row_BC.shape, k_TJD.shape
-    gathered: list[torch.Tensor] = []
-    for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True):
+def _decode(
+    heads: Heads, cached: Pair, gather: Gather, window: int | None, sink_E: torch.Tensor, out_TED: torch.Tensor
+) -> None:
+    """Sequences whose tokens lie in one block: write each one's, gather what it sees, attend as a prefill would.
+
+    The products have a prefill's shapes, of how many sequences ever: a token has the bits of a prompt's.
+    """
+    (q_TED, *new), (count, columns), kv_heads = heads, gather.row_BC.shape, len(cached[0])
+    seen: list[torch.Tensor] = []
+    for store_JRD, new_TJD in zip(cached, new, strict=True):
         store_JRD.index_copy_(1, gather.row_B, new_TJD[gather.token_B].transpose(0, 1))
-        picked_JBCD = store_JRD.index_select(1, gather.row_BC.flatten())
-        gathered.append(picked_JBCD.view(kv_heads * sequences, columns, head_dim))
-    q_BJGD = q_TED[gather.token_B].unflatten(1, (kv_heads, -1))
-    sink_JBG = sink_E.view(kv_heads, 1, -1).expand(-1, sequences, -1)
-    out = attend(
-        q_BJGD.transpose(0, 1).flatten(0, 1),
-        gathered[0],
-        gathered[1],
-        gather.valid_BC.repeat(kv_heads, 1)[:, None],
-        sink_JBG.flatten(0, 1),
-    )
-    out_BJGD = out.unflatten(0, (kv_heads, sequences)).transpose(0, 1)
-    out_TED.index_copy_(0, gather.token_B, out_BJGD.flatten(1, 2))
+        seen_JXD = store_JRD.index_select(1, gather.row_BC.flatten())
+        seen.append(seen_JXD.unflatten(1, (count, columns)).transpose(0, 1).flatten(0, 1))
+    q_BQED = q_TED.new_zeros(count, QUERIES, *q_TED.shape[1:])
+    each_B = torch.arange(count, device=q_TED.device)
+    q_BQED[each_B, gather.offset_B] = q_TED[gather.token_B]
+    q_BJMD = _blocks(q_BQED.flatten(0, 1), kv_heads)
+    sink_JM = sink_E.view(kv_heads, -1).repeat_interleave(QUERIES, dim=1)
+    seen_1MC = _seen(columns, window, q_TED.device).repeat(q_BJMD.shape[2] // QUERIES, 1)[None]
+    out_XMD = attend(q_BJMD.flatten(0, 1), seen[0], seen[1], seen_1MC, sink_JM.repeat(count, 1))
+    out_BQED = _queries(out_XMD.unflatten(0, (count, kv_heads)))
+    out_TED[gather.token_B] = out_BQED[each_B, gather.offset_B]
 
 
 def _prefill(
-    heads: Heads, cached: Pair, prefill: Prefill, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
+    heads: Heads, cached: Pair, prefill: Prefill, window: int | None, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """One sequence, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it."""
-    (q_TED, k_TJD, v_TJD), window, limits = heads, plan.window, plan.limits
-    tokens = slice(prefill.begin, prefill.end)
+    """A sequence's tokens, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it.
+
+    A block has the positions from one multiple of QUERIES to the next, and the keys that these can see, whichever of
+    them the chunk brings: so the shapes of its products follow from the positions alone.
+    """
+    q_TED, *new = heads
+    tokens, cached_count = slice(prefill.begin, prefill.end), prefill.cached
+    total, past = cached_count + prefill.end - prefill.begin, len(prefill.past_C)
+    first, last = cached_count // QUERIES * QUERIES, -(-total // QUERIES) * QUERIES
+    start = _seen_from(first, window)
+    around = 0, 0, cached_count - past - start, last - total  # zeros where positions are not known
     k_JCD, v_JCD = (
-        torch.cat((store_JRD.index_select(1, prefill.past_C), new_TJD[tokens].transpose(0, 1)), dim=1)
-        for store_JRD, new_TJD in zip(cached, (k_TJD, v_TJD), strict=True)
+        nn.functional.pad(
+            torch.cat((store_JRD.index_select(1, prefill.past_C), each[tokens].transpose(0, 1)), 1), around
+        )
+        for store_JRD, each in zip(cached, new, strict=True)
     )
-    new, total = prefill.end - prefill.begin, k_JCD.shape[1]
-    block = max(1, limits.score_elements // (q_TED.shape[1] * total))
-    if window is not None:
-        block = min(block, max(window, limits.window_queries))
-    for first in range(0, new, block):
-        last = min(first + block, new)
-        end = total - new + last  # columns 0 : end are the positions up to the block's last query
-        begin = 0 if window is None else max(0, total - new + first - window + 1)
-        rows = slice(prefill.begin + first, prefill.begin + last)
-        out_TED[rows] = _block(q_TED[rows], k_JCD[:, begin:end], v_JCD[:, begin:end], window, sink_E)
-    for store_JRD, context_JCD in zip(cached, (k_JCD, v_JCD), strict=True):
-        store_JRD.index_copy_(1, prefill.row_R, context_JCD[:, total - len(prefill.row_R) :])
+    q_NJMD = _blocks(nn.functional.pad(q_TED[tokens], (0, 0, 0, 0, cached_count - first, last - total)), len(k_JCD))
+    sink_JM = sink_E.view(len(k_JCD), -1).repeat_interleave(QUERIES, dim=1)
+    seen_MC = _seen(k_JCD.shape[1], window, q_TED.device).repeat(sink_JM.shape[1] // QUERIES, 1)
+    outs_JMD = []
+    for begin, q_JMD in zip(range(first, last, QUERIES), q_NJMD, strict=True):
+        columns = slice(_seen_from(begin, window) - start, begin + QUERIES - start)
+        seen_1MC = seen_MC[
+            None, :, columns.start - columns.stop :
+        ]  # of the last columns, as far back as there are some
+        outs_JMD.append(attend(q_JMD, k_JCD[:, columns], v_JCD[:, columns], seen_1MC, sink_JM))
+    out_QED = _queries(torch.stack(outs_JMD)).flatten(0, 1)
+    out_TED[tokens] = out_QED[cached_count - first : total - first]
+    for store_JRD, each in zip(cached, new, strict=True):
+        store_JRD.index_copy_(1, prefill.row_R, each[tokens][-len(prefill.row_R) :].transpose(0, 1))
 
 
-def _block(
-    q_QED: torch.Tensor, k_JCD: torch.Tensor, v_JCD: torch.Tensor, window: int | None, sink_E: torch.Tensor
-) -> torch.Tensor:
-    """Q queries whose own positions are the last Q of the C columns: [Q, E, D]."""
-    queries, (kv_heads, columns, _) = q_QED.shape[0], k_JCD.shape
-    ago_QC = torch.arange(columns - queries, columns, device=q_QED.device)[:, None]
-    ago_QC = ago_QC - torch.arange(columns, device=q_QED.device)
-    valid_QC = ago_QC >= 0 if window is None else (ago_QC >= 0) & (ago_QC < window)
-    group = q_QED.shape[1] // kv_heads
-    q_JGQD = q_QED.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
-    out = attend(
-        q_JGQD.flatten(1, 2),
-        k_JCD,
-        v_JCD,
-        valid_QC.repeat(group, 1)[None],
-        sink_E.view(kv_heads, group).repeat_interleave(queries, dim=1),
-    )
-    return out.unflatten(1, (group, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+def _blocks(q_QED: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[N, J, M, D] of N blocks: a row is a query head of a group's, and a query of the block."""
+    return q_QED.unflatten(0, (-1, QUERIES)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _queries(out_NJMD: torch.Tensor) -> torch.Tensor:
+    """[N, QUERIES, E, D]: the inverse of `_blocks`."""
+    return out_NJMD.unflatten(2, (-1, QUERIES)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _seen(columns: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [QUERIES, C]: which positions a block's queries see; their own are the last ones."""
+    ago_QC = torch.arange(columns - QUERIES, columns, device=device)[:, None] - torch.arange(columns, device=device)
+    return ago_QC >= 0 if window is None else (ago_QC >= 0) & (ago_QC < window)
+
+
+def _seen_from(position: int, window: int | None) -> int:
+    """The first position that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
 
 
 class Attention(nn.Module):

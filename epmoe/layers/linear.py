@@ -1,16 +1,33 @@
 """A linear layer of a step's tokens, y = x · weightᵀ + bias: attention's projections; the library's float32 products.
 
+A row's bits must not follow from how many rows come with it, and a library picks its order of summation by the shape of
+a product. So on a CPU all products with one weight have one shape: TILE rows, the last ones filled up.
+
 Letters: T tokens · H inputs · N outputs · of a product of any two matrices: [M, K] times [K, N], in B pairs.
 """
 
 import torch
 from torch import nn
 
+# Rows of every product on a CPU. For 300 rows of 1000 x 2880 in float32 tiles of 16 take 28 ms, the library's own
+# product 18; one row takes 1.4 ms in a tile of 16 and 0.3 in one of 1.
+TILE = 16
+
 
 def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """[T, H] → [T, N] in x's dtype, summed in float32 and rounded once."""
-    out_TN: torch.Tensor = layer(x_TH)
+    out_TN: torch.Tensor = torch.cat([layer(tile_MH) for tile_MH in tiles(x_TH)])[: len(x_TH)]
     return out_TN
+
+
+def tiles(x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows as the library is to multiply them: on a CPU TILE at a time, zeros below the last; else as they are.
+
+    A GPU's library serves what the kernels do not, float32: its rows have the same bits at the same number of them.
+    """
+    if x_TH.device.type != "cpu" or not len(x_TH):
+        return (x_TH,)
+    return nn.functional.pad(x_TH, (0, 0, 0, -len(x_TH) % TILE)).split(TILE)
 
 
 def product_f32(a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,6 +17,7 @@ Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
 import torch
 from torch import nn
 
+from epmoe.layers import linear as dense
 from epmoe.layers.twin import twin
 
 
@@ -54,7 +55,7 @@ def add_norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `add_norm` gives, and a linear layer of the norm: [T, E] in x's dtype."""
     x_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
-    return x_TH, norm_TH, linear(norm_TH)
+    return x_TH, norm_TH, dense.linear(norm_TH, linear)
 
 
 class AddNorm(nn.Module):

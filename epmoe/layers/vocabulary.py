@@ -1,13 +1,14 @@
 """The projection to the vocabulary: norms of the rows whose logits are wanted → float32 logits of a part of it.
 
-Ranks may share the vocabulary, so a logit's bits must not follow from the part that it is computed in.
+Ranks may share the vocabulary, so a logit's bits must not follow from the part that it is computed in; nor from the
+rows that come with it (linear.py).
 
-Letters: T rows · H hidden · V vocabulary.
+Letters: T rows · M of them a tile · H hidden · V vocabulary.
 """
 
 import torch
 
-from epmoe.layers.linear import product_f32
+from epmoe.layers.linear import product_f32, tiles
 
 
 def part_logits(x_TH: torch.Tensor, weight_VH: torch.Tensor, part: tuple[int, int], chunk: int) -> torch.Tensor:
@@ -22,8 +23,12 @@ def part_logits(x_TH: torch.Tensor, weight_VH: torch.Tensor, part: tuple[int, in
         chunk: of a multiple of it `part` begins, and it ends at one or at V.
     """
     assert part[0] % chunk == 0 and (part[1] % chunk == 0 or part[1] == len(weight_VH)), (part, chunk)
-    logits_TV = torch.empty(len(x_TH), len(weight_VH), dtype=torch.float32, device=x_TH.device)
+    tile_MH, rows = tiles(x_TH), len(x_TH)
+    padded = sum(map(len, tile_MH))
+    logits_TV = torch.empty(padded, len(weight_VH), dtype=torch.float32, device=x_TH.device)
     for begin in range(*part, chunk):
         ids = slice(begin, min(begin + chunk, part[1]))
-        product_f32(x_TH, weight_VH[ids].T, out_MN=logits_TV[:, ids])
-    return logits_TV[:, slice(*part)]
+        weight_HC = weight_VH[ids].T.float() if x_TH.device.type == "cpu" else weight_VH[ids].T
+        for x_MH, logits_MV in zip(tile_MH, logits_TV.split(len(tile_MH[0]) or 1), strict=True):
+            product_f32(x_MH, weight_HC, out_MN=logits_MV[:, ids])
+    return logits_TV[:rows, slice(*part)]

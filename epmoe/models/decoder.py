@@ -60,9 +60,9 @@ class Limits:
     # other computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 812 µs at once
     # and 2 · 443 in halves. The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
     # loss is about the same and the gain half; for fewer there is little to win. The limit is an estimate by these
-    # figures. Whether a step is halved follows from its tokens alone, not from the ranks: a library's product of 4096
-    # rows may give other bits than one of 8192, and slots promise the same bits on any number of ranks. So one rank,
-    # which gains nothing, halves as well: 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them.
+    # figures. Whether a step is halved follows from its tokens alone, not from the ranks. One rank gains nothing and
+    # halves as well, 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them: its memory is made for halves, and
+    # in float32 a library's product of 4096 rows may give other bits than one of 8192.
     halves_from: int = 4096
     # Ids that a library's product computes at a time, and of which ranks share whole chunks (layers/vocabulary.py):
     # small enough that they share evenly, large enough to be read at full speed (94 MB).

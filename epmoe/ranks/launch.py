@@ -4,15 +4,23 @@ import ipaddress
 import os
 import select
 import socket
-import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from epmoe.errors import UserError
-from epmoe.ranks.watch import NoRankZero
+from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
+from epmoe.ranks.fault import NoRankZero
+from epmoe.streams import tell
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -28,6 +36,7 @@ class Launch:
     nodes: int
     attempt: str  # how often torchrun has restarted the ranks
     agent: bool  # torchrun's agent hosts the store, and terminates all ranks when one fails
+    run: str  # torchrun's --rdzv-id, the same on all nodes; "": none was given
 
     @staticmethod
     def read() -> "Launch":
@@ -47,7 +56,17 @@ class Launch:
             nodes=_number("GROUP_WORLD_SIZE", -(-size // local_size)),
             attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
             agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            run="" if (name := os.environ.get("TORCHELASTIC_RUN_ID", "none")) == "none" else name,
         )
+
+    @property
+    def port(self) -> int:
+        """MASTER_PORT; raises UserError where it is no number."""
+        return _number("MASTER_PORT", 29500)
+
+    def hello(self) -> Hello:
+        """What this process says of itself to rank 0."""
+        return Hello(self.rank, self.size, self.run, origin(os.environ), age_s())
 
 
 def _number(name: str, default: int) -> int:
@@ -62,7 +81,7 @@ def rank_device(device: str, launch: Launch) -> torch.device:
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         if launch.rank == 0:
-            print(f"epmoe: device={kind} (auto)", file=sys.stderr)
+            tell(f"epmoe: device={kind} (auto)")
     else:
         kind = device
     if kind not in BACKENDS:
@@ -90,23 +109,57 @@ def open_store(launch: Launch, timeout_s: float) -> tuple[dist.Store, str]:
     Keys of an earlier attempt would send a restarted rank to processes that are gone, hence the prefix.
     """
     try:
-        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 29500)
+        address, port = os.environ["MASTER_ADDR"], launch.port
     except KeyError:
         raise NoRankZero(f"WORLD_SIZE={launch.size} without MASTER_ADDR: start the ranks with torchrun") from None
     try:
-        store = dist.TCPStore(
-            host_name=address,
-            port=port,
-            is_master=launch.rank == 0 and not launch.agent,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
+        store = _within(timeout_s, partial(_connect, launch, address, timeout_s))
         return dist.PrefixStore(f"epmoe/{launch.attempt}", store), _own_address(address, port)
     except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise NoRankZero(f"MASTER_PORT {port} is taken, perhaps by another run: {REMEDY}") from error
         raise NoRankZero(
             f"rank {launch.rank} cannot use MASTER_ADDR:MASTER_PORT {address}:{port} ({reason})"
         ) from error
+
+
+def _connect(launch: Launch, address: str, timeout_s: float) -> dist.Store:
+    """Rank 0's store, or a connection to it, at once when it is there: torch pauses for a second between attempts."""
+    is_master = launch.rank == 0 and not launch.agent
+    deadline = time.monotonic() + timeout_s
+    while not is_master and time.monotonic() < deadline:
+        with suppress(OSError):
+            socket.create_connection((address, launch.port), timeout_s).close()
+            break
+        time.sleep(0.05)
+    return dist.TCPStore(
+        host_name=address,
+        port=launch.port,
+        is_master=is_master,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+
+
+def _within(seconds: float, make: Callable[[], dist.Store]) -> dist.Store:
+    """What `make` gives or raises; TimeoutError after `seconds`.
+
+    torch would wait for ever for a stranger at the port that says nothing.
+    """
+    made: Future[dist.Store] = Future()
+
+    def fulfil() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=fulfil, daemon=True).start()
+    try:
+        return made.result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def _own_address(master: str, port: int) -> str:

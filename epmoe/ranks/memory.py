@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from epmoe.errors import UserError
-from epmoe.ranks.mesh import Ranks
 
 NO_LIMIT = 1 << 62  # bytes; version 1 of control groups says as much where nobody set one
 
@@ -78,16 +77,16 @@ def _field(file: str, name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), NO_LIMIT)
 
 
-def peak_bytes(ranks: Ranks) -> int:
+def peak_bytes(device: torch.device) -> int:
     """The most bytes that this rank held: tensors on its device, or the resident memory of a CPU rank."""
-    if ranks.device.type == "cpu":
+    if device.type == "cpu":
         try:
             # Not getrusage, whose maximum a process inherits from the one that started it.
             lines = Path("/proc/self/status").read_text().splitlines()
         except FileNotFoundError:  # macOS, where getrusage counts bytes
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    return torch.accelerator.max_memory_allocated(ranks.device)
+    return torch.accelerator.max_memory_allocated(device)
 
 
 def is_full(error: BaseException) -> bool:

@@ -4,12 +4,12 @@
 process group. Which device a rank has is decided here; files with kernels ask for its type.
 
     main(body)                 runs a command: one line for a user's mistake, the exit code
-      start(...) → Ranks       store → watch → device → process group → mesh
+      start(...) → Ranks       store → watch → settings → device → process group → mesh
 """
 
 import json
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,7 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from epmoe.errors import UserError
 from epmoe.ranks.launch import BACKENDS, Launch, open_store, rank_device, stdout_closed
+from epmoe.ranks.machine import machine
+from epmoe.ranks.meeting import Meeting
 from epmoe.ranks.watch import Watch
+
+START_KEY = "runtime.start_timeout_s"  # the configuration's key for how long ranks wait for each other's start
 
 
 class Closable(Protocol):
@@ -88,7 +92,18 @@ class Ranks:
         another `purpose` than rank 0's ends the run, and is named.
         """
         if self.watch is not None:
-            self.watch.meet(self.start_timeout_s, "runtime.start_timeout_s", purpose)
+            self.watch.meet(Meeting(self.start_timeout_s, START_KEY, purpose=purpose))
+
+    def agree(self, brings: Callable[[], Mapping[str, str]], alike: str, *, settled: bool = False) -> None:
+        """Meet with what must be the same on every rank; `brings` names each value. A rank alone does not ask for it.
+
+        A rank whose values differ ends the run: one line names it, the first value that differs, and `alike`, the
+        remedy. `settled`: before what is seen outside: the ranks of two runs that were started at once with one
+        MASTER_PORT must not come through (epmoe/ranks/admission.py).
+        """
+        if self.watch is not None:
+            found = dict(brings())
+            self.watch.meet(Meeting(self.start_timeout_s, START_KEY, settled=settled, brings=found, alike=alike))
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Each rank's tensor of one shape, by expert rank: [N, *shape]; a collective of the expert group."""
@@ -113,12 +128,14 @@ def start(
     timeout_s: float = 60.0,
     start_timeout_s: float = 3600.0,
     threads: int = 1,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Ranks]:
     """Join the other ranks; leave them, all together, at the end of the block.
 
     Within the block of several ranks a watch ends this process when another rank dies, stops or fails, and no exception
     leaves the block: it ends every rank, and rank 0 tells it. `threads` is the same for every number of ranks, since
-    CPU products depend on it. Main thread only.
+    CPU products depend on it. Ranks with other `settings`, or of another kind (epmoe/ranks/machine.py), end the run
+    before there is a group: its backend may differ with them. Main thread only.
 
     Raises:
         UserError: a wrong environment, `device` or `expert`; rank 0 is not to be reached.
@@ -131,10 +148,17 @@ def start(
         yield Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
         return
     store, host = open_store(launch, timeout_s)
-    watch = Watch(launch.rank, launch.size, store, host, timeout_s)
+    watch = Watch(launch, store, host, timeout_s)
+    met = Ranks(
+        launch.rank, launch.size, launch.local_rank, launch.nodes, torch.device("cpu"),
+        watch=watch, start_timeout_s=start_timeout_s,
+    )  # fmt: skip
     try:
-        ranks = _group(launch, rank_device(device, launch), store, timeout_s)
-        yield replace(ranks, watch=watch, start_timeout_s=start_timeout_s)
+        met.agree(lambda: settings or {}, "start every rank with the same keys")
+        met = replace(met, device=rank_device(device, launch))
+        met.agree(lambda: machine(met.device), "let every rank have the same")
+        ranks = _grouped(met, store, timeout_s)
+        yield ranks
         for holder in (*ranks.at_end, *ranks.until_end):
             holder.close()
         watch.finish()
@@ -149,23 +173,20 @@ def start(
     watch.close()
 
 
-def _group(launch: Launch, device: torch.device, store: dist.Store, timeout_s: float) -> Ranks:
-    """The process group and the mesh over it."""
+def _grouped(met: Ranks, store: dist.Store, timeout_s: float) -> Ranks:
+    """The same rank with the process group and the mesh over it."""
+    device = met.device
     dist.init_process_group(
         BACKENDS[device.type],  # spelt out: a group of two default backends crashes some interpreters at exit
         store=store,
-        rank=launch.rank,
-        world_size=launch.size,
+        rank=met.rank,
+        world_size=met.size,
         timeout=timedelta(seconds=timeout_s),
         device_id=None if device.type == "cpu" else device,
     )
-    mesh = init_device_mesh(device.type, (launch.size,), mesh_dim_names=("expert",))
-    return Ranks(
-        rank=launch.rank,
-        size=launch.size,
-        local_rank=launch.local_rank,
-        nodes=launch.nodes,
-        device=device,
+    mesh = init_device_mesh(device.type, (met.size,), mesh_dim_names=("expert",))
+    return replace(
+        met,
         expert_rank=mesh.get_local_rank("expert"),
         expert_size=mesh.size(),
         expert_group=mesh.get_group("expert"),

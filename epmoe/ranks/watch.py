@@ -28,83 +28,23 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from epmoe.errors import UserError
+from epmoe.ranks.admission import Admission, Hello
+from epmoe.ranks.ending import last_words
+from epmoe.ranks.fault import KINDS, Fault, NoRankZero
+from epmoe.ranks.launch import Launch
+from epmoe.ranks.meeting import Meeting, difference
+from epmoe.ranks.peer import Peer
+from epmoe.streams import tell_raw
 
 SETTLE_S = 0.5  # a peer's EOF, its neighbours' errors and the agent's SIGTERM (within 0.1 s) all fall into this window
 SILENT_SHARE = 0.75  # of timeout_s: a stopped rank must be named before the collectives' own timeout fires
-KINDS = ("interrupt", "closed", "lost", "mistake", "error", "term")  # the likeliest cause first
 SIGNALS = {signal.SIGINT: ("interrupt", "interrupted"), signal.SIGTERM: ("term", "ended by SIGTERM")}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why the run ends: what happened to `rank`, and every rank's exit code."""
-
-    kind: str  # one of KINDS
-    rank: int
-    text: str
-    code: int
-
-    def line(self, reader: int) -> str:
-        """What rank `reader` prints: a lost rank is named by everyone, all else is said once, by rank 0."""
-        if self.kind == "lost":
-            return f"epmoe: rank {self.rank} {self.text}; rank {reader} ends too\n"
-        if reader != 0 or self.kind == "closed":
-            return ""
-        error = "error: " if self.kind == "mistake" else ""
-        whose = f"rank {self.rank}: " if self.rank != 0 and self.kind != "interrupt" else ""
-        return f"epmoe: {error}{whose}{self.text}\n"
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """A point that every rank passes; rank 0 counts who has arrived, and compares what they came for."""
-
-    within_s: float = 0.0  # of the first arrival
-    remedy: str = ""
-    last: bool = False
-    purpose: str = ""  # the same on every rank
-
-    def missed(self) -> str:
-        what = "did not finish" if self.last else "was not ready"
-        return f"{what} within {self.within_s:g} s of the others" + (f" ({self.remedy})" if self.remedy else "")
-
-
-class NoRankZero(UserError):
-    """Rank 0 cannot be reached, so that whoever finds it says it."""
-
-
-class Peer:
-    """One end of a connection. Only the watch's thread uses it."""
-
-    def __init__(self, connection: socket.socket, rank: int) -> None:
-        connection.settimeout(1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection, self.rank = connection, rank
-        self.heard, self.rest = time.monotonic(), b""
-
-    def send(self, *message: Any) -> None:
-        with suppress(OSError):  # a dead peer is found by reading
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[list[Any]] | None:
-        """The messages that have arrived, or None at the end of the connection."""
-        try:
-            data = self.connection.recv(65536)
-            *lines, self.rest = (self.rest + data).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except TimeoutError:
-            return []
-        except (OSError, ValueError):  # reset, as by a killed peer with unread data; or a stranger's bytes
-            return None
-        self.heard = time.monotonic()
-        return messages if data else None
 
 
 class Watch:
@@ -113,27 +53,28 @@ class Watch:
     In between a thread ends the process as soon as any rank has failed. Main thread only, because of the signals.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, host: str, timeout_s: float) -> None:
+    def __init__(self, launch: Launch, store: dist.Store, host: str, timeout_s: float) -> None:
         """`host` is the name or address by which other ranks reach this one; used on rank 0.
 
         A rank that does not come within `timeout_s` ends the process.
 
         Raises:
-            NoRankZero: rank 0 has not come, or not to where this rank can reach it.
+            NoRankZero: rank 0 has not come, or not to where this rank can reach it, or it is another run's.
         """
-        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.rank, self.size, self.port, self.timeout_s = launch.rank, launch.size, launch.port, timeout_s
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
-        self.arrived: dict[int, str] = {}  # at `meet` or `finish`, on rank 0: what each rank came for
-        self.meeting = Meeting()
+        self.arrived: dict[int, Meeting] = {}  # at `meet` or `finish`, on rank 0: what each rank came with
+        self.meeting = Meeting()  # the first one's
         self.faults: list[Fault] = []
         self.details = ""  # the traceback of this rank's own fault
         self.inbox: deque[Fault | Meeting | None] = deque()  # from the main thread
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
-        self.closing = False
+        self.finishing = self.closing = False
         self.begin = self.first_fault = self.first_arrival = time.monotonic()
         self.selector = selectors.DefaultSelector()
+        self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
         self._join(store, host)
         self._catch_signals()
         self.thread = threading.Thread(target=self._run, name="epmoe-watch", daemon=True)
@@ -149,13 +90,13 @@ class Watch:
         self.thread.join(30)  # the thread ends the process
         os._exit(code)
 
-    def meet(self, within_s: float, remedy: str, purpose: str = "") -> None:
+    def meet(self, meeting: Meeting) -> None:
         """Wait until every rank calls this. A rank that comes later than `within_s` after the first one is a fault.
 
-        So is one that comes with another `purpose` than rank 0.
+        So is one that comes with something else than rank 0 (see `difference`).
         """
         self.all_met.clear()
-        self._tell(Meeting(within_s, remedy, purpose=purpose))
+        self._tell(meeting)
         self.all_met.wait()
 
     def finish(self) -> None:
@@ -189,17 +130,39 @@ class Watch:
             )
             self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
             store.set("watch", json.dumps([host, self.listener.getsockname()[1], self.token]))
-        else:
-            try:
-                host, port, token = json.loads(store.get("watch"))
-                connection = socket.create_connection((host, port), self.timeout_s)
-            except dist.DistError as error:
-                raise NoRankZero(f"rank 0 did not come within {self.timeout_s:g} s of rank {self.rank}") from error
-            except OSError as error:
-                raise NoRankZero(f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error})") from error
-            peer = self.peers[0] = Peer(connection, 0)
-            self.selector.register(connection, selectors.EVENT_READ, partial(self._hear, peer))
-            peer.send("hello", self.rank, token)
+            return
+        place = f"MASTER_PORT {self.port}"
+        try:
+            host, port, token = json.loads(store.get("watch"))
+            connection = socket.create_connection((host, port), self.timeout_s)
+        except dist.DistError as error:
+            text = f"rank 0 did not come to {place} within {self.timeout_s:g} s of rank {self.rank}"
+            raise NoRankZero(text) from error
+        except OSError as error:
+            text = f"rank {self.rank} cannot reach rank 0 of {place} at {host}:{port} ({error})"
+            raise NoRankZero(text) from error
+        peer = Peer(connection, 0)
+        peer.send("hello", token, asdict(self.admission.own))
+        self._be_known(peer)
+
+    def _be_known(self, peer: Peer) -> None:
+        """Wait for rank 0's answer to this rank's hello.
+
+        Raises:
+            NoRankZero: it refuses, ends or says nothing.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while not (messages := peer.receive()):
+            if messages is None or time.monotonic() > deadline:
+                what = "ended before it knew" if messages is None else "did not answer"
+                text = f"rank 0 of MASTER_PORT {self.port} {what} rank {self.rank}: is it another run's?"
+                raise NoRankZero(text)
+        (answer, *reasons), *more = messages
+        if answer == "refused":
+            raise NoRankZero(*reasons)
+        self.peers[0] = peer
+        self.selector.register(peer.connection, selectors.EVENT_READ, partial(self._hear, peer))
+        self._answer(peer, more)
 
     def _catch_signals(self) -> None:
         """Let the thread learn of SIGINT and SIGTERM while the main thread is in a collective; it answers for both."""
@@ -215,7 +178,7 @@ class Watch:
         try:
             last = beat = time.monotonic()
             while not self._may_go():
-                for key, _ in self.selector.select(min(self.beat_s, SETTLE_S / 2)):
+                for key, _ in self.selector.select(self._nap()):
                     key.data()
                 now = time.monotonic()
                 if now - last > self.silent_s / 2:  # this rank was stopped itself: what the others sent is still unread
@@ -230,6 +193,13 @@ class Watch:
         except Exception:  # a rank that nobody watches would hang its peers
             traceback.print_exc()
             os._exit(1)
+
+    def _nap(self) -> float:
+        """Seconds until something is to be done that nobody sends for."""
+        naps = [self.beat_s, SETTLE_S / 2]
+        if len(self.arrived) == self.size:  # a meeting that is to settle
+            naps.append(max(0.01, self.admission.settled_at - time.monotonic()))
+        return min(naps)
 
     def _may_go(self) -> bool:
         """After `close`: at once, but rank 0 when the connections of all others have ended (or `close` gave up)."""
@@ -246,10 +216,12 @@ class Watch:
                 self._fault(message)
             elif message is None:
                 self.closing = True
-            elif self.rank == 0:
-                self._arrive(0, message)
             else:
-                self._all("arrive", asdict(message))
+                self.finishing = message.last
+                if self.rank == 0:
+                    self._arrive(0, message)
+                else:
+                    self._all("arrive", asdict(message))
 
     def _accept(self) -> None:
         peer = Peer(self.listener.accept()[0], -1)  # a stranger until its hello
@@ -260,11 +232,18 @@ class Watch:
         if messages is None or (peer.rank < 0 and not self._welcome(peer, messages)):
             self.selector.unregister(peer.connection)
             peer.connection.close()
-            if self.peers.pop(peer.rank, None) and not self.all_finished.is_set():
+            if self.peers.pop(peer.rank, None) and not self._finished():
                 self._fault(Fault("lost", peer.rank, "ended without a word (killed?)", 1))
             return
+        self._answer(peer, messages)
+
+    def _finished(self) -> bool:
+        """Whether the others may end: after all have come to `finish`, this rank too."""
+        return self.finishing and self.all_finished.is_set()
+
+    def _answer(self, peer: Peer, messages: list[list[Any]]) -> None:
         answers: dict[str, Callable[..., None]] = {
-            "hello": lambda rank, token: None,
+            "hello": lambda token, hello: None,
             "beat": lambda: None,
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
@@ -281,12 +260,20 @@ class Watch:
         match messages:
             case []:
                 return True
-            case [["hello", int(rank), self.token], *_]:
-                peer.rank = rank
-                self.peers[rank] = peer
+            case [["hello", self.token, dict(said)], *_]:
+                hello = Hello(**said)
             case _:
                 return False
-        if len(self.peers) == self.size - 1:
+        judgement = self.admission.judge(hello, time.monotonic())
+        if judgement.mixed and not self._finished():
+            self._fault(Fault("port", 0, judgement.mixed, 2))
+        if judgement.refused:
+            peer.send("refused", judgement.refused)
+            return False
+        peer.rank = hello.rank
+        self.peers[hello.rank] = peer
+        peer.send("known")
+        if self.admission.met_at is not None:
             self._all("welcome")
             self.all_here.set()
         return True
@@ -294,18 +281,23 @@ class Watch:
     def _arrive(self, rank: int, meeting: Meeting) -> None:
         if not self.arrived:
             self.first_arrival, self.meeting = time.monotonic(), meeting
-        self.arrived[rank] = meeting.purpose
-        if len(self.arrived) == self.size:
-            purposes = dict(self.arrived)
-            self.arrived.clear()
-            for other in sorted(purposes):
-                if purposes[other] != purposes[0]:
-                    theirs, ours = purposes[other] or "start", purposes[0] or "start"
-                    text = f"it comes to {theirs}, rank 0 to {ours}: every rank's program must make the same calls"
-                    self._fault(Fault("mistake", other, text, 2))
-                    return
-            self._all("bye" if meeting.last else "met")
-            (self.all_finished if meeting.last else self.all_met).set()
+        self.arrived[rank] = meeting
+        self._decide(time.monotonic())
+
+    def _decide(self, now: float) -> None:
+        """Let all go on from a meeting to which all have come with the same."""
+        if len(self.arrived) < self.size or self.faults:
+            return
+        fault = difference(self.arrived)
+        meeting = self.arrived[0]
+        if (fault is not None or meeting.settled) and now < self.admission.settled_at:
+            return  # a rank that differs may be another run's: then a second one of its number is on its way
+        self.arrived.clear()
+        if fault is not None:
+            self._fault(fault)
+            return
+        self._all("bye" if meeting.last else "met")
+        (self.all_finished if meeting.last else self.all_met).set()
 
     def _all(self, *message: Any) -> None:
         for peer in self.peers.values():
@@ -321,6 +313,7 @@ class Watch:
 
     def _look(self, now: float) -> None:
         """Find who is absent, silent or late; end when the faults have settled."""
+        self._decide(now)
         if not self.faults:
             for rank, text in self._overdue(now):
                 self._fault(Fault("lost", rank, text, 1))
@@ -333,9 +326,10 @@ class Watch:
         if self.rank == 0 and not self.all_here.is_set():
             absent = sorted(set(range(1, self.size)) - set(self.peers))
             if now - self.begin > self.timeout_s:
-                return [(rank, f"did not come within {self.timeout_s:g} s") for rank in absent]
+                where = f"did not come to MASTER_PORT {self.port} within {self.timeout_s:g} s"
+                return [(rank, where) for rank in absent]
             return []
-        if self.all_finished.is_set():
+        if self._finished():
             return []
         silent = "has been silent for {:.0f} s (stopped, or its machine is gone?)"
         overdue = [
@@ -351,8 +345,7 @@ class Watch:
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
         text = self.details if fault.kind == "error" and fault.rank == self.rank else fault.line(self.rank)
-        with suppress(OSError):
-            os.write(2, text.encode())
+        tell_raw(text)
         if self.rank == 0:
             self._all("verdict", asdict(fault))
             deadline = time.monotonic() + 1  # a connection closed too early could take the verdict with it
@@ -368,6 +361,7 @@ def leave(code: int) -> NoReturn:
     """End the process without unwinding: torch's own threads crash some interpreters at exit."""
 
     def flush() -> None:
+        last_words()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -10,6 +10,7 @@ from pathlib import Path
 from epmoe.config.compose import conf_dir
 from epmoe.config.schema import Config
 from epmoe.errors import UserError
+from epmoe.text.answers import UNFINISHED
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.hub import FILES
 
@@ -20,8 +21,9 @@ def check_output_is_no_input(config: Config, checkpoint: Checkpoint) -> None:
         return
     file = Path(os.path.realpath(os.path.expanduser(config.output)))
     for name, input in _inputs(config, checkpoint):
-        if os.path.exists(file) and os.path.samestat(file.stat(), input):
-            raise UserError(f"output={config.output} is {name}, which this run reads: choose another file")
+        for place, what in ((file, "is"), (file.with_name(f"{file.name}{UNFINISHED}"), "is written by way of")):
+            if os.path.exists(place) and os.path.samestat(place.stat(), input):
+                raise UserError(f"output={config.output} {what} {name}, which this run reads: choose another file")
     directory = os.path.realpath(checkpoint.path)
     for pattern in FILES:
         if file.is_relative_to(directory) and fnmatch(str(file.relative_to(directory)), pattern):

@@ -1,21 +1,19 @@
-"""Output: token ids → text on standard output while it is made, a JSON-lines file, the closing line.
+"""Output: token ids → text on standard output while it is made, and the lines of the file of answers.
 
 Standard output has the text alone, each prompt's followed by a newline. Of several prompts, texts come in the order of
 the prompts with a blank line between: the first unfinished one is streamed, later ones wait for their turn. Whoever
 needs to tell them apart for certain takes the file.
 """
 
-import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TextIO
 
 from epmoe.engine.request import Request, Result
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import let_go
 from epmoe.text.harmony import Message, Messages
 from epmoe.text.tokenizer import Tokenizer
 
@@ -36,7 +34,7 @@ class Answer:
         self.shown = 0  # pieces that `fresh` has given
         self.stopped = False  # by a stop string
         self.finished = False
-        self.finish_reason = ""  # once it is finished: "eos", "stop" or "length"
+        self.finish_reason = ""  # once it is finished: "eos", "stop", "length" or "error"
 
     def feed(self, token: int) -> bool:
         """Whether a stop string is complete now."""
@@ -69,7 +67,7 @@ class Answer:
             self.pieces.append(self.parser.feed(result.ids[-1]))
         self.pieces.append(self.parser.finish(complete=result.finish_reason == "eos"))
         self.stopped = self.stopped or self.parser.stopped  # in what was taken for a header up to the end
-        self.finish_reason = "stop" if self.stopped else result.finish_reason
+        self.finish_reason = "stop" if self.stopped and result.finish_reason != "error" else result.finish_reason
         self.finished = True
 
 
@@ -77,17 +75,26 @@ class Output:
     """The engine's listener. Every rank has one, since all must agree where a stop string ends a text.
 
     Args:
-        stdout: None but on rank 0.
+        stdout: None but on rank 0, and where nobody reads it.
+        keep: called with each answer's number among the requests and its record, as soon as it is finished. While
+            somebody keeps answers, a reader of standard output that goes away ends nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], stdout: TextIO | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        stdout: TextIO | None,
+        keep: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.requests = requests
         self.answers = [Answer(tokenizer, request) for request in requests]
-        self.stdout = stdout
+        self.stdout, self.keep = stdout, keep
         self.turn = 0  # the answer that is being printed
 
     def on_token(self, index: int, token: int) -> bool:
         """Take a token; print what can be printed. Whether a stop string ends the request here."""
-        if self.stdout is None and not self.answers[index].stop_strings:
+        if self.stdout is None and self.keep is None and not self.answers[index].stop_strings:
             return False
         stopped = self.answers[index].feed(token)
         self._print()
@@ -96,6 +103,8 @@ class Output:
     def on_finish(self, index: int, result: Result) -> None:
         """No more tokens come for this request."""
         self.answers[index].finish(result)
+        if self.keep is not None:
+            self.keep(index, self.record(index, result))  # before anything can go wrong with standard output
         self._print()
 
     def _print(self) -> None:
@@ -106,17 +115,38 @@ class Output:
             text = answer.fresh()
             if answer.finished:
                 self.turn += 1
-                text += "\n" if self.turn == len(self.answers) else "\n\n"
-            if text:
-                _write(self.stdout, text)
+                if answer.text or answer.finish_reason != "error":
+                    text += "\n" if self.turn == len(self.answers) else "\n\n"
+            if text and not self._write(text):
+                return
             if not answer.finished:
                 return
 
-    def record(self, index: int, request: Request, result: Result) -> dict[str, Any]:
-        """A request's line in the file; times in seconds from the beginning of generation."""
+    def _write(self, text: str) -> bool:
+        """Write at once; whether anybody may still read.
+
+        Raises:
+            UserError: the disk is full.
+            BrokenPipeError: no mistake, for `ranks.main` to judge: nobody reads, and nobody keeps the answers.
+        """
+        assert self.stdout is not None
+        try:
+            self.stdout.write(text)
+            self.stdout.flush()
+        except BrokenPipeError:
+            if self.keep is None:
+                raise
+            let_go(self.stdout)
+            self.stdout = None
+        except OSError as error:
+            raise UserError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
+        return self.stdout is not None
+
+    def record(self, index: int, result: Result) -> dict[str, Any]:
+        """What a request's line in the file says; times in seconds from the beginning of generation."""
+        params = self.requests[index].params
         line = {
-            "index": index,
-            "prompt_tokens": len(request.ids),
+            "prompt_tokens": len(self.requests[index].ids),
             "ids": result.ids,
             "text": self.answers[index].text,
             "messages": [asdict(message) for message in self.answers[index].messages],
@@ -124,68 +154,14 @@ class Output:
             "first_token_s": round(result.first_token_s, 6),
             "total_s": round(result.total_s, 6),
         }
-        if request.params.logprobs:
+        if params.logprobs:
             line["logprobs"] = [{"logprob": each.chosen, "top": each.top} for each in result.logprobs]
         return line
 
 
-def _write(stdout: TextIO, text: str) -> None:
-    """Write at once. Raises UserError when the disk is full; BrokenPipeError, no mistake, for `ranks.main` to judge."""
-    try:
-        stdout.write(text)
-        stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
-
-
-def _file(name: str) -> Path:
-    """Where `output` is written: behind a link, so that the link stays."""
-    return Path(os.path.realpath(os.path.expanduser(name)))
-
-
-def check_writable(name: str) -> None:
-    """Raises UserError now for an output file that could not be written at the end."""
-    if not name:
-        return
-    path = _file(name)
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # the name is too long, or goes through a file
-        raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
-    if path.is_dir():
-        raise UserError(f"output={name} is a directory: give a file name")
-    if path.exists() and not path.is_file():  # a device or a pipe; the file would take its place
-        raise UserError(f"output={name} is no plain file: give a file name")
-    if not path.parent.is_dir():
-        raise UserError(f"output={name}: the directory {path.parent} does not exist: make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"output={name}: the directory {path.parent} cannot be written: choose another")
-
-
-def write_lines(name: str, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a JSON-lines file; it appears under its name when it is whole, or not at all."""
-    path = _file(name)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"output={name} cannot be written ({error.strerror}): choose another place") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def standard_output(ranks: Ranks) -> TextIO | None:
-    """Standard output in UTF-8 on rank 0, None elsewhere."""
-    if not ranks.is_main:
+    """Standard output in UTF-8 on rank 0, None elsewhere and where it is closed."""
+    if not ranks.is_main or sys.stdout is None:
         return None
     if hasattr(sys.stdout, "reconfigure"):  # not what a test puts in its place
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")

@@ -24,6 +24,7 @@ from epmoe.config.schema import Config, LLMConfig
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import tell
 from epmoe.text.instructions import rendered
 from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
         chat = resolve_chat(config.chat, tokenizer)
         if config.chat == "auto":
             reason = "" if chat == "on" else ": the checkpoint has no chat template"
-            print(f"epmoe: chat={chat} (auto{reason})", file=sys.stderr)
+            tell(f"epmoe: chat={chat} (auto{reason})")
         given = configured(config)
         return [Request(tuple(encode(each, tokenizer, chat, config.system, given)), each.params) for each in prompts]
 
@@ -132,7 +133,7 @@ def read(config: Config) -> list[Prompt]:
         return _json_lines(config.prompts, default)
     if config.prompts == "-":
         if sys.stdin.isatty():
-            print("epmoe: reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
+            tell("epmoe: reading the prompt from standard input; end it with Ctrl-D")
         return [Prompt("standard input", _decoded(sys.stdin.buffer.read(), "standard input"), default)]
     if config.prompts:
         return [Prompt(config.prompts, _read_file(config.prompts), default)]
@@ -140,7 +141,7 @@ def read(config: Config) -> list[Prompt]:
         return [Prompt("prompt", config.prompt, default)]
     if config.checkpoint:
         raise UserError("no prompt: give prompt='some text', prompts=FILE, or prompts=- for standard input")
-    print(f"epmoe: no prompt given, continuing {DEFAULT_PROMPT!r}", file=sys.stderr)
+    tell(f"epmoe: no prompt given, continuing {DEFAULT_PROMPT!r}")
     return [Prompt("prompt", DEFAULT_PROMPT, default)]
 
 

@@ -7,12 +7,12 @@ from epmoe.ranks.memory import peak_bytes
 from epmoe.ranks.mesh import Ranks
 
 
-def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ranks: Ranks) -> str:
-    """What the run took, over all ranks; a collective.
+def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ranks: Ranks, *, before: int = 0) -> str:
+    """What the run took, over all ranks; a collective. `before` answers were there already.
 
     Generation began `ready_s` seconds after this rank's program: imports, loading, compiling and capturing come before.
     """
-    values = ranks.gather([bytes_read, peak_bytes(ranks)])
+    values = ranks.gather([bytes_read, peak_bytes(ranks.device)])
     tokens = sum(len(result.ids) for result in results)
     seconds = max(result.total_s for result in results)
     first = min(result.first_token_s for result in results)
@@ -21,7 +21,7 @@ def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ran
         f"epmoe: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, "
         f"first token after {first:.3f} s ({ready_s + first:.2f} s from the start); "
         f"{len(values)} rank{'s' if len(values) > 1 else ''}, {each}read {_span([read for read, _ in values])} "
-        f"and used {_span([used for _, used in values])} of memory at the peak"
+        f"and used {_span([used for _, used in values])} of memory at the peak{_known(before)}"
     )
 
 
@@ -51,6 +51,10 @@ def _answers(count: int, total: int) -> str:
     if count == total:
         return "the answer was" if total == 1 else f"all {total} answers were"
     return f"{count} of {total} answers {'was' if count == 1 else 'were'}"
+
+
+def _known(before: int) -> str:
+    return f"; {before} answer{'s were' if before > 1 else ' was'} there already" if before else ""
 
 
 def _span(values: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 Backends say themselves what they serve: `auto` is the first of a table that fits, and no name of one stands here.
 """
 
-import sys
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from epmoe.moe.exchange import EXCHANGES
 from epmoe.moe.experts import EXPERTS, Experts
 from epmoe.moe.router import ROUTERS, Router
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import tell
 from epmoe.tables import lookup
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,7 +66,7 @@ def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
             f"{', '.join(sorted(runs))}: choose another backend or another quant"
         )
     if chosen and ranks.is_main:
-        print(f"epmoe: auto chose {', '.join(f'{key}={name}' for key, name in chosen.items())}", file=sys.stderr)
+        tell(f"epmoe: auto chose {', '.join(f'{key}={name}' for key, name in chosen.items())}")
     return names
 
 

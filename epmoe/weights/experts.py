@@ -7,7 +7,6 @@ the matrix twice for a moment.
 Letters: L experts on this rank · N output rows of a matrix · H hidden.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 
 from epmoe.errors import UserError
 from epmoe.formats import ExpertMatrix, ExpertWeights, ReadExperts
+from epmoe.streams import tell
 from epmoe.weights.manifest import Matrix
 from epmoe.weights.source import Source
 
@@ -57,10 +57,9 @@ class ExpertReader:
             except torch.OutOfMemoryError:
                 # Retry after this block: while it lasts, the exception keeps the failed try's tensors alive.
                 self.on_host = True
-            print(
+            tell(
                 f"epmoe: {self.device} is too full to convert {matrix.name} from {matrix.stored.format} to "
-                f"{matrix.wanted.format}: it and the matrices after it are converted on the host, which is slower",
-                file=sys.stderr,
+                f"{matrix.wanted.format}: it and the matrices after it are converted on the host, which is slower"
             )
         return self._convert(matrix, torch.device("cpu")).to(self.device)
 

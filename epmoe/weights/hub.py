@@ -6,7 +6,6 @@ process that dies. Whoever gets it next finds the files there.
 
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from epmoe import strictjson
 from epmoe.errors import UserError
+from epmoe.streams import tell
 from epmoe.weights.checkpoint import INDEX, SINGLE, WHOLE
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -146,7 +146,7 @@ def _fetch_small(name: str, path: Path) -> None:
             why = f"and its download failed ({failure}): run again, or give a directory"
             if not missing(path):
                 hint = "HF_HUB_OFFLINE=1 does not try"
-                print(f"epmoe: no {file} of {name}, its download failed ({failure}); {hint}", file=sys.stderr)
+                tell(f"epmoe: no {file} of {name}, its download failed ({failure}); {hint}")
             break  # the next one would wait for the network just as long
     if absent := missing(path):
         raise UserError(f"checkpoint={name}: {_shown(absent)} is not in the local cache {path}, {why}")
@@ -187,7 +187,7 @@ def _download(name: str, found: Path | None) -> Path:
         lacks = f"is not complete in the local cache {cache} (missing: {_shown(missing(found))})"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"checkpoint={name} {lacks}, and HF_HUB_OFFLINE is set: unset it, or give a directory")
-    print(f"epmoe: downloading {name}", file=sys.stderr)
+    tell(f"epmoe: downloading {name}")
     try:
         path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except GatedRepoError as error:

@@ -22,6 +22,7 @@ from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.moe.placement import PLACEMENTS, Placement
 from epmoe.ranks.memory import free_bytes, is_full
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import on_terminal
 from epmoe.tables import lookup
 from epmoe.weights import layouts
 from epmoe.weights.choices import DTYPES, Choices, experts_class, resolve, router_class, waiting
@@ -73,13 +74,15 @@ def load(
     manifest.check()
     placement: Placement = lookup("placement", PLACEMENTS, asked.placement)(config.num_experts, ranks.expert_size)
     chosen = resolve(asked, {matrix.wanted.format for matrix in manifest.matrices()}, ranks)
+    # auto may choose otherwise where a package is lacking or nodes are counted otherwise; an exchange is a collective.
+    ranks.agree(lambda: asdict(chosen), "name it, in the place of auto")
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_class(chosen.experts), router_class(chosen.router)()
     exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
     local_E = placement.local_E(ranks.expert_rank, ranks.device)
     reader = ExpertReader(source, ids, ranks.device, limits)
-    shown = progress and ranks.is_main and sys.stderr.isatty()
+    shown = progress and ranks.is_main and on_terminal()
     with (
         _fitting(manifest.bytes_of_weights(len(ids), compute), ranks.device),
         _bar(manifest.bytes_to_read(len(ids)), source, shown) as advance,

@@ -12,7 +12,7 @@ from steps import make_step
 from epmoe.batch import DecodeStep
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import CacheFull
-from epmoe.cache.plan import Gather, Plan
+from epmoe.cache.plan import Plan
 from epmoe.errors import UserError
 
 
@@ -171,11 +171,6 @@ def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]
     return cache.plan(make_step([(handle, [0] * new, cached) for handle, new, cached in chunks]))[window]
 
 
-def gathers_of(plan: Plan) -> tuple[Gather, ...]:
-    assert plan.decode is not None
-    return plan.decode.gathers
-
-
 def test_plan_of_a_window() -> None:
     """Protects the traffic: a sliding layer reads window − 1 cached rows at most and writes `window` at most."""
     cache = new_cache([7, None])
@@ -185,10 +180,9 @@ def test_plan_of_a_window() -> None:
     assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[43:50]
     (prefill,) = plan_of(cache, 7, [(a, 3, 2)]).prefills
     assert prefill.past_C.tolist() == rows[0:2] and prefill.row_R.tolist() == rows[2:5]
-    (decode,) = gathers_of(plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]))
-    assert decode.row_BC[0].tolist() == rows[34:41] and decode.row_B[0] == rows[40]
-    assert decode.valid_BC.sum(1).tolist() == [7, 1]
-    assert set(decode.row_BC[1].tolist()) == {rows_of(cache, 7, b, 1)[0]}  # masked columns stay with their sequence
+    first, second = plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]).prefills  # a prompt's single token, too
+    assert first.past_C.tolist() == rows[34:40] and first.row_R.tolist() == rows[40:41]
+    assert second.past_C.tolist() == [] and second.row_R.tolist() == rows_of(cache, 7, b, 1)
 
 
 def test_plan_of_full_attention() -> None:
@@ -197,26 +191,33 @@ def test_plan_of_full_attention() -> None:
     a, b = cache.admit(40), cache.admit(20)
     rows = rows_of(cache, None, a, 40)
     plan = plan_of(cache, None, [(b, 1, 5), (a, 20, 12)])
-    assert plan.prefills[0].past_C.tolist() == rows[:12] and plan.prefills[0].row_R.tolist() == rows[12:32]
-    assert (plan.prefills[0].begin, plan.prefills[0].end) == (1, 21)
-    (decode,) = gathers_of(plan)
-    assert decode.row_BC.tolist() == [rows_of(cache, None, b, 6)] and decode.token_B.tolist() == [0]
+    single, longer = plan.prefills
+    assert longer.past_C.tolist() == rows[:12] and longer.row_R.tolist() == rows[12:32]
+    assert (longer.begin, longer.end) == (1, 21)
+    assert single.past_C.tolist() == rows_of(cache, None, b, 5) and plan.decode is None
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_plan_of_a_decode_step(window: int | None) -> None:
-    """Protects the fixed batch: the same rows as a Step's, and filling rows read and write rows of their own."""
+    """Protects the fixed batch: what each row reads and writes is its own, and filling rows have rows of their own."""
     cache = new_cache([window])
     a, b = cache.admit(40), cache.admit(20)
+    step = DecodeStep(
+        torch.zeros(4, dtype=torch.int64), torch.tensor([30, 0, 4, 0]), torch.tensor([a, cache.spare] * 2)
+    )
+    step.sequence_B[2] = b
+    plan = cache.plan(step)[window]
+    assert plan.decode is not None and not plan.prefills
+    first, zeros, fourth = plan.decode.gathers  # positions 30; 0 and 0; 4
+    assert [each.token_B.tolist() for each in (first, zeros, fourth)] == [[0], [1, 3], [2]]
+    assert [each.offset_B.tolist() for each in (first, zeros, fourth)] == [[2], [0, 0], [0]]
+    of_a, of_b = rows_of(cache, window, a, 31), rows_of(cache, window, b, 5)
+    seen = of_a if window is None else of_a[24:]
+    assert first.row_B.tolist() == of_a[30:]  # of the block, 28 to 31, the last is not there yet
+    assert first.row_BC[0].tolist() == [*seen[:1] * (2 if window else 0), *seen, of_a[30]]
+    assert fourth.row_B.tolist() == of_b[4:] and fourth.row_BC[0].tolist() == of_b + of_b[4:] * 3
     rows = {row for handle, count in ((a, 40), (b, 20)) for row in rows_of(cache, window, handle, count)}
-    spare, zero = cache.spare, torch.zeros(4, dtype=torch.int64)
-    step = DecodeStep(zero, torch.tensor([30, 0, 4, 0]), torch.tensor([a, spare, b, spare]))
-    (got,) = gathers_of(cache.plan(step)[window])
-    (wanted,) = gathers_of(plan_of(cache, window, [(a, 1, 30), (b, 1, 4)]))
-    assert got.token_B.tolist() == [0, 1, 2, 3]
-    for name in ("row_B", "row_BC", "valid_BC"):
-        assert torch.equal(getattr(got, name)[[0, 2]], getattr(wanted, name))
-    assert not rows & set(got.row_BC[[1, 3]].flatten().tolist()) and got.valid_BC.sum(1).tolist()[1::2] == [1, 1]
+    assert zeros.row_BC.shape == (2, 4) and not rows & set(zeros.row_BC.flatten().tolist())
 
 
 def test_the_spare_sequence_is_nobodys() -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What lies in epmoe/, from the ground up; `__init__` is the package's own file. A floor imports only floors below it.
 FLOORS = (
+    {"streams"},
     {"errors"},
     {"batch", "strictjson", "tables", "trace"},
     {"config", "formats", "ranks"},

@@ -157,14 +157,24 @@ class Command:
         return self.process.exitcode
 
 
-@contextmanager
-def commands(
-    fn: Callable[..., None], world_size: int, *args: Any, folder: Path, env: dict[str, str] | None = None
-) -> Iterator[list[Command]]:
-    """Run `ranks.main(fn(*args))` on `world_size` ranks as by hand, without an agent; rank 0 hosts the store."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def commands(
+    fn: Callable[..., None],
+    world_size: int,
+    *args: Any,
+    folder: Path,
+    env: dict[str, str] | None = None,
+    port: int | None = None,
+) -> Iterator[list[Command]]:
+    """Run `ranks.main(fn(*args))` on `world_size` ranks as by hand, without an agent; rank 0 hosts the store."""
+    port = port or free_port()
     started = [
         Command(folder, {**_launch(rank, world_size, port), **(env or {})}, fn, args) for rank in range(world_size)
     ]

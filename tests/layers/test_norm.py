@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compile_sm90 import compile_kernel
+from compile_sm90 import MOST_SHARED, compile_kernel
 from interpret import interpreted
 
 from epmoe.kernels import norm as norm_triton
@@ -197,13 +197,13 @@ def test_compiles_without_spills(rows: int, clear: bool, arch: int) -> None:
     cleared = {**constants, "CLEAR": clear}
     cost = compile_kernel(norm_triton.add_norm_kernel, signature, cleared, options["num_warps"], arch=arch)
     assert cost["spills"] == 0, cost
-    assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
+    assert (cost["waits"], cost["early"]) == (arch >= 90, arch >= 90)  # the next kernel is let in before the wait
     if rows and not clear:
         signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
-        constants |= {"E": 32, "B": norm_triton.OUTPUTS}
+        constants |= {"E": 32, "B": norm_triton.OUTPUTS, "R": norm_triton.RUNS}
         cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)
-        assert cost["spills"] == 0, cost
-        assert (cost["waits"], cost["early"]) == (arch >= 90, 0)
+        assert cost["spills"] == 0 and cost["shared"] <= MOST_SHARED[arch], cost
+        assert (cost["waits"], cost["early"]) == (arch >= 90, arch >= 90)
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ def spans_of(step: Step) -> list[tuple[int, list[int], list[int], int]]:
 @given(counts=st.lists(st.integers(1, 90), min_size=1, max_size=12), seed=st.integers(0, 99), least=st.integers(1, 300))
 @settings(max_examples=300, deadline=None)
 def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
-    """Every token once and in its place; no sequence's single token is split off; about half each; small steps stay."""
+    """Every token once and in its place; about half each; small steps stay."""
     rng = random.Random(seed)
     cached = [rng.randrange(50) for _ in counts]
     ids = [[rng.randrange(1000) for _ in range(count)] for count in counts]
@@ -59,8 +59,6 @@ def test_halves_are_the_step(counts: list[int], seed: int, least: int) -> None:
     for half in halves:
         for sequence, token, position, before in spans_of(half):
             assert position == list(range(before, before + len(token)))
-            whole = counts[sequence - 10]
-            assert len(token) > 1 or whole == 1, "a token of a longer sequence stands alone"
             joined.setdefault(sequence, ([], before))[0].extend(token)
         assert half.token_T.data_ptr() % 16 == 0
     begin = 0

@@ -54,6 +54,22 @@ def test_more_ranks_than_devices(tmp_path: Path) -> None:
         ]
 
 
+def join(timeout_s: float) -> None:
+    with mesh.start(device="cpu", timeout_s=timeout_s):
+        pass
+
+
+def test_a_stranger_at_the_port_is_waited_for_no_longer_than_for_a_rank(tmp_path: Path) -> None:
+    """A service that accepts connections and says nothing; torch alone would wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with commands(join, 2, 2.0, folder=tmp_path, port=port) as started:
+            assert [command.wait(6) for command in started] == [2, 2]
+            assert started[0].stderr.startswith(f"epmoe: error: MASTER_PORT {port} is taken, perhaps by another run: ")
+            cannot = f"epmoe: error: rank 1 cannot use MASTER_ADDR:MASTER_PORT 127.0.0.1:{port} (no answer within 2 s)"
+            assert started[1].stderr == f"{cannot}\n"
+
+
 @pytest.mark.parametrize("size", ["1", "2"])
 def test_no_device_at_all(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many ranks there are is not what is wrong then, and fewer of them are no remedy."""

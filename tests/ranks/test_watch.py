@@ -10,7 +10,7 @@ import pytest
 from spawn import Command, commands
 
 from epmoe import generate, llm
-from epmoe.ranks import launch, mesh
+from epmoe.ranks import launch, mesh, watch
 
 pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
 
@@ -80,3 +80,21 @@ def test_a_rank_that_goes_while_others_wait_is_named(number: Signals, says: str,
         for rank in (0, 2):
             assert started[rank].wait(8) == 1
             assert started[rank].stderr.startswith(f"epmoe: rank 1 {says}")
+
+
+def end_too_early() -> None:
+    """Rank 0 takes the run for finished, as one that counts another run's rank would, and goes; rank 1 is at work."""
+    with mesh.start(device="cpu", timeout_s=8.0) as mine:
+        mine.meet()
+        assert mine.watch is not None
+        if mine.is_main:
+            mine.watch.peers[1].send("bye")
+            time.sleep(0.5)
+            watch.leave(0)
+        time.sleep(1000)
+
+
+def test_an_end_counts_only_after_a_ranks_own(tmp_path: Path) -> None:
+    with commands(end_too_early, 2, folder=tmp_path) as started:
+        assert [command.wait(8) for command in started] == [0, 1]
+        assert started[1].stderr == "epmoe: rank 0 ended without a word (killed?); rank 1 ends too\n"

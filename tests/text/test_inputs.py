@@ -64,6 +64,9 @@ def test_the_file_of_prompts(checkpoint: Checkpoint, tmp_path: Path, name: Calla
     with pytest.raises(UserError, match="the file of prompts"):
         check(checkpoint, prompts, output)
     check(checkpoint, tmp_path / "other.jsonl", prompts)
+    os.link(prompts, tmp_path / "other.jsonl.unfinished")
+    with pytest.raises(UserError, match="is written by way of the file of prompts"):
+        check(checkpoint, tmp_path / "other.jsonl", prompts)
     check(checkpoint, output)
     check(checkpoint, "", prompts)
     check(checkpoint, output, tmp_path / "missing")  # for `read` to say

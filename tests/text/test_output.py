@@ -1,9 +1,9 @@
-"""Output: texts in the order of the prompts, stop strings, files that are whole or not there."""
+"""Output: texts in the order of the prompts, stop strings, what a record holds, readers that go away."""
 
 import io
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harmony_cases import CONTROLS
@@ -11,7 +11,7 @@ from scripted import save_tokenizer
 
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
 from epmoe.errors import UserError
-from epmoe.text.output import Output, check_writable, write_lines
+from epmoe.text.output import Output
 from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.checkpoint import Checkpoint
 
@@ -141,14 +141,12 @@ def test_a_stop_string_in_what_was_no_header_is_a_stop(tokenizer: Tokenizer, rea
 
 
 def test_record_of_a_request(tokenizer: Tokenizer) -> None:
-    out = output(tokenizer, 1)
+    out = Output(tokenizer, [Request((1, 2, 3), SamplingParams(logprobs=2))], io.StringIO())
     out.on_token(0, ord("a"))
-    out.on_finish(0, Result((97,), "stop", 0.25, 0.5, ()))
     logprobs = (TokenLogprobs(-0.5, ((97, -0.5), (98, -2.0))),)
-    request = Request((1, 2, 3), SamplingParams(logprobs=2))
-    line = json.loads(json.dumps(out.record(0, request, Result((97,), "stop", 0.25, 0.5, logprobs))))
+    out.on_finish(0, Result((97,), "stop", 0.25, 0.5, logprobs))
+    line = json.loads(json.dumps(out.record(0, Result((97,), "stop", 0.25, 0.5, logprobs))))
     assert line == {
-        "index": 0,
         "prompt_tokens": 3,
         "ids": [97],
         "text": "a",
@@ -170,64 +168,66 @@ def test_record_of_a_request(tokenizer: Tokenizer) -> None:
     }
 
 
-def test_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    file = tmp_path / "out.jsonl"
-    file.write_text("old\n")
-    with pytest.raises(TypeError):
-        write_lines(str(file), [{"a": 1}, {"b": object()}])  # fails half-way
-    assert file.read_text() == "old\n" and list(tmp_path.iterdir()) == [file]
-    with file.open() as old:
-        write_lines(str(file), [{"a": "é"}, {"b": 2}])
-        assert old.read() == "old\n"  # replaced in one step, not written over
-    assert file.read_text(encoding="utf-8") == '{"a": "é"}\n{"b": 2}\n'
-    assert list(tmp_path.iterdir()) == [file]
+class Gone(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
 
 
-def test_places_that_cannot_be_written_are_found_early(tmp_path: Path) -> None:
-    check_writable("")
-    check_writable(str(tmp_path / "new.jsonl"))
-    for name, message in {str(tmp_path): "is a directory", str(tmp_path / "no" / "o.jsonl"): "does not exist"}.items():
-        with pytest.raises(UserError, match=message):
-            check_writable(name)
+def test_a_reader_that_goes_away_ends_nothing_while_answers_are_kept(tokenizer: Tokenizer) -> None:
+    kept: list[tuple[int, str, str]] = []
+
+    def keep(index: int, record: dict[str, Any]) -> None:
+        kept.append((index, record["text"], record["finish_reason"]))
+
+    out = Output(tokenizer, [Request((1,), SamplingParams())] * 2, Gone(), keep)
+    for index, letter in ((0, "a"), (1, "x"), (0, "b")):
+        out.on_token(index, ord(letter))
+    out.on_finish(1, DONE)
+    assert kept == [(1, "x", "length")]  # at once, though it is not its turn to be printed
+    out.on_finish(0, DONE)
+    assert kept[1:] == [(0, "ab", "length")]
+    with pytest.raises(BrokenPipeError):
+        Output(tokenizer, [Request((1,), SamplingParams())], Gone()).on_token(0, ord("a"))
 
 
-def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
-    """Who may write to /dev would lose /dev/stdout to a file of that name."""
-    os.mkfifo(tmp_path / "pipe")
-    for name in (str(tmp_path / "pipe"), os.devnull):
-        with pytest.raises(UserError, match="is no plain file"):
-            check_writable(name)
+def test_an_answer_is_kept_before_it_is_printed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under standard output takes no answer with it."""
+    kept: list[int] = []
+    out = Output(tokenizer, [Request((1,), SamplingParams())], io.StringIO(), lambda index, record: kept.append(index))
+    monkeypatch.setattr(out.stdout, "flush", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        out.on_finish(0, DONE)
+    assert kept == [0]
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/o.jsonl", "a" * 300, "loop/o.jsonl", "file/o.jsonl"])
-def test_a_strange_place_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the generation, not after it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^output=.*: "):
-        check_writable(name)
+def test_texts_are_fed_without_standard_output(tokenizer: Tokenizer) -> None:
+    """It may be closed; the record has the text all the same."""
+    kept: list[str] = []
+    requests = [Request((1,), SamplingParams())]
+    out = Output(tokenizer, requests, None, lambda index, record: kept.append(record["text"]))
+    out.on_token(0, ord("a"))
+    out.on_finish(0, DONE)
+    assert kept == ["a"]
 
 
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    file, link = tmp_path / "file.jsonl", tmp_path / "link.jsonl"
-    link.symlink_to(file)
-    check_writable(str(link))
-    write_lines(str(link), [{"a": 1}])
-    assert link.is_symlink() and file.read_text() == '{"a": 1}\n'
+def test_an_answer_that_failed_is_no_text(tokenizer: Tokenizer) -> None:
+    failed = Result((), "error", 0.1, 0.2, ())
+    out = output(tokenizer, 3, ("END",))
+    out.on_token(1, ord("a"))
+    for index in range(3):
+        out.on_finish(index, failed)
+    assert printed(out) == "a\n\n"  # the tokens before it failed
+    assert [each.finish_reason for each in out.answers] == ["error"] * 3
 
 
-def test_full_disk_is_one_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Under standard output as under the file, of which nothing is left."""
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
 
+def test_full_disk_is_one_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     out = output(tokenizer, 1)
-    monkeypatch.setattr(out.stdout, "flush", fail)
+    monkeypatch.setattr(out.stdout, "flush", full_disk)
     with pytest.raises(UserError, match=r"standard output cannot be written \(No space left on device\)"):
         out.on_token(0, ord("a"))
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"o\.jsonl cannot be written \(No space left on device\)"):
-        write_lines(str(tmp_path / "o.jsonl"), [{"a": 1}])
-    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import Command, commands
+from spawn import Command, commands, free_port
 
 from epmoe.errors import UserError
 from epmoe.ranks import mesh
@@ -267,10 +267,12 @@ def test_rank_that_does_not_finish_is_named(tmp_path: Path) -> None:
 
 def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     """The wait at the start is bounded; here two of three ranks are started."""
-    with commands(add_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}) as started:
+    port = free_port()
+    says = f"epmoe: rank 2 did not come to MASTER_PORT {port} within 3 s; rank {{}} ends too"
+    with commands(add_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}, port=port) as started:
         assert end_all(started, 30) == [1, 1]
         for rank in (0, 1):
-            assert lines(started[rank]) == [f"epmoe: rank 2 did not come within 3 s; rank {rank} ends too"]
+            assert lines(started[rank]) == [says.format(rank)]
 
 
 def meet_a_stranger() -> None:

@@ -1,4 +1,4 @@
-"""Decode: sequences that bring one token each, in splits of their positions, and the splits' combination.
+"""Decode: a step of one token for each sequence, in splits of their positions, and the splits' combination.
 
 Letters: attention_kernels.py. S splits that are combined at a time.
 """

@@ -1,6 +1,6 @@
 """Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
 
-Letters: T tokens of a step · B sequences that decode · P spans, sequences that bring several tokens · E query heads ·
+Letters: T tokens of a step · B sequences that decode · P spans, prompts or pieces of them · E query heads ·
 J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a layer's cache.
 
 A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for

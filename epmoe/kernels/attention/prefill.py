@@ -1,4 +1,4 @@
-"""Prefill: spans, sequences that bring several tokens. Their keys and values are put into place, then they attend.
+"""Prefill: spans, prompts or pieces of them. Their keys and values are put into place, then they attend.
 
 Letters: attention_kernels.py. Q tokens of a tile.
 

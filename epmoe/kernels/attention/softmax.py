@@ -1,6 +1,6 @@
 """What attention's kernels share: the running softmax, the rotation, the rows of the cache.
 
-Letters: T tokens of a step · B sequences that decode · P spans (sequences that bring several tokens) · J key/value
+Letters: T tokens of a step · B sequences that decode · P spans (prompts, or pieces of them) · J key/value
 heads · E = J·G query heads · D head dimension · F = D/2 · R rows of a layer's cache · in a program: M rows of a query
 tile, N positions of a block · a span is (first token, last token + 1, cached positions, sequence).
 

@@ -13,7 +13,6 @@ Letters: T tokens · K experts per token · H hidden.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from epmoe.kernels import symmetric
 from epmoe.ranks.mesh import Ranks
+from epmoe.streams import tell
 
 # Holds the rows of 1,456 tokens of gpt-oss in bf16 (4 rows of 2880 a token), of 728 in float32: more than a decode step
 # is likely to have. A larger prefill goes by the process group, which takes a tenth longer there (8192 tokens: 642 µs
@@ -111,7 +111,7 @@ def connect(ranks: Ranks, room: int = ROOM) -> SymmetricRows | None:
                 ranks.until_end.append(shared)
                 return shared
     if ranks.is_main:
-        print(f"epmoe: combine=slots goes by the process group, not by symmetric memory: {reason}", file=sys.stderr)
+        tell(f"epmoe: combine=slots goes by the process group, not by symmetric memory: {reason}")
     return None
 
 

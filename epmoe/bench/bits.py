@@ -1,0 +1,155 @@
+"""Whose bits follow the company: the same prompts run in several ways, compared bit for bit.
+
+python -m epmoe.bench bits size=20b
+python -m epmoe.bench bits checkpoint=DIRECTORY prompts=8
+
+Prompts of random ids and lengths, every other one sampled at temperature 1, all with log-probabilities. A row of the
+table is a way to run them; it says of how many prompts the tokens are those of the first row, and of how many the
+log-probabilities too, in every bit.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from epmoe.bench.weights import RandomCheckpoint
+from epmoe.config.compose import parse
+from epmoe.config.keys import Names, Range, key
+from epmoe.config.schema import ModelKeys
+from epmoe.engine.engine import Engine
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
+from epmoe.errors import UserError
+from epmoe.llm import LLM, join
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.hub import resolve
+
+LOGPROBS = 4
+
+
+@dataclass(frozen=True)
+class BitsConfig(ModelKeys):
+    """What one run of `epmoe.bench bits` does."""
+
+    subject: ClassVar[str] = "a comparison of bits"
+    ignored: ClassVar[tuple[str, ...]] = ("runtime.max_batch", "runtime.prefill_chunk")
+    usage: ClassVar[str] = """\
+Run the same prompts alone, in batches, in chunks and in another order, and compare every bit.
+
+  python -m epmoe.bench bits key=value ...
+  torchrun --nproc-per-node N -m epmoe.bench bits key=value ...
+
+The table goes to standard output and ends in one line of JSON."""
+
+    size: str | None = key(None, "random weights of this size", Names(table="epmoe.weights.synthetic:SIZES"))
+    prompts: int = key(32, "prompts that are compared", Range(low=2))
+    longest: int = key(300, "tokens of the longest prompt; the shortest has 1", Range(low=2))
+    new: int = key(48, "new tokens of each", Range(low=1))
+
+    def check(self) -> None:
+        if self.size and self.checkpoint:
+            raise UserError(f"size={self.size} and checkpoint={self.checkpoint!r} exclude each other: give one")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the prompts."""
+
+    name: str
+    batch: int  # the most at a time
+    chunk: int = 0  # prompt tokens of a step; 0: the default
+    graphs: bool = True  # where there can be any
+    reverse: bool = False  # the last prompt comes first
+    abort: bool = False  # another prompt comes first and is put away while the others run
+
+
+def ways(prompts: int) -> list[Way]:
+    """The first one is what the others are compared with."""
+    return [
+        Way(f"a batch of {prompts}", prompts),
+        Way("the same again", prompts),
+        Way("without CUDA graphs", prompts, graphs=False),
+        Way("in another order", prompts, reverse=True),
+        Way("after another's abort", prompts, abort=True),
+        Way("a batch of 7", 7),
+        Way("alone", 1),
+        Way("prompts in chunks of 64", prompts, chunk=64),
+        Way("prompts in chunks of 1000", prompts, chunk=1000),
+    ]
+
+
+def requests(config: BitsConfig, vocab: int) -> list[Request]:
+    """Half of them greedy, half sampled; lengths from 1 to the longest, and such that a chunk leaves a single token."""
+    rng = random.Random(0)
+    edges = [1, config.longest, *(length for length in (65, 129, 1001) if length < config.longest)]
+    lengths = (edges + [rng.randint(1, config.longest) for _ in range(config.prompts)])[: config.prompts]
+    return [
+        Request(
+            tuple(rng.randrange(vocab) for _ in range(length)),
+            SamplingParams(
+                max_new_tokens=config.new, ignore_eos=True, logprobs=LOGPROBS, temperature=float(index % 2), seed=index
+            ),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
+    """Results in the prompts' order; a collective."""
+    config = replace(
+        llm.engine.config, max_batch=way.batch, prefill_chunk=way.chunk, graphs=way.graphs and llm.engine.config.graphs
+    )
+    engine = Engine(llm.model, llm.cache, llm.ranks, config)
+    ordered = list(asked)[::-1] if way.reverse else list(asked)
+    engine.prepare(Workload.of(ordered, way.batch))
+    other = engine.add(ordered[-1]) if way.abort else None
+    ids = [engine.add(request) for request in ordered]
+    found: dict[int, Result] = {}
+    steps = 0
+    while engine.busy:
+        found |= {event.id: event.result for event in engine.step() if isinstance(event, Finished)}
+        steps += 1
+        if steps == 3 and other is not None:
+            engine.abort(other)
+    engine.graphs.close()
+    results = [found[id] for id in ids]
+    return results[::-1] if way.reverse else results
+
+
+def compare(found: Sequence[Result], expected: Sequence[Result]) -> tuple[int, int]:
+    """Of how many prompts the tokens are the same, and of how many the log-probabilities too, bit for bit."""
+    pairs = list(zip(found, expected, strict=True))
+    tokens = [mine.ids == theirs.ids for mine, theirs in pairs]
+    bits = [mine.logprobs == theirs.logprobs for mine, theirs in pairs]
+    return sum(tokens), sum(a and b for a, b in zip(tokens, bits, strict=True))
+
+
+def bits() -> None:
+    config = parse(sys.argv[2:], BitsConfig)
+    config = replace(config, runtime=replace(config.runtime, max_batch=config.prompts))
+    with join(config) as ranks:
+        source = RandomCheckpoint.of(config.size) if config.size else Checkpoint.open(resolve(config.checkpoint))
+        llm = LLM.opened(config, ranks, source)
+        asked = requests(config, llm.architecture.vocab)
+        llm.check(asked)
+        llm.load([request.cached(llm.architecture.max_positions) for request in asked])
+        rows: list[dict[str, Any]] = []
+        first: list[Result] = []
+        for way in ways(config.prompts):
+            results = run(llm, way, asked)
+            first = first or results
+            tokens, same = compare(results, first)
+            rows.append({**asdict(way), "tokens": tokens, "bits": same})
+        if ranks.is_main:
+            print(table(rows, config.prompts))
+            print(json.dumps({"bench": "bits", "model": source.path.name, "ranks": ranks.size, "rows": rows}))
+        llm.close()
+
+
+def table(rows: Sequence[dict[str, Any]], prompts: int) -> str:
+    """Markdown."""
+    lines = [f"| against {rows[0]['name']} | tokens equal | log-probabilities too, bit for bit |", "|---|--:|--:|"]
+    lines += [f"| {row['name']} | {row['tokens']} of {prompts} | {row['bits']} of {prompts} |" for row in rows[1:]]
+    return "\n".join(lines)

@@ -1,0 +1,40 @@
+"""Agreed: of every key it is decided whether ranks must have the same value."""
+
+from dataclasses import replace
+
+import pytest
+
+from epmoe.bench.options import BenchConfig
+from epmoe.config.agreed import OWN, agreed
+from epmoe.config.compose import parse
+from epmoe.config.keys import keys_of
+from epmoe.config.schema import Config, LLMConfig, ModelKeys
+
+# A new key stands here or in OWN: may a rank have a value of its own without another text, a hang or an abort?
+SHARED = {
+    "quant", "experts", "router", "combine", "placement",
+    "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
+    "runtime.cache_tokens", "runtime.graphs",
+}  # fmt: skip
+MEASURED = {"size", "batches", "prompt_tokens", "lengths", "prefill", "repeat", "bandwidth", "flops", "compare"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "more"), [(ModelKeys, set()), (LLMConfig, set()), (Config, set()), (BenchConfig, MEASURED)]
+)
+def test_every_key_is_decided(schema: type[ModelKeys], more: set[str]) -> None:
+    assert set(agreed(schema())) == SHARED | more
+    assert set(keys_of(schema)) <= SHARED | more | set(OWN)
+
+
+def test_own_names_keys_that_exist() -> None:
+    assert set(OWN) <= set(keys_of(Config)) and not set(OWN) & SHARED
+
+
+def test_values_are_spelled_as_on_the_command_line() -> None:
+    config = parse(["batches=1,2", "prefill=2x64", "runtime.prefill_chunk=8", "quant=bf16"], BenchConfig)
+    found = agreed(config)
+    assert (found["batches"], found["prefill"], found["runtime.prefill_chunk"], found["quant"]) == (
+        "1,2", "2x64", "8", "bf16",
+    )  # fmt: skip
+    assert agreed(replace(config, prefill=None))["prefill"] == ""
