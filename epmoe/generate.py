@@ -32,7 +32,7 @@ from epmoe.text.answers import Answers, opened
 from epmoe.text.inputs import check_output_is_no_input
 from epmoe.text.output import Output, standard_output
 from epmoe.text.prompts import get_requests
-from epmoe.text.report import closing_line
+from epmoe.text.report import closing_line, cut
 
 
 def generate() -> None:
@@ -89,7 +89,9 @@ def answer(llm: LLM, requests: Sequence[Request], answers: Answers | None, confi
         with profiled(config.runtime.profile, ranks):
             results = llm.engine.generate(requests, output.on_token, output.on_finish)
     before = len(answers.good) - len(requests) if answers is not None else 0
-    return closing_line(results, ready_s, llm.report.bytes_read, ranks, before=before)
+    reasons = [each.finish_reason for each in output.answers]
+    line = closing_line(results, ready_s, llm.report.bytes_read, ranks, before=before)
+    return line + cut(requests, results, reasons)
 
 
 if __name__ == "__main__":

@@ -41,14 +41,16 @@ from epmoe.text.messages import Message
 from epmoe.text.output import Answer
 from epmoe.text.prompts import Prompt, default_params, encode, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
+from epmoe.text.variables import configured
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
-# A text to continue or to answer, a conversation for the chat template, or token ids.
-PromptLike = str | Sequence[Message] | Sequence[int]
+# A text to continue or to answer, a conversation for the chat template, or token ids; or an object as in a line of
+# `prompts=`: {"messages": […], "tools": […]}.
+PromptLike = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
 Prompts = PromptLike | Sequence[PromptLike]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -172,7 +174,8 @@ class LLM:
 
         Args:
             prompts: one or several. A text goes through the checkpoint's chat template where `chat` says so, as on the
-                command line; messages always do; token ids go in as they are.
+                command line; messages always do; token ids go in as they are. An object has `prompt` or `messages`, and
+                what differs for it of the parameters and of the chat template's variables.
             params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
         Raises:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
@@ -246,18 +249,18 @@ class LLM:
         return requests
 
     def _encoded(self, prompts: Sequence[PromptLike], params: Sequence[SamplingParams]) -> list[Request]:
-        found = []
+        found, given = [], configured(self.config)
         for number, (prompt, each) in enumerate(zip(prompts, params, strict=True), 1):
-            if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            origin = f"prompt {number}"
+            if isinstance(prompt, str | Mapping) or (prompt and isinstance(prompt[0], Mapping)):
                 content: Any = prompt
-                text = Prompt(f"prompt {number}", content, each)
-                ids = encode(text, self.tokenizer, self.config.chat, self.config.system)
+                is_object = isinstance(prompt, Mapping)
+                text = Prompt.of(origin, content, each) if is_object else Prompt(origin, content, each)
+                ids, each = encode(text, self.tokenizer, self.config.chat, self.config.system, given), text.params
             else:
                 ids = [int(id) for id in prompt if isinstance(id, int)]
                 if len(ids) != len(prompt) or min(ids, default=0) < 0:
-                    raise UserError(
-                        f"prompt {number} is no text, no messages and no list of token ids: give one of them"
-                    )
+                    raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
             found.append(Request(tuple(ids), each))
         return found
 
@@ -290,7 +293,9 @@ class LLM:
 
 def _several(prompts: Prompts) -> list[PromptLike]:
     """One prompt as a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+    first = None if isinstance(prompts, str | Mapping) or not prompts else prompts[0]
+    message = isinstance(first, Mapping) and "prompt" not in first and "messages" not in first
+    if isinstance(prompts, str | Mapping) or isinstance(first, int) or message:
         one: Any = prompts
         return [one]
     many: Any = prompts

@@ -14,6 +14,7 @@ from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
+from epmoe.weights.synthetic import make_checkpoint
 
 KEYS: dict[str, Any] = {"runtime": {"device": "cpu", "dtype": "float32"}, "max_new_tokens": 12}
 PROMPTS = ["It was a fine morning, and", "In the days of old", "There"]
@@ -37,6 +38,31 @@ def test_each_prompt_may_bring_its_own_parameters(llm: LLM) -> None:
     params = [SamplingParams(max_new_tokens=n, logprobs=n) for n in (1, 2, 3)]
     answers = llm.generate(PROMPTS, params)
     assert [len(each.ids) for each in answers] == [len(each.logprobs) for each in answers] == [1, 2, 3]
+
+
+TEMPLATE = "{{ messages[0].content }}{{ effort }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+
+
+def test_a_prompt_may_be_an_object_with_what_its_template_reads(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, max_position=64)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    words = {"messages": [{"role": "user", "content": "a"}]}
+    prompts: list[Any] = [
+        {"prompt": "a", "max_new_tokens": 2},
+        {**words, "tools": [{"name": "f"}]},
+        "b",
+        words["messages"],
+    ]
+    with LLM(tmp_path, template={"effort": 7}, max_new_tokens=3, runtime=KEYS["runtime"]) as llm:
+        answers = llm.generate(prompts)
+        assert [llm.tokenizer.decode(each.prompt_ids) for each in answers] == ["a7", "a7f", "b7", "a7"]
+        assert [len(each.ids) <= most for each, most in zip(answers, (2, 3, 3, 3), strict=True)] == [True] * 4
+        assert llm.generate(prompts[1])[0].prompt_ids == answers[1].prompt_ids
+        assert "".join(llm.stream({**words, "effort": 7})) == answers[3].text
+        with pytest.raises(UserError, match=r"^prompt 2: unknown key 'effrt'; .*did you mean effort"):
+            llm.generate([prompts[0], {**words, "effrt": 7}])
+        with pytest.raises(UserError, match=r"^prompt 1: give either prompt or messages"):
+            llm.generate({**words, "prompt": "a"})
 
 
 def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from epmoe.config.keys import Key, Names, Numbers, build, groups_of, keys_of, known_instead
+from epmoe.config.keys import Key, Names, Numbers, build, groups_of, keys_of, known_instead, scalar
 from epmoe.config.schema import Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
 
@@ -49,6 +49,10 @@ def parse(argv: Sequence[str], schema: type[Any] = Config) -> Any:
         if name in groups_of(schema):
             chosen[name] = word
             continue
+        if (each := _open_key(name, schema)) is not None:
+            leaf = name.removeprefix(f"{each.name}.")
+            values[each.name] = each.accept({**dict(values.get(each.name, ())), leaf: scalar(name, word)})
+            continue
         each = keys_of(schema)[name]
         value = each.read(word)
         values[name] = (*values.get(name, ()), *value) if each.collects and value else value
@@ -74,7 +78,9 @@ def from_keys(keys: Mapping[str, Any], schema: type[Any] = LLMConfig) -> Any:
     chosen: dict[str, str] = {}
     values: dict[str, Any] = {}
     for name, value in keys.items():
-        if name not in groups_of(schema):
+        if (each := _open_key(name, schema)) is not None:
+            values[each.name] = {**dict(values.get(each.name, ())), name.removeprefix(f"{each.name}."): value}
+        elif name not in groups_of(schema):
             values[name] = value
         elif isinstance(value, Mapping):
             values |= {f"{name}.{leaf}": each for leaf, each in value.items()}
@@ -151,12 +157,19 @@ def _top(schema: type[ModelKeys]) -> list[str]:
     return [*(name for name in keys_of(schema) if "." not in name), *groups_of(schema)]
 
 
+def _open_key(name: str, schema: type[ModelKeys]) -> Key | None:
+    """The key that `name` gives a value under a name of its own: `template` of template.NAME."""
+    key, dot, leaf = name.partition(".")
+    found = _heeded(schema).get(key)
+    return found if found is not None and found.names_its_own and dot and leaf.isidentifier() else None
+
+
 def _known_key(name: str, schema: type[ModelKeys], given: str = "") -> Key:
     """The key of that name (`given`: how it was spelled); UserError when it means nothing to this schema."""
     keys, groups = _heeded(schema), groups_of(schema)
     if name in keys:
         return keys[name]
-    if name in schema.ignored or name in keys_of(Config) or name in groups_of(Config):
+    if name in schema.ignored or name in keys_of(Config) or name in groups_of(Config) or _open_key(name, Config):
         raise UserError(f"{name} means nothing to {schema.subject}; known: {', '.join(_top(schema))}")
     group = name.partition(".")[0]
     known = [each for each in keys if each.startswith(f"{group}.")] if group in groups else _top(schema)
@@ -172,7 +185,7 @@ def _split(argument: str, schema: type[ModelKeys]) -> tuple[str, str]:
     if not equals and plain == name:
         known = ", ".join(_top(schema))
         raise UserError(f"argument {argument!r} is not of the form key=value; known: {known} (--help explains them)")
-    if plain not in groups_of(schema):
+    if plain not in groups_of(schema) and _open_key(plain, schema) is None:
         _known_key(plain, schema, name)
     if plain != name:
         raise UserError(f"{name!r}: keys are neither added nor removed; write {plain}=value")
@@ -197,11 +210,11 @@ def _without_cfg(argv: Sequence[str]) -> tuple[bool, list[str]]:
 
 def _shown(config: ModelKeys) -> dict[str, Any]:
     """All that `config` holds and heeds, as plain values."""
-    shown = asdict(config)
+    shown, keys = asdict(config), keys_of(type(config))
     for name in config.ignored:
         group, _, leaf = name.rpartition(".")
         del (shown[group] if group else shown)[leaf]
-    return shown
+    return {name: dict(each) if name in keys and keys[name].names_its_own else each for name, each in shown.items()}
 
 
 def _leave(message: str) -> None:

@@ -6,6 +6,7 @@ A key's value comes as a word of the command line (`Key.read`) or as a Python va
 caller. A schema is a frozen dataclass of keys and of groups, which are schemas themselves.
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ from itertools import pairwise
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
+from epmoe import strictjson
 from epmoe.errors import UserError
 
 Schema = TypeVar("Schema")
+Variables = tuple[tuple[str, Any], ...]  # names and JSON values: a mapping that nobody changes
 
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what a tensor can hold; no infinity
 TYPES = {
     bool: "true or false",
@@ -27,6 +31,7 @@ TYPES = {
     float: "a number",
     str: "text",
     tuple[str, ...]: "a list of texts that are not empty",
+    Variables: "values by name, name.NAME=value",
 }
 
 
@@ -115,7 +120,7 @@ class Key:
     """One key under its full name, such as sampling.seed.
 
     `kind` is the type of its value, None aside, which `optional` allows: bool, int, float, str, tuple[str, ...],
-    tuple[int, ...] or a tuple of so many ints.
+    tuple[int, ...], a tuple of so many ints, or Variables, whose names are the user's own.
     """
 
     name: str
@@ -135,6 +140,11 @@ class Key:
         """Whether the key, given again, adds a value; given without one, it drops those before."""
         return self.kind == tuple[str, ...]
 
+    @property
+    def names_its_own(self) -> bool:
+        """Whether it is given as key.NAME=value, with any name."""
+        return self.kind == Variables
+
     def read(self, word: str) -> Any:
         """The value that a word of the command line spells.
 
@@ -145,6 +155,8 @@ class Key:
             return self.accept(word)
         if self.collects:
             return self.accept((word,) if word else ())
+        if self.names_its_own:
+            raise self._refused(word)
         word = word.strip()
         if self.optional and not word:
             return None
@@ -166,6 +178,8 @@ class Key:
         """
         if value is None and self.optional:
             return None
+        if self.names_its_own and isinstance(value, Mapping):
+            value = tuple(value.items())
         if not self._fits(value):
             raise self._refused(value)
         if isinstance(self.allowed, Names) and not self.allowed.holds(value):
@@ -186,7 +200,7 @@ class Key:
             case Range():
                 words = self.allowed.words(TYPES[self.kind])
             case None:
-                words = TYPES[self.kind]
+                words = TYPES[self.kind].replace("name.", f"{self.name}.")
         return words + (", or nothing" if self.optional and not self.is_text else "")
 
     def spelled(self, value: Any) -> str:
@@ -215,6 +229,8 @@ class Key:
         """Whether a Python value is of the key's type: a whole number is a number, true is none."""
         if self.collects:
             return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
+        if self.names_its_own:
+            return isinstance(value, tuple) and all(str(name).isidentifier() and _is_json(each) for name, each in value)
         if isinstance(self.allowed, Numbers):
             fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
             least = 0 if self.allowed.empty else 1
@@ -269,6 +285,31 @@ def accept_all(config: Any) -> None:
     """
     for each in keys_of(type(config)).values():
         object.__setattr__(config, each.name, each.accept(getattr(config, each.name)))
+
+
+def scalar(name: str, word: str) -> Any:
+    """What a word of the command line stands for where any type may: JSON, or else the text as it is.
+
+    true, false and null may begin with a capital letter, as Python writes them.
+
+    Raises:
+        UserError: it begins like a list, an object or a text of JSON, and is none.
+    """
+    if (constant := word.strip().lower()) in CONSTANTS:
+        return CONSTANTS[constant]
+    try:
+        return strictjson.loads(word)
+    except ValueError as error:
+        if word.lstrip().startswith(("[", "{", '"')):
+            raise UserError(f"{name}={word!r} begins like JSON and is none ({error}): mend it, or quote it") from error
+        return word
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return isinstance(json.dumps(value, allow_nan=False), str)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def known_instead(wrong: str, known: Sequence[str], candidates: Sequence[str] = ()) -> str:

@@ -10,7 +10,7 @@ Sampling and Length    also what one request may ask for (engine/request.py)
 from dataclasses import dataclass
 from typing import ClassVar
 
-from epmoe.config.keys import Names, Numbers, Range, key
+from epmoe.config.keys import Names, Numbers, Range, Variables, key
 from epmoe.errors import UserError
 
 
@@ -95,6 +95,11 @@ class LLMConfig(Length, ModelKeys):
 
     system: str | None = key(None, "system message for the chat template; conversations may have their own")
     chat: str = key("auto", "apply the checkpoint's chat template", Names(("auto", "on", "off")))
+    reasoning_effort: str | None = key(None, "how much to think, as the chat template spells it: low, medium, high")
+    tools: str = key("", "a file with the tools that may be called: a JSON list of objects, as for OpenAI")
+    template: Variables = key(
+        (), "template.NAME=value: any other variable that the chat template reads, as JSON or text"
+    )
     sampling: Sampling = key(Sampling(), "how the next token is chosen")
 
 

@@ -37,6 +37,8 @@ def _inputs(config: Config, checkpoint: Checkpoint) -> Iterator[tuple[str, os.st
             yield f"the checkpoint's {file.name}", file.stat()
     for file in checkpoint.files:
         yield f"the checkpoint's {file.name}", file.stat()
+    if config.tools and os.path.exists(tools := os.path.expanduser(config.tools)):
+        yield "the file of tools", os.stat(tools)
     for file in conf_dir().rglob("*.yaml"):
         yield f"the configuration's {file.name}", file.stat()
     if config.prompts == "-":

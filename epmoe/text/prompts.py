@@ -3,7 +3,8 @@
     prompt="…"            one prompt
     prompts=file.txt      the whole file is one prompt
     prompts=file.jsonl    one prompt a line: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
-                          any key of the group `sampling` and max_new_tokens for this prompt alone; .ndjson is the same
+                          any key of the group `sampling`, max_new_tokens and variables of the chat template for this
+                          prompt alone; .ndjson is the same
     prompts=-             all of standard input is one prompt
 
 Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for
@@ -12,8 +13,8 @@ the date. They wait for the requests, so standard input must end within runtime.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from epmoe.streams import tell
 from epmoe.text.instructions import rendered
 from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
+from epmoe.text.variables import Variables, check_variables, configured, told
 
 # What the embedded model continues when nothing is asked.
 DEFAULT_PROMPT = "It was a fine morning, and"
 
+KEYS = ("prompt", "messages", *(item.name for item in fields(SamplingParams)))  # of a line, beside variables
 LINES = (".jsonl", ".ndjson")  # how the name of a file with a prompt a line ends, in any case
 
 
@@ -38,17 +41,46 @@ LINES = (".jsonl", ".ndjson")  # how the name of a file with a prompt a line end
 class Prompt:
     """A text or a conversation; `origin` says where it came from, for messages about it.
 
+    `variables` are its own ones for the chat template.
+
     Raises:
-        UserError: neither of them.
+        UserError: neither of them, or variables that cannot be.
     """
 
     origin: str
     content: str | Sequence[Message]
     params: SamplingParams
+    variables: Variables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
             check_conversation(self.origin, self.content)
+        check_variables(self.origin, self.variables)
+
+    @classmethod
+    def of(cls, origin: str, given: Mapping[str, Any], default: SamplingParams) -> "Prompt":
+        """From an object with `prompt` or `messages`, sampling that differs from `default`, and variables.
+
+        Raises:
+            UserError: with `origin`, wrong types, values out of range. Unknown names are for `encode` to refuse, which
+                knows what the template reads.
+        """
+        others = {name: value for name, value in given.items() if name not in KEYS}
+        if ("prompt" in given) == ("messages" in given):
+            if others and "prompt" not in given:  # one of them, misspelled?
+                name = next(iter(others))
+                raise UserError(f"{origin}: unknown key {name!r}{known_instead(name, KEYS)}")
+            raise UserError(f"{origin}: give either prompt or messages")
+        content = given["prompt"] if "prompt" in given else given["messages"]
+        if "prompt" in given and not isinstance(content, str):
+            raise UserError(f"{origin}: prompt={content!r} is not text")
+        if "messages" in given:
+            check_conversation(origin, content)
+        try:
+            own = replace(default, **{name: given[name] for name in KEYS[2:] if name in given})
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        return cls(origin, content, own, others)
 
 
 def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Request]:
@@ -64,7 +96,8 @@ def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Req
         if config.chat == "auto":
             reason = "" if chat == "on" else ": the checkpoint has no chat template"
             tell(f"epmoe: chat={chat} (auto{reason})")
-        return [Request(tuple(encode(each, tokenizer, chat, config.system)), each.params) for each in prompts]
+        given = configured(config)
+        return [Request(tuple(encode(each, tokenizer, chat, config.system, given)), each.params) for each in prompts]
 
     return share(ranks, found)
 
@@ -119,32 +152,35 @@ def resolve_chat(wanted: str, tokenizer: Tokenizer) -> str:
     return "off" if tokenizer.chat is None else "on"
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None) -> list[int]:
+def encode(
+    prompt: Prompt, tokenizer: Tokenizer, chat: str, system: str | None, given: Variables | None = None
+) -> list[int]:
     """Token ids of a prompt, through the chat template if `chat` is on, or auto and the checkpoint has one.
 
-    `system` becomes the first message of a conversation that has no system message of its own: see `rendered`.
+    `system` becomes the first message of a conversation that has no system message of its own: see `rendered`. `given`
+    are variables for the template, where the prompt has no others: see `told`.
 
     Raises:
-        UserError: the prompt cannot be what `chat` and `system` ask for, the template refuses its messages or drops
-            some of their instructions, or the vocabulary cannot spell it.
+        UserError: the prompt cannot be what `chat`, `system` and `given` ask for, the template refuses its messages,
+            drops some of their instructions or reads no such variable, or the vocabulary cannot spell it.
     """
     is_text = isinstance(prompt.content, str)
-    use_chat = resolve_chat(chat, tokenizer) == "on"
-    if use_chat and tokenizer.chat is None:
+    template = tokenizer.chat if resolve_chat(chat, tokenizer) == "on" else None
+    if chat == "on" and template is None:
         raise UserError("chat=on, but the checkpoint has no chat template: use chat=off")
-    if not use_chat and not is_text:
+    if template is None and not is_text:
         raise UserError(f"{prompt.origin}: messages need the checkpoint's chat template: give a prompt, or chat=on")
-    if not use_chat and system is not None:
+    if template is None and system is not None:
         raise UserError(f"system={system!r} needs the checkpoint's chat template: leave it out, or use chat=on")
     if prompt.content == "":
         raise UserError(f"{prompt.origin} is empty: give some text")
     messages = [_user(prompt.content)] if isinstance(prompt.content, str) else prompt.content
     try:
-        if not use_chat:
+        variables = told(template, given or {}, prompt.variables, KEYS)
+        if template is None:
             assert isinstance(prompt.content, str)
             return tokenizer.encode(prompt.content, special=True)
-        assert tokenizer.chat is not None
-        return tokenizer.encode(rendered(tokenizer.chat, messages, system), special=False)
+        return tokenizer.encode(rendered(template, messages, system, variables), special=False)
     except UserError as error:
         raise UserError(f"{prompt.origin}: {error}") from None
 
@@ -179,27 +215,11 @@ def _json_lines(name: str, default: SamplingParams) -> list[Prompt]:
 
 
 def _json_line(origin: str, line: str, default: SamplingParams) -> Prompt:
-    """Raises UserError with `origin` for what is no JSON object, unknown keys, wrong types, values out of range."""
+    """Raises UserError with `origin` for what is no JSON object, and as `Prompt.of`."""
     try:
         given = strictjson.loads(line)
     except ValueError as error:
         raise UserError(f"{origin}: not JSON ({error})") from error
     if not isinstance(given, dict):
         raise UserError(f'{origin}: {type(given).__name__}, expected an object such as {{"prompt": "…"}}')
-    params = [item.name for item in fields(SamplingParams)]
-    known = ["prompt", "messages", *params]
-    for name in given:
-        if name not in known:
-            raise UserError(f"{origin}: unknown key {name!r}{known_instead(name, known)}")
-    if ("prompt" in given) == ("messages" in given):
-        raise UserError(f"{origin}: give either prompt or messages")
-    content = given["prompt"] if "prompt" in given else given["messages"]
-    if "prompt" in given and not isinstance(content, str):
-        raise UserError(f"{origin}: prompt={content!r} is not text")
-    if "messages" in given:
-        check_conversation(origin, content)
-    try:
-        own = replace(default, **{name: given[name] for name in params if name in given})
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    return Prompt(origin, content, own)
+    return Prompt.of(origin, given, default)

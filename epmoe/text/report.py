@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from epmoe.engine.request import Result
+from epmoe.engine.request import Request, Result
 from epmoe.ranks.memory import peak_bytes
 from epmoe.ranks.mesh import Ranks
 
@@ -23,6 +23,34 @@ def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ran
         f"{len(values)} rank{'s' if len(values) > 1 else ''}, {each}read {_span([read for read, _ in values])} "
         f"and used {_span([used for _, used in values])} of memory at the peak{_known(before)}"
     )
+
+
+def cut(requests: Sequence[Request], results: Sequence[Result], reasons: Sequence[str]) -> str:
+    """The end of the closing line: how many answers did not end by themselves, and what cut them; "" if none was.
+
+    `reasons` are the answers' finish reasons, which know of a stop string that came with the last token.
+    """
+    limits = [request.params.max_new_tokens for request in requests]
+    lengths = [
+        (len(result.ids), limit)
+        for result, limit, reason in zip(results, limits, reasons, strict=True)
+        if reason == "length"
+    ]
+    by = {limit for length, limit in lengths if length == limit}
+    few = sum(length == limit for length, limit in lengths)
+    value = f"={by.pop()}" if len(by) == 1 else ""
+    said = [
+        (few, f"cut by max_new_tokens{value}"),
+        (len(lengths) - few, "cut at the last of the model's positions"),
+    ]
+    return "".join(f"; {_answers(count, len(results))} {what}" for count, what in said if count)
+
+
+def _answers(count: int, total: int) -> str:
+    """The beginning of a sentence about so many of all answers."""
+    if count == total:
+        return "the answer was" if total == 1 else f"all {total} answers were"
+    return f"{count} of {total} answers {'was' if count == 1 else 'were'}"
 
 
 def _known(before: int) -> str:

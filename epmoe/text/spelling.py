@@ -37,16 +37,18 @@ class Spelling:
             self._check_characters(text, encoded)
 
     def _check_characters(self, text: str, encoded: tokenizers.Encoding) -> None:
+        """In time linear in the text, whatever stands in it."""
         plain = self._normalized(text)
-        for character in sorted(set(plain) - self.spelled):
-            if self._is_spelled(character):
-                self.spelled.add(character)
-                continue
-            sources = {each for each in set(text) if character in self._normalized(each)}
-            if not sources:  # made of several
-                raise _no_token(plain, plain.index(character))
-            if (place := self._outside_added_tokens(sources, text, encoded)) is not None:
-                raise _no_token(text, place)
+        unknown = {each for each in set(plain) - self.spelled if not self._is_spelled(each)}
+        self.spelled |= set(plain) - unknown
+        if not unknown:
+            return
+        becomes = {each: set(self._normalized(each)) for each in set(text)}
+        if composed := unknown - set().union(*becomes.values()):  # made of several
+            raise _no_token(plain, next(place for place, each in enumerate(plain) if each in composed))
+        sources = {each for each, found in becomes.items() if found & unknown}
+        if (place := self._outside_added_tokens(sources, text, encoded)) is not None:
+            raise _no_token(text, place)
 
     def _normalized(self, text: str) -> str:
         normalizer = self.tokenizer.normalizer

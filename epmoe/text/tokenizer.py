@@ -6,9 +6,11 @@ from pathlib import Path
 
 import tokenizers
 
+from epmoe import strictjson
 from epmoe.errors import UserError, warn
 from epmoe.text.chat import ChatTemplate
 from epmoe.text.chat_files import chat_of, special_tokens
+from epmoe.text.library import guarded, refused
 from epmoe.text.markup import Markup
 from epmoe.text.spelling import Spelling
 from epmoe.weights.checkpoint import Checkpoint
@@ -24,21 +26,22 @@ class Tokenizer:
     def __init__(
         self, file: Path, chat_template: str | Mapping[str, str] | None = None, special: Mapping[str, str] | None = None
     ) -> None:
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{file} cannot be read as a tokenizer ({error}): download it again") from error
-        # Settings for training batches, which some checkpoints leave in the file.
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
         self._make_chat = lambda: None if chat_template is None else ChatTemplate(chat_template, special or {})
-        self.spelling = Spelling(self.tokenizer)
-        added = self.tokenizer.get_added_tokens_decoder()
-        # Harmony's control tokens are special even where the file does not mark them so.
-        self.harmony = Markup.of(self.tokenizer.token_to_id)
-        controls = frozenset() if self.harmony is None else self.harmony.ids
-        self.special_ids = controls | {id for id, token in added.items() if token.special}
-        self.special_names = {self.tokenizer.id_to_token(id): id for id in self.special_ids | added.keys()}
+        _check_json(file)
+        with guarded(f"{file} cannot be read as a tokenizer", "download it again"):
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            # Settings for training batches, which some checkpoints leave in the file.
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.spelling = Spelling(self.tokenizer)
+            added = self.tokenizer.get_added_tokens_decoder()
+            # Harmony's control tokens are special even where the file does not mark them so.
+            self.harmony = Markup.of(self.tokenizer.token_to_id)
+            controls = frozenset() if self.harmony is None else self.harmony.ids
+            self.special_ids = controls | {id for id, token in added.items() if token.special}
+            self.special_names = {self.tokenizer.id_to_token(id): id for id in self.special_ids | added.keys()}
+            # A decoder that fails does so here, where no trace is printed.
+            self.tokenizer.decode(list(range(self.tokenizer.get_vocab_size())), skip_special_tokens=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Tokenizer":
@@ -69,16 +72,32 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (character {error.start}): remove it") from error
-        try:
+        with guarded("the tokenizer cannot encode the text", "change it, or the tokenizer"):
             encoded = self.tokenizer.encode(text, add_special_tokens=special)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"the tokenizer cannot encode the text ({error}): change it, or the tokenizer") from error
-        self.spelling.check(text, encoded)
-        return encoded.ids
+            self.spelling.check(text, encoded)
+            return encoded.ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids as they are, special tokens included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        """The text of some ids as they are, special tokens included.
+
+        Raises:
+            UserError: the tokenizer's decoder fails, although it could decode every id once.
+        """
+        try:
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise refused(error, "the tokenizer cannot decode the answer", "take the model's own tokenizer") from error
+
+
+def _check_json(file: Path) -> None:
+    """Raises UserError for a file that is no JSON; the library takes the last of two equal keys."""
+    try:
+        strictjson.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file} cannot be read as a tokenizer ({said}): download it again") from error
 
 
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -42,6 +42,12 @@ def resolve(checkpoint: str) -> Path:
         return path  # that it is a good checkpoint is for Checkpoint.open to say
     if not _is_hub_id(checkpoint):
         raise UserError(f"checkpoint={checkpoint} is no directory on this machine and no Hub id of the form owner/name")
+    with _wrapped(checkpoint):
+        return _resolved(checkpoint)
+
+
+def _resolved(checkpoint: str) -> Path:
+    """The directory of a Hub id."""
     found = _snapshot(checkpoint)
     if found is not None and not missing(found) and not _unknown(checkpoint, found):
         return found
@@ -53,6 +59,22 @@ def resolve(checkpoint: str) -> Path:
             return found  # what is missing still, the process before this one could not fetch either
         _fetch_small(checkpoint, found)
         return found
+
+
+@contextmanager
+def _wrapped(name: str) -> Iterator[None]:
+    """Whatever the library raises that nobody within has an answer to: it has its own errors, those of what it stands
+    on (the network, locks, JSON), and panics of Rust, which are no Exception.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"checkpoint={name}: the Hub's library failed ({_first_line(error)}): "
+            "give a directory, or clear its folder in the cache"
+        ) from error
 
 
 def _is_hub_id(name: str) -> bool:
@@ -133,7 +155,7 @@ def _fetch_small(name: str, path: Path) -> None:
 def _fetch(name: str, file: str, commit: str) -> str:
     """Download one file, if the repository has it; why it failed, else ""."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(name, file, revision=commit)
@@ -141,12 +163,12 @@ def _fetch(name: str, file: str, commit: str) -> str:
         return _first_line(error)
     except EntryNotFoundError:
         pass  # the library has left its mark
-    except (OSError, HTTPError) as error:
+    except Exception as error:  # the network's, the disk's, the library's own: a run may go on without
         return _first_line(error)
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -157,7 +179,7 @@ def _shown(names: list[str]) -> str:
 def _download(name: str, found: Path | None) -> Path:
     """The snapshot of `main`, downloaded as far as it is not there; `found` is an incomplete one."""
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     cache = huggingface_hub.constants.HF_HUB_CACHE
     lacks = f"is not in the local cache {cache}"
@@ -177,7 +199,7 @@ def _download(name: str, found: Path | None) -> Path:
             f"checkpoint={name} {lacks} and the Hub cannot be reached: "
             "give a directory, or download it where there is a network"
         ) from error
-    except (OSError, HTTPError) as error:  # the network or the disk, half-way
+    except Exception as error:  # the network or the disk, half-way
         raise UserError(
             f"the download of checkpoint={name} failed ({_first_line(error)}): run again, it continues"
         ) from error

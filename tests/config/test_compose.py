@@ -68,7 +68,10 @@ def test_every_text_key_is_literal(key: str) -> None:
 
 
 def test_text_keys_are_those_of_the_design() -> None:
-    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"}
+    assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"} | {
+        "reasoning_effort",
+        "tools",
+    }
 
 
 def test_last_value_wins_and_stop_collects() -> None:

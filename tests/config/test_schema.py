@@ -9,7 +9,7 @@ import pytest
 
 from epmoe.bench.options import BenchConfig
 from epmoe.config.compose import parse
-from epmoe.config.keys import Names, Numbers, Range, keys_of
+from epmoe.config.keys import Names, Numbers, Range, Variables, keys_of
 from epmoe.config.schema import Config, Length, LLMConfig, ModelKeys, Sampling
 from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
@@ -33,7 +33,7 @@ def test_every_key_says_what_it_takes(schema: type) -> None:
             assert isinstance(each.allowed, Range)
         elif each.kind is str:
             assert each.allowed is None or isinstance(each.allowed, Names)
-        elif each.kind is bool or each.kind == tuple[str, ...]:
+        elif each.kind is bool or each.kind in (tuple[str, ...], Variables):
             assert each.allowed is None
         else:
             assert isinstance(each.allowed, Numbers)

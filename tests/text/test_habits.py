@@ -6,8 +6,8 @@ import jinja2
 import pytest
 from templates import STYLES, Style
 
-from epmoe.text.chat import ChatTemplate
 from epmoe.text.habits import Habits
+from epmoe.text.template import Template
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def test_a_templates_habits(case: Case) -> None:
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 def test_habits_of_whole_templates(style: Style) -> None:
-    _, habits = ChatTemplate(style.source, {}).chosen(tools=False)
+    habits = Template(style.source).habits
     found = {(True, False): "object", (False, True): "text", (True, True): "either"}
     assert habits.reads_parts == style.parts and habits.reads_text
     arguments = found[habits.encodes_arguments, habits.prints_arguments]

@@ -73,6 +73,16 @@ def test_the_file_of_prompts(checkpoint: Checkpoint, tmp_path: Path, name: Calla
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_file_of_tools(checkpoint: Checkpoint, tmp_path: Path, name: Callable[[Path, Path], Path]) -> None:
+    (tmp_path / "in").mkdir()
+    (tools := tmp_path / "in" / "t.json").write_text("[]")
+    output = name(tools, tmp_path)
+    with pytest.raises(UserError, match=r"^output=.* is the file of tools, which this run reads"):
+        check_output_is_no_input(parse([f"output={output}", "prompt=Hi", f"tools={tools}"]), checkpoint)
+    check_output_is_no_input(parse([f"output={output}", "prompt=Hi", "tools=/missing"]), checkpoint)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_checkpoints_files(checkpoint: Checkpoint, tmp_path: Path, name: Callable[[Path, Path], Path]) -> None:
     read = [file for file in checkpoint.path.rglob("*") if file.is_file() and file.name != "old.jsonl"]
     assert len(read) == 10

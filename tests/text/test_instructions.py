@@ -15,7 +15,7 @@ DEAF = Style("deaf", "{% for m in messages if m.role == 'user' %}{{ m.content }}
 
 
 def made(style: Style, messages: list[Message], key: str | None = None, **variables: Any) -> str:
-    return rendered(ChatTemplate(style.source, {"bos_token": "<s>", "eos_token": "</s>"}), messages, key, **variables)
+    return rendered(ChatTemplate(style.source, {"bos_token": "<s>", "eos_token": "</s>"}), messages, key, variables)
 
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style is not DEEPSEEK], ids=lambda style: style.name)
@@ -112,3 +112,24 @@ def test_a_template_that_tells_the_time_hides_nothing() -> None:
         made(clock, [system(), user()])
     tools = [{"type": "function", "function": {"name": "f", "description": "F", "parameters": {"properties": {}}}}]
     assert "type f" in made(HARMONY, [system(), user()], tools=tools)
+
+
+def test_many_instructions_take_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the text and one that shows all of them at once; a template that changes words takes one for each."""
+    renderings = 0
+    render = ChatTemplate.render
+
+    def counted(*arguments: Any, **variables: Any) -> str:
+        nonlocal renderings
+        renderings += 1
+        return render(*arguments, **variables)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    many = [message for turn in range(100) for message in (system(f"{turn}."), user())]
+    assert made(CHATML, many).count("Rain?") == 100 and renderings == 2
+    shout = Style("shout", "{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    assert "99.RAIN?" in made(shout, many) and renderings == 2 + 2 + 100
+    lost = [*many, developer("Lost."), user()]
+    with pytest.raises(UserError, match=r"^messages\[200\] \(developer\): .* drops these words"):
+        made(DEEPSEEK, lost)
+    assert renderings == 2 + 2 + 100 + 3

@@ -94,7 +94,7 @@ BAD_LINES = {
     "messages must be a list of objects, each": {"messages": "Hi"},
     "not JSON": "{",
     "list, expected an object": "[1]",
-    "unknown key 'temprature'; known: prompt, messages, max_new_tokens, temperature": {"prompt": "a", "temprature": 1},
+    "unknown key 'promt'; known: prompt, messages, max_new_tokens, temperature": {"promt": "a"},
     "either prompt or messages": {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
     "give either prompt": {"seed": 1},
     "prompt=3 is not text": {"prompt": 3},
@@ -127,7 +127,6 @@ def test_a_line_is_checked_like_the_command_line(file: Callable[..., str]) -> No
     assert changed == replace(unchanged, top_k=5, temperature=1, stop=("${x}", "a"))
     assert unchanged == SamplingParams(temperature=1.0)
     for wrong, says in {
-        "topk": "did you mean top_k?",
         "top_k": "a whole number",
         "ignore_eos": "true or false",
         "stop": "a list of texts",

@@ -20,8 +20,12 @@ def test_a_checkpoints_own_template_and_special_tokens(tmp_path: Path) -> None:
     tokenizer = Tokenizer.of(Checkpoint.open(tmp_path))
     assert tokenizer.chat is not None
     assert tokenizer.chat.render([{"content": "Hi"}]) == "<|startoftext|>Hi<|return|>"
+    text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.of(Checkpoint.open(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(text.replace('"vocab": {', '"vocab": {"A": 3, ', 1))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read .*\(the key 'A' occurs twice\): download it"):
         Tokenizer.of(Checkpoint.open(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):

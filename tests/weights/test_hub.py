@@ -288,9 +288,12 @@ def test_a_second_process_waits_no_longer_than_its_bound(tmp_path: Path, monkeyp
         (LocalEntryNotFoundError("cannot reach"), "is not in the local cache .* the Hub cannot be reached"),
         (OSError("No space left on device\nmore"), "failed .No space left on device.: run again"),
         (ConnectionResetError(), "failed .ConnectionResetError.: run again"),
+        (RuntimeError("chunk\nmore"), "failed .chunk.: run again"),  # of the library that moves the bytes
+        (KeyError("sha"), "failed .'sha'.: run again"),
+        (BaseException("index out of bounds"), "the Hub's library failed .index out of bounds.: give a directory"),
     ],
 )
-def test_a_failed_download_is_one_line(error: Exception, says: str, online: Online) -> None:
+def test_a_failed_download_is_one_line(error: BaseException, says: str, online: Online) -> None:
     def download() -> None:
         raise error
 
@@ -298,6 +301,35 @@ def test_a_failed_download_is_one_line(error: Exception, says: str, online: Onli
     with pytest.raises(UserError, match=says) as caught:
         resolve("owner/name")
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_the_library_cannot_read(tmp_path: Path, online: Online, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises on the way, a user's interrupt aside."""
+    online(lambda: None)
+    interrupt = KeyboardInterrupt()
+    for raised in (ValueError("a bad ref"), PermissionError("refs/main"), BaseException("panic"), interrupt):
+
+        def broken(*_: object, error: BaseException = raised, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", broken)
+        with pytest.raises(KeyboardInterrupt if raised is interrupt else UserError) as caught:
+            resolve("owner/name")
+        says = "" if raised is interrupt else f"checkpoint=owner/name: the Hub's library failed ({raised}): give a "
+        assert str(caught.value).startswith(says)
+
+
+def test_a_small_file_whose_fetch_fails_in_any_way(
+    tmp_path: Path, online: Online, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(file: str) -> None:
+        raise RuntimeError("a chunk is missing")
+
+    snapshot = cache_up(tmp_path, "owner/name")
+    (snapshot / "chat_template.jinja").unlink()
+    online(never, breaks)
+    assert resolve("owner/name") == snapshot
+    assert "no chat_template.jinja of owner/name, its download failed (a chunk is missing)" in capsys.readouterr().err
 
 
 def test_a_repository_without_weights(tmp_path: Path, online: Online) -> None:

@@ -1,0 +1,115 @@
+"""Template: hostile ones are refused within limits, published ones take their fill, and each says what it reads."""
+
+import re
+import resource
+import time
+from typing import Any
+
+import pytest
+from hostile import HOSTILE
+from templates import HARMONY, STYLES, Style
+
+from epmoe.errors import UserError
+from epmoe.text.bounded import Bounded, ExceededError, Limits
+from epmoe.text.chat import ChatTemplate
+from epmoe.text.template import Template, answer
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+HURRIED = Bounded("epmoe.text.template:answer", Limits(seconds=0.2))
+
+
+def said(source: str) -> str:
+    """What is said of a template that must be refused, in the words of `ChatTemplate`, in less time than it gives."""
+    call = {"source": source, "messages": [{"role": "user", "content": "Hi"}], "variables": {}, "now": "2026-01-01"}
+    try:
+        match HURRIED(call):
+            case {"refused": words}:
+                return f"refuses the messages: {words}"
+            case {"broken": words}:
+                return f"is no valid jinja ({words})"
+    except ExceededError as error:
+        return str(error)
+    return "renders"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_refused(name: str) -> None:
+    source, says = HOSTILE[name]
+    assert re.match(says, words := said(source)), words
+
+
+@pytest.mark.parametrize("name", ["powers of powers", "doubled"])
+def test_the_refusal_is_one_line_and_takes_little(name: str) -> None:
+    """With the limits that users have; the time on the clock is also other processes'."""
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(UserError, match=r"^the checkpoint's chat template (runs|takes) .*: use chat=off") as caught:
+        ChatTemplate(HOSTILE[name][0], {}).render([{"role": "user", "content": "Hi"}])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "\n" not in str(caught.value) and time.monotonic() - began < 10
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert after.ru_maxrss < 500_000  # kB
+
+
+MANY = [{"role": "user" if turn % 2 == 0 else "assistant", "content": f"word {turn} " * 100} for turn in range(9_999)]
+LARGE = [{"role": "user", "content": "word é " * 1_500_000}]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_ten_thousand_messages_and_ten_megabytes_go_through(style: Style) -> None:
+    for messages in (MANY, LARGE):
+        text = ChatTemplate(style.source, SPECIAL).render(messages)
+        assert text.count(messages[-1]["content"].strip()) == 1
+        assert len(text) > sum(len(message["content"].strip()) for message in messages)
+
+
+READS = {
+    "{{ a }}{{ b.c }}{{ d['e'] }}": {"a", "b", "d"},
+    "{{ messages }}{{ add_generation_prompt }}{{ raise_exception('x') }}{{ strftime_now('%Y') }}{{ range(3) }}": set(),
+    "{% if not a is defined %}{% set a = 1 %}{% endif %}{{ a }}": {"a"},
+    "{% set a = a | default(1) %}{{ a }}": {"a"},
+    "{% set a = 1 %}{{ a }}": set(),
+    "{% if b %}{% set a = 1 %}{% else %}{% set a = 2 %}{% endif %}{{ a }}": {"b"},
+    "{% if b %}{% set a = 1 %}{% elif c %}{% set a = 3 %}{% else %}{% set a = 2 %}{% endif %}{{ a }}": {"b", "c"},
+    "{% if b %}{% set a = 1 %}{% endif %}{{ a }}": {"a", "b"},
+    "{% for a in b %}{{ a }}{{ loop.index }}{% endfor %}{{ a }}": {"a", "b"},
+    "{% for a, b in c if d %}{{ a }}{{ b }}{% else %}{{ e }}{% endfor %}": {"c", "d", "e"},
+    "{% for x in c %}{% set a = 1 %}{% endfor %}{{ a }}": {"a", "c"},
+    "{% for x in c %}{% set a = 1 %}{{ a }}{% endfor %}": {"c"},
+    "{% macro f(a, b=c) %}{{ a }}{{ b }}{{ d }}{{ caller() }}{{ f(a) }}{% endmacro %}{{ f(e) }}": {"c", "d", "e"},
+    "{% set a %}{{ b }}{% endset %}{{ a }}": {"b"},
+    "{% set n = namespace(a=b) %}{% set n.c = d %}{{ n.e }}": {"b", "d"},
+    "{% generation %}{% set a = 1 %}{{ a }}{% endgeneration %}{{ a }}": {"a"},
+    "{% with a = b %}{{ a }}{% endwith %}{{ a }}": {"a", "b"},
+    "{% filter upper %}{{ a }}{% endfilter %}{% call(b) c() %}{{ b }}{% endcall %}": {"a", "c"},
+    "{% set a, b = c, d %}{{ a }}{{ b }}": {"c", "d"},
+}
+
+
+@pytest.mark.parametrize("source", READS)
+def test_the_variables_that_a_template_reads(source: str) -> None:
+    assert Template(source).reads == READS[source]
+
+
+def test_the_variables_that_styles_read() -> None:
+    found = {style.name: {*ChatTemplate(style.source, SPECIAL).reads(tools=False)} for style in STYLES}
+    assert found == {
+        "harmony": {"builtin_tools", "reasoning_effort", "tools"},
+        "chatml": {"enable_thinking", "tools"},
+        "llama": {"date_string", "tools"},
+        "mistral": {"rules", "tools"},  # which it sets where there is a system message
+        "deepseek": set(),
+        "generation": set(),
+        "vision": {"tools"},
+        "plain": set(),
+    }
+
+
+def test_an_answer_says_which_of_four_things_came_of_a_call() -> None:
+    call: dict[str, Any] = {"source": HARMONY.source, "variables": {"add_generation_prompt": True}, "now": "2026-01-02"}
+    assert answer({"source": "{% if"}).keys() == {"broken"}
+    assert answer({"source": "a"}) == {"reads": []}
+    assert answer({**call, "messages": []}).keys() == {"refused"}
+    text = answer({**call, "messages": [{"role": "user", "content": "Hi"}]})["text"]
+    assert "Date: 2026-01-02\n" in text and text.endswith("<|start|>assistant")
+    calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
+    assert "is not JSON" in answer({**call, "messages": calls})["wrong"]
