@@ -12,6 +12,7 @@ from epmoe.errors import UserError
 from epmoe.ranks import guard
 from epmoe.ranks.fault import NoRankZero, SharedMistake
 from epmoe.ranks.launch import Launch, Patience, open_store, stdout_closed
+from epmoe.ranks.memory import full, is_full
 from epmoe.ranks.watch import EARLY_S, Watch, leave
 
 
@@ -61,6 +62,9 @@ def _run(body: Callable[[], None]) -> int:
             streams.tell(end.code)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
+        if is_full(error):
+            _tell_once(full(error))
+            return 2
         if not (isinstance(error, BrokenPipeError) and stdout_closed()):
             streams.tell(traceback.format_exc().removesuffix("\n"))
             return 1

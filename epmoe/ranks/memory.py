@@ -99,6 +99,14 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
 
 
+def full(error: BaseException) -> UserError:
+    """What to say of memory that ran out where nobody expected it."""
+    return UserError(
+        f"memory ran out ({type(error).__name__}: {error}): end what else runs there, raise the limit (ulimit -v, the "
+        "container's), or use more ranks"
+    )
+
+
 @contextmanager
 def told_when_full(
     device: torch.device, remedy: str = "lower runtime.max_batch, runtime.prefill_chunk or runtime.cache_tokens"

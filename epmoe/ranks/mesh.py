@@ -34,6 +34,7 @@ from epmoe.ranks.launch import (
 )  # fmt: skip
 from epmoe.ranks.machine import machine
 from epmoe.ranks.meeting import Meeting
+from epmoe.ranks.memory import full, is_full
 from epmoe.ranks.watch import Watch
 
 START_KEY = "runtime.start_timeout_s"  # the configuration's key for how long ranks wait for each other's start
@@ -181,6 +182,8 @@ def start(
     except (Exception, SystemExit) as error:
         if isinstance(error, BrokenPipeError) and stdout_closed():
             watch.fail("closed", "", 0)
+        if is_full(error):
+            watch.fail("mistake", str(full(error)), 2)
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         watch.fail("error", line, 1, traceback.format_exc())
     dist.destroy_process_group()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from spawn import commands
 
 from epmoe.errors import UserError
 from epmoe.ranks.memory import NO_LIMIT, free_bytes, group_bytes, is_full, process_bytes, told_when_full
+from epmoe.ranks.mesh import start
 from epmoe.weights.synthetic import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -72,6 +74,22 @@ def test_what_running_full_looks_like() -> None:
         torch.empty(1 << 60)
     with pytest.raises(RuntimeError, match="shape"), told_when_full(CPU):
         raise RuntimeError("shape")
+
+
+def runs_full(rank: int) -> None:
+    with start(device="cpu", timeout_s=20) as ranks:
+        if ranks.rank == rank:
+            torch.empty(1 << 60)
+        ranks.meet()
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
+def test_memory_that_runs_out_anywhere_is_one_line(size: int, rank: int, tmp_path: Path) -> None:
+    with commands(runs_full, size, rank, folder=tmp_path) as started:
+        assert [each.wait(60) for each in started] == [2] * size
+        lines = [line for each in started for line in each.stderr.splitlines()]
+    assert len(lines) == 1 and "memory ran out (" in lines[0] and "raise the limit (ulimit -v, the" in lines[0], lines
+    assert lines[0].startswith("epmoe: error: " + ("rank 1: " if rank else ""))
 
 
 UNDER_A_LIMIT = """
