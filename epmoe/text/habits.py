@@ -6,7 +6,7 @@ without a word. Which ones it is written for, it shows by what it does with them
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jinja2 import nodes
 
@@ -26,8 +26,10 @@ class Habits:
     """
 
     reads_parts: bool = False  # goes over a list of content parts
+    knows_parts: bool = field(default=False, compare=False)  # names the key or type `text`, which parts have
     reads_text: bool = True  # prints content that is text, too
     encodes_arguments: bool = False  # writes a call's arguments as JSON, or item by item: it wants an object
+    tests_content: bool = False  # asks which of the two it is: each has a branch of its own
     prints_arguments: bool = True  # writes them as they are: it wants a text
     reasoning: frozenset[str] = frozenset()  # the names of REASONING that it reads
 
@@ -39,7 +41,10 @@ class Habits:
         encodes = arguments.as_object or any(each.as_json for each in calls)  # within the whole call, too
         return cls(
             reads_parts=content.as_list,
+            knows_parts="text" in _keys(template)
+            or any(each.value == "text" for each in template.find_all(nodes.Const)),
             reads_text=content.tested_as_text or content.printed or not content.as_list,
+            tests_content=content.tested_as_text,
             encodes_arguments=encodes,
             prints_arguments=arguments.tested_as_text or arguments.printed or not encodes,
             reasoning=frozenset(REASONING) & set(_keys(template)),
@@ -79,7 +84,7 @@ class _Uses:
                 self.as_object |= parent.name in _OF_OBJECTS
                 self.printed |= parent.name in {"string", "trim", "safe"}
             case nodes.Test():
-                self.tested_as_text |= parent.name == "string"
+                self.tested_as_text |= parent.name in {"string", "iterable", "sequence"}
             case nodes.Getattr():
                 self.as_object |= parent.attr in {"items", "keys", "values"}
             case nodes.Output() | nodes.Concat() | nodes.Add():

@@ -2,18 +2,17 @@
 
     null values of a message are left out, as if the key had not been given
     reasoning stands under the names that templates read, whichever it came with
-    content that is a list of text parts is joined, unless the template goes over parts itself
-    a tool call's arguments are an object for a template that encodes them, a JSON text for one that prints them
+    content that is a list of text parts prints as their text, and is parts for a template that goes over them
+    a tool call's arguments are an object where a template encodes them, a JSON text where it prints them (faces.py)
 
 The first two are what transformers does; the others are what real clients send and what templates are written for.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epmoe import strictjson
 from epmoe.errors import UserError
+from epmoe.text.faces import Arguments, Object, Parts
 from epmoe.text.habits import REASONING, Habits
 
 Message = Mapping[str, Any]
@@ -82,16 +81,23 @@ def shaped(messages: Sequence[Message], habits: Habits) -> list[dict[str, Any]]:
 def _shaped(number: int, message: Message, habits: Habits) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if value is not None}
     result = _with_reasoning(kept, habits)
-    content = result.get("content")
-    nothing = content == [] and message.get("role") != "tool"
-    if (nothing or _is_texts(content)) and not habits.reads_parts:
-        result["content"] = text_of(content)
-    elif isinstance(content, str) and not habits.reads_text:
-        result["content"] = [{"type": "text", "text": content}]
+    if "content" in result:
+        result["content"] = _shaped_content(result["content"], habits, tool=message.get("role") == "tool")
     if isinstance(calls := result.get("tool_calls"), list):
         place = f"messages[{number}].tool_calls"
         result["tool_calls"] = [_shaped_call(f"{place}[{i}]", call, habits) for i, call in enumerate(calls)]
     return result
+
+
+def _shaped_content(content: Any, habits: Habits, *, tool: bool) -> Any:
+    """A list stays one for a template that asks whether it is; else it prints as its text, too."""
+    if isinstance(content, str):
+        if not habits.knows_parts:  # then a loop goes over letters
+            return content
+        return Parts(content, [{"type": "text", "text": content}], content)
+    if not (_is_texts(content) or (content == [] and not tool)) or (habits.reads_parts and habits.tests_content):
+        return content
+    return Parts(text_of(content), list(content), content)
 
 
 def _with_reasoning(message: dict[str, Any], habits: Habits) -> dict[str, Any]:
@@ -115,18 +121,12 @@ def _shaped_call(place: str, call: Any, habits: Habits) -> Any:
     if isinstance(function := call.get("function"), dict):
         return {**call, "function": _shaped_call(f"{place}.function", function, habits)}
     arguments = call.get("arguments")
-    if isinstance(arguments, str) and not habits.prints_arguments:
-        return {**call, "arguments": _parsed(place, arguments)}
-    if isinstance(arguments, dict) and not habits.encodes_arguments:
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return call
-
-
-def _parsed(place: str, arguments: str) -> Any:
-    """The value of a JSON text; no text at all stands for no arguments."""
-    if not arguments.strip():
-        return {}
-    try:
-        return strictjson.loads(arguments)
-    except ValueError as error:
-        raise UserError(f"{place}: the text of `arguments` is not JSON ({error}): give an object") from error
+    if isinstance(arguments, dict):
+        return {**call, "arguments": Object(arguments)}
+    if not isinstance(arguments, str):
+        return call
+    text = Arguments(arguments, place)
+    if habits.prints_arguments:
+        return {**call, "arguments": text}
+    value = text.value  # for one that asks whether it is an object
+    return {**call, "arguments": Object(value) if isinstance(value, dict) else value}

@@ -14,11 +14,13 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_items, do_reverse
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from epmoe.errors import UserError
+from epmoe.text.faces import Arguments, Parts, plain
 from epmoe.text.habits import Habits
 from epmoe.text.messages import Message, shaped
 from epmoe.text.reads import read_names
@@ -107,6 +109,8 @@ def _compiled(source: str) -> Template:
 def _environment() -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _tojson
+    made.filters["items"] = _items
+    made.filters["reverse"] = _reverse
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = None  # `render` gives it
     made.globals["namespace"] = _Namespace
@@ -155,7 +159,16 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON; jinja's own filter escapes characters for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    spelled = str(value) if isinstance(value, Parts) else plain(value)  # parts are the sender's; the model reads text
+    return json.dumps(spelled, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _items(value: Any) -> Any:
+    return do_items(value.value if isinstance(value, Arguments) else value)
+
+
+def _reverse(value: Any) -> Any:
+    return do_reverse(value.given if isinstance(value, Parts) else value)
 
 
 def _raise_exception(message: str) -> None:

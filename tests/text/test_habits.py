@@ -26,7 +26,7 @@ CASES = [
     Case("prints content", "{% for m in messages %}{{ m.content }}{% endfor %}", Habits()),
     Case("joins content to text", "{{ 'a' ~ m['content'] + 'b' }}", Habits()),
     Case("splits content", "{% set c = m.content %}{% for x in c.split(' ') %}{{ x }}{% endfor %}", Habits()),
-    Case("asks for text alone", "{% if m.content is string %}{{ m.content }}{% endif %}", Habits()),
+    Case("asks for text alone", "{% if m.content is string %}{{ m.content }}{% endif %}", Habits(tests_content=True)),
     Case("goes over parts", "{% for p in m.content %}{{ p.text }}{% endfor %}", PARTS),
     Case("some parts", "{% for p in m['content'] if p.type == 'text' %}{{ p.text }}{% endfor %}", PARTS),
     Case("parts through filters", "{{ m.content | selectattr('type', 'equalto', 'text') | list }}", PARTS),
@@ -39,7 +39,7 @@ CASES = [
     Case(
         "text or parts",
         "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p }}{% endfor %}{% endif %}",
-        BOTH,
+        Habits(reads_parts=True, tests_content=True),
     ),
     Case("text of one role, parts of another", "{{ a.content }}{% for p in b.content %}{{ p.text }}{% endfor %}", BOTH),
     Case(
@@ -89,7 +89,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_templates_habits(case: Case) -> None:
-    assert Habits.of(jinja2.Environment().parse(case.source)) == case.habits
+    habits = Habits.of(jinja2.Environment().parse(case.source))
+    assert habits == case.habits and habits.knows_parts is (".text" in case.source or "'text'" in case.source)
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)

@@ -52,10 +52,14 @@ def test_a_template_that_reads_reasoning_alone_gets_it_there() -> None:
 def test_parts_are_joined_for_templates_that_read_text() -> None:
     assert one({"role": "user", "content": TWO})["content"] == "One, two."
     assert one({"role": "tool", "content": TWO})["content"] == "One, two."
-    for habits in (PARTS, BOTH):
-        assert one({"role": "user", "content": TWO}, habits)["content"] == TWO
-    assert one({"role": "user", "content": "Hi"}, PARTS)["content"] == part("Hi")
-    assert one({"role": "user", "content": "Hi"}, BOTH)["content"] == "Hi"
+    for habits in (PARTS, BOTH):  # it is either, as the template takes it
+        content = one({"role": "user", "content": TWO}, habits)["content"]
+        assert content == "One, two." and list(content) == TWO and content[1] == TWO[1]
+    content = one({"role": "user", "content": "Hi"}, Habits(knows_parts=True))["content"]
+    assert content == "Hi" and list(content) == part("Hi") and content[1] == "i"
+    assert list(one({"role": "user", "content": "Hi"}, PARTS)["content"]) == ["H", "i"]
+    asks = Habits(reads_parts=True, tests_content=True)
+    assert one({"role": "user", "content": TWO}, asks)["content"] is TWO
     assert one({"role": "user", "content": []})["content"] == ""
     for result in ([1, 2], [], {"a": 1}, [{"a": 1}], 3.5, False):
         assert one({"role": "tool", "content": result})["content"] == result
@@ -72,8 +76,10 @@ def test_arguments_are_encoded_once(nested: bool) -> None:
 
     value, text = {"a": [1, "é"], "b": None}, '{"a": [1, "é"], "b": null}'
     assert arguments(text, OBJECT) == arguments(value, OBJECT) == value
-    assert arguments(text, Habits()) == arguments(value, Habits()) == text
-    assert (arguments(text, EITHER), arguments(value, EITHER)) == (text, value)
+    for habits in (Habits(), EITHER):
+        assert (arguments(text, habits), arguments(value, habits)) == (text, value)
+        assert str(arguments(text, habits)) == str(arguments(value, habits)) == text
+        assert dict(arguments(text, habits)) == dict(arguments(value, habits)) == value
     assert arguments("", OBJECT) == arguments(" ", OBJECT) == {}
     with pytest.raises(UserError, match=r"messages\[0\]\.tool_calls\[0\].* is not JSON .*: give an object"):
         arguments('{"a": ', OBJECT)
