@@ -236,9 +236,13 @@ class LLM:
 
     def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
         """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+        if not hasattr(self, "engine"):
+            raise UserError(f"{call} was called after close: make another LLM")
         given = _several(prompts)
-        one = params if isinstance(params, SamplingParams) else default_params(self.config)
-        each = list(params) if isinstance(params, Sequence) else [one] * len(given)
+        one: Any = default_params(self.config) if params is None else params
+        each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
+        for wrong in (item for item in each if not isinstance(item, SamplingParams)):
+            raise UserError(f"{call}: {_shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
         self.ranks.meet(f"{call}(prompts {_digest(given)}, params {_digest([asdict(one) for one in each])})")
         if self.engine.busy:
             raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
@@ -258,7 +262,7 @@ class LLM:
                 text = Prompt.of(origin, content, each) if is_object else Prompt(origin, content, each)
                 ids, each = encode(text, self.tokenizer, self.config.chat, self.config.system, given), text.params
             else:
-                ids = [int(id) for id in prompt if isinstance(id, int)]
+                ids = [int(id) for id in prompt if type(id) is int]
                 if len(ids) != len(prompt) or min(ids, default=0) < 0:
                     raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
             found.append(Request(tuple(ids), each))
@@ -292,14 +296,24 @@ class LLM:
 
 
 def _several(prompts: Prompts) -> list[PromptLike]:
-    """One prompt as a list of one."""
+    """One prompt as a list of one; raises UserError for what is neither one nor several."""
+    if not isinstance(prompts, str | Mapping | list | tuple):
+        raise UserError(f"{_shown(prompts)} is no prompt: give text, messages, a list of token ids, or a list of these")
     first = None if isinstance(prompts, str | Mapping) or not prompts else prompts[0]
     message = isinstance(first, Mapping) and "prompt" not in first and "messages" not in first
     if isinstance(prompts, str | Mapping) or isinstance(first, int) or message:
-        one: Any = prompts
+        one: Any = list(prompts) if isinstance(prompts, tuple) else prompts
         return [one]
-    many: Any = prompts
-    return list(many)
+    many: Any = [list(each) if isinstance(each, tuple) else each for each in prompts]
+    for number, each in enumerate(many, 1):
+        if not isinstance(each, str | Mapping | list):
+            raise UserError(f"prompt {number}: {_shown(each)} is no prompt: give text, messages or a list of token ids")
+    return many
+
+
+def _shown(value: object) -> str:
+    """A value and what it is, for a message."""
+    return f"{value!r} ({type(value).__name__})"
 
 
 def _digest(value: Any) -> str:

@@ -80,6 +80,41 @@ def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0])[0].ids == answer.ids
 
 
+WRONG: list[tuple[Any, Any, str]] = [
+    (["a"], {"max_new_tokens": 2}, r"\{'max_new_tokens': 2\} \(dict\) is no SamplingParams"),
+    (["a"], [{"max_new_tokens": 2}], r"\(dict\) is no SamplingParams: give one for all prompts"),
+    (["a"], "x", r"'x' \(str\) is no SamplingParams"),
+    (5, None, r"5 \(int\) is no prompt: give text"),
+    (None, None, r"None \(NoneType\) is no prompt"),
+    (b"abc", None, r"\(bytes\) is no prompt"),
+    (torch.tensor([1, 2]), None, r"\(Tensor\) is no prompt"),
+    (["a", 5], None, r"prompt 2: 5 \(int\) is no prompt"),
+    (["a", None], None, r"prompt 2: None"),
+    ([1.5], None, r"prompt 1: 1\.5 \(float\) is no prompt"),
+    ([[1, 1.5]], None, "prompt 1 is no text, no messages and no list of token ids"),
+    ([[True]], None, "prompt 1 is no text"),
+    ([[-1]], None, "prompt 1 is no text"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "params", "says"), WRONG, ids=[each[2] for each in WRONG])
+def test_what_is_no_prompt_and_what_are_no_parameters(llm: LLM, prompts: Any, params: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        llm.generate(prompts, params)
+
+
+def test_tuples_are_lists(llm: LLM) -> None:
+    (ids,) = {each.ids for each in (*llm.generate((1, 2, 3)), *llm.generate(((1, 2, 3),)), *llm.generate([[1, 2, 3]]))}
+    assert len(ids) == 12
+
+
+def test_after_close_one_line_says_so() -> None:
+    made = LLM(**KEYS)
+    made.close()
+    with pytest.raises(UserError, match="generate was called after close: make another LLM"):
+        made.generate("a")
+
+
 def test_mistakes_are_one_line_and_harm_nobody(llm: LLM) -> None:
     (before,) = llm.generate(PROMPTS[0])
     for prompts, params, message in (

@@ -44,6 +44,10 @@ class ExpertMatrix(Protocol):
         """The values `[L, N, C]`."""
         ...
 
+    def finite_L(self) -> torch.Tensor:
+        """Of each expert whether all its values are numbers: bool [L]."""
+        ...
+
     @classmethod
     def quantize(cls, value_LNC: torch.Tensor) -> Self:
         """Encode values; for `bf16` a cast."""

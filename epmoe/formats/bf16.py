@@ -53,6 +53,10 @@ class Bf16Matrix:
         """The values [L, N, C]; this matrix's own memory where `dtype` is bfloat16."""
         return self.value_LNC.to(dtype)
 
+    def finite_L(self) -> torch.Tensor:
+        """Of each expert whether all its values are numbers: bool [L]. One by one: a mask is half an expert's bytes."""
+        return torch.stack([value_NC.isfinite().all() for value_NC in self.value_LNC])
+
     @classmethod
     def quantize(cls, value_LNC: torch.Tensor) -> Self:
         """Round to the nearest bfloat16, ties to even; shares memory with a bfloat16 argument."""

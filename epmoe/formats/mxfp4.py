@@ -182,6 +182,13 @@ class Mxfp4Matrix:
         """The values [L, N, C], exact in float32 and bfloat16."""
         return decode(self.blocks_LNG16, self.scales_LNG, dtype, self.chunk_values)
 
+    def finite_L(self) -> torch.Tensor:
+        """Of each expert whether all its values are numbers: bool [L].
+
+        By the scales alone, of which the last three hold infinities and NaN; a checkpoint has no numbers of that size.
+        """
+        return (self.scales_LNG < _INF_SCALE).flatten(1).all(1)
+
     @classmethod
     def quantize(cls, value_LNC: torch.Tensor) -> Self:
         """Encode values.

@@ -11,6 +11,7 @@ from epmoe.errors import UserError, warn
 from epmoe.layers.rotary import Rope
 
 _REQUIRED = object()
+OUTSIDE = ("rope_theta", "partial_rotary_factor")  # of the rotary settings: keys that may stand beside their object
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -169,7 +170,7 @@ def _rope_keys(keys: Keys) -> Keys:
             raise keys.missing("rope_scaling", "rope_parameters")
         keys.left_out["rope_parameters"] = standard = keys.standard["rope_parameters"]
         spellings.append(("rope_parameters.", standard))
-    spellings.append(("", {"rope_theta": keys.values["rope_theta"]} if keys.has("rope_theta") else {}))
+    spellings.append(("", {name: keys.values[name] for name in OUTSIDE if keys.has(name)}))
     for prefix, values in spellings:
         for name, value in values.items():
             if value is None:

@@ -14,7 +14,7 @@ from epmoe.errors import UserError
 from epmoe.text.chat import ChatTemplate
 from epmoe.text.messages import Message, text_of
 
-ROLES = ("system", "developer")
+TURNS = ("user", "assistant", "tool", "function")  # roles of a conversation's turns; all others instruct
 
 Render = Callable[[Sequence[Message]], str]
 
@@ -36,7 +36,7 @@ def rendered(
         return chat.render(changed, now, **(variables or {}))
 
     names = [f"messages[{number}] ({message['role']})" for number, message in enumerate(messages)]
-    if system is None or any(message["role"] == "system" for message in messages):
+    if not system or any(message["role"] == "system" for message in messages):
         return _whole(render, messages, names)
     asked = [{"role": "system", "content": system}, *messages], [f"system={system!r}", *names]
     if messages[0]["role"] != "developer":
@@ -75,8 +75,8 @@ def _whole(render: Render, messages: Sequence[Message], names: Sequence[str]) ->
 
 
 def _asks(message: Message) -> bool:
-    """Whether it is an instruction that says something."""
-    return message["role"] in ROLES and text_of(message.get("content")).strip() != ""
+    """Whether it is an instruction that says something: the system's, the developer's, or one by a misspelled role."""
+    return message["role"] not in TURNS and text_of(message.get("content")).strip() != ""
 
 
 def _with_more(messages: Sequence[Message], more: Mapping[int, str]) -> list[Message]:

@@ -40,12 +40,15 @@ class ExpertReader:
             UserError: a bias that is not finite.
             torch.OutOfMemoryError: they do not fit on the device.
         """
-        return ExpertWeights(
+        found = ExpertWeights(
             gate_up=self.matrix(gate_up),
             gate_up_bias_LN=self._bias(gate_up, dtype),
             down=self.matrix(down),
             down_bias_LH=self._bias(down, dtype),
         )
+        for matrix, values in ((gate_up, found.gate_up), (down, found.down)):
+            self._check_finite(matrix.name, values.finite_L())
+        return found
 
     def matrix(self, matrix: Matrix) -> ExpertMatrix:
         """One projection as `matrix.wanted`; when the device is too full to convert there, by way of the host."""
@@ -76,13 +79,19 @@ class ExpertReader:
         if matrix.bias is None:
             return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
         bias_LN = self._to(self.device)(matrix.bias, self.ids).to(dtype)
-        # Anything else that is not finite reaches the logits; the activation's clamp would make a number of this.
-        for row in (~bias_LN.isfinite().all(1)).nonzero()[:1, 0].tolist():
-            raise UserError(
-                f"{self.source.tensors[matrix.bias].file}: {matrix.bias} of expert {self.ids[row]} holds NaN or an "
-                "infinity: download it again"
-            )
+        self._check_finite(matrix.bias, bias_LN.isfinite().all(1))
         return bias_LN
+
+    def _check_finite(self, name: str, finite_L: torch.Tensor) -> None:
+        """Raises UserError for an expert that is not: the activation's clamp would make numbers of its infinities.
+
+        What is not finite in any other weight reaches the logits, which are looked at.
+        """
+        for row in (~finite_L).nonzero()[:1, 0].tolist():
+            file = next(info.file for stored, info in self.source.tensors.items() if stored.startswith(name))
+            raise UserError(
+                f"{file}: {name} of expert {self.ids[row]} holds NaN or an infinity: download the checkpoint again"
+            )
 
     def _to(self, device: torch.device) -> ReadExperts:
         return lambda name, ids: self.source.read_rows(name, ids, device)

@@ -182,6 +182,7 @@ WRONG = [
     ({"rope_scaling__factor": "32"}, "rope_scaling.factor='32'"),
     ({"rope_scaling__partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor=0.5"),
     ({"rope_theta": 1}, "rope_theta=1"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     ({"rope_parameters": {"factor": 16.0}}, "rope_parameters.factor=16.0 contradicts rope_scaling.factor=32.0"),
     ({"rope_parameters": {"rope_theta": 10000}}, "rope_theta=150000 contradicts rope_parameters.rope_theta=10000"),
 ]

@@ -133,3 +133,15 @@ def test_many_instructions_take_few_renderings(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"^messages\[200\] \(developer\): .* drops these words"):
         made(DEEPSEEK, lost)
     assert renderings == 2 + 2 + 100 + 3
+
+
+@pytest.mark.parametrize("role", ["System", " system", "Developer", "critic"])
+def test_words_of_a_misspelled_role_do_not_vanish(role: str) -> None:
+    source = "{% for m in messages %}{% if m.role in ['system', 'user'] %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(UserError, match=rf"^messages\[0\] \({role}\): .* drops these words"):
+        made(Style("strict", source), [{"role": role, "content": "Be brief."}, user()])
+
+
+def test_a_system_message_of_nothing_is_none() -> None:
+    conversation = [{"role": "developer", "content": "Be brief."}, user()]
+    assert made(HARMONY, conversation, "") == made(HARMONY, conversation)

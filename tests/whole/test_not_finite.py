@@ -73,12 +73,19 @@ def put(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     """One number of a tensor; of a router the whole first row, which some position is sure to meet."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        if name in SCALES:  # every second group: 255 is NaN
-            tensors[name].view(-1)[::2] = 255
-        elif name.endswith("router.weight"):
+        if name.endswith("router.weight"):
             tensors[name][0, :2] = value
         else:
             tensors[name].view(-1)[tensors[name].numel() // 3] = value
+
+    return change
+
+
+def put_scale(name: str, scale: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    """One group's."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[3] = scale
 
     return change
 
@@ -100,8 +107,12 @@ def test_each_tensor(checkpoint: Path, tmp_path: Path, value: float) -> None:
 
 def test_scales_that_are_nan(checkpoint: Path, tmp_path: Path) -> None:
     for name in SCALES:
-        with pytest.raises(UserError, match=EXPERTS):
-            answer(spoilt(checkpoint, tmp_path, put(name, math.nan)))
+        stem = name.removesuffix("_scales")
+        for scale in (253, 254, 255):  # the last is NaN, of the others some values are infinite
+            change = put_scale(name, scale)
+            with pytest.raises(UserError, match=rf"model.safetensors: {stem} of expert 0 holds NaN or an infinity"):
+                answer(spoilt(checkpoint, tmp_path, change))
+        assert answer(spoilt(checkpoint, tmp_path, put_scale(name, 120)))
 
 
 def test_the_first_position_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -139,18 +150,27 @@ def generate(*keys: str) -> None:
 
 
 def test_ranks_tell_it_once(checkpoint: Path, tmp_path: Path) -> None:
-    """An expert of rank 1 alone; the logits that both have are its doing."""
+    """Experts of rank 1 alone, whose finite weights overflow; the logits that both have are their doing."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[SCALES[1]][2:] = 255
+        tensors[SCALES[1]][2:] = 252
 
     path, output = spoilt(checkpoint, tmp_path, change), tmp_path / "o.jsonl"
     keys = [f"checkpoint={path}", "prompt=Hello Hello", f"output={output}"]
     with commands(generate, 2, *keys, folder=tmp_path) as started:
         assert [each.wait(60) for each in started] == [2, 2]
         lines = [line for each in started for line in each.stderr.splitlines() if "error" in line]
-        assert len(lines) == 1 and "layer 1's experts at position" in lines[0]
+        assert len(lines) == 1 and "the last norm at position" in lines[0]
         assert not any(each.stdout for each in started) and not output.exists()
+
+
+@pytest.mark.parametrize("quant", ["bf16", "mxfp4"])
+def test_plain_experts(quant: str, tmp_path: Path) -> None:
+    """An infinity in a column of `up`, which the clamp would make 7 of."""
+    path = make_checkpoint(tmp_path, vocab=300, dtype_experts="bf16")
+    rewrite_tensors(path, lambda tensors: tensors[LAYER + "mlp.experts.gate_up_proj"][2, 0, 1:2].fill_(math.inf))
+    with pytest.raises(UserError, match="gate_up_proj of expert 2 holds NaN or an infinity: download the checkpoint"):
+        LLM(path, chat="off", quant=quant, runtime={"device": "cpu", "progress": False})
 
 
 @pytest.mark.gpu
@@ -173,6 +193,8 @@ def test_each_tensor_on_a_gpu(tmp_path: Path) -> None:
                 answer(spoilt(checkpoint, tmp_path, put(name, value)), "cuda", "bfloat16")
             assert place in str(told.value), (name, value)
     for name in SCALES:
-        with pytest.raises(UserError, match="layer 1's experts"):
-            answer(spoilt(checkpoint, tmp_path, put(name, math.nan)), "cuda", "bfloat16")
+        with pytest.raises(UserError, match="of expert 0 holds NaN or an infinity"):
+            answer(spoilt(checkpoint, tmp_path, put_scale(name, 255)), "cuda", "bfloat16")
+    with pytest.raises(UserError, match="layer 1's experts at|the last norm at"):
+        answer(spoilt(checkpoint, tmp_path, lambda tensors: tensors[SCALES[1]].fill_(252)), "cuda", "bfloat16")
     assert answer(checkpoint, "cuda", "bfloat16") == clean
