@@ -44,7 +44,7 @@ from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import configured
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
-from epmoe.weights.digest import SAME_COPY, contents, shared_digests
+from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
@@ -119,7 +119,7 @@ class LLM:
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
         self.config, self.ranks = config, ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
-        ranks.agree(lambda: contents(self.source), SAME_COPY)
+        ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
         self.model: Family
         self.report: LoadReport

@@ -1,6 +1,7 @@
 """Digests of what all ranks must have alike: config.json, the tensors' names and shapes, the weights that all hold.
 
-An expert lives on one rank, so its weights have no second copy to be compared with.
+An expert lives on one rank, so its weights have no second copy to be compared with. Of those each rank looks at a few
+bytes in its own files: another training's experts differ everywhere, and so do experts in another order.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from epmoe.errors import UserError
 from epmoe.models import Family
 from epmoe.weights.checkpoint import Checkpoint
 
@@ -19,6 +21,7 @@ SAME_COPY = "give every rank the same copy of the checkpoint"
 STEP, FIRST, SECOND, BASE = (
     -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, 0x5851F42D4C957F2D,
 )  # fmt: skip
+SAMPLE, EXPERTS = 64, 8  # bytes of one expert's matrix, and of how many experts of a layer
 CHUNK = 4 << 20  # words of 8 bytes at a time, so that temporaries stay small
 
 
@@ -35,6 +38,27 @@ def contents(source: Checkpoint) -> Mapping[str, str]:
     if source.tokenizer_file is not None:
         found["digest(tokenizer.json)"] = hashlib.sha256(source.tokenizer_file.read_bytes()).hexdigest()[:8]
     return found
+
+
+def expert_samples(source: Checkpoint) -> Mapping[str, str]:
+    """Digests by layer of SAMPLE bytes from the middle of some experts, in each of the files' tensors of experts.
+
+    Raises:
+        UserError: a file that can no longer be read.
+    """
+    found: dict[str, hashlib._Hash] = {}
+    for name, info in sorted(source.tensors.items()):
+        if ".experts." not in name or info.file not in source.files or not info.shape or not info.row_bytes:
+            continue
+        digest = found.setdefault(_layer(name), hashlib.sha256())
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                for expert in range(0, info.shape[0], -(-info.shape[0] // EXPERTS)):
+                    file.seek(info.offset + expert * info.row_bytes + max(0, info.row_bytes - SAMPLE) // 2)
+                    digest.update(file.read(min(SAMPLE, info.row_bytes)))
+        except OSError as error:
+            raise UserError(f"{info.file} cannot be read ({error.strerror}): check the disk") from error
+    return {f"digest(a sample of the experts of {layer})": each.hexdigest()[:8] for layer, each in found.items()}
 
 
 def shared_digests(model: Family) -> Mapping[str, str]:

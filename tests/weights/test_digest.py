@@ -9,9 +9,10 @@ import pytest
 import torch
 from loading import load_rank, rewrite_config, rewrite_tensors
 
+from epmoe.bench.weights import RandomCheckpoint
 from epmoe.weights import digest
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.digest import BASE, FIRST, SECOND, STEP, contents, digests, shared_digests
+from epmoe.weights.digest import BASE, FIRST, SECOND, STEP, contents, digests, expert_samples, shared_digests
 from epmoe.weights.synthetic import make_checkpoint
 
 M = 2**64
@@ -144,3 +145,27 @@ def test_contents_differ(change: Callable[[Path], Any], keys: list[str], tmp_pat
     after = contents(Checkpoint.open(path))
     assert [key for key in {**before, **after} if before.get(key) != after.get(key)] == keys
     assert max(map(len, after.values())) <= 60 and json.dumps(after)
+
+
+EXPERTS = "model.layers.1.mlp.experts."
+
+
+@pytest.mark.parametrize("tensor", ["gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_bias"])
+def test_experts_in_another_order_are_seen_in_the_files(tensor: str, tmp_path: Path) -> None:
+    """Of one layer alone; nothing of them is read but a few bytes, which the report of what was read does not count."""
+    path = make_checkpoint(tmp_path, experts=20, top_k=2)
+    source = Checkpoint.open(path)
+    read = source.bytes_read
+    before = expert_samples(source)
+    assert source.bytes_read == read and list(before) == [
+        f"digest(a sample of the experts of model.layers.{layer})" for layer in (0, 1)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    other = {EXPERTS + tensor: lambda value: torch.randint(0, 119, value.shape, generator=generator).to(value.dtype)}
+    rewrite_tensors(path, lambda tensors: tensors.update({name: new(tensors[name]) for name, new in other.items()}))
+    after = expert_samples(Checkpoint.open(path))
+    assert [key for key in before if before[key] != after[key]] == ["digest(a sample of the experts of model.layers.1)"]
+
+
+def test_random_weights_have_no_files() -> None:
+    assert expert_samples(RandomCheckpoint.of("tiny")) == {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from loading import rewrite_config, rewrite_tensors
 from spawn import commands
 
@@ -99,6 +100,16 @@ def another_config(path: Path) -> None:
     rewrite_config(path, swiglu_limit=6.5)
 
 
+def experts_in_another_order(path: Path) -> None:
+    """Each expert lives on one rank; the text of such a mixture would be neither copy's."""
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.0.mlp.experts." in name]:
+            tensors[name] = tensors[name].flip(0)
+
+    rewrite_tensors(path, turn)
+
+
 def another_table(path: Path) -> None:
     rewrite_tensors(path, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].float()}))
 
@@ -108,6 +119,7 @@ def another_table(path: Path) -> None:
     [
         (another_value, "digest(model.layers.1.mlp.router.weight)="),
         (another_config, "config.json's swiglu_limit=6.5, rank 0 config.json's swiglu_limit=7.0: "),
+        (experts_in_another_order, "digest(a sample of the experts of model.layers.0)="),
         (another_table, "digest(names, shapes and dtypes of lm_head.weight)="),
     ],
 )

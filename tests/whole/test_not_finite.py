@@ -195,6 +195,6 @@ def test_each_tensor_on_a_gpu(tmp_path: Path) -> None:
     for name in SCALES:
         with pytest.raises(UserError, match="of expert 0 holds NaN or an infinity"):
             answer(spoilt(checkpoint, tmp_path, put_scale(name, 255)), "cuda", "bfloat16")
-    with pytest.raises(UserError, match="layer 1's experts at|the last norm at"):
+    with pytest.raises(UserError, match=r"layer 1's experts at|the last norm at"):
         answer(spoilt(checkpoint, tmp_path, lambda tensors: tensors[SCALES[1]].fill_(252)), "cuda", "bfloat16")
     assert answer(checkpoint, "cuda", "bfloat16") == clean
