@@ -15,7 +15,7 @@ This file imports no triton, so that a machine without a GPU can ask.
     product.py          rows times a weight, in one order of summation for any number of rows
     few.py              the same for very few rows
     runs.py             the same in the router's order
-    library.py          the library's products, where they have the same bits
+    vendor.py          the library's products, where they have the same bits
     ways.py             which of these serves how many rows
     sequence_state.py   what surrounds the model in a decode step
     capture.py          CUDA graphs

@@ -1,6 +1,6 @@
 """A linear layer of any number of bf16 rows: what linear.py computes, in one order of summation.
 
-Few rows by the kernels here (few.py, product.py), more by the library where it has the same bits (library.py); which
+Few rows by the kernels here (few.py, product.py), more by the library where it has the same bits (vendor.py); which
 from when on, says a table (ways.py). A row's bits follow from none of that.
 
 Letters: T tokens · H inputs · N outputs.
@@ -9,7 +9,7 @@ Letters: T tokens · H inputs · N outputs.
 import torch
 from torch import nn
 
-from epmoe.kernels import library, native
+from epmoe.kernels import native, vendor
 from epmoe.kernels.few import few
 from epmoe.kernels.gpu import generation
 from epmoe.kernels.product import Tile, tiled
@@ -30,7 +30,7 @@ def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return tiled(x_TH, layer.weight, bias_N, INTERPRETED)
     kernel, tile = way_for(generation(x_TH.device), outputs, columns, tokens)
     if tile is None:
-        return library.product(x_TH, layer.weight, bias_N)
+        return vendor.product(x_TH, layer.weight, bias_N)
     if kernel == "few" and tokens and columns % 8 == 0:
         return few(x_TH, layer.weight, bias_N, tile)
     return tiled(x_TH, layer.weight, bias_N, tile)

@@ -4,7 +4,7 @@
 
 A tile goes along the columns upwards, with one accumulator, whatever its size. So a row's bits depend neither on how
 many rows come with it nor on which part of the weight a program, or a rank, has. few.py does the same for very few
-rows, and a library's product has exactly these bits where it does not split the columns (library.py).
+rows, and a library's product has exactly these bits where it does not split the columns (vendor.py).
 
 A product of few outputs is summed in runs (runs.py); with many rows a tile makes one run after the other.
 

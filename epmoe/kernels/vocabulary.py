@@ -1,7 +1,7 @@
 """The projection to the vocabulary of any number of bf16 rows: what vocabulary.py computes, in one order of summation.
 
 Up to MOST_ROWS rows in one launch (product.py), which reads the weight once, nearly as fast as memory gives it; more by
-the library, chunk by chunk, where it has the same bits (library.py). So a logit's bits depend neither on the part of
+the library, chunk by chunk, where it has the same bits (vendor.py). So a logit's bits depend neither on the part of
 the vocabulary nor on the rows that come with it.
 
 Letters: T rows · H hidden · V vocabulary · C ids of a chunk · S rows of a product, filled up.
@@ -9,9 +9,9 @@ Letters: T rows · H hidden · V vocabulary · C ids of a chunk · S rows of a p
 
 import torch
 
-from epmoe.kernels import library, native
-from epmoe.kernels.library import Product
+from epmoe.kernels import native, vendor
 from epmoe.kernels.product import Tile, tiled
+from epmoe.kernels.vendor import Product
 
 # Up to so many rows one kernel is faster than the library's products of chunks: on one H200, 201,088 x 2,880, 263 µs
 # against 307 for 1 row, 304 against 342 for 64.
@@ -34,8 +34,8 @@ def part_logits(x_TH: torch.Tensor, weight_VH: torch.Tensor, part: tuple[int, in
     """As `layers.vocabulary.part_logits`; for up to MOST_ROWS rows any part, whatever the chunk."""
     tokens, (vocab, hidden), few = len(x_TH), weight_VH.shape, len(x_TH) <= MOST_ROWS or x_TH.device.type == "cpu"
     assert x_TH.shape[1] == hidden and 0 <= part[0] < part[1] <= vocab, (x_TH.shape, part)
-    # The library's numbers of rows from 64 to AT_A_TIME are 32 apart (library.candidates).
-    x_SH = x_TH if few else library.filled_up(x_TH, -(-tokens // 32) * 32)
+    # The library's numbers of rows from 64 to AT_A_TIME are 32 apart (vendor.candidates).
+    x_SH = x_TH if few else vendor.filled_up(x_TH, -(-tokens // 32) * 32)
     logits_SV = torch.empty(len(x_SH), vocab, dtype=torch.float32, device=x_TH.device)
     if few:
         ids = slice(*part)
@@ -56,7 +56,7 @@ def _chunk(x_SH: torch.Tensor, weight_CH: torch.Tensor, logits_SC: torch.Tensor)
     """One chunk's logits of some rows, written into `logits`."""
     ids, hidden = weight_CH.shape
     kind = Product(x_SH.device, ids, hidden, False, torch.float32, logits_SC.stride(0), AT_A_TIME)
-    if len(x_SH) in library.compared(kind):
-        library.multiply(x_SH, weight_CH, None, logits_SC)
+    if len(x_SH) in vendor.compared(kind):
+        vendor.multiply(x_SH, weight_CH, None, logits_SC)
     else:
-        tiled(x_SH, weight_CH, None, library.MANY, logits_SC)
+        tiled(x_SH, weight_CH, None, vendor.MANY, logits_SC)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from epmoe.kernels.product import Tile
 
 FILE = Path(__file__).with_name("ways.json")
-# Those of products.py and few.py, with a tile each, and of library.py, without one.
+# Those of products.py and few.py, with a tile each, and of vendor.py, without one.
 KERNELS = ("tiled", "few", "library")
 
 

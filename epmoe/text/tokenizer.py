@@ -10,8 +10,8 @@ from epmoe import strictjson
 from epmoe.errors import UserError, warn
 from epmoe.text.chat import ChatTemplate
 from epmoe.text.chat_files import chat_of, special_tokens
-from epmoe.text.library import guarded, refused
 from epmoe.text.markup import Markup
+from epmoe.text.panics import guarded, refused
 from epmoe.text.spelling import Spelling
 from epmoe.weights.checkpoint import Checkpoint
 

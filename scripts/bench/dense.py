@@ -182,8 +182,8 @@ def vocabulary_times(counts: list[int]) -> dict[int, dict[str, float]]:
 
 def bits() -> dict[str, Any]:
     """Numbers of rows at which the library's bits are not ours, of all up to 300 and some above."""
-    from epmoe.kernels.library import MANY
     from epmoe.kernels.product import tiled
+    from epmoe.kernels.vendor import MANY
 
     counts, found = [*range(1, 301), *range(320, 4097, 32)], {}
     for outputs, columns in (*PRODUCTS, *((experts, HIDDEN) for experts in EXPERTS)):

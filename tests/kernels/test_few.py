@@ -31,8 +31,8 @@ def test_compiles_without_spills(tile: Tile, columns: int, arch: int) -> None:
 def test_the_bits_of_the_other_kernel(tile: Tile, bias: bool) -> None:
     """Of every number of rows that it has room for; sizes that no tile divides, and fewer columns than the ring has."""
     from epmoe.kernels.few import few
-    from epmoe.kernels.library import MANY
     from epmoe.kernels.product import tiled
+    from epmoe.kernels.vendor import MANY
 
     for outputs, columns in ((5120, 2880), (2880, 4096), (101, 136), (3, 8), (16, 2888)):
         layer = nn.Linear(columns, outputs, bias).requires_grad_(False).to("cuda", torch.bfloat16)

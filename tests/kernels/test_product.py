@@ -10,7 +10,7 @@ import torch
 from compile_sm90 import MOST_SHARED, MOST_TENSOR, compile_kernel
 from interpret import interpreted
 
-from epmoe.kernels import library, runs, vocabulary
+from epmoe.kernels import runs, vendor, vocabulary
 from epmoe.kernels.product import Tile, product_kernel, tiled
 from epmoe.kernels.ways import TABLES
 
@@ -66,7 +66,7 @@ def in_order(device: str, dtype: torch.dtype) -> None:
     weight_NH[:, 128:-128:192] = 1.0
     weight_NH[:, -1] = -(2.0**24)
     x_TH = torch.ones(17, weight_NH.shape[1])
-    for tile in (TILE, Tile(16, 16, 128, 4, 2), library.FEW, library.MANY):
+    for tile in (TILE, Tile(16, 16, 128, 4, 2), vendor.FEW, vendor.MANY):
         assert not tiled(x_TH.to(device, dtype), weight_NH.to(device, dtype), None, tile).any(), tile
     # In runs, their sums are added upwards: of the second to the last but one, each is a 1 that is absorbed.
     weight_NH.zero_()
@@ -96,7 +96,7 @@ def test_kernel_on_a_gpu() -> None:
 WAYS = {
     way.tile for tables in TABLES.values() for table in tables.values() for _, way in table if way.kernel == "tiled"
 }
-TILES = {*WAYS, library.FEW, library.MANY, *vocabulary.TILES} - {None}
+TILES = {*WAYS, vendor.FEW, vendor.MANY, *vocabulary.TILES} - {None}
 
 
 def compiled(tile: Tile, run: int, arch: int, result: str = "*bf16") -> dict[str, int]:

@@ -105,8 +105,8 @@ def test_the_gpus_library_by_itself_does_not(size: tuple[int, int]) -> None:
 @pytest.mark.gpu
 def test_a_splitting_call_of_the_library_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the comparison, the library is called where it splits the columns, and rows differ."""
-    from epmoe.kernels import library
+    from epmoe.kernels import vendor
 
-    monkeypatch.setattr(library, "compared", lambda kind: tuple(library.candidates(kind.most)))
+    monkeypatch.setattr(vendor, "compared", lambda kind: tuple(vendor.candidates(kind.most)))
     x_TH = torch.randn(MOST, 2880, device="cuda").bfloat16()
     assert other_rows(linear(2880, 640, torch.bfloat16, "cuda"), x_TH, range(1, MOST + 1))

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from epmoe.kernels import library
-from epmoe.kernels.library import Product, candidates, filled_up, rows
+from epmoe.kernels import vendor
+from epmoe.kernels.vendor import Product, candidates, filled_up, rows
 
 QKV = Product(torch.device("cuda", 0), 5120, 2880, True, torch.bfloat16, 5120)
 
@@ -22,7 +22,7 @@ def test_candidates_waste_an_eighth_and_meet_every_bucket_of_a_batch() -> None:
 
 def test_rows_are_filled_up_to_the_next_size_that_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to one far above: then a kernel is faster."""
-    monkeypatch.setattr(library, "compared", lambda kind: (48, 64, 256))
+    monkeypatch.setattr(vendor, "compared", lambda kind: (48, 64, 256))
     expected = {17: 48, 48: 48, 49: 64, 64: 64, 65: None, 102: None, 103: 256, 256: 256, 257: None}
     assert {tokens: rows(QKV, tokens) for tokens in expected} == expected
 
@@ -48,12 +48,12 @@ def test_a_library_that_splits_is_never_called(monkeypatch: pytest.MonkeyPatch) 
     layer = nn.Linear(2880, 640).requires_grad_(False).to("cuda", torch.bfloat16)
     x_TH = torch.randn(512, 2880, device="cuda").bfloat16()
     wanted_TN = linear(x_TH, layer)
-    library.compared.cache_clear()
-    monkeypatch.setattr(library, "multiply", split)
+    vendor.compared.cache_clear()
+    monkeypatch.setattr(vendor, "multiply", split)
     kind = Product(x_TH.device, 640, 2880, True, torch.bfloat16, 640)
-    assert library.compared(kind) == ()
+    assert vendor.compared(kind) == ()
     assert torch.equal(linear(x_TH, layer), wanted_TN)
-    library.compared.cache_clear()
+    vendor.compared.cache_clear()
 
 
 @pytest.mark.gpu
@@ -64,8 +64,8 @@ def test_sizes_that_agree_on_a_gpu() -> None:
     device, bf16 = torch.device("cuda", 0), torch.bfloat16
     torch.zeros(1, device=device)
     begin = time.perf_counter()
-    assert library.compared(QKV._replace(device=device)) == tuple(candidates(4096))
-    output = library.compared(Product(device, 2880, 4096, True, bf16, 2880))
-    vocabulary = library.compared(Product(device, 16384, 2880, False, torch.float32, 201_088, 256))
+    assert vendor.compared(QKV._replace(device=device)) == tuple(candidates(4096))
+    output = vendor.compared(Product(device, 2880, 4096, True, bf16, 2880))
+    vocabulary = vendor.compared(Product(device, 16384, 2880, False, torch.float32, 201_088, 256))
     print(f"compared three products in {time.perf_counter() - begin:.2f} s; output projection: {output}")
     assert len(output) > 30 and vocabulary == tuple(candidates(256))

@@ -12,7 +12,7 @@ import pytest
 from small_bpe import make_tokenizer
 
 from epmoe.errors import UserError
-from epmoe.text.library import guarded
+from epmoe.text.panics import guarded
 from epmoe.text.tokenizer import Tokenizer
 
 READ, ENCODE = "cannot be read as a tokenizer", "the tokenizer cannot encode the text"
