@@ -105,6 +105,7 @@ def answers(library: Library, count: int) -> Iterator[list[int]]:
         yield byte_ids(noise(rng), library.control, lambda _: rng.randrange(len(library.words)))
 
 
+@pytest.mark.slow
 def test_messages_are_those_of_the_library(library: Library, whole_vocabulary: Tokenizer) -> None:
     told = compared = asked = 0
     for ids in answers(library, 3000):
@@ -117,6 +118,7 @@ def test_messages_are_those_of_the_library(library: Library, whole_vocabulary: T
     assert asked == 24000 and told > 4000 and compared > 0.8 * told
 
 
+@pytest.mark.slow
 def test_the_record_is_what_the_library_says(library: Library) -> None:
     for symbols, answers in record():
         ids = byte_ids(symbols, library.control, library.byte)
