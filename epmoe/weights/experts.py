@@ -37,7 +37,7 @@ class ExpertReader:
         """One layer's weights, biases in `dtype`.
 
         Raises:
-            UserError: a bias that is not finite.
+            UserError: a weight or a bias that is not finite.
             torch.OutOfMemoryError: they do not fit on the device.
         """
         found = ExpertWeights(
