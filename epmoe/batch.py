@@ -1,78 +1,64 @@
-"""The steps that go through a model: a ragged batch of new tokens, or one token of each of a batch's sequences.
+"""The step that goes through a model: one ragged batch of new tokens, rows that decode and pieces of prompts.
 
-Letters: T tokens of a step · B sequences · O tokens whose logits are wanted.
+    tokens   [ row 0 · row 1 · … | span 0: several tokens of a prompt | span 1 … | none's ]
+
+Letters: T tokens of a step · B rows, a token of each of as many sequences · P spans, pieces of prompts · O tokens whose
+logits are wanted.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-Span = tuple[int, int, int, int]  # of one sequence in a step: begin, end, cached, sequence
+Span = tuple[int, int, int, int]  # a piece of a prompt in a step: first token, last + 1, cached positions, sequence
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass over T new tokens of B sequences. A sequence's tokens stand together, in order of position."""
+    """One forward pass over T new tokens. A span's tokens stand together, in order of position.
+
+    Where `spans` is None, the host knows sizes only: there may be fewer rows than B, some spans may be empty, and the
+    last tokens may belong to nobody; then no size depends on a value, and the step fits a CUDA graph.
+    """
 
     token_T: torch.Tensor  # int64
-    position_T: torch.Tensor  # int64, from 0
-    start_B1: tuple[int, ...]  # tokens of sequence b are start[b] : start[b+1]
-    cached_B: tuple[int, ...]  # positions that the cache already holds; the first new token has this position
-    sequence_B: tuple[int, ...]  # the cache's handles
-    output_O: torch.Tensor  # int64, rows of T whose logits are wanted
-
-    @property
-    def part(self) -> None:
-        """All of the vocabulary."""
-        return None
+    position_T: torch.Tensor  # int64, from 0; as many positions of a row's sequence are cached
+    sequence_B: torch.Tensor  # int64, handles of the rows, which are the first tokens; `Cache.spare` fills up
+    rows_1: torch.Tensor | None = None  # int32, how many rows there are; None: B
+    spans: tuple[Span, ...] | None = ()
+    span_P4: torch.Tensor | None = None  # int32, the spans on the device; None: they are known on the host
+    output_O: torch.Tensor | None = None  # int64, tokens whose logits are wanted; None: all
 
     def halves(self, least: int) -> tuple["Step", ...]:
         """This step as two, to be run one after the other in each layer, or itself where it has under `least` tokens.
 
-        Of a sequence that the cut divides, the second half finds the first's keys and values in the cache. Each half
-        has as many `output_O` as the step; those in the other half become one of its own tokens, so that nobody has to
-        look on the host which are whose.
+        All rows are in the first half. Of a sequence that the cut divides, the second half finds the first's keys and
+        values in the cache. Each half has as many `output_O` as the step; those in the other half become one of its
+        own tokens, so that nobody has to look on the host which are whose.
         """
-        tokens = len(self.token_T)
-        cut = _middle(self.start_B1) if tokens >= least else 0
+        tokens, rows = len(self.token_T), len(self.sequence_B)
+        if tokens < least or not self.spans or self.output_O is None:
+            return (self,)
+        cut = max(_middle(tokens), rows)
         return (self._part(0, cut), self._part(cut, tokens)) if 0 < cut < tokens else (self,)
 
     def _part(self, begin: int, end: int) -> "Step":
         """Tokens begin : end."""
-        kept = [
-            (max(first, begin), min(last, end), cached + max(begin - first, 0), sequence)
-            for first, last, cached, sequence in spans(self)
+        assert self.output_O is not None
+        kept = tuple(
+            (max(first, begin) - begin, min(last, end) - begin, cached + max(begin - first, 0), sequence)
+            for first, last, cached, sequence in self.spans or ()
             if first < end and last > begin
-        ]
+        )
         return Step(
             # Own memory: kernels are compiled anew for addresses that 16 does not divide.
             token_T=self.token_T[begin:end].clone(),
             position_T=self.position_T[begin:end].clone(),
-            start_B1=(*(first - begin for first, _, _, _ in kept), end - begin),
-            cached_B=tuple(cached for _, _, cached, _ in kept),
-            sequence_B=tuple(sequence for _, _, _, sequence in kept),
+            sequence_B=self.sequence_B if begin == 0 else self.sequence_B[:0],
+            spans=kept,
             output_O=(self.output_O - begin).clamp(0, end - begin - 1),
         )
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """One token for each of B rows; the logits of all rows are wanted, [B, V].
-
-    Nothing of it is on the host and no size depends on its values, so the step fits a CUDA graph. Rows that fill a
-    batch up have the sequence `Cache.spare`, any token and position 0; what comes of them means nothing.
-    """
-
-    token_B: torch.Tensor  # int64
-    position_B: torch.Tensor  # int64, the token's; as many positions are cached before it
-    sequence_B: torch.Tensor  # int64, the cache's handles
-    part: tuple[int, int] | None = None  # first and last + 1 of the vocabulary's ids whose logits are wanted; None: all
-
-    def halves(self, least: int) -> tuple["DecodeStep"]:
-        """This step itself, however large."""
-        return (self,)
 
 
 class SequenceState(NamedTuple):
@@ -83,15 +69,10 @@ class SequenceState(NamedTuple):
     seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a penalty
 
 
-def spans(step: Step) -> list[Span]:
-    return list(zip(step.start_B1[:-1], step.start_B1[1:], step.cached_B, step.sequence_B, strict=True))
-
-
-def _middle(start_B1: Sequence[int]) -> int:
+def _middle(tokens: int) -> int:
     """Where to cut a step: after half its tokens, or at the next multiple of 64 in a step that is not small.
 
-    >>> [_middle(starts) for starts in [(0, 300), (0, 7), (0, 2)]]
+    >>> [_middle(tokens) for tokens in [300, 7, 2]]
     [192, 3, 1]
     """
-    tokens = start_B1[-1]
     return -(-tokens // 128) * 64 if tokens >= 256 else tokens // 2

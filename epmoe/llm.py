@@ -31,7 +31,7 @@ from epmoe.config.compose import from_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, check
 from epmoe.errors import UserError
 from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
@@ -167,7 +167,7 @@ class LLM:
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Compile and capture whatever such requests need, now; `generate` does it too. A collective."""
-        self.engine.prepare(Workload.of(requests, self.engine.max_batch))
+        self.engine.prepare_for(requests)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Answer all prompts, several at a time; the answers in their order. A collective.

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from epmoe.batch import DecodeStep, Step, spans
+from epmoe.batch import Step
 from epmoe.cache.pages import Pages
-from epmoe.cache.plan import Decode, Plan, Prefill
+from epmoe.cache.plan import Plan, Rows, Spans
 from epmoe.cache.rows import PagedRows, RingRows
 from epmoe.errors import UserError
 from epmoe.ranks.memory import is_full
@@ -101,23 +101,22 @@ class Cache:
         """The handle of rows that only fill a batch up. It has rows of its own, is never admitted and never full."""
         return self.sequences
 
-    def plan(self, step: Step | DecodeStep) -> dict[int | None, Plan]:
+    def plan(self, step: Step) -> dict[int | None, Plan]:
         """Where each window's layers read and write in this step: {window: plan}."""
-        if isinstance(step, DecodeStep):
-            token_B = torch.arange(len(step.token_B), device=self.device)
-            return {
-                window: Plan(window, Decode(token_B, step.position_B, step.sequence_B, pool), (), None)
-                for window, pool in self.pools.items()
-            }
-        assert len(set(step.sequence_B)) == len(step.sequence_B), "a sequence stands in the step twice"
-        all_spans = spans(step)
-        for begin, end, cached, sequence in all_spans:
+        held = [sequence for _, _, _, sequence in step.spans or ()]
+        assert len(set(held)) == len(held), "a sequence stands in the step twice"
+        for begin, end, cached, sequence in step.spans or ():
             assert end > begin and cached + end - begin <= self.pages.reserved[sequence], (
                 "more tokens than were reserved"
             )
-        # Also a prompt's single token: attention's decode adds in another order, and a prompt may come in any pieces.
-        span_P4 = to_device(all_spans, torch.int32, self.device) if all_spans else None
-        return {
-            window: Plan(window, None, tuple(Prefill(*span, pool) for span in all_spans), span_P4)
-            for window, pool in self.pools.items()
-        }
+        span_P4 = step.span_P4
+        if span_P4 is None and step.spans:
+            span_P4 = to_device(step.spans, torch.int32, self.device)
+        return {window: _plan(window, pool, step, span_P4) for window, pool in self.pools.items()}
+
+
+def _plan(window: int | None, pool: PagedRows | RingRows, step: Step, span_P4: torch.Tensor | None) -> Plan:
+    most = len(step.sequence_B)
+    rows = Rows(step.position_T[:most], step.sequence_B, step.rows_1, pool) if most else None
+    spans = None if span_P4 is None else Spans(span_P4, len(step.token_T), step.spans, pool)
+    return Plan(window, rows, spans)

@@ -1,7 +1,7 @@
 """Where the layers of one window read and write the cache in one step, spelled out for attention.
 
-Letters: T tokens of a step · B sequences · C positions attended to · R rows of a pool (a row is the place of one
-position) · P prompts.
+Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · C positions attended
+to · R rows of a pool (where one position lies).
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from epmoe.batch import Span
 from epmoe.cache.rows import PagedRows, RingRows
 
 # Queries of a block of attention's torch version: from one multiple to the next. A decode has one of them to itself, so
@@ -45,7 +46,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Gather:
-    """Rows of a Decode whose positions lie in one block, spelled out."""
+    """Rows whose positions lie in one block, spelled out."""
 
     token_B: torch.Tensor  # int64, the token's index in T
     offset_B: torch.Tensor  # int64, its place in the block
@@ -56,18 +57,18 @@ class Gather:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Rows of a DecodeStep, a token each. Its row is written, and then attended to like the cached ones."""
+class Rows:
+    """One token of each of B sequences, the first tokens of a step: written, then attended to like the cached ones."""
 
-    token_B: torch.Tensor  # int64, the token's index in T
     position_B: torch.Tensor  # int64
     sequence_B: torch.Tensor  # int64
+    count_1: torch.Tensor | None  # int32, how many of them there are; None: all
     pool: "PagedRows | RingRows"
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:
         """The rows, block by block of QUERIES positions. Waits for the device."""
-        positions = self.position_B.tolist()
+        positions = self.position_B[: None if self.count_1 is None else int(self.count_1)].tolist()
         blocks: dict[int, list[int]] = {}
         for index, position in enumerate(positions):
             blocks.setdefault(position // QUERIES * QUERIES, []).append(index)
@@ -82,7 +83,29 @@ class Decode:
         seen_BC = position_1C.maximum(low_B[:, None]).minimum(position_B1)
         row_BC = self.pool.row(sequence_B1, seen_BC)
         row_B = self.pool.row(sequence_B1, position_B1)[:, 0]
-        return Gather(self.token_B[index_B], position_B1[:, 0] - begin, row_B, row_BC)
+        return Gather(index_B, position_B1[:, 0] - begin, row_B, row_BC)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of a step, which may be known on the device alone; some of them may be empty then."""
+
+    span_P4: torch.Tensor  # int32, (begin, end, cached, sequence)
+    tokens: int  # of a step
+    known: tuple[Span, ...] | None
+    pool: "PagedRows | RingRows"
+
+    @cached_property
+    def prefills(self) -> tuple[Prefill, ...]:
+        """Each by itself. Waits for the device where they are known there alone."""
+        spans = self.span_P4.tolist() if self.known is None else self.known
+        return tuple(Prefill(begin, end, cached, of, self.pool) for begin, end, cached, of in spans if begin < end)
+
+    def runs(self, tokens: int, before: int = 0) -> int:
+        """Runs of so many tokens in all spans, each with `before` tokens more; the most, where they aren't known."""
+        if self.known is None:
+            return (self.tokens + len(self.span_P4) * before) // tokens + len(self.span_P4)
+        return sum(-(-(end - begin + before) // tokens) for begin, end, _, _ in self.known)
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,10 @@ class Plan:
     """Where the layers of one window read and write in one step."""
 
     window: int | None
-    decode: Decode | None
-    prefills: tuple[Prefill, ...]
-    span_P4: torch.Tensor | None  # int32, the prefills' (begin, end, cached, sequence) on the device
+    rows: Rows | None
+    spans: Spans | None
+
+    @property
+    def padded(self) -> bool:
+        """Whether some tokens of the step may belong to no row and no span."""
+        return self.spans is not None and self.spans.known is None

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache
-from epmoe.engine import scheduler
-from epmoe.engine.request import Request, SamplingParams
-from epmoe.engine.runner import build
 from epmoe.errors import UserError
 from epmoe.layers.owed import Owed
 from epmoe.models import Model
-from epmoe.ranks.transfer import Arrival
+from epmoe.ranks.transfer import Arrival, to_device
 
 CHUNK = 1024  # tokens of a piece: small beside what the cache was made for, and in one micro-batch
 FINITE = 1 << 60  # above every position
@@ -56,19 +54,19 @@ def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> 
     sublayers = model.sublayers()
     outcomes = [Outcome() for _ in sublayers]
     hooks = [part.register_forward_hook(each) for (_, part), each in zip(sublayers, outcomes, strict=True)]
-    request = Request(tuple(ids), SamplingParams())
-    sequence = scheduler.Sequence(0, request, len(ids), 0.0, cache.admit(len(ids)))
+    handle, cached = cache.admit(len(ids)), 0
     try:
-        while sequence.pending:
-            step = build([(sequence, min(CHUNK, sequence.pending))], cache.device)
+        while cached < len(ids):
+            count = min(CHUNK, len(ids) - cached)
+            step = _piece(ids[cached : cached + count], cached, handle, cache)
             for each in outcomes:
-                each.positions = step.position_T, step.position_T[step.output_O]
-            model(step, cache)
-            sequence.cached += len(step.token_T)
+                each.positions = step.position_T, step.position_T[-1:]
+            model.hidden(step, cache)
+            cached += count
         firsts = torch.stack([each.first.to(cache.device) for each in outcomes] or [torch.tensor(FINITE)])
         first_S = Arrival([firsts]).wait(timeout_s)[0].tolist()
     finally:
-        cache.release(sequence.handle)
+        cache.release(handle)
         for hook in hooks:
             hook.remove()
     found = [(*named, first) for named, first in zip(sublayers, first_S, strict=False) if first < FINITE]
@@ -78,6 +76,17 @@ def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> 
     weights = [f"{key} holds {_odd(value)}" for key, value in part.named_parameters() if not value.isfinite().all()]
     reason = f" (its {weights[0]})" if weights else ""
     return f"the first sublayer that is not finite is {name} at position {position}{reason}"
+
+
+def _piece(ids: Sequence[int], cached: int, handle: int, cache: Cache) -> Step:
+    """The step of a sequence's next tokens."""
+    return Step(
+        token_T=to_device(ids, torch.int64, cache.device),
+        position_T=to_device(range(cached, cached + len(ids)), torch.int64, cache.device),
+        sequence_B=to_device([], torch.int64, cache.device),
+        spans=((0, len(ids), cached, handle),),
+        output_O=to_device([len(ids) - 1], torch.int64, cache.device),
+    )
 
 
 class Outcome:

@@ -6,8 +6,8 @@
 
     flights: ids on their way to the host, read one launch later
 
-The next decode step is launched before the last one's ids are read: the device feeds them back itself
-(epmoe/engine/decode_step.py). So the host learns one step late that a sequence has ended; the token of the step that
+The next step is launched before the last one's ids are read: the device feeds them back itself
+(epmoe/engine/step.py). So the host learns one step late that a sequence has ended; the token of the step that
 was launched meanwhile is dropped. It never exceeds what the sequence reserved, since an end by length is known
 beforehand.
 
@@ -25,7 +25,7 @@ import torch
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.graphs import Graphs
+from epmoe.engine.graphs import MOST_TOKENS, Graphs, token_buckets
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner
 from epmoe.engine.scheduler import Scheduler
@@ -39,8 +39,8 @@ class EngineConfig:
     """How an engine runs; the same on every rank.
 
     `eos_ids` end a text, unless a request ignores them. `prefill_chunk` is the most prompt tokens of a step, of all
-    sequences together, 0 what `resolve_chunk` says; `max_batch` the most sequences at a time. With `graphs` decode
-    steps are CUDA graphs; the tokens are the same without. `timeout_s` is how long the host waits for a step. With
+    sequences together, 0 what `resolve_chunk` says; `max_batch` the most sequences at a time. With `graphs` steps are
+    CUDA graphs; the tokens are the same without. `timeout_s` is how long the host waits for a step. With
     `progress` standard error shows what is prepared.
     """
 
@@ -56,11 +56,9 @@ def resolve_chunk(wanted: int, device: torch.device) -> int:
     """runtime.prefill_chunk; 0 is 16384 tokens on an accelerator, 2048 on a CPU.
 
     A product with the experts is the more efficient the more rows each expert has: 8192 tokens of 4 out of 32 experts
-    are 1024 rows, of 128 experts 256. So many are half of a step (`Step.halves`), hence twice as many in a step. What a
-    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 three times a half's slot
-    rows y [T, K, H] (of the other half, of the layer before, of this one), once its h [T·K, I] and gathered x, 0.19 GB
-    each, and x, its norm, q, k and v 0.1 to 0.2 GB each. The choice follows the device's type alone, so that all
-    machines cut prompts in the same places.
+    are 1024 rows, of 128 experts 256. Several ranks run a step in halves (`Step.halves`), hence twice as many. What a
+    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 on one rank twice the slot
+    rows y [T, K, H], once its h [T·K, I] and gathered x, 0.38 GB each, and x, its norm, q, k and v 0.1 to 0.2 GB each.
     """
     return wanted or (2048 if device.type == "cpu" else 16384)
 
@@ -83,22 +81,42 @@ class Engine:
             prefill_chunk=self.prefill_chunk,
         )
         with torch.inference_mode():
-            self.runner = Runner(model, cache, ranks, self.max_batch)
-        self.graphs = Graphs(self.runner.decode, ranks, capture=config.graphs, progress=config.progress)
-        self.warm = Warm(self.runner, ranks, self.prefill_chunk, progress=config.progress)
+            self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.max_batch))[-1]
+            self.runner = Runner(model, cache, ranks, self.max_batch, self.most_tokens)
+        self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
+        self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
         self.first = 0  # id of the first request of this run: messages number prompts from it
         self.failed: dict[int, scheduler.Sequence] = {}  # by id, until `clear`: their logits were not finite
 
+    def prepare_for(self, requests: Sequence[Request]) -> None:
+        """As `prepare`, for these requests, all of which are added before the first step. A collective."""
+        pages = self.cache.pages
+        fit = sum(pages.needs(each.cached(self.max_positions)) for each in requests) <= pages.count
+        at_once = fit and len(requests) <= self.max_batch
+        self.prepare(Workload.of(requests, self.max_batch), at_once=at_once)
+
     @torch.inference_mode()
-    def prepare(self, load: Workload) -> None:
-        """Whatever compiles or is captured for such a load is, now: `step` does neither after it. A collective."""
+    def prepare(self, load: Workload, *, at_once: bool = False) -> None:
+        """Whatever compiles or is captured for such a load is, now: `step` does neither after it. A collective.
+
+        Args:
+            at_once: the first step finds all its requests, and room for each of them.
+        """
         if load.penalties and self.runner.keep_seen():
             self.graphs.close()  # they don't write what was seen
         if True in load.logprobs:
-            self.runner.decode.keep_logits()
-        self.warm.prefills(load, self.config.timeout_s)
-        self.graphs.prepare(min(self.max_batch, load.sequences), load.variants())
+            self.runner.static.keep_logits()
+        self.warm.prefills(load, self.most_tokens if self.graphs.capture else 0, self.config.timeout_s)
+        self.graphs.prepare(load, min(self.max_batch, load.sequences), self._totals(load, at_once=at_once))
+
+    def _totals(self, load: Workload, *, at_once: bool) -> list[int]:
+        """Buckets of the tokens that steps with prompts can have, of those that are captured."""
+        if at_once and load.prefill_tokens <= self.prefill_chunk:
+            sizes = token_buckets(load.prefill_tokens)[-1:]  # the first step has all prompts, and no other has any
+        else:
+            sizes = token_buckets(min(self.prefill_chunk, load.prefill_tokens) + min(self.max_batch, load.sequences))
+        return [size for size in sizes if size <= self.most_tokens]
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.
@@ -121,14 +139,11 @@ class Engine:
         """
         for sequence in self.scheduler.admit():
             self.runner.admit(sequence)
-        launches = (
-            self.runner.prefill(self.scheduler.prefill()),
-            self.runner.launch(self.scheduler.decode(), self.graphs.launch),
-        )
-        launched = [flight for flight in launches if flight]
-        self.flights.extend(launched)
+        launched = self.runner.launch(self.scheduler.decode(), self.scheduler.prefill(), self.graphs)
+        if launched:
+            self.flights.append(launched)
         events: list[Event] = []
-        while len(self.flights) > bool(launched):  # the newest stays in the air while the host reads the others
+        while len(self.flights) > (launched is not None):  # the newest stays in the air while the host reads the others
             events += self._land(self.flights.popleft())
         return events
 
@@ -160,7 +175,7 @@ class Engine:
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
         check(requests, self.vocab, self.max_positions)
-        self.prepare(Workload.of(requests, self.max_batch))
+        self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}
         stopped: set[int] = set()

@@ -1,42 +1,64 @@
-"""CUDA graphs of the decode step, one for each batch bucket and variant; without graphs the same step is called.
+"""CUDA graphs of a step's parts, one for each size and variant; without graphs the same parts are called.
 
-A batch is filled up to the next bucket with rows of the cache's spare sequence, with and without graphs, so that both
-run the same kernels on the same shapes and give the same tokens.
+    rows alone             decode, one graph                       a batch is filled up to the next bucket of rows
+    prompts among them     body, and a graph of the head           … of tokens, up to MOST_TOKENS
+    more tokens            the model's call as it is, then a head
 
-Letters: B rows of a step.
+What fills a step up belongs to the cache's spare sequence or to nobody. No bit depends on any of this.
+
+Letters: B rows of a step · T tokens of a step · O outputs.
 """
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from epmoe.engine.decode_step import StaticDecode
-from epmoe.engine.request import Variant
+from epmoe.engine.ragged import Ragged
+from epmoe.engine.request import Variant, Workload
+from epmoe.engine.step import StaticStep
 from epmoe.errors import UserError
 from epmoe.kernels.capture import Capture, Graph
 from epmoe.layers.attention import WAITING
 from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
-from epmoe.ranks.transfer import to_device
+from epmoe.ranks.transfer import overwrite
 from epmoe.streams import on_terminal, tell
 
 # Up to so many rows, in steps of so many. Small batches double; then steps stay small against the batch: a row too many
 # costs little, a graph a little memory and a tenth of a second at start.
 STEPS = ((2, 1), (4, 2), (8, 4), (64, 8), (256, 32), (sys.maxsize, 128))
+# The same of a step's tokens. A step of more takes the GPU longer than its launches take the host.
+MOST_TOKENS = 2048
+TOKEN_STEPS = ((32, 16), (64, 32), (512, 64), (1024, 128), (sys.maxsize, 256))
 
 
 def buckets(most: int) -> list[int]:
     """Batch sizes for up to `most` rows: 1, 2, 4, 8, 16, 24 … 64, 96 … 256, 384 …; the last one is `most` itself."""
+    return [*_sizes(1, most, STEPS), most]
+
+
+def token_buckets(most: int) -> list[int]:
+    """Numbers of tokens for steps of up to `most`: 16, 32, 64, 128, 192 … 512, 640 … 1024, 1280 …
+
+    >>> token_buckets(100), token_buckets(64), token_buckets(5)
+    ([16, 32, 64, 128], [16, 32, 64], [16])
+    """
+    found = _sizes(16, most, TOKEN_STEPS)
+    last = found[-1] + next(step for limit, step in TOKEN_STEPS if found[-1] < limit) if found else 16
+    return [*found, last]
+
+
+def _sizes(size: int, most: int, steps: Sequence[tuple[int, int]]) -> list[int]:
+    """From `size` on, below `most`."""
     found = []
-    size = 1
     while size < most:
         found.append(size)
-        size += next(step for limit, step in STEPS if size < limit)
-    return [*found, most]
+        size += next(step for limit, step in steps if size < limit)
+    return found
 
 
 def resolve_graphs(wanted: str, ranks: Ranks, waits: Sequence[str]) -> bool:
@@ -68,19 +90,27 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
     yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
 
 
-class Graphs:
-    """Runs the steps of a StaticDecode, replaying graphs where `capture` is set.
+class Kind(NamedTuple):
+    """A part of a step: "decode" of so many rows, "body" of so many tokens, "head" of so many outputs."""
 
-    All graphs share one pool of memory: what a step leaves is in its own buffers, so the next may overwrite
+    part: str
+    size: int
+    variant: Variant | None
+
+
+class Graphs:
+    """Runs the parts of a StaticStep, replaying graphs where `capture` is set: the Runner's launcher.
+
+    All graphs share one pool of memory: what a part leaves is in its own buffers, so the next may overwrite
     the rest. Ranks capture and replay in the same order, since the step holds collectives.
     """
 
-    def __init__(self, decode: StaticDecode, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
-        self.decode, self.ranks, self.capture = decode, ranks, Capture(ranks.device) if capture else None
+    def __init__(self, static: StaticStep, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
+        self.static, self.ranks, self.capture = static, ranks, Capture(ranks.device) if capture else None
         self.progress = progress
-        self.buckets = buckets(len(decode.id_M))
-        self.ready: set[tuple[int, Variant]] = set()
-        self.graphs: dict[tuple[int, Variant], Graph] = {}
+        self.buckets = buckets(len(static.id_M))
+        self.ready: set[Kind] = set()
+        self.graphs: dict[Kind, Graph] = {}
         self.rows: list[int] = []  # what the device's sequence_M holds
         if self.capture:
             ranks.at_end.add(self)
@@ -88,42 +118,84 @@ class Graphs:
     def bucket(self, count: int) -> int:
         return next(size for size in self.buckets if size >= count)
 
-    def launch(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
-        """Start a step of these sequences; their ids [B] on the device, which the next step overwrites."""
+    def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
+        """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites."""
         rows = self.bucket(len(handles))
-        padded = [*handles, *[self.decode.state.spare] * (rows - len(handles))]
+        padded = [*handles, *[self.static.state.spare] * (rows - len(handles))]
         if padded != self.rows[:rows]:
             self.rows = padded
-            self.decode.sequence_M[:rows] = to_device(padded, torch.int64, self.ranks.device)
-        if self.capture:
-            self.graphs[rows, variant].replay()
+            overwrite(self.static.sequence_M, padded)
+        self._run(Kind("decode", rows, variant))
+        return self.static.id_M[: len(handles)]
+
+    def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
+        """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
+        tokens = len(ragged.given)
+        size = next((kind.size for kind in self._bodies() if kind.size >= tokens), None)
+        if size is None:
+            self.static.run(ragged)
         else:
-            self.decode.step(rows, variant)
-        return self.decode.id_M[: len(handles)]
+            self.static.fill(ragged, size)
+            self._run(Kind("body", size, None))
+        if variant is not None:
+            count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
+            self.static.end(ragged, count)
+            self._run(Kind("head", count, variant))
+        return self.static.id_M[: len(ragged.outputs)]
 
-    def prepare(self, most: int, variants: Iterable[Variant]) -> None:
-        """Run, and capture, every step of up to `most` rows that was not run before, on spare rows; a collective.
+    def prepare(self, load: Workload, most: int, totals: Sequence[int]) -> None:
+        """Run, and capture, every part that such a load needs and that was not run before; a collective.
 
-        The run compiles kernels and lets libraries allocate, neither of which a capture can do.
+        The run compiles kernels and lets libraries allocate, neither of which a capture can do. It is of spare rows and
+        nobody's tokens.
+
+        Args:
+            most: rows at a time.
+            totals: of tokens of steps with prompts, in buckets; those that are not captured run as they are.
         """
-        keys = [(size, variant) for variant in sorted(variants) for size in self.buckets if size <= self.bucket(most)]
-        new = [key for key in reversed(keys) if key not in self.ready]  # the largest first, the others fit its memory
+        sizes = [size for size in self.buckets if size <= self.bucket(most)]
+        variants = sorted(load.variants())
+        wanted = [Kind("decode", size, variant) for variant in variants for size in sizes]
+        if self.capture:
+            wanted += [Kind("head", size, variant) for variant in variants for size in sizes]
+            wanted += [Kind("body", size, None) for size in totals]
+        new = [kind for kind in reversed(wanted) if kind not in self.ready]  # the largest first: others fit its memory
         if not new or self.ranks.device.type == "cpu":
             return
         begin = time.perf_counter()
-        self.rows = [self.decode.state.spare] * len(self.decode.sequence_M)
-        self.decode.sequence_M.fill_(self.decode.state.spare)
-        for key in with_bar(new, "decode steps", self.ranks, progress=self.progress):
-            step = partial(self.decode.step, *key)
+        self._forget()
+        for kind in with_bar(new, "steps", self.ranks, progress=self.progress):
+            part = self._part(kind)
             if self.capture:
-                self.graphs[key] = self.capture(step)
+                self.graphs[kind] = self.capture(part)
             else:
-                step()
-            self.ready.add(key)
+                part()
+            self.ready.add(kind)
         if self.ranks.is_main:
             torch.accelerator.synchronize(self.ranks.device)
             what = "captured" if self.capture else "warmed up"
-            tell(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s")
+            tell(f"epmoe: {len(new)} kinds of step {what} in {time.perf_counter() - begin:.1f} s")
+
+    def _forget(self) -> None:
+        """Let the buffers hold spare rows and nobody's tokens."""
+        self.rows = [self.static.state.spare] * len(self.static.sequence_M)
+        self.static.sequence_M.fill_(self.static.state.spare)
+        self.static.fill(Ragged.of([], []), len(self.static.given_T))
+        self.static.end(Ragged.of([], []), len(self.static.ended_M))
+
+    def _bodies(self) -> list[Kind]:
+        return sorted(kind for kind in self.graphs if kind.part == "body")
+
+    def _part(self, kind: Kind) -> Callable[[], None]:
+        if kind.variant is None:
+            return partial(self.static.body, kind.size)
+        return partial(self.static.decode if kind.part == "decode" else self.static.head, kind.size, kind.variant)
+
+    def _run(self, kind: Kind) -> None:
+        if graph := self.graphs.get(kind):
+            graph.replay()
+        else:
+            self._part(kind)()
 
     def close(self) -> None:
         """Let go of the graphs. A process group waits at its end until no graph holds a collective of it."""

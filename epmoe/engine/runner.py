@@ -1,18 +1,20 @@
 """Runner: what the scheduler decided, launched on this rank's device; ids come back in flights.
 
-Letters: T tokens of a step · B sequences of a step · O of them whose logits are wanted · V vocabulary.
+Letters: B sequences whose ids come · O of them whose log-probabilities are wanted · V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
-from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
-from epmoe.engine.decode_step import State, StaticDecode
+from epmoe.engine.ragged import Piece, Ragged
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
+from epmoe.engine.state import State
+from epmoe.engine.step import StaticStep
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, to_device
@@ -50,17 +52,25 @@ class Flight:
             yield sequence, token, logprobs.get(row)
 
 
+class Launcher(Protocol):
+    """Starts the parts of a step, as graphs or not; both give the new ids, on the device until the next step."""
+
+    def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor: ...
+    def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor: ...
+
+
 class Runner:
     """A model, its cache and what the device knows of each sequence. Its methods are collectives of the expert group.
 
     Args:
-        rows: the most sequences of a decode step.
+        rows: the most sequences of a step.
+        tokens: the most tokens of a step that is a graph.
     """
 
-    def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int) -> None:
+    def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int) -> None:
         self.model, self.cache, self.ranks = model, cache, ranks
         self.state = State(cache, model.config.vocab, ranks)
-        self.decode = StaticDecode(model, cache, self.state, rows)
+        self.static = StaticStep(model, cache, self.state, rows, tokens)
 
     def keep_seen(self) -> bool:
         """Keep the ids of each sequence from now on; whether that is new."""
@@ -73,51 +83,19 @@ class Runner:
         self.cache.write(sequence.handle)
         self.state.admit(sequence.handle, sequence.request.ids, sequence.request.params)
 
-    def prefill(self, work: Sequence[tuple[scheduler.Sequence, int]]) -> Flight | None:
-        """One forward pass over so many tokens of each prompt; the first tokens of those that end with it."""
+    def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
+        """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
         if not work:
-            return None
-        logits_OV = self.model(build(work, self.ranks.device), self.cache)
+            return self._flight(rows, launcher.decode([each.handle for each in rows], _variant(rows))) if rows else None
+        ragged = Ragged.of(rows, work)
+        id_O = launcher.ragged(ragged, _variant(ragged.ended) if ragged.ended else None)
         for sequence, tokens in work:
             sequence.cached += tokens
-        done = [sequence for sequence, _ in work if not sequence.pending]
-        if not done:
-            return None
-        sequence_O = to_device([each.handle for each in done], torch.int64, self.ranks.device)
-        position_O = to_device([len(each.request.ids) for each in done], torch.int64, self.ranks.device)
-        id_O = self.state.sample(logits_OV, sequence_O, position_O, _variant(done).level)
-        return Flight(done, id_O, logits_OV)
+        return self._flight(ragged.ended, id_O) if ragged.ended else None
 
-    def launch(self, rows: Sequences, replay: Callable[[Sequence[int], Variant], torch.Tensor]) -> Flight | None:
-        """One decode step of these sequences; `replay` starts it and gives its ids [B]."""
-        if not rows:
-            return None
-        variant = _variant(rows)
-        id_B = replay([each.handle for each in rows], variant)
-        return Flight(rows, id_B, self.decode.logits_MV if variant.logits else None)
+    def _flight(self, sequences: Sequences, id_O: torch.Tensor) -> Flight:
+        return Flight(sequences, id_O, self.static.logits_MV if _variant(sequences).logits else None)
 
 
 def _variant(sequences: Sequences) -> Variant:
     return Variant.of(sequence.request.params for sequence in sequences)
-
-
-def build(work: Sequence[tuple[scheduler.Sequence, int]], device: torch.device) -> Step:
-    """The step of so many tokens of each prompt; the logits of each prompt's last token are wanted."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts, outputs = [0], []
-    for sequence, count in work:
-        span = range(sequence.cached, sequence.cached + count)
-        tokens += sequence.request.ids[span.start : span.stop]
-        positions += span
-        starts.append(len(tokens))
-        if count == sequence.pending:
-            outputs.append(len(tokens) - 1)
-    return Step(
-        token_T=to_device(tokens, torch.int64, device),
-        position_T=to_device(positions, torch.int64, device),
-        start_B1=tuple(starts),
-        cached_B=tuple(sequence.cached for sequence, _ in work),
-        sequence_B=tuple(sequence.handle for sequence, _ in work),
-        output_O=to_device(outputs, torch.int64, device),
-    )

@@ -1,8 +1,8 @@
 """Scheduler: who waits, who runs, what runs next, what has come. On the host alone, without tensors.
 
-    waiting ──admit──▶ running ──▶ prefill: pieces of prompts, together `prefill_chunk` tokens at most
-       ▲                  │
-      add                 └──────▶ decode: one token of each sequence whose prompt is cached
+    waiting ──admit──▶ running ──▶ a step: one token of each sequence whose prompt is cached (decode),
+       ▲                  │                and pieces of prompts, together `prefill_chunk` tokens at most (prefill)
+      add                 │
                           │
                      append ──▶ finish: a token has come; it may be the last one
 
@@ -42,7 +42,12 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether the next decode step is to have it."""
-        return not self.pending and len(self.request.ids) + self.launched < self.end
+        return not self.pending and self.next < self.end
+
+    @property
+    def next(self) -> int:
+        """The position of the next token to be launched, once the prompt was fed."""
+        return len(self.request.ids) + self.launched
 
     @property
     def length(self) -> int:
@@ -110,11 +115,11 @@ class Scheduler:
         return admitted
 
     def prefill(self) -> list[tuple[Sequence, int]]:
-        """What the next prefill is to have: (sequence, how many tokens of its prompt), in order of admission."""
+        """What the next step is to have of prompts: (sequence, how many of its tokens), in order of admission."""
         return pieces(self.running, self.prefill_chunk, self.prefill_chunk)
 
     def decode(self) -> list[Sequence]:
-        """What the next decode step is to have: a token of each sequence that has begun and may go on."""
+        """What the next step is to have of others: a token of each sequence that has begun and may go on."""
         return [sequence for sequence in self.running if sequence.decodes]
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:

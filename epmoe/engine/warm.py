@@ -1,11 +1,12 @@
-"""Prefills of every kind that a workload can lead to, run before the first request, so that nothing compiles after it.
+"""Prefills of every kind that a workload can lead to and no graph holds, run before the first request, so that nothing
+compiles after it.
 
 Which kinds there are the model knows: it asks its kernels and backends, whose tiles follow the number of tokens.
 """
 
 import torch
 
-from epmoe.engine.graphs import with_bar
+from epmoe.engine.graphs import Graphs, with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
 from epmoe.engine.scheduler import Sequence, pieces
@@ -22,32 +23,33 @@ class Warm:
         chunk: prompt tokens of a step at most.
     """
 
-    def __init__(self, runner: Runner, ranks: Ranks, chunk: int, *, progress: bool) -> None:
-        self.runner, self.ranks, self.chunk, self.progress = runner, ranks, chunk, progress
+    def __init__(self, runner: Runner, graphs: Graphs, ranks: Ranks, chunk: int, *, progress: bool) -> None:
+        self.runner, self.graphs, self.ranks, self.chunk, self.progress = runner, graphs, ranks, chunk, progress
         self.done: set[Kind] = set()
 
-    def prefills(self, load: Workload, timeout_s: float) -> None:
-        """Run what such a load can lead to and was not run before."""
+    def prefills(self, load: Workload, captured: int, timeout_s: float) -> None:
+        """Run what such a load can lead to and was not run before, but for steps of up to `captured` tokens."""
         if self.ranks.device.type == "cpu":
             return
-        self.run(load, timeout_s)
+        self.run(load, captured, timeout_s)
         # A prefill samples from whole rows of logits, a decode step perhaps from parts; not each warm one samples.
         nothing_1V = torch.zeros(1, self.runner.model.config.vocab, device=self.ranks.device)
         greedy = twin("greedy", nothing_1V)
         greedy.join_largest(greedy.largest(nothing_1V, 0), nothing_1V.shape[1])
 
-    def run(self, load: Workload, timeout_s: float) -> None:
+    def run(self, load: Workload, captured: int, timeout_s: float) -> None:
         """The prefills themselves, on any device."""
         tokens, prompts = min(self.chunk, load.prefill_tokens), min(load.longer_prompts, self.chunk // 2)
         kinds = self.runner.model.distinct(tokens, prompts)
-        new = sorted(kinds - self.done, reverse=True)  # the largest first, the others fit its memory
+        new = [kind for kind in kinds - self.done if kind[0] > captured]
+        new.sort(reverse=True)  # the largest first, the others fit its memory
         for kind in with_bar(new, "prefills", self.ranks, progress=self.progress):
             running = self._admit(kind, load)
             work = pieces(running, *kind)
             ran = sum(count for _, count in work)
             small = (ran, min(kind[1], ran))  # a small cache holds less than was asked for
             if small not in self.done:
-                flight = self.runner.prefill(work)
+                flight = self.runner.launch([], work, self.graphs)
                 if flight:
                     list(flight.land(timeout_s))
                 self.done |= {kind, small}

@@ -17,7 +17,7 @@ from epmoe.layers.rotary import rotate
 from epmoe.layers.twin import twin
 from epmoe.trace import named
 
-# Names of torch versions with which a DecodeStep waits for its positions, so that no graph can capture it.
+# Names of torch versions with which a step waits for its positions, so that no graph can capture it.
 WAITING = frozenset({"attention"})
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD: of a step's tokens
@@ -67,10 +67,10 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     """
     q_TED, k_TJD, v_TJD = heads
     turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
-    out_TED = torch.empty_like(turned[0])
-    for gather in plan.decode.gathers if plan.decode else ():
+    out_TED = torch.zeros_like(turned[0])  # for tokens that belong to nothing
+    for gather in plan.rows.gathers if plan.rows else ():
         _decode(turned, cached, gather, plan.window, sink_E, out_TED)
-    for prefill in plan.prefills:
+    for prefill in plan.spans.prefills if plan.spans else ():
         _prefill(turned, cached, prefill, plan.window, sink_E, out_TED)
     return out_TED
 

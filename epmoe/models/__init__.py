@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import nn
 
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.layer import MoE
@@ -69,11 +69,15 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def vocab_chunk(self) -> int:
-        """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
+        """Parts of the vocabulary that are asked for begin at multiples of this."""
         ...
 
-    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
-        """Logits [O, V] in float32 of the rows that a Step wants, or of all rows of a DecodeStep."""
+    def hidden(self, step: Step, cache: Cache, /) -> torch.Tensor:
+        """[O, H], what the projection to the vocabulary takes of each token whose logits are wanted."""
+        ...
+
+    def logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None, /) -> torch.Tensor:
+        """[O, V] in float32, or first : last + 1 of the vocabulary's ids."""
         ...
 
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
@@ -94,6 +98,10 @@ class Family(Model, Protocol):
     Config: ClassVar[Any]  # its `from_json` makes the config of a parsed config.json; a UserError names the key
 
     def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, step: Step, cache: Cache, /) -> torch.Tensor:
+        """Logits [O, V] in float32: `hidden` and `logits` in one."""
+        ...
 
     # Of nn.Module.
     def get_submodule(self, target: str) -> nn.Module: ...

@@ -10,6 +10,7 @@ config and the names of its tensors (gpt_oss.py); it has no forward of its own.
 Letters: T tokens of a step · O of them whose logits are wanted · H hidden · V vocabulary.
 """
 
+import sys
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from epmoe import kernels
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
 from epmoe.layers.attention import Attention, Where
@@ -60,9 +61,7 @@ class Limits:
     # other computes. The products with the experts lose by it: where 8 of 32 are here, 8192 tokens take 812 µs at once
     # and 2 · 443 in halves. The all-reduce of those tokens' rows takes 640 µs on 2 GPUs. For half as many tokens the
     # loss is about the same and the gain half; for fewer there is little to win. The limit is an estimate by these
-    # figures. Whether a step is halved follows from its tokens alone, not from the ranks. One rank gains nothing and
-    # halves as well, 2 · 1579 µs for 3043 where it has all 32 experts, 4 % of them: its memory is made for halves, and
-    # in float32 a library's product of 4096 rows may give other bits than one of 8192.
+    # figures. One rank would only lose, 2 · 1579 µs for 3043 where it has all 32 experts: its steps go whole.
     halves_from: int = 4096
     # Ids that a library's product computes at a time, and of which ranks share whole chunks (layers/vocabulary.py):
     # small enough that they share evenly, large enough to be read at full speed (94 MB).
@@ -116,14 +115,17 @@ class Decoder(nn.Module):
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
 
-    def forward(self, step: Step | DecodeStep, cache: Cache) -> torch.Tensor:
-        """Logits of the rows `step.output_O`, [O, V] float32; the step's keys and values are in `cache` afterwards.
+    def forward(self, step: Step, cache: Cache) -> torch.Tensor:
+        """Logits of the tokens that the step wants, [O, V] float32: `hidden` and `logits` in one."""
+        return self.logits(self.hidden(step, cache), None)
 
-        A DecodeStep gives the logits of all its rows, [B, V] or the part of V that it asks for, which begins at a
-        multiple of `vocab_chunk`; on a GPU nothing of it waits, so it can be captured.
+    def hidden(self, step: Step, cache: Cache) -> torch.Tensor:
+        """The last norm of the tokens whose logits are wanted, [O, H]; the step's keys and values are in `cache` then.
 
-        A large Step goes through each layer as two halves. While the ranks exchange the rows of the first, they compute
-        the second, and the first's next layer while they exchange the second's:
+        On a GPU nothing waits and no size depends on a value, where the step's don't, so it can be captured.
+
+        A large step of several ranks goes through each layer as two halves. While the ranks exchange the rows of the
+        first, they compute the second, and the first's next layer while they exchange the second's:
 
             compute    A₀  B₀  A₁  B₁  A₂ …      A, B: the halves; 0, 1, 2 …: the layers
             wire           A₀  B₀  A₁  B₁ …
@@ -133,24 +135,18 @@ class Decoder(nn.Module):
         A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
         same bits.
         """
-        halves = [self._embed(half, cache) for half in step.halves(self.limits.halves_from)]
+        halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         for index, layer in enumerate(cast(list[Layer], list(self.layers))):
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
                 half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
-        return self._vocabulary(owed.add_to(x_OH, self.norm)[1], step.part)
+        norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]
+        return norm_OH
 
-    def _embed(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
-        if isinstance(step, DecodeStep):
-            token_T, position_T, wanted_O = step.token_B, step.position_B, None
-        else:
-            token_T, position_T, wanted_O = step.token_T, step.position_T, step.output_O
-        plans, cos_sin = cache.plan(step), self.rotary(position_T)
-        return MicroBatch(len(token_T), self.embedding(token_T), Owed(), plans, cos_sin, wanted_O)
-
-    def _vocabulary(self, norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+    def logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        """[O, V] float32, or a part of V, which begins at a multiple of `vocab_chunk`."""
         weight_VH = self.embedding.weight if self.config.tied else self.unembedding.weight
         whole = (0, len(weight_VH))
         logits_OV: torch.Tensor = twin("vocabulary", norm_OH).part_logits(
@@ -158,17 +154,26 @@ class Decoder(nn.Module):
         )
         return logits_OV
 
+    def _embed(self, step: Step, cache: Cache) -> MicroBatch:
+        plans, cos_sin = cache.plan(step), self.rotary(step.position_T)
+        return MicroBatch(len(step.token_T), self.embedding(step.token_T), Owed(), plans, cos_sin, step.output_O)
+
+    @property
+    def halves_from(self) -> int:
+        """Tokens from which on a step goes through the layers as two halves; one rank has nothing to wait for."""
+        return self.limits.halves_from if any(layer.exchange.travels for layer in self.moe_layers()) else sys.maxsize
+
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
         """Kinds of prefill that compile anew: tokens together, and tokens of one prompt at most.
 
         Of up to `tokens` tokens, and of up to `prompts` prompts with several tokens.
         """
         backends = (layer.distinct(tokens) for layer in self.moe_layers())
-        return prefill_kinds(tokens, prompts, self.limits.halves_from, set().union(*backends))
+        return prefill_kinds(tokens, prompts, self.halves_from, set().union(*backends))
 
     @property
     def vocab_chunk(self) -> int:
-        """Parts of the vocabulary that a DecodeStep asks for begin at multiples of this."""
+        """Parts of the vocabulary that are asked for begin at multiples of this."""
         return self.limits.vocab_chunk
 
     def sublayers(self) -> list[tuple[str, nn.Module]]:
@@ -194,12 +199,12 @@ def prefill_kinds(
     return {(size, size) for size in sizes} | {(2 * count, 2) for count in kernels.powers(prompts)}
 
 
-def _join(halves: list[MicroBatch], step: Step | DecodeStep) -> tuple[torch.Tensor, Owed]:
+def _join(halves: list[MicroBatch], step: Step) -> tuple[torch.Tensor, Owed]:
     """Of the wanted tokens: the residual stream and what is owed to it."""
     first = halves[0]
     if len(halves) == 1:
         return first.x_TH, first.owed
-    assert isinstance(step, Step)
+    assert step.output_O is not None
     # Each half has a row for every wanted token, which means something in the token's own.
     own_O1 = (step.output_O < first.tokens)[:, None]
     return torch.where(own_O1, first.x_TH, halves[1].x_TH), Owed.join(own_O1[..., None], first.owed, halves[1].owed)

@@ -26,6 +26,16 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def overwrite(buffer: torch.Tensor, values: Sequence[Any]) -> None:
+    """The first values (numbers, or rows of them) of a buffer on the device, for all later work on the stream."""
+    tensor = torch.tensor(values, dtype=buffer.dtype, device="cpu").reshape(-1, *buffer.shape[1:])
+    part = buffer[: len(tensor)]
+    if buffer.device.type == "cpu" or not values:
+        part.copy_(tensor)
+    else:
+        part.copy_(tensor.pin_memory(), non_blocking=True)
+
+
 class Arrival:
     """Copies of some tensors on their way to the host, as they are at this point of the current stream."""
 

@@ -33,7 +33,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.kernels.attention import launch as attention_triton
@@ -119,7 +119,7 @@ def bench_decode(heads: Heads, batch: int, context: int, window: int | None, lim
     plans: list[Plan] = []
     for index in range(sets):
         sequence_B = torch.tensor(handles[index * batch : (index + 1) * batch], device="cuda")
-        plans.append(store.plan(DecodeStep(torch.zeros_like(position_B), position_B, sequence_B))[window])
+        plans.append(store.plan(Step(torch.zeros_like(position_B), position_B, sequence_B))[window])
     inputs, sink_E = heads.inputs(batch), torch.randn(heads.heads, device="cuda", dtype=BF16)
 
     def call(index: int) -> None:
@@ -133,7 +133,7 @@ def bench_prefill(heads: Heads, chunk: int, cached: int, window: int | None, lim
     """One row: one sequence's chunk after `cached` positions."""
     store, (handle,) = heads.cache(window, 1, chunk + cached)
     position_T = torch.arange(cached, cached + chunk, device="cuda")
-    step = Step(position_T, position_T, (0, chunk), (cached,), (handle,), position_T[:1])
+    step = Step(position_T, position_T, position_T[:0], spans=((0, chunk, cached, handle),), output_O=position_T[:1])
     plan = store.plan(step)[window]
     inputs, sink_E = heads.inputs(chunk), torch.randn(heads.heads, device="cuda", dtype=BF16)
     visible = sum(p + 1 if window is None else min(p + 1, window) for p in range(cached, cached + chunk))

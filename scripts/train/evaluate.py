@@ -52,7 +52,7 @@ def held_out_loss(ranks: Ranks, directory: Path, windows_BS: Tensor) -> tuple[fl
         sequence = cache.admit(length)
         index = torch.arange(length, device=ranks.device)
         tokens = window_S.to(ranks.device)
-        step = Step(tokens[:-1], index, (0, length), (0,), (sequence,), index)
+        step = Step(tokens[:-1], index, index[:0], spans=((0, length, 0, sequence),), output_O=index)
         with torch.inference_mode():
             logits_SV = llm.model(step, cache)
         total += F.cross_entropy(logits_SV.double(), tokens[1:], reduction="sum").item()

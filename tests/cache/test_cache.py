@@ -3,16 +3,18 @@
 That the right values are read and written is test_attention.py's matter.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import make_step
 
-from epmoe.batch import DecodeStep
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import CacheFull
-from epmoe.cache.plan import Plan
+from epmoe.cache.plan import Prefill
 from epmoe.errors import UserError
 
 
@@ -167,8 +169,20 @@ def test_rows_have_one_owner_and_come_back(actions: list[tuple[bool, int]]) -> N
     assert sorted(cache.pages.free) == list(range(16)) and sorted(cache.pages.free_handles) == list(range(5))
 
 
-def plan_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]) -> Plan:
-    return cache.plan(make_step([(handle, [0] * new, cached) for handle, new, cached in chunks]))[window]
+def prefills_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]) -> tuple[Prefill, ...]:
+    """Those of a step of prompts alone; the same where the device alone knows it, with some that are empty."""
+    step = make_step([(handle, [0] * new, cached) for handle, new, cached in chunks])
+    plan = cache.plan(step)[window]
+    assert plan.rows is None and plan.spans is not None and not plan.padded
+    spans = [*(step.spans or ()), (0, 0, 0, cache.spare)]
+    hidden = cache.plan(replace(step, spans=None, span_P4=torch.tensor(spans, dtype=torch.int32)))[window]
+    assert hidden.spans is not None and hidden.padded
+    for one, other in zip(plan.spans.prefills, hidden.spans.prefills, strict=True):
+        assert (one.begin, one.end, one.cached, one.sequence) == (other.begin, other.end, other.cached, other.sequence)
+    for run, before in ((1, 0), (7, 0), (16, 5), (64, 128)):
+        exact = sum(-(-(end - begin + before) // run) for begin, end, *_ in step.spans or ())
+        assert plan.spans.runs(run, before) == exact <= hidden.spans.runs(run, before)
+    return plan.spans.prefills
 
 
 def test_plan_of_a_window() -> None:
@@ -176,11 +190,11 @@ def test_plan_of_a_window() -> None:
     cache = new_cache([7, None])
     a, b = cache.admit(60), cache.admit(4)
     rows = rows_of(cache, 7, a, 60)
-    (prefill,) = plan_of(cache, 7, [(a, 20, 30)]).prefills
+    (prefill,) = prefills_of(cache, 7, [(a, 20, 30)])
     assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[43:50]
-    (prefill,) = plan_of(cache, 7, [(a, 3, 2)]).prefills
+    (prefill,) = prefills_of(cache, 7, [(a, 3, 2)])
     assert prefill.past_C.tolist() == rows[0:2] and prefill.row_R.tolist() == rows[2:5]
-    first, second = plan_of(cache, 7, [(a, 1, 40), (b, 1, 0)]).prefills  # a prompt's single token, too
+    first, second = prefills_of(cache, 7, [(a, 1, 40), (b, 1, 0)])  # a prompt's single token, too
     assert first.past_C.tolist() == rows[34:40] and first.row_R.tolist() == rows[40:41]
     assert second.past_C.tolist() == [] and second.row_R.tolist() == rows_of(cache, 7, b, 1)
 
@@ -190,11 +204,10 @@ def test_plan_of_full_attention() -> None:
     cache = new_cache([7, None])
     a, b = cache.admit(40), cache.admit(20)
     rows = rows_of(cache, None, a, 40)
-    plan = plan_of(cache, None, [(b, 1, 5), (a, 20, 12)])
-    single, longer = plan.prefills
+    single, longer = prefills_of(cache, None, [(b, 1, 5), (a, 20, 12)])
     assert longer.past_C.tolist() == rows[:12] and longer.row_R.tolist() == rows[12:32]
     assert (longer.begin, longer.end) == (1, 21)
-    assert single.past_C.tolist() == rows_of(cache, None, b, 5) and plan.decode is None
+    assert single.past_C.tolist() == rows_of(cache, None, b, 5)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -202,13 +215,10 @@ def test_plan_of_a_decode_step(window: int | None) -> None:
     """Protects the fixed batch: what each row reads and writes is its own, and filling rows have rows of their own."""
     cache = new_cache([window])
     a, b = cache.admit(40), cache.admit(20)
-    step = DecodeStep(
-        torch.zeros(4, dtype=torch.int64), torch.tensor([30, 0, 4, 0]), torch.tensor([a, cache.spare] * 2)
-    )
-    step.sequence_B[2] = b
-    plan = cache.plan(step)[window]
-    assert plan.decode is not None and not plan.prefills
-    first, zeros, fourth = plan.decode.gathers  # positions 30; 0 and 0; 4
+    sequence_B = torch.tensor([a, cache.spare, b, cache.spare])
+    plan = cache.plan(Step(torch.zeros(4, dtype=torch.int64), torch.tensor([30, 0, 4, 0]), sequence_B))[window]
+    assert plan.rows is not None and plan.spans is None
+    first, zeros, fourth = plan.rows.gathers  # positions 30; 0 and 0; 4
     assert [each.token_B.tolist() for each in (first, zeros, fourth)] == [[0], [1, 3], [2]]
     assert [each.offset_B.tolist() for each in (first, zeros, fourth)] == [[2], [0, 0], [0]]
     of_a, of_b = rows_of(cache, window, a, 31), rows_of(cache, window, b, 5)

@@ -135,7 +135,8 @@ def epmoe_logits(ranks: Ranks, directory: Path, token_S: Tensor) -> Tensor:
     config, index = model.config, torch.arange(len(token_S))
     cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=len(token_S), sequences=1,
                   dtype=torch.float32), ranks.device)  # fmt: skip
-    step = Step(token_S, index, (0, len(token_S)), (0,), (cache.admit(len(token_S)),), index)
+    spans = ((0, len(token_S), 0, cache.admit(len(token_S))),)
+    step = Step(token_S, index, index[:0], spans=spans, output_O=index)
     with torch.inference_mode():
         return model(step, cache).clone()
 

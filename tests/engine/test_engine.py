@@ -7,7 +7,6 @@ that is dropped, fed twice or fed to another sequence changes the output.
 import io
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected, logits_of, ou
 from loading import rank_of
 from spawn import run_ranks
 
-from epmoe.batch import DecodeStep, Step
 from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, Workload
 from epmoe.errors import UserError
@@ -47,8 +45,10 @@ def test_batches_and_chunks_do_not_change_the_tokens(case: str) -> None:
     assert outputs(results) == [expected(request) for request in requests]
     assert {reason for _, reason in outputs(results)} == {"eos", "length"}  # the cases cover both
     for step in model.prefills():
-        assert len(step.token_T) <= LIMITS[case].get("prefill_chunk", 2048)
-        assert len(step.sequence_B) <= LIMITS[case].get("max_batch", 64)
+        assert step.spans and sum(end - begin for begin, end, *_ in step.spans) <= LIMITS[case].get(
+            "prefill_chunk", 2048
+        )
+        assert len(step.sequence_B) + len(step.spans) <= LIMITS[case].get("max_batch", 64)
     assert max(model.batches()) <= LIMITS[case].get("max_batch", 64)
 
 
@@ -74,18 +74,18 @@ def test_sequences_join_a_running_batch() -> None:
     requests = [Request((1, 2, n), SamplingParams(max_new_tokens=k, ignore_eos=True)) for n, k in enumerate(lengths)]
     engine(model, max_batch=2).generate(requests)
     # A place is free one step after its sequence's last one was launched, when the host has read its token.
-    assert model.batches() == [2, 1] * 4 + [1] * 31
+    assert model.batches() == [2, 1, 1] * 4 + [1] * 27
     assert len(model.prefills()) == 4  # the first two share one
 
 
-def test_prompts_and_decodes_take_turns() -> None:
-    """A long prompt does not stop those that decode."""
+def test_a_step_has_decodes_and_a_piece_of_a_prompt() -> None:
+    """A long prompt does not stop those that decode, nor they it."""
     model = FakeModel()
     short = Request((5,), SamplingParams(max_new_tokens=12, ignore_eos=True))
     long = Request(tuple(range(60)), SamplingParams(max_new_tokens=1))
     engine(model, prefill_chunk=10).generate([short, long])
-    kinds = ["decode" if isinstance(step, DecodeStep) else len(step.token_T) for step in model.steps]
-    assert kinds == [10, "decode"] * 6 + [1] + ["decode"] * 5
+    kinds = [(len(step.sequence_B), sum(end - begin for begin, end, *_ in step.spans or ())) for step in model.steps]
+    assert kinds == [(0, 10), *[(1, 10)] * 5, (1, 1), *[(1, 0)] * 5]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -99,15 +99,15 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     tested = engine(model, max_batch=20, prefill_chunk=100, progress=True)
-    tested.warm.run(Workload.of(requests, 20), 60)
+    tested.warm.run(Workload.of(requests, 20), 0, 60)
     steps = model.prefills()
     assert {1, 2, 4, 8, 16, 32, 64, 100} | {3, 7, 15, 31, 63, 99} <= {len(step.token_T) for step in steps}
     assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
-    several = {sum(stop - start > 1 for start, stop in pairwise(step.start_B1)) for step in steps}
+    several = {sum(end - begin > 1 for begin, end, *_ in step.spans or ()) for step in steps}
     assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
     assert not tested.cache.pages.reserved
     assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
-    tested.warm.run(Workload.of(requests[::-1], 20), 60)
+    tested.warm.run(Workload.of(requests[::-1], 20), 0, 60)
     assert len(model.prefills()) == len(steps)  # once is enough
 
 
@@ -118,7 +118,7 @@ def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
     short = [Request(tuple(range(30)), SamplingParams(max_new_tokens=2, ignore_eos=True))] * 3
     long = Request(tuple(range(32)), SamplingParams(max_new_tokens=69, ignore_eos=True))
     tested = engine(model, cache=FakeCache(tokens=100), prefill_chunk=200)
-    tested.warm.run(Workload.of([*short, long], 64), 60)
+    tested.warm.run(Workload.of([*short, long], 64), 0, 60)
     warm = max(len(step.token_T) for step in model.prefills())
     count = len(model.prefills())
     tested.generate([*short, long])
@@ -299,7 +299,7 @@ def test_an_abort_ends_one_request_and_no_other() -> None:
         tested.step()
     running = tested.abort(ids[0])
     assert running is not None and running.finish_reason == "abort"
-    assert running.ids == expected(requests[0])[0][: len(running.ids)] and len(running.ids) == 5
+    assert running.ids == expected(requests[0])[0][: len(running.ids)] and len(running.ids) == 4
     waiting = tested.abort(ids[3])
     assert waiting is not None and waiting.ids == () and waiting.finish_reason == "abort"
     assert tested.abort(ids[0]) is None and len(tested.cache.pages.reserved) == 1
@@ -340,8 +340,8 @@ def disagreeing_rank(ranks: Ranks, chunk: int) -> list[tuple[tuple[int, ...], st
     """The model of rank 1 would choose other tokens than that of rank 0."""
 
     class Own(FakeModel):
-        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
-            return super().__call__(step, cache).roll(ranks.rank, 1)
+        def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+            return super().logits(norm_O1, part).roll(ranks.rank, 1)
 
     held: Any = FakeCache()
     model: Any = Own()
@@ -363,8 +363,8 @@ def test_logits_that_are_not_finite_are_an_error(good: int, bad: float) -> None:
     """At the position that had them, though another step was launched meanwhile; with log-probabilities asked for."""
 
     class Broken(FakeModel):
-        def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
-            return super().__call__(step, cache) * (bad if len(self.steps) > good else 1)
+        def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+            return super().logits(norm_O1, part) * (bad if len(self.steps) > good else 1)
 
     with pytest.raises(UserError, match=f"not finite at position {2 + good} of prompt 1"):
         engine(Broken()).generate([Request((1, 2, 3), SamplingParams(ignore_eos=True, logprobs=2))])

@@ -1,6 +1,6 @@
-"""Decode steps in static buffers, as CUDA graphs or not: same tokens, nothing compiled late, no wait without a bound.
+"""Steps in static buffers, as CUDA graphs or not: same tokens, nothing compiled late, no wait without a bound.
 
-On the CPU the step is called where a GPU replays it: the same function, with the same buckets and spare rows.
+On the CPU a step is called where a GPU replays it: the same function, of decodes with the same buckets and spare rows.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, Signals
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ from sampling import sample
 from spawn import commands, run_ranks
 from steps import make_step
 
-from epmoe.batch import DecodeStep
 from epmoe.cache.fit import CacheSettings, fit_cache
+from epmoe.engine import scheduler
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import buckets, resolve_graphs
+from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.kernels import symmetric
@@ -95,7 +96,8 @@ def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ..
     seen = torch.zeros(1, engine.vocab, dtype=torch.bool)
     while True:
         with torch.inference_mode():
-            logits = engine.model(make_step([(handle, new, cached)], every=False), cache)
+            step = make_step([(handle, new, cached)], every=False)
+            logits = engine.model.logits(engine.model.hidden(step, cache), None)
         seen[0, ids] = True
         token = int(sample(logits, [params], [len(ids)], seen))
         cached, new = len(ids), [token]
@@ -142,14 +144,15 @@ def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set
     graphs = mine.device.type != "cpu"
     engine = build(mine, checkpoint, greedy, vocab_chunk=chunk, graphs=graphs)
     parts: set[Any] = set()
-    model = engine.model
+    model: Any = engine.model
+    real = model.logits
 
-    def spy(step: Any, cache: Any) -> torch.Tensor:
-        if isinstance(step, DecodeStep):
-            parts.add(step.part)
-        return model(step, cache)
+    def spy(norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        parts.add(part)
+        found: torch.Tensor = real(norm_OH, part)
+        return found
 
-    engine.runner.decode.model = cast(Any, spy)
+    model.logits = spy
     first = outcome(engine.generate(greedy))
     alone = set(parts)
     return [first, outcome(engine.generate([*greedy[:6], *mixed()[6:]]))], alone
@@ -273,11 +276,17 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         # prefills of prepare left their handles, and read rows that nobody wrote.
         engine.runner.state.sequences.token_S.zero_()
         engine.runner.state.sequences.position_S.zero_()
-        variants = sorted({variant for _, variant in engine.graphs.ready})
+        variants = sorted({kind.variant for kind in engine.graphs.ready if kind.variant})
+        row, *prompts = (  # a sequence's second token, a piece of a prompt, a whole one
+            scheduler.Sequence(n, Request((3,) * (1, 9, 5)[n], SamplingParams()), 30, 0.0, handles[n]) for n in range(3)
+        )
+        ragged = Ragged.of([row], [(prompts[0], 8), (prompts[1], 5)])
+        assert any(kind.part == "body" and kind.size >= 14 for kind in engine.graphs.ready)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            arrivals = [Arrival([engine.graphs.launch(handles[:n], v)]) for v in variants for n in (3, 2, 1)]
+            arrivals = [Arrival([engine.graphs.decode(handles[:n], v)]) for v in variants for n in (3, 2, 1)]
+            arrivals += [Arrival([engine.graphs.ragged(ragged, v)]) for v in variants]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         for arrival in arrivals:

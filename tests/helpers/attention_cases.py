@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from steps import make_step
 
-from epmoe.batch import DecodeStep
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.cache.rows import PagedRows
@@ -20,7 +20,7 @@ Inputs = tuple[Heads, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """`steps` are steps of (sequence, new tokens) pairs; a number alone is a DecodeStep of the first so many sequences,
+    """`steps` are steps of (sequence, new tokens) pairs; a number alone is a decode of the first so many sequences,
     filled up by 3 rows of the spare one."""
 
     name: str
@@ -110,11 +110,11 @@ def plans(case: Case, store: Cache) -> Iterator[tuple[Plan, int, int]]:
             lengths[sequence] += count
 
 
-def decode_step(store: Cache, rows: Sequence[tuple[int, int]], spares: int = 0) -> DecodeStep:
+def decode_step(store: Cache, rows: Sequence[tuple[int, int]], spares: int = 0) -> Step:
     """A token for each (handle, cached positions), and `spares` rows of the spare sequence."""
     rows = [*rows, *[(store.spare, 0)] * spares]
     sequence_B, position_B = torch.tensor(rows, dtype=torch.int64, device=store.device).T.contiguous()
-    return DecodeStep(torch.zeros_like(position_B), position_B, sequence_B)
+    return Step(torch.zeros_like(position_B), position_B, sequence_B)
 
 
 def compare(case: Case, device: str, dtype: torch.dtype, rtol: float, atol: float) -> None:

@@ -6,13 +6,12 @@ As a program (`python bitwise_run.py CHECKPOINT FILE`, also under torchrun) it w
 import hashlib
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.engine.engine import Engine, EngineConfig
@@ -32,16 +31,18 @@ class Recorder:
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
         self.distinct, self.sublayers = model.distinct, model.sublayers
-        self.logits: list[torch.Tensor] = []
+        self.made: list[torch.Tensor] = []
+        self.real_O: torch.Tensor | None = None
 
-    def __call__(self, step: Step | DecodeStep, cache: Cache, /) -> torch.Tensor:
-        if not isinstance(step, DecodeStep):
-            logits_OV = self.model(step, cache)
-            self.logits.append(logits_OV.cpu().clone())
-            return logits_OV
-        logits_BV = self.model(replace(step, part=None), cache)
-        self.logits.append(logits_BV[step.sequence_B != cache.spare].cpu().clone())
-        return logits_BV[:, slice(*step.part)] if step.part else logits_BV
+    def hidden(self, step: Step, cache: Cache, /) -> torch.Tensor:
+        self.real_O = step.sequence_B != cache.spare if step.output_O is None else None
+        norm_OH: torch.Tensor = self.model.hidden(step, cache)
+        return norm_OH
+
+    def logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None, /) -> torch.Tensor:
+        logits_OV: torch.Tensor = self.model.logits(norm_OH, None)
+        self.made.append((logits_OV if self.real_O is None else logits_OV[self.real_O]).cpu().clone())
+        return logits_OV[:, slice(*part)] if part else logits_OV
 
 
 def requests(vocab: int) -> list[Request]:
@@ -76,7 +77,7 @@ def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limi
     recorder = Recorder(model)
     config = EngineConfig(prefill_chunk=16, max_batch=4)
     results = Engine(recorder, cache, mine, config).generate(asked)
-    return [result.ids for result in results], torch.cat(recorder.logits)
+    return [result.ids for result in results], torch.cat(recorder.made)
 
 
 def digest(found: Run) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from epmoe.batch import DecodeStep, Step
+from epmoe.batch import Step
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.models.decoder import prefill_kinds
@@ -48,7 +48,8 @@ class FakeModel:
     def __init__(self, **config: int) -> None:
         self.config = FakeConfig(**config)
         self.vocab_chunk = 10  # so that several ranks share the vocabulary
-        self.steps: list[Step | DecodeStep] = []
+        self.steps: list[Step] = []
+        self.outputs: list[list[int]] = []  # tokens so far of each output of the last step
 
     def sublayers(self) -> list[tuple[str, Any]]:
         return []
@@ -56,29 +57,32 @@ class FakeModel:
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
         return prefill_kinds(tokens, prompts, halves_from=4096)
 
-    def __call__(self, step: Step | DecodeStep, cache: Any) -> torch.Tensor:
+    def hidden(self, step: Step, cache: Any) -> torch.Tensor:
+        """The number of each output, [O, 1]."""
         self.steps.append(step)
-        if isinstance(step, DecodeStep):
-            return self.decode(step, cache)
-        tokens, positions = step.token_T.tolist(), step.position_T.tolist()
+        tokens, positions, handles = step.token_T.tolist(), step.position_T.tolist(), step.sequence_B.tolist()
+        spans = step.spans or ()
+        used = [handle for handle in handles if handle != cache.spare] + [sequence for *_, sequence in spans]
+        assert used and len(set(used)) == len(used)
         last: dict[int, list[int]] = {}
-        assert step.start_B1[0] == 0 and step.start_B1[-1] == len(tokens)
-        assert len(set(step.sequence_B)) == len(step.sequence_B)
-        for b, handle in enumerate(step.sequence_B):
-            begin, end = step.start_B1[b : b + 2]
-            assert end > begin and step.cached_B[b] == len(cache.fed[handle])
+        for row, handle in enumerate(handles):
+            if handle == cache.spare:  # spare rows stand last
+                assert (tokens[row], positions[row]) == (0, 0) and set(handles[row:]) == {cache.spare} and not spans
+                last[row] = [0]
+            else:
+                last[row] = self.feed(cache, handle, tokens[row : row + 1], positions[row : row + 1])
+        at = len(handles)
+        for begin, end, cached, handle in spans:
+            assert at == begin < end and cached == len(cache.fed[handle])
             last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
-        logits = [logits_of(last[row]) for row in step.output_O.tolist()]
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+            at = end
+        assert at == len(tokens)
+        self.outputs = [last[row] for row in (sorted(last) if step.output_O is None else step.output_O.tolist())]
+        return torch.arange(len(self.outputs), dtype=torch.float32)[:, None]
 
-    def decode(self, step: DecodeStep, cache: Any) -> torch.Tensor:
-        rows = list(zip(step.sequence_B.tolist(), step.token_B.tolist(), step.position_B.tolist(), strict=True))
-        handles = [handle for handle, _, _ in rows if handle != cache.spare]
-        assert handles and len(set(handles)) == len(handles)
-        assert all(row == (cache.spare, 0, 0) for row in rows[len(handles) :])  # spare rows stand last
-        fed = [self.feed(cache, handle, [token], [position]) for handle, token, position in rows[: len(handles)]]
-        logits = torch.stack([logits_of(tokens) for tokens in fed] + [logits_of([0])] * (len(rows) - len(handles)))
-        return logits[:, slice(*step.part)] if step.part else logits
+    def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        logits_OV = torch.stack([logits_of(self.outputs[int(number)]) for number in norm_O1[:, 0]])
+        return logits_OV[:, slice(*part)] if part else logits_OV
 
     def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
         fed: list[int] = cache.fed[handle]
@@ -88,12 +92,12 @@ class FakeModel:
         return list(fed)
 
     def prefills(self) -> list[Step]:
-        return [step for step in self.steps if isinstance(step, Step)]
+        return [step for step in self.steps if step.spans]
 
     def batches(self) -> list[int]:
-        """Rows of each decode step that belong to a sequence; the fake cache's spare handle is the highest."""
-        found = [step.sequence_B.tolist() for step in self.steps if isinstance(step, DecodeStep)]
-        return [sum(handle < SEQUENCES for handle in handles) for handles in found]
+        """Rows of each step that belong to a sequence; the fake cache's spare handle is the highest."""
+        found = [step.sequence_B.tolist() for step in self.steps]
+        return [sum(handle < SEQUENCES for handle in handles) for handles in found if handles]
 
 
 def logits_of(tokens: list[int]) -> torch.Tensor:

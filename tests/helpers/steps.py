@@ -13,17 +13,16 @@ def make_step(
     """A step from (handle, new tokens, positions cached before) triples; logits of every token or of the last."""
     token: list[int] = []
     position: list[int] = []
-    starts = [0]
-    for _, ids, cached in chunks:
+    spans = []
+    for handle, ids, cached in chunks:
+        spans.append((len(token), len(token) + len(ids), cached, handle))
         token += ids
         position += range(cached, cached + len(ids))
-        starts.append(len(token))
-    rows = range(len(token)) if every else [end - 1 for end in starts[1:]]
+    rows = range(len(token)) if every else [end - 1 for _, end, _, _ in spans]
     return Step(
         token_T=torch.tensor(token, dtype=torch.int64, device=device),
         position_T=torch.tensor(position, dtype=torch.int64, device=device),
-        start_B1=tuple(starts),
-        cached_B=tuple(cached for _, _, cached in chunks),
-        sequence_B=tuple(sequence for sequence, _, _ in chunks),
+        sequence_B=torch.empty(0, dtype=torch.int64, device=device),
+        spans=tuple(spans),
         output_O=torch.tensor(list(rows), dtype=torch.int64, device=device),
     )

@@ -9,12 +9,13 @@ from compile_sm90 import MOST_SHARED, compile_kernel
 from epmoe.kernels.attention import decode as attention_decode
 from epmoe.kernels.attention import prefill as attention_prefill
 from epmoe.kernels.attention.launch import (
+    AHEAD,
     DECODE,
     PLACED,
     PREFILL,
     SPLIT,
-    SPLITS,
     WINDOW_PREFILL,
+    AttentionTile,
     _bucket,
     combine_options,
 )
@@ -23,18 +24,24 @@ DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
 SIZES = {"J": 8, "D": 64, "DP": 64}
 FULL, RING = {"PAGE": 16, "WINDOW": 0}, {"PAGE": 144, "WINDOW": 128}
-INTEGERS = ("rows", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows", "place_rows")
+INTEGERS = ("most", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows", "place_rows")
 POINTERS = ("q", "k", "v", "key", "value", "old_key", "old_value", "ring_key", "ring_value", "sink", "out")
 
 
 def compiled(
-    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int, arch: int = 90
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    arch: int = 90,
+    registers: int | None = None,
 ) -> dict[str, int]:
     types = {
         **{f"{name}_ptr": DTYPES[dtype] for name in POINTERS},
         **dict.fromkeys(("cos_ptr", "sin_ptr", "part_ptr", "top_ptr", "sum_ptr"), "*fp32"),
-        **dict.fromkeys(("token_ptr", "position_ptr", "sequence_ptr"), "*i64"),
-        **dict.fromkeys(("table_ptr", "span_ptr"), "*i32"),
+        **dict.fromkeys(("position_ptr", "sequence_ptr"), "*i64"),
+        **dict.fromkeys(("table_ptr", "span_ptr", "rows_ptr"), "*i32"),
         **dict.fromkeys(INTEGERS, "i32"),
         "scale": "fp32",
     }
@@ -43,7 +50,7 @@ def compiled(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
     strides = [name for name in ("q_stride", "k_stride", "v_stride", "cache_rows") if name in signature]
-    cost = compile_kernel(kernel, signature, constants, warps, stages, arch, divisible=strides)
+    cost = compile_kernel(kernel, signature, constants, warps, stages, arch, strides, registers)
     print(f"{kernel.__name__} sm_{arch} {dtype} {constants}: {cost}")
     assert arch != 90 or cost["spills"] == 0
     assert cost["shared"] <= MOST_SHARED[arch], "more shared memory than a block may have"
@@ -67,16 +74,16 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_combine(dtype: torch.dtype) -> None:
-    constants = {**SIZES, "G": 8, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "S": SPLITS, "PDL": True}
+    constants = {**SIZES, "G": 8, "ROWS": 32, "WINDOW": 0, "SPLIT": SPLIT, "AHEAD": AHEAD, "PDL": True}
     options = combine_options(8, SIZES["D"])
     compiled(attention_decode.combine_kernel, dtype, constants | {"GP": options["GP"]}, options["num_warps"], 3)
 
 
-def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
-    """Constants, warps and stages of the prefill kernel as it is launched."""
+def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[str, int], AttentionTile]:
+    """Constants and tile of the prefill kernel as it is launched."""
     tile = (WINDOW_PREFILL if layout["WINDOW"] else PREFILL)[dtype]
-    constants = {**SIZES, **layout, "G": 8, "GP": 8, "M": tile.queries, "N": tile.positions}
-    return constants, tile.warps, tile.stages
+    constants = {**SIZES, **layout, "G": 8, "GP": 8, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    return constants, tile
 
 
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
@@ -86,11 +93,11 @@ def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
 
     It warns when it does; the queries' way through memory in prefill_kernel avoids it.
     """
-    constants, warps, stages = prefill_constants(layout, dtype)
-    cost = compiled(attention_prefill.prefill_kernel, dtype, constants, warps, stages)
+    constants, tile = prefill_constants(layout, dtype)
+    cost = compiled(attention_prefill.prefill_kernel, dtype, constants, tile.warps, tile.stages, 90, tile.registers)
     assert cost["serialized"] == 0 and (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
     if dtype == torch.bfloat16:  # one program's softmax runs beside another's product
-        assert 2 * warps * 32 * cost["registers"] <= 65536
+        assert 2 * tile.warps * 32 * cost["registers"] <= 65536
 
 
 @pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
@@ -107,5 +114,5 @@ def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     constants = {**SIZES, **layout, "G": 8, "ROWS": 32, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
     constants["PDL"] = arch >= 90
     compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
-    constants, warps, stages = prefill_constants(layout, torch.bfloat16)
-    compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, warps, stages, arch)
+    constants, tile = prefill_constants(layout, torch.bfloat16)
+    compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)

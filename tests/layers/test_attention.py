@@ -14,7 +14,7 @@ import torch
 from steps import make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epmoe.batch import DecodeStep
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import QUERIES
 from epmoe.layers.attention import Attention, Where, attend
@@ -202,8 +202,8 @@ def test_a_decode_has_the_same_bits_in_any_company(window: int | None) -> None:
     x_BH = torch.randn(len(positions), HIDDEN, generator=torch.Generator().manual_seed(9))
 
     def decode(rows: list[int]) -> torch.Tensor:
-        step = DecodeStep(torch.zeros(len(rows), dtype=torch.int64), positions[rows], sequences[rows])
-        where = Where(Rotary(ROPE)(step.position_B), store.layer(0), store.plan(step)[window])
+        step = Step(torch.zeros(len(rows), dtype=torch.int64), positions[rows], sequences[rows])
+        where = Where(Rotary(ROPE)(step.position_T), store.layer(0), store.plan(step)[window])
         return layer.attended(x_BH[rows], where)
 
     together_BH = decode([3, 1, 5, 0, 4, 2])

@@ -10,13 +10,13 @@ import torch
 from loading import rank_of
 from steps import make_step
 
-from epmoe.batch import DecodeStep
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.errors import UserError
 from epmoe.formats.bf16 import Bf16Matrix
 from epmoe.layers.rotary import Rope
 from epmoe.models import MODELS, Family, ModelConfig, Target
-from epmoe.models.decoder import Limits
+from epmoe.models.decoder import Decoder, Limits
 from epmoe.models.gpt_oss import GptOss, GptOssConfig
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts import ExpertWeights
@@ -282,11 +282,11 @@ def test_logits_of_the_wanted_rows(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("least", [1000, 1], ids=["whole", "halves"])
-def test_the_last_layer_works_for_the_wanted_rows_only(least: int) -> None:
+def test_the_last_layer_works_for_the_wanted_rows_only(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects a prefill's speed; and later steps, which find the keys and values of all tokens in the cache."""
     config = small()
     model = build(config)
-    model.limits = Limits(halves_from=least)
+    monkeypatch.setattr(Decoder, "halves_from", least)  # as on several ranks
     tokens: list[int] = []
     for moe in model.moe_layers():
         moe.register_forward_pre_hook(lambda module, arguments: tokens.append(len(arguments[0])))
@@ -344,7 +344,7 @@ def test_decode_step_equals_step() -> None:
                 continue
             spare = [cache.spare] * filled
             token_B, position_B = torch.tensor([turn, 7, *spare]), torch.tensor([9 + turn, 2 + turn, *[0] * filled])
-            logits_BV = model(DecodeStep(token_B, position_B, torch.tensor([a, b, *spare])), cache)
+            logits_BV = model(Step(token_B, position_B, torch.tensor([a, b, *spare])), cache)
             assert logits_BV.shape == (2 + filled, config.vocab) and logits_BV.dtype == torch.float32
             out.append(logits_BV[:2])
         both.append(out)

@@ -12,8 +12,9 @@ from launches import launches
 from loading import load_rank, rank_of
 
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.engine.decode_step import State, StaticDecode
 from epmoe.engine.request import Level, Variant
+from epmoe.engine.state import State
+from epmoe.engine.step import StaticStep
 from epmoe.kernels import symmetric as memory
 from epmoe.layers.twin import switched
 from epmoe.moe.exchange import symmetric
@@ -34,7 +35,7 @@ def layer(*attention: str, ranks: int) -> list[str]:
     ]
 
 
-BEFORE = ["take_kernel", "arange", "cos_sin_kernel", "embedding"]
+BEFORE = ["take_kernel", "cos_sin_kernel", "embedding"]
 AFTER = ["add_norm_kernel", "product_kernel", "largest_kernel", "join_kernel", "advance_kernel", "copy_"]
 
 
@@ -58,19 +59,19 @@ def step(path: Path, rows: int, ranks: int) -> list[str]:
     model.limits = replace(model.limits, vocab_chunk=config.vocab // 4)
     with switched(interpreted=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "two_shot", lambda flat, group: flat.neg_())
-        decode = StaticDecode(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows)
+        decode = StaticStep(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows, 16)
         decode.sequence_M.copy_(torch.tensor([cache.admit(20) for _ in range(rows)]))
         with torch.inference_mode():
-            decode.step(rows, Variant(Level.GREEDY, False))
+            decode.decode(rows, Variant(Level.GREEDY, False))
             with launches() as names:
-                decode.step(rows, Variant(Level.GREEDY, False))
+                decode.decode(rows, Variant(Level.GREEDY, False))
     return names
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int) -> None:
-    """Eight a layer with a window, nine with full attention (the cache is longer than one split), ten around them.
+    """Eight a layer with a window, nine with full attention (the cache is longer than one split), nine around them.
 
     Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows.
     """

@@ -1,6 +1,6 @@
-"""Decode: a step of one token for each sequence, in splits of their positions, and the splits' combination.
+"""Decode: one token of each sequence, in splits of their positions, and the splits' combination.
 
-Letters: attention_kernels.py. S splits that are combined at a time.
+Letters: softmax.py. B rows, the first tokens of a step.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -8,29 +8,29 @@ Letters: attention_kernels.py. S splits that are combined at a time.
 import triton
 import triton.language as tl
 
-from epmoe.kernels.attention.softmax import LOG2E, LOWEST, finish, rotated, row, take
+from epmoe.kernels.attention.softmax import LOWEST, begin_with, finish, join, nothing, rotated, row, take
 from epmoe.kernels.gpu import next_may_begin
 
 
-@triton.jit(do_not_specialize=["rows", "table_stride"])
+@triton.jit(do_not_specialize=["most", "table_stride"])
 def decode_kernel(
     q_ptr,  # [T, E, D], not rotated; rows q_stride apart
     k_ptr,  # [T, J, D], not rotated
     v_ptr,  # [T, J, D]
     cos_ptr,  # float32 [T, F]
     sin_ptr,  # float32 [T, F]
-    token_ptr,  # int64 [B]
     position_ptr,  # int64 [B]
     sequence_ptr,  # int64 [B]
+    rows_ptr,  # int32 [1], B; None: `most`
     table_ptr,  # int32 [sequences, pages], rows table_stride apart; None for a ring
     key_ptr,  # in and out [J, R, D]
     value_ptr,  # in and out [J, R, D]
     sink_ptr,  # [E]
     out_ptr,  # out [T, E, D]: rows of sequences with one split
-    part_ptr,  # out float32 [tiles, E, D]: the other sequences' splits, before division by their sums
+    part_ptr,  # out float32 [tiles, E, D]: outputs of the other sequences' splits
     top_ptr,  # out float32 [tiles, E]: their maxima
     sum_ptr,  # out float32 [tiles, E]: their sums
-    rows,  # B
+    most,  # rows
     q_stride,
     k_stride,
     v_stride,
@@ -42,7 +42,7 @@ def decode_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,  # rows of a page; of the whole ring when there is no table
     WINDOW: tl.constexpr,  # 0: none
-    ROWS: tl.constexpr,  # a power of two from B upwards
+    ROWS: tl.constexpr,  # a power of two from `most` upwards
     SPLIT: tl.constexpr,
     M: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
@@ -52,12 +52,13 @@ def decode_kernel(
     """Write each sequence's new key and value, rotated, and attend: one (split, key/value head) after the other.
 
     The programs are as many as the machine runs at a time, and share the work whatever it is: a graph's grid is fixed,
-    and ragged lengths leave no program idle. The new position never passes through the cache: the split that owns it
-    starts from its score.
+    and ragged lengths leave no program idle. The program that has a sequence's last split writes its new row, which
+    nobody else reads in this launch, and reads it back as one of the cached ones.
     """
     next_may_begin(PDL)
     # A window within a split: each sequence has one, and nothing need be looked up.
     SINGLE: tl.constexpr = WINDOW > 0 and WINDOW <= SPLIT
+    rows = _rows(rows_ptr, most)
     tiles = rows
     if not SINGLE:
         tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
@@ -73,52 +74,57 @@ def decode_kernel(
             pass
         elif tiles > rows:  # else each sequence has one split all the same
             b, split = _locate(tiles_B, tile)
-        token = tl.load(token_ptr + b)
         position = tl.load(position_ptr + b).to(tl.int32)
         sequence = tl.load(sequence_ptr + b)
-        begin = split * SPLIT
-        if WINDOW:
-            begin += tl.maximum(position + 1 - WINDOW, 0)
-        end = tl.minimum(begin + SPLIT, position)  # the new position is not among them
-        owner = begin + SPLIT > position
+        low = _first_seen(position, WINDOW)
+        if SINGLE:
+            begin, end = low // N * N, position + 1
+        else:
+            begin = (low // SPLIT + split) * SPLIT
+            end = tl.minimum(begin + SPLIT, position + 1)
+            begin = tl.maximum(begin, low // N * N)
         head_M = j * G + m_M
         real_MD = (m_M < G)[:, None] & real_D[None, :]
-        turn_D = token * (D // 2) + d_D % (D // 2)
-        cos_D = tl.load(cos_ptr + turn_D, real_D, other=0)[None, :]
-        sin_D = tl.load(sin_ptr + turn_D, real_D, other=0)[None, :]
-        q_MD = rotated(q_ptr + token * q_stride + head_M[:, None] * D, cos_D, sin_D, real_MD, D, DP)
-
-        own_1D = rotated(
-            k_ptr + token * k_stride + j * D + tl.zeros((1, 1), tl.int32), cos_D, sin_D, real_D[None, :], D, DP
-        )
-        value_1D = tl.load(v_ptr + token * v_stride + j * D + d_D, real_D, other=0)[None, :]
-        if owner:
-            to = (j * cache_rows.to(tl.int64) + row(table_ptr, sequence, position, table_stride, PAGE)) * D
-            tl.store(key_ptr + to + d_D[None, :], own_1D, real_D[None, :])
-            tl.store(value_ptr + to + d_D[None, :], value_1D, real_D[None, :])
-        score_M = tl.sum(q_MD.to(tl.float32) * own_1D.to(tl.float32), 1) * scale
-        top_M = tl.where(owner, score_M, LOWEST)
-        sum_M = tl.where(owner, 1.0, 0.0) + tl.zeros([M], tl.float32)
-        acc_MD = tl.where(owner, value_1D.to(tl.float32), 0.0) + tl.zeros([M, DP], tl.float32)
-
         head_key_ptr = key_ptr + j * cache_rows.to(tl.int64) * D
         head_value_ptr = value_ptr + j * cache_rows.to(tl.int64) * D
-        # The table is read a block ahead: else every block would wait for its rows before it can ask for them.
-        row_N = row(table_ptr, sequence, tl.minimum(begin + n_N, position), table_stride, PAGE)
-        for start in range(begin, end, N):
-            real_N = start + n_N < end
-            at_ND = row_N[:, None] * D + d_D[None, :]
-            row_N = row(table_ptr, sequence, tl.minimum(start + N + n_N, position), table_stride, PAGE)
-            real_ND = real_N[:, None] & real_D[None, :]
-            k_ND = tl.load(head_key_ptr + at_ND, real_ND, other=0)
-            v_ND = tl.load(head_value_ptr + at_ND, real_ND, other=0)
-            score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-            score_MN = tl.where(real_N[None, :], score_MN, float("-inf"))
-            top_M, sum_M, acc_MD = take(score_MN, v_ND, scale, top_M, sum_M, acc_MD)
 
+        turn_D = b * (D // 2) + d_D % (D // 2)
+        cos_D = tl.load(cos_ptr + turn_D, real_D, other=0)[None, :]
+        sin_D = tl.load(sin_ptr + turn_D, real_D, other=0)[None, :]
+        q_MD = rotated(q_ptr + b * q_stride + head_M[:, None] * D, cos_D, sin_D, real_MD, D, DP)
+        if end > position:  # the sequence's last split
+            k_1D = rotated(
+                k_ptr + b * k_stride + j * D + tl.zeros((1, 1), tl.int32), cos_D, sin_D, real_D[None, :], D, DP
+            )
+            v_1D = tl.load(v_ptr + b * v_stride + j * D + d_D, real_D, other=0)[None, :]
+            to_1D = row(table_ptr, sequence, position, table_stride, PAGE) * D + d_D[None, :]
+            tl.store(head_key_ptr + to_1D, k_1D, real_D[None, :])
+            tl.store(head_value_ptr + to_1D, v_1D, real_D[None, :])
+        tl.debug_barrier()
+
+        top_M, sum_MX, acc_MD = nothing(M, DP)
+        # The table is read a block ahead: else every block would wait for its rows before it can ask for them.
+        row_N = row(table_ptr, sequence, tl.minimum(tl.maximum(begin + n_N, low), position), table_stride, PAGE)
+        for start in range(begin, end, N):
+            at_ND = row_N[:, None] * D + d_D[None, :]
+            position_N = start + n_N
+            row_N = row(table_ptr, sequence, tl.minimum(position_N + N, position), table_stride, PAGE)
+            seen_N = position_N <= position
+            if WINDOW:
+                seen_N = seen_N & (position_N > position - WINDOW)
+            seen_ND = seen_N[:, None] & real_D[None, :]
+            k_ND = tl.load(head_key_ptr + at_ND, seen_ND, other=0)
+            v_ND = tl.load(head_value_ptr + at_ND, seen_ND, other=0)
+            score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+            score_MN = tl.where(seen_N[None, :], score_MN, float("-inf"))
+            top_M, sum_MX, acc_MD = take(score_MN, v_ND, scale, top_M, sum_MX, acc_MD)
+
+        sum_M = tl.max(sum_MX, 1)
         if _splits(position, WINDOW, SPLIT) == 1:
-            to_MD = out_ptr + (token * (J * G) + head_M)[:, None] * D + d_D[None, :]
-            finish(sink_ptr, to_MD, head_M, m_M < G, real_MD, top_M, sum_M, acc_MD)
+            to_MD = out_ptr + (b * (J * G) + head_M)[:, None] * D + d_D[None, :]
+            sink_M, one_M, zero_MD = begin_with(sink_ptr, head_M, m_M < G, DP)
+            _, total_M, out_MD = join(sink_M, one_M, zero_MD, top_M, sum_M, acc_MD)
+            finish(to_MD, real_MD, total_M, out_MD)
         else:
             to_M = tile * (J * G) + head_M
             tl.store(top_ptr + to_M, top_M, m_M < G)
@@ -126,16 +132,16 @@ def decode_kernel(
             tl.store(part_ptr + to_M[:, None] * D + d_D[None, :], acc_MD, real_MD)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["most"])
 def combine_kernel(
-    token_ptr,  # int64 [B]
     position_ptr,  # int64 [B]
+    rows_ptr,  # int32 [1], B; None: `most`
     sink_ptr,  # [E]
     part_ptr,  # float32 [tiles, E, D]
     top_ptr,  # float32 [tiles, E]
     sum_ptr,  # float32 [tiles, E]
     out_ptr,  # out [T, E, D]: rows of sequences with several splits
-    rows,
+    most,  # rows
     J: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -144,58 +150,72 @@ def combine_kernel(
     SPLIT: tl.constexpr,
     GP: tl.constexpr,  # G rounded up to a power of two
     DP: tl.constexpr,
-    S: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (b, j): the splits of a group's query heads, S at a time, upwards.
+    """Program (b, j): the splits of a group's query heads, one after the other; AHEAD of them are asked for at a time.
 
     A group's heads together: as a program each, the 16,384 heads of 256 sequences took 18 µs on an H100 to find that
     there was nothing to combine.
     """
     next_may_begin(PDL)
     b, j = tl.program_id(0), tl.program_id(1)
+    rows = _rows(rows_ptr, most)
+    if b >= rows:
+        return
     splits = _splits(tl.load(position_ptr + b).to(tl.int32), WINDOW, SPLIT)
     if splits == 1:
         return
     tiles_B = _decode_tiles(position_ptr, rows, WINDOW, ROWS, SPLIT)
     first = tl.sum(tl.where(tl.arange(0, ROWS) < b, tiles_B, 0), 0)
-    s_S, d_D, g_G = tl.arange(0, S), tl.arange(0, DP), tl.arange(0, GP)
+    d_D, g_G = tl.arange(0, DP), tl.arange(0, GP)
     head_G, real_G, real_D = j * G + g_G, g_G < G, d_D < D
-    top_G = tl.load(sink_ptr + head_G, real_G, other=0).to(tl.float32) * LOG2E
-    total_G = tl.full([GP], 1.0, tl.float32)
-    acc_GD = tl.zeros([GP, DP], tl.float32)
-    for start in range(0, splits, S):
-        real_GS = real_G[:, None] & (start + s_S < splits)[None, :]
-        at_GS = (first + start + s_S)[None, :] * (J * G) + head_G[:, None]
-        top_GS = tl.load(top_ptr + at_GS, real_GS, other=LOWEST)
-        sum_GS = tl.load(sum_ptr + at_GS, real_GS, other=0)
-        at_GSD = at_GS[:, :, None] * D + d_D[None, None, :]
-        part_GSD = tl.load(part_ptr + at_GSD, real_GS[:, :, None] & real_D[None, None, :], other=0)
-        above_G = tl.maximum(top_G, tl.max(top_GS, 1))
-        weight_GS = tl.exp2(top_GS - above_G[:, None])
-        shrink_G = tl.exp2(top_G - above_G)
-        total_G = total_G * shrink_G + tl.sum(sum_GS * weight_GS, 1)
-        acc_GD = acc_GD * shrink_G[:, None] + tl.sum(part_GSD * weight_GS[:, :, None], 1)
-        top_G = above_G
-    to_GD = out_ptr + tl.load(token_ptr + b) * (J * G * D) + head_G[:, None] * D + d_D[None, :]
-    out_GD = (acc_GD / total_G[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(to_GD, out_GD, real_G[:, None] & real_D[None, :])
+    real_GD = real_G[:, None] & real_D[None, :]
+    top_G, total_G, acc_GD = begin_with(sink_ptr, head_G, real_G, DP)
+    for start in range(0, splits, AHEAD):
+        for ahead in tl.static_range(AHEAD):
+            real, at_G = start + ahead < splits, (first + start + ahead) * (J * G) + head_G
+            # What is beyond the last split changes nothing.
+            split_top_G = tl.load(top_ptr + at_G, real_G & real, other=LOWEST)
+            split_sum_G = tl.load(sum_ptr + at_G, real_G & real, other=0)
+            split_GD = tl.load(part_ptr + at_G[:, None] * D + d_D[None, :], real_GD & real, other=0)
+            top_G, total_G, acc_GD = join(top_G, total_G, acc_GD, split_top_G, split_sum_G, split_GD)
+    to_GD = out_ptr + b * (J * G * D) + head_G[:, None] * D + d_D[None, :]
+    finish(to_GD, real_GD, total_G, acc_GD)
+
+
+@triton.jit
+def _rows(rows_ptr, most):
+    """How many rows there are."""
+    if rows_ptr is None:
+        return most
+    else:
+        return tl.load(rows_ptr)
+
+
+@triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """The first position that the one at `position` sees."""
+    return tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
 
 
 @triton.jit
 def _decode_tiles(position_ptr, rows, WINDOW: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):
     """Each sequence's splits, int32 [ROWS]; none beyond the B sequences."""
     b_B = tl.arange(0, ROWS)
-    return _splits(tl.load(position_ptr + b_B, b_B < rows, other=-1).to(tl.int32), WINDOW, SPLIT)
+    position_B = tl.load(position_ptr + b_B, b_B < rows, other=0).to(tl.int32)
+    return tl.where(b_B < rows, _splits(position_B, WINDOW, SPLIT), 0)
 
 
 @triton.jit
 def _splits(position, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
-    """How many splits a sequence at this position has, the position itself included."""
-    seen = position + 1
-    if WINDOW:
-        seen = tl.minimum(seen, WINDOW)
-    return (seen + SPLIT - 1) // SPLIT
+    """How many splits a sequence at this position sees a part of."""
+    if WINDOW == 0:
+        return position // SPLIT + 1
+    elif WINDOW <= SPLIT:
+        return position * 0 + 1
+    else:
+        return position // SPLIT - tl.maximum(position + 1 - WINDOW, 0) // SPLIT + 1
 
 
 @triton.jit

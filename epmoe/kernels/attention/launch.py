@@ -1,12 +1,12 @@
 """Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
 
-Letters: T tokens of a step · B sequences that decode · P spans, prompts or pieces of them · E query heads ·
+Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · E query heads ·
 J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a layer's cache.
 
 A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for
-every SPLIT positions that the sequences can have together. Nothing waits for the device, and the grids of a decode
-follow B and the cache's capacity only: it fits a CUDA graph. A row's result does not depend on the batch
-(attention_kernels.py, Order).
+every SPLIT positions that the sequences can have together. Nothing waits for the device. Where a step is known on the
+device alone, the grids follow its sizes and the cache's capacity only, so that it fits a CUDA graph. A query's result
+depends neither on the batch nor on whether it is a row's or a span's (softmax.py, Order).
 """
 
 import math
@@ -16,17 +16,17 @@ from functools import cache
 import torch
 import triton
 
-from epmoe.cache.plan import Decode, Plan
+from epmoe.cache.plan import Plan, Rows, Spans
 from epmoe.cache.rows import PagedRows, RingRows
 from epmoe.kernels.attention.decode import combine_kernel, decode_kernel
 from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
-from epmoe.kernels.gpu import dependent
+from epmoe.kernels.gpu import dependent, generation
 
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
 # again, are few. It sets the order of summation, so it is one number for all batches and lengths.
 SPLIT = 256
-# Splits that the combining kernel adds at a time.
-SPLITS = 16
+# Splits that the combining kernel asks for before it adds the first of them.
+AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class AttentionTile:
     warps: int
     stages: int
     programs: int = 0  # a multiprocessor; only a decode's grid follows it
+    registers: int | None = None  # a thread's, at most, on Hopper; None: as many as the assembler takes
 
 
 DECODE: dict[torch.dtype, AttentionTile] = {
@@ -45,9 +46,10 @@ DECODE: dict[torch.dtype, AttentionTile] = {
     torch.float32: AttentionTile(queries=16, positions=32, warps=4, stages=2, programs=4),
 }
 PREFILL: dict[torch.dtype, AttentionTile] = {
-    torch.bfloat16: AttentionTile(queries=128, positions=64, warps=8, stages=3),
+    # Left to itself, the assembler takes 149 registers for two outputs, and one program fits a multiprocessor, not two.
+    torch.bfloat16: AttentionTile(queries=128, positions=64, warps=8, stages=3, registers=128),
     # For comparison, not for speed: float32 has no exact tensor core product.
-    torch.float32: AttentionTile(queries=32, positions=32, warps=4, stages=2),
+    torch.float32: AttentionTile(queries=32, positions=32, warps=4, stages=2, registers=168),
 }
 # Of layers with a window: a program has few blocks to do and much to wait for, so more of them share a multiprocessor.
 WINDOW_PREFILL: dict[torch.dtype, AttentionTile] = {
@@ -74,45 +76,45 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     """
     _check(heads, cos_sin, cached, sink_E)
     q_TED = heads[0]
-    out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
-    if plan.decode is not None:
-        _decode(heads, cos_sin, cached, plan.decode, sink_E, out_TED)
-    if plan.prefills:
-        _prefill(heads, cos_sin, cached, plan, sink_E, out_TED)
+    # A step that is known on the device alone may have tokens that belong to nothing: they are alike in all layers.
+    fresh = torch.zeros if plan.padded else torch.empty
+    out_TED = fresh(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
+    if plan.spans is not None:
+        _prefill(heads, cos_sin, cached, plan.spans, sink_E, out_TED)
+    if plan.rows is not None:
+        _decode(heads, cos_sin, cached, plan.rows, sink_E, out_TED)
     return out_TED
 
 
-def _decode(
-    heads: Heads, cos_sin: Pair, cached: Pair, decode: Decode, sink_E: torch.Tensor, out_TED: torch.Tensor
-) -> None:
+def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
     """One launch for a window within SPLIT, else two."""
     q_TED, k_TJD, v_TJD = heads
-    (_, query_heads, head_dim), kv_heads, rows = q_TED.shape, k_TJD.shape[1], len(decode.token_B)
-    tile, layout = DECODE[q_TED.dtype], _layout(decode.pool)
-    tiles = most_tiles(decode.pool, rows)
-    single = tiles == rows  # no sequence has more than one split
+    (_, query_heads, head_dim), kv_heads, most = q_TED.shape, k_TJD.shape[1], len(rows.sequence_B)
+    tile, layout = DECODE[q_TED.dtype], _layout(rows.pool)
+    tiles = most_tiles(rows.pool, most)
+    single = tiles == most  # no sequence has more than one split
     part = torch.empty(0 if single else tiles * query_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     parts = (
         part.split([tiles * query_heads * head_dim, tiles * query_heads, tiles * query_heads])
         if not single
         else (part,) * 3
     )
-    shared = {"WINDOW": layout.window, "ROWS": _bucket(rows), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    shared = {"WINDOW": layout.window, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
     shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
         q_TED,
         k_TJD,
         v_TJD,
         *cos_sin,
-        decode.token_B,
-        decode.position_B,
-        decode.sequence_B,
+        rows.position_B,
+        rows.sequence_B,
+        rows.count_1,
         layout.table,
         *cached,
         sink_E,
         out_TED,
         *parts,
-        rows,
+        most,
         q_TED.stride(0),
         k_TJD.stride(0),
         v_TJD.stride(0),
@@ -129,45 +131,45 @@ def _decode(
         num_stages=tile.stages,
     )
     if not single:
-        combine_kernel[(rows, kv_heads)](
-            decode.token_B,
-            decode.position_B,
+        combine_kernel[(most, kv_heads)](
+            rows.position_B,
+            rows.count_1,
             sink_E,
             *parts,
             out_TED,
-            rows,
+            most,
             J=kv_heads,
             G=query_heads // kv_heads,
-            S=SPLITS,
+            AHEAD=AHEAD,
             **shared,
             **combine_options(query_heads // kv_heads, head_dim),
         )
 
 
 def combine_options(group: int, head_dim: int) -> dict[str, int]:
-    """64 of a step's values are a thread's."""
+    """4 values of a split are a thread's."""
     padded = triton.next_power_of_2(group)
-    return {"GP": padded, "num_warps": min(16, max(1, padded * SPLITS * _padded(head_dim) // (32 * 64)))}
+    return {"GP": padded, "num_warps": min(16, max(1, padded * _padded(head_dim) // (32 * 4)))}
 
 
 def _prefill(
-    heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
+    heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
     """All spans in two launches: put keys and values into place, attend."""
     q_TED, k_TJD, v_TJD = heads
     (tokens, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
-    layout, counts = _layout(plan.prefills[0].pool), [prefill.end - prefill.begin for prefill in plan.prefills]
+    layout, count = _layout(spans.pool), len(spans.span_P4)
     tile = (WINDOW_PREFILL if layout.window else PREFILL)[q_TED.dtype]
     group = triton.next_power_of_2(query_heads // kv_heads)
     queries = max(tile.queries, group)
     place = cached
     if layout.window:  # the queries' ring forgets: a scratch has the window before each span, and the spans
-        rows = tokens + len(counts) * layout.window
+        rows = tokens + count * layout.window
         key_JRD, value_JRD = torch.empty(2, kv_heads, rows, head_dim, dtype=k_TJD.dtype, device=k_TJD.device)
         place = key_JRD, value_JRD
     shared = {
-        "span_ptr": plan.span_P4,
-        "spans": len(counts),
+        "span_ptr": spans.span_P4,
+        "spans": count,
         "table_ptr": layout.table,
         "table_stride": layout.table_stride,
         "cache_rows": cached[0].shape[1],
@@ -178,10 +180,10 @@ def _prefill(
         "PAGE": layout.page,
         "WINDOW": layout.window,
     }
-    place_kernel[(sum(triton.cdiv(count + layout.window, PLACED) for count in counts), kv_heads)](
+    place_kernel[(spans.runs(PLACED, layout.window), kv_heads)](
         k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared
     )
-    prefill_kernel[(sum(triton.cdiv(count, queries // group) for count in counts), kv_heads)](
+    prefill_kernel[(spans.runs(queries // group), kv_heads)](
         q_TED,
         *cos_sin,
         *place,
@@ -191,12 +193,14 @@ def _prefill(
         q_TED.stride(0),
         _scale(head_dim),
         G=query_heads // kv_heads,
+        SPLIT=SPLIT,
         M=queries,
         GP=group,
         N=tile.positions,
         **shared,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers if generation(q_TED.device) == 9 else None,
     )
 
 
@@ -218,8 +222,8 @@ def _layout(pool: PagedRows | RingRows) -> _Layout:
 
 def most_tiles(pool: PagedRows | RingRows, rows: int) -> int:
     """The most splits that `rows` sequences can have together, whatever their lengths."""
-    if isinstance(pool, RingRows):
-        return rows * triton.cdiv(pool.window, SPLIT)
+    if isinstance(pool, RingRows):  # one that is longer than a split may begin and end within one
+        return rows if pool.window <= SPLIT else rows * (triton.cdiv(pool.window - 1, SPLIT) + 1)
     whole = pool.pages * pool.page
     # Sequences share the pages, and each may have one split that is not full; the spare one has one position.
     return min(rows * triton.cdiv(whole, SPLIT), whole // SPLIT + rows)

@@ -1,6 +1,6 @@
 """Prefill: spans, prompts or pieces of them. Their keys and values are put into place, then they attend.
 
-Letters: attention_kernels.py. Q tokens of a tile.
+Letters: softmax.py. Q tokens of a tile.
 
 The place is where every position that a span's tokens see has one row, cached or new. A full layer's pages are it: they
 never forget. A ring does, so the spans of a layer with a window W get rows of a scratch, W cached ones before each
@@ -12,7 +12,7 @@ span's own: position p of the s-th span, whose tokens start at `begin`, has the 
 import triton
 import triton.language as tl
 
-from epmoe.kernels.attention.softmax import LOWEST, finish, rotated, row, take
+from epmoe.kernels.attention.softmax import begin_with, finish, join, nothing, rotated, row, take
 
 _LANES = tl.constexpr(32)
 
@@ -45,6 +45,8 @@ def place_kernel(
     """Program (tile, j): M tokens of a span, the keys rotated; with a window, the W cached ones before them too."""
     tile, j = tl.program_id(0), tl.program_id(1)
     first, stop, cached, sequence, origin, span = _find_span(span_ptr, tile, spans, M, WINDOW)
+    if span == spans:
+        return
     base = (span + 1) * WINDOW - origin
     token_M = first + tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -94,6 +96,7 @@ def prefill_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
     M: tl.constexpr,
     GP: tl.constexpr,
     DP: tl.constexpr,
@@ -107,6 +110,8 @@ def prefill_kernel(
     # Later tiles of a span have more to do: they start first.
     tile, j = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first, stop, _, sequence, origin, span = _find_span(span_ptr, tile, spans, M // GP, 0)
+    if span == spans:
+        return
     base = (span + 1) * WINDOW - origin
     m_M = tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -134,14 +139,21 @@ def prefill_kernel(
     end = tl.minimum(first + M // GP, stop) + origin
     head_key_ptr = key_ptr + j * place_rows.to(tl.int64) * D
     head_value_ptr = value_ptr + j * place_rows.to(tl.int64) * D
-    top_M = tl.full([M], LOWEST, tl.float32)
-    sum_M = tl.zeros([M], tl.float32)
-    acc_MD = tl.zeros([M, DP], tl.float32)
+    SINGLE: tl.constexpr = WINDOW > 0 and WINDOW <= SPLIT
+    top_M, sum_MX, acc_MD = nothing(M, DP)
+    whole_top_M, total_M, out_MD = begin_with(sink_ptr, head_M, real_M, DP)
     # Positions outside begin : end stand for the nearest inside: other rows may hold another sequence's NaN. The table
     # is read a block ahead, as in decode.
     position_N = tl.minimum(tl.maximum(begin // N * N + n_N, begin), end - 1)
     row_N = _place(table_ptr, sequence, position_N, base, table_stride, PAGE)
     for start in range(begin // N * N, end, N):
+        # At a block's beginning: at its end the tensor cores would wait for what is in flight (ptxas: "serialized").
+        if SINGLE:
+            pass
+        elif (start % SPLIT == 0) & (start > 0):
+            split_M = tl.max(sum_MX, 1)
+            whole_top_M, total_M, out_MD = join(whole_top_M, total_M, out_MD, top_M, split_M, acc_MD)
+            top_M, sum_MX, acc_MD = nothing(M, DP)
         at_ND = row_N.to(tl.int64)[:, None] * D + d_D[None, :]
         row_N = _place(table_ptr, sequence, tl.minimum(start + N + n_N, end - 1), base, table_stride, PAGE)
         k_ND = _rows(head_key_ptr + at_ND, d_D, D, DP)
@@ -154,8 +166,9 @@ def prefill_kernel(
             score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         elif start >= cut:
             score_MN = tl.where(position_N[None, :] <= position_M[:, None], score_MN, float("-inf"))
-        top_M, sum_M, acc_MD = take(score_MN, v_ND, scale, top_M, sum_M, acc_MD)
-    finish(sink_ptr, to_MD, head_M, real_M, real_MD, top_M, sum_M, acc_MD)
+        top_M, sum_MX, acc_MD = take(score_MN, v_ND, scale, top_M, sum_MX, acc_MD)
+    _, total_M, out_MD = join(whole_top_M, total_M, out_MD, top_M, tl.max(sum_MX, 1), acc_MD)
+    finish(to_MD, real_MD, total_M, out_MD)
 
     if WINDOW:
         token_Q = first + tl.arange(0, M // GP)
@@ -188,10 +201,11 @@ def _place(table_ptr, sequence, position, base, table_stride, PAGE: tl.constexpr
 
 @triton.jit
 def _find_span(span_ptr, tile, spans, TOKENS: tl.constexpr, BEFORE: tl.constexpr):
-    """The tile-th run of TOKENS tokens, where each span has BEFORE tokens more in front of it.
+    """The tile-th run of TOKENS tokens, where each span that is not empty has BEFORE tokens more in front of it.
 
     Returns:
-        (the run's first token, the span's end, cached, sequence, position − token, which span)
+        (the run's first token, the span's end, cached, sequence, position − token, which span); there is no such run
+        where the last is `spans`, and the others mean nothing then
     """
     # As many spans at a time as a warp has lanes: each warp finds it by itself, and no length is compiled in.
     span, passed, total = 0, 0, 0
@@ -199,14 +213,13 @@ def _find_span(span_ptr, tile, spans, TOKENS: tl.constexpr, BEFORE: tl.constexpr
         span_P = some + tl.arange(0, _LANES)
         begin_P = tl.load(span_ptr + 4 * span_P, span_P < spans, other=0)
         end_P = tl.load(span_ptr + 4 * span_P + 1, span_P < spans, other=0)
-        tiles_P = tl.where(span_P < spans, (end_P - begin_P + BEFORE + TOKENS - 1) // TOKENS, 0)
+        tiles_P = tl.where(end_P > begin_P, (end_P - begin_P + BEFORE + TOKENS - 1) // TOKENS, 0)
         passed_P = total + tl.cumsum(tiles_P, 0) <= tile
         total += tl.sum(tiles_P, 0)
         span += tl.sum((passed_P & (span_P < spans)).to(tl.int32), 0)
         passed += tl.sum(tl.where(passed_P, tiles_P, 0), 0)
-    begin = tl.load(span_ptr + 4 * span)
-    stop = tl.load(span_ptr + 4 * span + 1)
-    cached = tl.load(span_ptr + 4 * span + 2)
-    sequence = tl.load(span_ptr + 4 * span + 3)
+    real_ptr = span_ptr + 4 * tl.minimum(span, spans - 1)
+    begin, stop = tl.load(real_ptr), tl.load(real_ptr + 1)
+    cached, sequence = tl.load(real_ptr + 2), tl.load(real_ptr + 3)
     origin = cached - begin
     return begin - BEFORE + (tile - passed) * TOKENS, stop, cached, sequence, origin, span

@@ -7,14 +7,21 @@ tile, N positions of a block · a span is (first token, last token + 1, cached p
 All query heads of a key/value head stand in one tile, so that its keys and values are read once: row m of a tile is
 query head m % GP of token m // GP, where GP is G rounded up to a power of two.
 
-**Softmax.** Everything is float32 in base 2: a weight is 2^(q·k · log2(e)/√D − maximum). The running maximum starts at
-a finite number below every score: a row that has not met a position yet stays (LOWEST, 0, 0) without making NaN, and a
-block in which a row may see nothing leaves its maximum, sum and output as they are, bit for bit.
+**Softmax.** Everything is float32 in base 2: a weight is 2^(q·k · log2(e)/√D − maximum), and the sum is that of the
+weights as they are multiplied, rounded. A state is (maximum, sum, output). It starts at a finite maximum below every
+score: a row that has not met a position yet stays (LOWEST, 0, 0) without making NaN, and a block, or a split, in which
+a row sees nothing leaves its state as it is, bit for bit.
 
-**Order.** Nothing here depends on the batch. Decode: a sequence is cut every SPLIT positions from the first one that
-it sees, each split runs through its blocks upwards, and the splits are combined upwards in groups of S. Prefill: a row
-meets blocks of N positions that start at multiples of N, whatever its chunk, its tile and the other rows are; so the
-chunks that a prompt comes in do not change a bit either.
+**Order.** A query's bits follow from its history alone: from its position and what it sees, in a decode as in a
+prefill, whatever stands beside it and however its prompt was cut.
+
+- Blocks are N positions that begin at multiples of N. In one, products are added 16 after 16 by the tensor cores of any
+  tile; the sum of weights is such a product too, with a column of ones, since a sum along a tile's row follows the
+  tile's layout.
+- Splits are SPLIT positions that begin at multiples of SPLIT; a window of no more is one split. The blocks of a split
+  are taken upwards into a state of its own, and the splits' states upwards into one that begins with the sink: a weight
+  of 1 and no value. A prefill does so in registers, a decode's splits meet in memory.
+- Multiplications that are followed by an addition are written as `tl.fma`, so that no compiler has the choice.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -24,28 +31,49 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-3.0e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+ONES = tl.constexpr(8)  # columns of the product that sums weights, all alike: the fewest of a tensor core's
 
 
 @triton.jit
-def take(score_MN, v_ND, scale, top_M, sum_M, acc_MD):
-    """Take N more positions into the running (maximum, sum, output); q·k of what a row does not see is -inf."""
+def nothing(M: tl.constexpr, DP: tl.constexpr):
+    """The state of rows that have met no position: maximum [M], sum [M, ONES], output [M, DP]."""
+    sum_MX = tl.zeros([M, ONES], tl.float32)
+    return tl.full([M], LOWEST, tl.float32), sum_MX, tl.zeros([M, DP], tl.float32)
+
+
+@triton.jit
+def take(score_MN, v_ND, scale, top_M, sum_MX, acc_MD):
+    """Take a block of positions into a state; q·k of what a row does not see is -inf."""
     above_M = tl.maximum(top_M, tl.max(score_MN, 1) * scale)
-    weight_MN = tl.exp2(tl.fma(score_MN, scale, -above_M[:, None]))
-    shrink_M = tl.exp2(top_M - above_M)
-    sum_M = tl.fma(sum_M, shrink_M, tl.sum(weight_MN, 1))
-    acc_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision="ieee")
-    return above_M, sum_M, acc_MD
+    weight_MN = tl.exp2(tl.fma(score_MN, scale, -above_M[:, None])).to(v_ND.dtype)
+    shrink_M1 = tl.exp2(top_M - above_M)[:, None]
+    one_NX = tl.full([v_ND.shape[0], ONES], 1.0, v_ND.dtype)
+    sum_MX = tl.dot(weight_MN, one_NX, sum_MX * shrink_M1, input_precision="ieee")
+    acc_MD = tl.dot(weight_MN, v_ND, acc_MD * shrink_M1, input_precision="ieee")
+    return above_M, sum_MX, acc_MD
 
 
 @triton.jit
-def finish(sink_ptr, to_MD, head_M, real_M, real_MD, top_M, sum_M, acc_MD):
-    """The sink joins the denominator; divide, round and store."""
+def begin_with(sink_ptr, head_M, real_M, DP: tl.constexpr):
+    """What splits are joined to: (the sink's logit [M], 1 [M], 0 [M, DP])."""
     sink_M = tl.load(sink_ptr + head_M, real_M, other=0).to(tl.float32) * LOG2E
-    above_M = tl.maximum(top_M, sink_M)
-    shrink_M = tl.exp2(top_M - above_M)
-    total_M = sum_M * shrink_M + tl.exp2(sink_M - above_M)
-    out_MD = acc_MD * (shrink_M / total_M)[:, None]
-    tl.store(to_MD, out_MD.to(to_MD.dtype.element_ty), real_MD)
+    return sink_M, tl.full(sink_M.shape, 1.0, tl.float32), tl.zeros([sink_M.shape[0], DP], tl.float32)
+
+
+@triton.jit
+def join(top_M, total_M, out_MD, split_top_M, split_sum_M, split_MD):
+    """The next split's state joined to that of all before it."""
+    above_M = tl.maximum(top_M, split_top_M)
+    shrink_M, weight_M = tl.exp2(top_M - above_M), tl.exp2(split_top_M - above_M)
+    total_M = tl.fma(total_M, shrink_M, split_sum_M * weight_M)
+    out_MD = tl.fma(out_MD, tl.broadcast_to(shrink_M[:, None], out_MD.shape), split_MD * weight_M[:, None])
+    return above_M, total_M, out_MD
+
+
+@triton.jit
+def finish(to_MD, real_MD, total_M, out_MD):
+    """Divide, round and store."""
+    tl.store(to_MD, (out_MD * (1.0 / total_M)[:, None]).to(to_MD.dtype.element_ty), real_MD)
 
 
 @triton.jit

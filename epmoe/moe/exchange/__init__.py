@@ -46,6 +46,11 @@ class Exchange(Protocol):
     memory.
     """
 
+    @property
+    def travels(self) -> bool:
+        """Whether rows go to other ranks at all."""
+        ...
+
     def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """Where the experts shall write this step's rows [T, K, H], in x's dtype."""
         ...

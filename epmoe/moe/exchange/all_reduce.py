@@ -21,6 +21,10 @@ class AllReduce:
     def __init__(self, ranks: Ranks) -> None:
         self.group = ranks.expert_group
 
+    @property
+    def travels(self) -> bool:
+        return self.group is not None
+
     def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """The sum over this rank's slots travels, so the rows may be anywhere."""
         return Buffer(overlap=overlap)

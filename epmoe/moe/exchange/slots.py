@@ -30,6 +30,10 @@ class Slots:
         self.group = ranks.expert_group
         self.symmetric = connect(ranks, room)
 
+    @property
+    def travels(self) -> bool:
+        return self.group is not None
+
     def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
         """Zeros in symmetric memory, where this step's rows go by it: it has room for one micro-batch."""
         rows_TKH = self.symmetric.lend(x_TH, top_k) if self.symmetric and not overlap else None

@@ -219,7 +219,7 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
             lengths[index] += count
         step = make_step(chunks, every=wanted == "all")
         if wanted == "none":
-            step = replace(step, output_O=step.output_O[:0])
+            step = replace(step, output_O=torch.empty(0, dtype=torch.int64))
         with torch.inference_mode():
             found.append(model(step, store).clone())
         buffer = exchange.symmetric.buffer if exchange.symmetric else None

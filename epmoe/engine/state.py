@@ -1,31 +1,22 @@
-"""One decode step, all of it on the device: the last tokens → model → sampler → the next tokens.
-
-    state[handle]: token, position, sampling parameters, ids seen
-       │  ▲
-       ▼  └──── write back ◀── broadcast ◀── sample ◀──┐
-    DecodeStep ──▶ model ──▶ logits_BV ────────────────┘──▶ id_B, for the host to read later
-
-Nothing comes from the host but the handles of the B rows, so a step can be launched before the last one's tokens are
-known there, and can be a CUDA graph (epmoe/engine/graphs.py).
+"""What the device knows of every sequence: its last token and position, its sampling parameters, the ids seen.
 
 Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary.
 """
 
 import torch
 
-from epmoe.batch import DecodeStep, SequenceState
+from epmoe.batch import SequenceState
 from epmoe.cache.cache import Cache
-from epmoe.engine.request import Level, SamplingParams, Variant
+from epmoe.engine.request import Level, SamplingParams
 from epmoe.engine.sampler import SamplingTensors, sample
 from epmoe.layers.twin import twin
-from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import to_device
 from epmoe.trace import named
 
 
 class State:
-    """What the device knows of every sequence, by its handle in the cache; the spare one stays at position 0."""
+    """By a sequence's handle in the cache; the spare one stays at position 0."""
 
     def __init__(self, cache: Cache, vocab: int, ranks: Ranks) -> None:
         count, device = cache.spare + 1, ranks.device
@@ -83,57 +74,14 @@ class State:
         found_B: torch.Tensor = id_B
         return found_B
 
+    def tokens(self, given_T: torch.Tensor) -> torch.Tensor:
+        """int64 [T]: the given tokens, and where -1 - handle is given, that sequence's last one."""
+        handle_T = (-1 - given_T).clamp(min=0)
+        return torch.where(given_T < 0, self.sequences.token_S[handle_T], given_T)
+
     def last(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The last token of each row's sequence, its position and the position after it: int64 [B] each."""
         token_S, position_S, _ = self.sequences
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         found = twin("sequence_state", token_S).take(sequence_B, token_S, position_S)
         return found
-
-
-def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
-    """A rank's run of whole chunks of the vocabulary; None when there is nothing to share, or too little.
-
-    >>> [vocabulary_part(100, 16, rank, 3) for rank in range(3)]
-    [(0, 32), (32, 64), (64, 100)]
-    """
-    chunks = -(-vocab // chunk)
-    if size == 1 or chunks < size:
-        return None
-    return chunks * rank // size * chunk, min(chunks * (rank + 1) // size * chunk, vocab)
-
-
-class StaticDecode:
-    """The decode step over buffers that stay where they are: rows in `sequence_M`, ids and logits out.
-
-    Where all rows are greedy and nobody wants logits, each rank projects to its part of the vocabulary only.
-
-    Args:
-        rows: M, the most rows of a step.
-    """
-
-    def __init__(self, model: Model, cache: Cache, state: State, rows: int) -> None:
-        self.model, self.cache, self.state = model, cache, state
-        device, ranks = state.ranks.device, state.ranks
-        self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
-        self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)
-        self.id_M = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.logits_MV: torch.Tensor | None = None
-
-    def keep_logits(self) -> None:
-        if self.logits_MV is None:
-            self.logits_MV = torch.zeros(len(self.id_M), self.state.vocab, device=self.id_M.device)
-
-    def step(self, rows: int, variant: Variant) -> None:
-        """One token of the first `rows` sequences of `sequence_M`; ids are in `id_M` then. A collective.
-
-        This is what a graph captures: no size in it depends on anything but `rows`.
-        """
-        sequence_B = self.sequence_M[:rows]
-        token_B, position_B, next_B = self.state.last(sequence_B)
-        part = None if variant.logits or variant.level > Level.GREEDY else self.part
-        logits_BV = self.model(DecodeStep(token_B, position_B, sequence_B, part), self.cache)
-        self.id_M[:rows] = self.state.sample(logits_BV, sequence_B, next_B, variant.level, part)
-        if variant.logits:
-            assert self.logits_MV is not None, "StaticDecode.keep_logits was not called"
-            self.logits_MV[:rows] = logits_BV

@@ -1,9 +1,8 @@
-"""The state of the sequences around a decode step: the kernels against torch.
+"""The state of the sequences around a step: the kernels against torch.
 
 Letters: B rows of a step · S handles of the cache · V vocabulary.
 """
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
-from epmoe.engine.decode_step import State, vocabulary_part
+from epmoe.engine.state import State
 from epmoe.kernels import sequence_state as decode_triton
 from epmoe.layers import sequence_state
 from epmoe.ranks.mesh import Ranks
@@ -73,6 +72,12 @@ def test_the_state_after_a_token() -> None:
     assert seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
 
 
+def test_tokens_that_the_device_knows() -> None:
+    """A prompt's are given; of a sequence that decodes its handle is."""
+    given_T = torch.tensor([7, -1, -6, 0, -1 - SEQUENCES])
+    assert state(seen=False).tokens(given_T).tolist() == [7, 100, 105, 0, 100 + SEQUENCES]
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills(arch: int) -> None:
     for kernel in (decode_triton.take_kernel, decode_triton.advance_kernel):
@@ -85,17 +90,3 @@ def test_compiles_without_spills(arch: int) -> None:
 @pytest.mark.parametrize(("count", "seen"), CASES)
 def test_kernels_on_a_gpu(count: int, seen: bool) -> None:
     compare(count, seen, "cuda")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
-def test_parts_of_the_vocabulary(size: int) -> None:
-    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
-    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
-    if size in (1, 14):
-        assert parts == [None] * size
-        return
-    edges = [0, *(part[1] for part in parts if part)]
-    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
-    assert all(edge % 16384 == 0 for edge in edges[:-1])
-    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
-    assert min(counts) >= 1 and max(counts) - min(counts) <= 1

@@ -1,0 +1,55 @@
+"""A step as the host knows it: a token of each sequence that decodes, then pieces of prompts. Lists, no tensors.
+
+    tokens   [ row 0 · row 1 · … | piece 0 · … | piece 1 · … ]
+    outputs  the rows, and the last tokens of those prompts that end here: their next ids are chosen
+
+Letters: T tokens of a step · B rows · P pieces · O outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from epmoe.batch import Span
+from epmoe.engine import scheduler
+
+Piece = tuple[scheduler.Sequence, int]  # of a prompt: how many of its tokens
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """What a step is to do."""
+
+    given: list[int]  # a prompt's token; -1 - handle: the last one of that sequence, which the device knows
+    positions: list[int]
+    rows: list[int]  # handles
+    spans: list[Span]
+    outputs: list[int]  # tokens
+    ended: list[scheduler.Sequence]  # the outputs' sequences
+    nexts: list[int]  # the outputs' next positions
+
+    @classmethod
+    def of(cls, rows: Sequence[scheduler.Sequence], work: Sequence[Piece]) -> "Ragged":
+        """The rows' next tokens, and the next tokens of prompts."""
+        made = cls(
+            given=[-1 - row.handle for row in rows],
+            positions=[row.next - 1 for row in rows],
+            rows=[row.handle for row in rows],
+            spans=[],
+            outputs=list(range(len(rows))),
+            ended=list(rows),
+            nexts=[row.next for row in rows],
+        )
+        for sequence, count in work:
+            made._add(sequence, count)
+        return made
+
+    def _add(self, sequence: scheduler.Sequence, count: int) -> None:
+        """The next so many tokens of its prompt."""
+        begin, cached = len(self.given), sequence.cached
+        self.given.extend(sequence.request.ids[cached : cached + count])
+        self.positions.extend(range(cached, cached + count))
+        self.spans.append((begin, begin + count, cached, sequence.handle))
+        if count == sequence.pending:
+            self.outputs.append(begin + count - 1)
+            self.ended.append(sequence)
+            self.nexts.append(cached + count)

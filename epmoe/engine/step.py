@@ -1,0 +1,151 @@
+"""A step on the device: tokens → model → sampler → next tokens, which the device feeds back itself.
+
+    state[handle]: token, position, sampling parameters, ids seen                (epmoe/engine/state.py)
+       │  ▲
+       ▼  └──── write back ◀── broadcast ◀── sample ◀──┐
+    rows that decode ──▶ model ──▶ logits_OV ──────────┘──▶ id_O, for the host to read later
+    pieces of prompts ─▶
+
+A step that only decodes needs nothing from the host but the handles of its rows, so it can be launched before the last
+one's tokens are known there. All of it lies in buffers that stay where they are, so that each function here can be a
+CUDA graph (epmoe/engine/graphs.py):
+
+    decode(rows, variant)    a step of rows alone, whole
+    body(tokens)             any step up to the last norm
+    head(count, variant)     the rest of it: the vocabulary, the sampler
+
+Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
+H hidden · V vocabulary.
+"""
+
+import torch
+
+from epmoe.batch import Step
+from epmoe.cache.cache import Cache
+from epmoe.engine.ragged import Ragged
+from epmoe.engine.request import Level, Variant
+from epmoe.engine.state import State
+from epmoe.models import Model
+from epmoe.ranks.transfer import overwrite, to_device
+
+
+def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
+    """A rank's run of whole chunks of the vocabulary; None when there is nothing to share, or too little.
+
+    >>> [vocabulary_part(100, 16, rank, 3) for rank in range(3)]
+    [(0, 32), (32, 64), (64, 100)]
+    """
+    chunks = -(-vocab // chunk)
+    if size == 1 or chunks < size:
+        return None
+    return chunks * rank // size * chunk, min(chunks * (rank + 1) // size * chunk, vocab)
+
+
+class StaticStep:
+    """The parts of a step over buffers that stay where they are; ids are in `id_M` then.
+
+    Where all outputs are greedy and nobody wants logits, each rank projects to its part of the vocabulary only.
+
+    Args:
+        rows: M, the most rows of a step, and the most pieces of prompts.
+        tokens: the most tokens of a `body`.
+    """
+
+    def __init__(self, model: Model, cache: Cache, state: State, rows: int, tokens: int) -> None:
+        self.model, self.cache, self.state = model, cache, state
+        device, ranks = state.ranks.device, state.ranks
+        self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int64, value: int = 0) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        self.sequence_M = integers(rows, value=state.spare)  # of a decode
+        self.given_T, self.position_T = integers(tokens), integers(tokens)  # of a body, as in Ragged
+        self.row_M, self.rows_1 = integers(rows, value=state.spare), integers(1, dtype=torch.int32)
+        self.span_M4 = integers(rows, 4, dtype=torch.int32)
+        self.output_M = integers(rows)
+        self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
+        self.ended_M, self.next_M = integers(rows, value=state.spare), integers(rows)  # of a head
+        self.id_M = integers(rows)
+        self.logits_MV: torch.Tensor | None = None
+
+    def keep_logits(self) -> None:
+        if self.logits_MV is None:
+            self.logits_MV = torch.zeros(len(self.id_M), self.state.vocab, device=self.id_M.device)
+
+    def decode(self, rows: int, variant: Variant) -> None:
+        """One token of the first `rows` sequences of `sequence_M`. A collective.
+
+        No size in it depends on anything but `rows`.
+        """
+        sequence_B = self.sequence_M[:rows]
+        token_B, position_B, next_B = self.state.last(sequence_B)
+        norm_BH = self.model.hidden(Step(token_B, position_B, sequence_B), self.cache)
+        self._choose(norm_BH, sequence_B, next_B, variant)
+
+    def fill(self, ragged: Ragged, tokens: int) -> None:
+        """Give the buffers of `body` what it is to do, as a step of `tokens` tokens, of which the last are nobody's."""
+        spare = tokens - len(ragged.given)
+        overwrite(self.given_T, [*ragged.given, *[0] * spare])
+        overwrite(self.position_T, [*ragged.positions, *[0] * spare])
+        overwrite(self.rows_1, [len(ragged.rows)])
+        overwrite(self.row_M, ragged.rows)
+        most = min(tokens, len(self.row_M))
+        overwrite(self.span_M4, [*ragged.spans, *[(0, 0, 0, self.state.spare)] * (most - len(ragged.spans))])
+        overwrite(self.output_M, [*ragged.outputs, *[0] * (most - len(ragged.outputs))])
+
+    def body(self, tokens: int) -> None:
+        """A step of so many tokens up to the last norm, as `fill` has said. A collective.
+
+        No size in it depends on anything but `tokens`.
+        """
+        most = min(tokens, len(self.row_M))
+        self._keep(
+            Step(
+                token_T=self.state.tokens(self.given_T[:tokens]),
+                position_T=self.position_T[:tokens],
+                sequence_B=self.row_M[:most],
+                rows_1=self.rows_1,
+                spans=None,
+                span_P4=self.span_M4[:most],
+                output_O=self.output_M[:most],
+            )
+        )
+
+    def run(self, ragged: Ragged) -> None:
+        """What `fill` and `body` do, for a step of any size, whose sizes the host knows. A collective."""
+        device = self.id_M.device
+        self._keep(
+            Step(
+                token_T=self.state.tokens(to_device(ragged.given, torch.int64, device)),
+                position_T=to_device(ragged.positions, torch.int64, device),
+                sequence_B=to_device(ragged.rows, torch.int64, device),
+                spans=tuple(ragged.spans),
+                output_O=to_device(ragged.outputs, torch.int64, device),
+            )
+        )
+
+    def head(self, count: int, variant: Variant) -> None:
+        """The next ids of the first `count` outputs, of which `end` has said the rest. A collective."""
+        assert self.norm_MH is not None, "no body ran"
+        self._choose(self.norm_MH[:count], self.ended_M[:count], self.next_M[:count], variant)
+
+    def end(self, ragged: Ragged, count: int) -> None:
+        """Tell `head` of a step's outputs, as `count` of them."""
+        spare = count - len(ragged.outputs)
+        overwrite(self.ended_M, [*(each.handle for each in ragged.ended), *[self.state.spare] * spare])
+        overwrite(self.next_M, [*ragged.nexts, *[0] * spare])
+
+    def _keep(self, step: Step) -> None:
+        norm_OH = self.model.hidden(step, self.cache)
+        if self.norm_MH is None:
+            self.norm_MH = norm_OH.new_zeros(len(self.id_M), norm_OH.shape[1])
+        self.norm_MH[: len(norm_OH)] = norm_OH
+
+    def _choose(self, norm_OH: torch.Tensor, sequence_O: torch.Tensor, next_O: torch.Tensor, variant: Variant) -> None:
+        part = None if variant.logits or variant.level > Level.GREEDY else self.part
+        logits_OV = self.model.logits(norm_OH, part)
+        self.id_M[: len(norm_OH)] = self.state.sample(logits_OV, sequence_O, next_O, variant.level, part)
+        if variant.logits:
+            assert self.logits_MV is not None, "StaticStep.keep_logits was not called"
+            self.logits_MV[: len(norm_OH)] = logits_OV

@@ -1,0 +1,113 @@
+"""A step over buffers that stay where they are: filled up, it is the step of exactly its tokens, bit for bit."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpret import interpreted
+from loading import load_rank, rank_of
+
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.engine import scheduler
+from epmoe.engine.ragged import Ragged
+from epmoe.engine.request import Level, Request, SamplingParams, Variant
+from epmoe.engine.state import State
+from epmoe.engine.step import StaticStep, vocabulary_part
+from epmoe.layers.twin import switched
+
+GREEDY = Variant(Level.GREEDY, True)
+
+
+def prompt(number: int, length: int) -> tuple[int, ...]:
+    return tuple((7 * number + 3 * index) % 90 for index in range(length))
+
+
+class Served:
+    """Some sequences and the step over them."""
+
+    def __init__(self, path: Path, device: str, names: dict[str, Any], lengths: list[int]) -> None:
+        model, _ = load_rank(path, 0, 1, device=device, progress=False, **names)
+        self.model, config = model, model.config
+        shape = (config.windows, config.kv_heads, config.head_dim)
+        dtype = model.embedding.weight.dtype
+        self.cache = Cache(CacheConfig(*shape, tokens=1200, sequences=6, page=4, dtype=dtype), device)
+        self.static = StaticStep(model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), 6, 64)
+        self.static.keep_logits()
+        requests = [Request(prompt(*each), SamplingParams()) for each in enumerate(lengths)]
+        self.sequences = [
+            scheduler.Sequence(number, each, 400, 0.0, self.cache.admit(400 if length > 100 else 60))
+            for number, (each, length) in enumerate(zip(requests, lengths, strict=True))
+        ]
+
+    def step(self, rows: list[int], work: list[tuple[int, int]], tokens: int | None) -> torch.Tensor:
+        """Logits of the outputs; filled up to `tokens`, or as the host knows it (None)."""
+        ragged = Ragged.of([self.sequences[row] for row in rows], [(self.sequences[at], n) for at, n in work])
+        count = len(ragged.outputs)
+        if tokens is None:
+            self.static.run(ragged)
+        else:
+            self.static.fill(ragged, tokens)
+            self.static.body(tokens)
+            count = min(count + 2, 6)
+        self.static.end(ragged, count)
+        self.static.head(count, GREEDY)
+        for at, n in work:
+            self.sequences[at].cached += n
+        for sequence in ragged.ended:
+            sequence.launched += 1
+        assert self.static.logits_MV is not None
+        return self.static.logits_MV[: len(ragged.outputs)].cpu().clone()
+
+
+# (sequences that decode, pieces of prompts, tokens when filled up)
+STEPS: list[tuple[list[int], list[tuple[int, int]], int]] = [
+    ([], [(0, 5), (1, 9), (2, 1)], 32),  # all of a prompt, part of one, a token of one
+    ([0], [(1, 1), (3, 20)], 64),
+    ([0, 1], [(2, 30)], 64),
+    ([1, 0], [(2, 3), (3, 1), (4, 40)], 64),
+    ([0, 1, 2, 3, 4], [(5, 11)], 16),
+]
+LENGTHS = [5, 10, 34, 21, 40, 11]
+
+
+def compare(path: Path, device: str, names: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        exact, filled = (Served(path, device, names, LENGTHS) for _ in range(2))
+        for rows, work, tokens in STEPS:
+            wanted_OV, got_OV = exact.step(rows, work, None), filled.step(rows, work, tokens)
+            assert len(wanted_OV) and wanted_OV.isfinite().all() and torch.equal(got_OV, wanted_OV)
+        assert torch.equal(filled.static.state.sequences.token_S, exact.static.state.sequences.token_S)
+
+
+def test_filled_up_it_is_the_step(tiny_checkpoint: Path) -> None:
+    compare(tiny_checkpoint, "cpu", {"dtype": "float32"})
+
+
+def test_filled_up_it_is_the_step_in_the_interpreter(tiny_checkpoint: Path) -> None:
+    interpreted(interpreted_compare, tiny_checkpoint)
+
+
+def interpreted_compare(path: Path) -> None:
+    with switched(interpreted=True):
+        compare(path, "cpu", {"dtype": "float32", "experts": "triton", "router": "triton"})
+
+
+@pytest.mark.gpu
+def test_filled_up_it_is_the_step_on_a_gpu(tiny_checkpoint: Path) -> None:
+    compare(tiny_checkpoint, "cuda", {})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 13, 14])
+def test_parts_of_the_vocabulary(size: int) -> None:
+    """They are whole chunks, join without a gap, and differ by a chunk at most; never empty."""
+    parts = [vocabulary_part(201_088, 16384, rank, size) for rank in range(size)]
+    if size in (1, 14):
+        assert parts == [None] * size
+        return
+    edges = [0, *(part[1] for part in parts if part)]
+    assert [part[0] for part in parts if part] == edges[:-1] and edges[-1] == 201_088
+    assert all(edge % 16384 == 0 for edge in edges[:-1])
+    counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1
