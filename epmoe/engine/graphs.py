@@ -132,14 +132,13 @@ class Graphs:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
         tokens = len(ragged.given)
         size = next((kind.size for kind in self._bodies() if kind.size >= tokens), None)
+        self.static.order_step(ragged)
         if size is None:
             self.static.run(ragged)
         else:
-            self.static.fill(ragged, size)
             self._run(Kind("body", size, None))
         if variant is not None:
             count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
-            self.static.end(ragged, count)
             self._run(Kind("head", count, variant))
         return self.static.id_M[: len(ragged.outputs)]
 
@@ -180,8 +179,7 @@ class Graphs:
         """Let the buffers hold spare rows and nobody's tokens."""
         self.rows = [self.static.state.spare] * len(self.static.sequence_M)
         self.static.sequence_M.fill_(self.static.state.spare)
-        self.static.fill(Ragged.of([], []), len(self.static.given_T))
-        self.static.end(Ragged.of([], []), len(self.static.ended_M))
+        self.static.order_step(Ragged.of([], []))
 
     def _bodies(self) -> list[Kind]:
         return sorted(kind for kind in self.graphs if kind.part == "body")

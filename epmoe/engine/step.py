@@ -26,7 +26,7 @@ from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Variant
 from epmoe.engine.state import State
 from epmoe.models import Model
-from epmoe.ranks.transfer import overwrite, to_device
+from epmoe.ranks.transfer import begin_with, staging, to_device
 
 
 def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
@@ -56,17 +56,18 @@ class StaticStep:
         device, ranks = state.ranks.device, state.ranks
         self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
 
-        def integers(*shape: int, dtype: torch.dtype = torch.int64, value: int = 0) -> torch.Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
-        self.sequence_M = integers(rows, value=state.spare)  # of a decode
-        self.given_T, self.position_T = integers(tokens), integers(tokens)  # of a body, as in Ragged
-        self.row_M, self.rows_1 = integers(rows, value=state.spare), integers(1, dtype=torch.int32)
-        self.span_M4 = integers(rows, 4, dtype=torch.int32)
-        self.output_M = integers(rows)
+        # What the host orders lies in two buffers, so that a step takes two copies; each part begins at 16 bytes.
+        even = rows + rows % 2
+        self.order = torch.zeros(2 * tokens + 4 * even, dtype=torch.int64, device=device)
+        self.parts = [tokens] * 2 + [even] * 4
+        self.given_T, self.position_T, self.row_M, self.output_M, self.ended_M, self.next_M = self.order.split(
+            self.parts
+        )
+        self.places = torch.zeros(4 * rows + 1, dtype=torch.int32, device=device)
+        self.span_M4, self.rows_1 = self.places[:-1].view(rows, 4), self.places[-1:]
+        self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
-        self.ended_M, self.next_M = integers(rows, value=state.spare), integers(rows)  # of a head
-        self.id_M = integers(rows)
+        self.id_M = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits_MV: torch.Tensor | None = None
 
     def keep_logits(self) -> None:
@@ -83,19 +84,26 @@ class StaticStep:
         norm_BH = self.model.hidden(Step(token_B, position_B, sequence_B), self.cache)
         self._choose(norm_BH, sequence_B, next_B, variant)
 
-    def fill(self, ragged: Ragged, tokens: int) -> None:
-        """Give the buffers of `body` what it is to do, as a step of `tokens` tokens, of which the last are nobody's."""
-        spare = tokens - len(ragged.given)
-        overwrite(self.given_T, [*ragged.given, *[0] * spare])
-        overwrite(self.position_T, [*ragged.positions, *[0] * spare])
-        overwrite(self.rows_1, [len(ragged.rows)])
-        overwrite(self.row_M, ragged.rows)
-        most = min(tokens, len(self.row_M))
-        overwrite(self.span_M4, [*ragged.spans, *[(0, 0, 0, self.state.spare)] * (most - len(ragged.spans))])
-        overwrite(self.output_M, [*ragged.outputs, *[0] * (most - len(ragged.outputs))])
+    def order_step(self, ragged: Ragged) -> None:
+        """Tell `body` and `head` what to do. What is beyond its tokens and outputs is nobody's."""
+        order = staging(self.order)
+        given_T, position_T, row_M, output_M, ended_M, next_M = order.split(self.parts)
+        if len(ragged.given) <= len(given_T):  # else `run` takes them
+            begin_with(given_T, ragged.given)
+            begin_with(position_T, ragged.positions)
+        begin_with(row_M, ragged.rows)
+        begin_with(output_M, ragged.outputs)
+        ended_M.fill_(self.state.spare)
+        begin_with(ended_M, [each.handle for each in ragged.ended])
+        begin_with(next_M, ragged.nexts)
+        self.order.copy_(order, non_blocking=True)
+        places = staging(self.places)
+        begin_with(places, [number for span in ragged.spans for number in span])
+        places[-1] = len(ragged.rows)
+        self.places.copy_(places, non_blocking=True)
 
     def body(self, tokens: int) -> None:
-        """A step of so many tokens up to the last norm, as `fill` has said. A collective.
+        """A step of so many tokens up to the last norm, as `order_step` has said. A collective.
 
         No size in it depends on anything but `tokens`.
         """
@@ -113,7 +121,7 @@ class StaticStep:
         )
 
     def run(self, ragged: Ragged) -> None:
-        """What `fill` and `body` do, for a step of any size, whose sizes the host knows. A collective."""
+        """What `body` does, for a step of any size, whose sizes the host knows. A collective."""
         device = self.id_M.device
         self._keep(
             Step(
@@ -126,15 +134,9 @@ class StaticStep:
         )
 
     def head(self, count: int, variant: Variant) -> None:
-        """The next ids of the first `count` outputs, of which `end` has said the rest. A collective."""
+        """The next ids of the first `count` outputs. A collective."""
         assert self.norm_MH is not None, "no body ran"
         self._choose(self.norm_MH[:count], self.ended_M[:count], self.next_M[:count], variant)
-
-    def end(self, ragged: Ragged, count: int) -> None:
-        """Tell `head` of a step's outputs, as `count` of them."""
-        spare = count - len(ragged.outputs)
-        overwrite(self.ended_M, [*(each.handle for each in ragged.ended), *[self.state.spare] * spare])
-        overwrite(self.next_M, [*ragged.nexts, *[0] * spare])
 
     def _keep(self, step: Step) -> None:
         norm_OH = self.model.hidden(step, self.cache)

@@ -26,12 +26,17 @@ class Warm:
     def __init__(self, runner: Runner, graphs: Graphs, ranks: Ranks, chunk: int, *, progress: bool) -> None:
         self.runner, self.graphs, self.ranks, self.chunk, self.progress = runner, graphs, ranks, chunk, progress
         self.done: set[Kind] = set()
+        self.greedy = False
 
     def prefills(self, load: Workload, captured: int, timeout_s: float) -> None:
         """Run what such a load can lead to and was not run before, but for steps of up to `captured` tokens."""
         if self.ranks.device.type == "cpu":
             return
-        self.run(load, captured, timeout_s)
+        if min(self.chunk, load.prefill_tokens) > captured:
+            self.run(load, captured, timeout_s)
+        if self.greedy:
+            return
+        self.greedy = True
         # A prefill samples from whole rows of logits, a decode step perhaps from parts; not each warm one samples.
         nothing_1V = torch.zeros(1, self.runner.model.config.vocab, device=self.ranks.device)
         greedy = twin("greedy", nothing_1V)

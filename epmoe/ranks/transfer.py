@@ -26,14 +26,22 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def overwrite(buffer: torch.Tensor, values: Sequence[Any]) -> None:
-    """The first values (numbers, or rows of them) of a buffer on the device, for all later work on the stream."""
-    tensor = torch.tensor(values, dtype=buffer.dtype, device="cpu").reshape(-1, *buffer.shape[1:])
-    part = buffer[: len(tensor)]
-    if buffer.device.type == "cpu" or not values:
-        part.copy_(tensor)
-    else:
-        part.copy_(tensor.pin_memory(), non_blocking=True)
+def overwrite(buffer: torch.Tensor, values: Sequence[int]) -> None:
+    """Make these the first values of a buffer on the device, for all later work on the stream."""
+    part = buffer[: len(values)]
+    host = staging(part)
+    begin_with(host, values)
+    part.copy_(host, non_blocking=True)
+
+
+def staging(buffer: torch.Tensor) -> torch.Tensor:
+    """Zeros on the host, of a buffer's size and dtype, that can be copied there without a wait."""
+    return torch.zeros(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.device.type not in ("cpu", "meta"))
+
+
+def begin_with(host: torch.Tensor, values: Sequence[int]) -> None:
+    """Make these the first values of a tensor on the host."""
+    host[: len(values)] = torch.tensor(values, dtype=host.dtype)
 
 
 class Arrival:

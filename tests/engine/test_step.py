@@ -45,13 +45,12 @@ class Served:
         """Logits of the outputs; filled up to `tokens`, or as the host knows it (None)."""
         ragged = Ragged.of([self.sequences[row] for row in rows], [(self.sequences[at], n) for at, n in work])
         count = len(ragged.outputs)
+        self.static.order_step(ragged)
         if tokens is None:
             self.static.run(ragged)
         else:
-            self.static.fill(ragged, tokens)
             self.static.body(tokens)
             count = min(count + 2, 6)
-        self.static.end(ragged, count)
         self.static.head(count, GREEDY)
         for at, n in work:
             self.sequences[at].cached += n

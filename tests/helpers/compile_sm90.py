@@ -35,6 +35,7 @@ def compile_kernel(
     arch: int = 90,
     divisible: Sequence[str] = (),
     registers: int | None = None,
+    fusion: bool = True,
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
@@ -49,6 +50,7 @@ def compile_kernel(
         constexprs: value of each `tl.constexpr` argument.
         divisible: integer arguments that are always multiples of 16, which Triton makes use of at a launch.
         registers: a thread's, at most.
+        fusion: whether the compiler may make a multiplication and an addition one.
     """
     names = fn.arg_names
     missing = set(names) - set(signature) - set(constexprs)
@@ -64,7 +66,7 @@ def compile_kernel(
             if name not in constexprs and (signature[name].startswith("*") or name in divisible)
         },
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers, "enable_fp_fusion": fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
     cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}

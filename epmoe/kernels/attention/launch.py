@@ -58,6 +58,8 @@ WINDOW_PREFILL: dict[torch.dtype, AttentionTile] = {
 }
 # Tokens that one program of the placing kernel moves.
 PLACED = 64
+# No multiplication is fused with an addition but where a kernel says so: each kernel would choose for itself.
+AS_WRITTEN = {"enable_fp_fusion": False}
 
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD
@@ -127,6 +129,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         M=max(tile.queries, triton.next_power_of_2(query_heads // kv_heads)),
         N=tile.positions,
         **shared,
+        **AS_WRITTEN,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -142,6 +145,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
             G=query_heads // kv_heads,
             AHEAD=AHEAD,
             **shared,
+            **AS_WRITTEN,
             **combine_options(query_heads // kv_heads, head_dim),
         )
 
@@ -181,7 +185,7 @@ def _prefill(
         "WINDOW": layout.window,
     }
     place_kernel[(spans.runs(PLACED, layout.window), kv_heads)](
-        k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared
+        k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared, **AS_WRITTEN
     )
     prefill_kernel[(spans.runs(queries // group), kv_heads)](
         q_TED,
@@ -198,6 +202,7 @@ def _prefill(
         GP=group,
         N=tile.positions,
         **shared,
+        **AS_WRITTEN,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers if generation(q_TED.device) == 9 else None,

@@ -21,7 +21,8 @@ prefill, whatever stands beside it and however its prompt was cut.
 - Splits are SPLIT positions that begin at multiples of SPLIT; a window of no more is one split. The blocks of a split
   are taken upwards into a state of its own, and the splits' states upwards into one that begins with the sink: a weight
   of 1 and no value. A prefill does so in registers, a decode's splits meet in memory.
-- Multiplications that are followed by an addition are written as `tl.fma`, so that no compiler has the choice.
+- Where a multiplication and the addition after it are one operation, `tl.fma` says so, and the compiler may not choose
+  (launch.py, AS_WRITTEN).
 """
 
 # mypy: disallow-untyped-defs=False
