@@ -17,6 +17,7 @@
     bits.py         the same bits in any company
 
     weights.py      random weights of a named size, made on the device
+    lengths.py      distributions of lengths, as a key spells them
 
 Benchmarks of the parts (experts, router, attention, loading) are in scripts/bench/.
 """

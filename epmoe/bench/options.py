@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from epmoe.bench.load.lengths import FORMS, Lengths, read_lengths
+from epmoe.bench.lengths import FORMS, Lengths, read_lengths
 from epmoe.config.keys import Names, Numbers, Range, key
 from epmoe.config.schema import ModelKeys
 from epmoe.errors import UserError

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,19 +91,25 @@ def run(command: Sequence[str], more: Mapping[str, str], timeout_s: float) -> st
     )
     try:
         out, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"a start took longer than runtime.start_timeout_s={timeout_s:g}: raise it") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    except BaseException as error:
+        _end(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            message = f"a start took longer than runtime.start_timeout_s={timeout_s:g}: raise it"
+            raise UserError(message) from None
+        raise
     if process.returncode:
         raise UserError(f"a start failed with exit code {process.returncode}: mend what it says above")
     return out
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a program, asking first, and then all that is left of what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def started() -> None:

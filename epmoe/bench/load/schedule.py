@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from epmoe.bench.load.lengths import Lengths
+from epmoe.bench.lengths import Lengths
 from epmoe.engine.request import Request, SamplingParams
 
 
