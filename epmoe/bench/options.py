@@ -43,7 +43,7 @@ class Measurement(Size):
     )
     mixed: tuple[int, int] | None = key(
         (64, 448),
-        "sequences that decode while a prompt of so many tokens enters",
+        "a prompt entering decodes",
         Numbers(Range(above=0), between="x", form="SEQUENCESxTOKENS"),
     )
     samples: int = key(15, "prompts of each length of first, and of mixed, that are timed", Range(above=0))
@@ -95,10 +95,8 @@ The tables go to standard output and end in one line of JSON. Others, each with 
 class Traffic(Size):
     """Which requests come, and when."""
 
-    load: str | None = key(
-        None,
-        "requests come at random times (poisson), or as soon as others have ended (concurrent)",
-        Names(("poisson", "concurrent")),
+    load: str = key(
+        "poisson", "requests come at random times, or when others have ended", Names(("poisson", "concurrent"))
     )
     rate: float = key(1.0, "of poisson: requests a second, on average", Range(above=0, high=1e6))
     users: int = key(64, "of concurrent: requests under way at a time", Range(above=0))
@@ -124,8 +122,6 @@ The table goes to standard output and ends in one line of JSON, which scripts/be
 
     def check(self) -> None:
         check_size(self.size, self.checkpoint)
-        if self.load is None:
-            raise UserError("load= says nothing: write load=poisson rate=REQUESTS_A_SECOND or load=concurrent users=N")
         for name in ("prompt_tokens", "answer_tokens"):
             read_lengths(name, getattr(self, name))
 

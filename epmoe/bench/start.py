@@ -44,7 +44,7 @@ from epmoe.ranks.memory import told_when_full
 from epmoe.streams import tell
 
 TIMES = ("ready_s", "first_s", "load_s")
-GRACE_S = 10  # for the processes of a start to end after SIGTERM
+GRACE_S = 4  # for a start to end after SIGTERM: less than this process has after one (ranks/guard.py)
 
 
 def start() -> None:

@@ -64,10 +64,8 @@ def measure(llm: LLM, config: LoadConfig) -> Record:
     begin = time.perf_counter()
     llm.prepare(requests)
     ready_s = time.perf_counter() - begin
-    told = Told(llm.ranks, config.runtime.timeout_s)
-    arrivals: Arrivals = Concurrent(config.requests, config.users)
-    if rate:
-        arrivals = Poisson([each.at_s for each in due], told)
+    poisson = Poisson([each.at_s for each in due], Told(llm.ranks, config.runtime.timeout_s)) if rate else None
+    arrivals: Arrivals = poisson or Concurrent(config.requests, config.users)
     generate(llm, [replace(each, answer_tokens=1) for each in due[:WARM]], config.seed + 1)
     if llm.ranks.is_main:
         tell(f"epmoe: ready, {config.requests} requests come")
@@ -82,7 +80,7 @@ def measure(llm: LLM, config: LoadConfig) -> Record:
         "load_s": llm.report.seconds,
         "ready_s": ready_s,
         **waited(served, generate_s),
-        "message_us": told.cost_us(),
+        "message_us": poisson.told.cost_us() if poisson and llm.ranks.size > 1 else None,
     }
 
 
@@ -143,6 +141,6 @@ def table(record: Record) -> str:
         f"{record['tokens']:,} tokens in {record['seconds']:.2f} s: {record['tokens_per_s']:,.0f} tokens/s, "
         f"{100 * record['share']:.1f} % of LLM.generate's {record['generate_tokens_per_s']:,.0f}",
     ]
-    if record["load"] == "poisson" and record["ranks"] > 1:
+    if record["message_us"] is not None:
         lines.append(f"rank 0's word to the others before a step: {record['message_us']:.0f} µs")
     return "\n".join(lines)
