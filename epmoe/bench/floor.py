@@ -10,9 +10,10 @@ For B sequences on N ranks, of which the fullest has L of the E experts, and K e
              + B · Σ min(window, C) · position  over the layers: keys and values of C positions that a token attends to
 
 Everything else (activations, what is written) is small and left out, so the floor is a little too low, never too high.
-The bound of a prefill is arithmetic: 2 · (values of dense + K/N · values of an expert) products and sums a token, in
-all layers but the last, without those of attention and the vocabulary. (The last layer is wanted for a prompt's last
-token only, and otherwise makes keys and values, which are left out.)
+A prompt's tokens are rows of a step like the others, but for what they attend to, which is of the step itself. The
+bound of many is arithmetic: 2 · (values of dense + K/N · values of an expert) products and sums a token, in all layers
+but the last, without those of attention and the vocabulary. (The last layer is wanted for a prompt's last token only,
+and otherwise makes keys and values, which are left out.)
 """
 
 import math
@@ -72,11 +73,15 @@ class Floor:
         """The expected number of experts of one layer that a rank must read."""
         return self.local * (1 - (1 - self.top_k / self.num_experts) ** batch)
 
-    def step_bytes(self, batch: int, contexts: Iterable[int]) -> float:
-        """bytes(B), the mean over steps whose tokens attend to these many positions."""
+    def step_bytes(self, batch: int, contexts: Iterable[int] = (0,), *, prompt: int = 0) -> float:
+        """bytes(B), the mean over steps whose sequences attend to these many positions.
+
+        `prompt` tokens of a prompt are in the step too: they choose experts and have embeddings, and what they attend
+        to is of the step itself.
+        """
         attended = statistics.mean(sum(min(w or c, c) for w in self.windows) for c in contexts)
-        weights = self.dense + self.distinct(batch) * self.expert + self.vocabulary / self.ranks
-        return weights + batch * (self.row + attended * self.position)
+        weights = self.dense + self.distinct(batch + prompt) * self.expert + self.vocabulary / self.ranks
+        return weights + (batch + prompt) * self.row + batch * attended * self.position
 
     def prefill_flops(self) -> float:
         """Products and sums that a rank must do for a token of a prompt."""

@@ -4,13 +4,20 @@ It runs as its users get it: eager decoding, on an accelerator its MXFP4 kernels
 turns the experts into bf16 and says so), on the CPU experts in the model's dtype.
 """
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from epmoe.bench.conditions import Record
+from epmoe.bench.decode import Batch
+from epmoe.bench.options import BenchConfig
 from epmoe.errors import UserError
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.checkpoint import Checkpoint
+from epmoe.weights.choices import DTYPES
 
 
 def check(ranks: int) -> None:
@@ -57,3 +64,39 @@ class Transformers:
         except torch.OutOfMemoryError:
             return None
         return time.perf_counter() - begin
+
+    def median_s(self, ids_BP: torch.Tensor, new: int, repeat: int) -> float | None:
+        """The median of so many runs after a warm-up; None where memory ran out in all of them."""
+        self.seconds(ids_BP, new)
+        times = [taken for taken in (self.seconds(ids_BP, new) for _ in range(repeat)) if taken is not None]
+        return statistics.median(times) if times else None
+
+
+def add_peer(record: Record, config: BenchConfig, source: Checkpoint, ranks: Ranks) -> None:
+    """The same measurements of transformers, but for mixed steps; None where its memory ran out."""
+    quantised = bool(source.config.get("quantization_config"))
+    other = Transformers(source.path, quantised, DTYPES[record["dtype"]], ranks.device)
+    facts = {"release": other.release, "experts": other.experts, "load_s": other.load_s}
+    record["peer"] = {"name": config.compare, **facts}
+    short, long = config.lengths
+    vocab = source.config["vocab_size"]
+
+    def difference(ids_BP: torch.Tensor) -> float | None:
+        whole, less = other.seconds(ids_BP, long), other.seconds(ids_BP, short)
+        return None if whole is None or less is None else (whole - less) / (long - short)
+
+    def compare(row: Record, taken_s: float | None) -> None:
+        row["peer_ms"] = None if taken_s is None else 1e3 * taken_s
+        row["speedup"] = None if taken_s is None else row["peer_ms"] / row["ms"]
+
+    for row in record["decode"]:
+        ids_BP = Batch.of(row["batch"], config.prompt_tokens, vocab).ids_BP
+        other.seconds(ids_BP, short)
+        steps = [step for step in (difference(ids_BP) for _ in range(config.repeat)) if step is not None]
+        compare(row, statistics.median(steps) if steps else None)
+    for row in record["first"]:
+        compare(row, other.median_s(Batch.of(1, row["tokens"], vocab).ids_BP, 1, config.repeat))
+    if config.prefill:
+        ids_BP = Batch.of(*config.prefill, vocab).ids_BP
+        taken_s = other.median_s(ids_BP, 1, config.repeat)
+        record["prefill"]["peer_tokens_per_s"] = None if taken_s is None else ids_BP.numel() / taken_s

@@ -10,14 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import torch
 
+from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.reader import Reader
 from epmoe.weights.source import TensorInfo
-from epmoe.weights.synthetic import SIZES, Drawn, config_of, tensors_of
+from epmoe.weights.synthetic import LEAST_VOCAB, SIZES, Drawn, Synthetic, config_of, tensors_of, write_tokenizer
 
 # Positions cost no weights: every size has as many as gpt-oss, so that any prompt fits.
 POSITIONS = 131072
@@ -79,3 +81,10 @@ class RandomCheckpoint(Checkpoint):
             words = torch.empty(math.ceil(out.numel() / 8), dtype=torch.int64, device=out.device)
             words.random_(-(2**63), None, generator=generator)
             out.view(-1).copy_(words.view(torch.uint8)[: out.numel()])
+
+
+def byte_tokenizer(vocab: int) -> Tokenizer:
+    """For a model without one, of so many ids: a byte is an id, harmony's special tokens are some, others no text."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), Synthetic(vocab=max(vocab, LEAST_VOCAB)))
+        return Tokenizer(Path(folder) / "tokenizer.json")

@@ -91,6 +91,7 @@ _SPECIAL = {
     "<|message|>": 200008,
     "<|call|>": 200012,
 }
+LEAST_VOCAB = 256 + len(_SPECIAL)  # that has a tokenizer
 _CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}"
@@ -129,7 +130,7 @@ def make_checkpoint(directory: str | Path, size: str = "tiny", **overrides: obje
     )
     _write_json(path / "generation_config.json", {"do_sample": True, "eos_token_id": eos, "pad_token_id": eos[0]})
     if _has_tokenizer(spec):
-        _write_tokenizer(path, spec)
+        write_tokenizer(path, spec)
     _write_weights(path, spec)
     return path
 
@@ -309,7 +310,7 @@ def _write_tensor(file: Path, offset: int, tensor: Drawn, seed: int) -> None:
 
 
 def _has_tokenizer(spec: Synthetic) -> bool:
-    return spec.vocab >= 256 + len(_SPECIAL)
+    return spec.vocab >= LEAST_VOCAB
 
 
 def _special(spec: Synthetic) -> dict[str, int]:
@@ -318,8 +319,11 @@ def _special(spec: Synthetic) -> dict[str, int]:
     return {name: 256 + i for i, name in enumerate(_SPECIAL)}
 
 
-def _write_tokenizer(path: Path, spec: Synthetic) -> None:
-    """A byte-level tokenizer: id = byte, then the special tokens; other ids of a large vocabulary stand for no text."""
+def write_tokenizer(path: Path, spec: Synthetic) -> None:
+    """Write tokenizer.json and what stands beside it into the directory `path`.
+
+    A byte-level tokenizer: id = byte, then the special tokens; other ids of a large vocabulary stand for no text.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     printable = {

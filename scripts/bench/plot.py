@@ -25,19 +25,24 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="written; its name ends in .svg or .png")
     parser.add_argument("logs", type=Path, nargs="+", help="output of epmoe.bench")
     options = parser.parse_args()
-    if options.picture.suffix not in (".svg", ".png"):
-        sys.exit(f"scripts/bench/plot.py: {options.picture} must end in .svg or .png")
+    draw(group(read("scripts/bench/plot.py", options.picture, options.logs, "model")), options.picture)
+
+
+def read(script: str, picture: Path, logs: Sequence[Path], bench: str) -> list[Record]:
+    """The records of one of epmoe.bench's benchmarks in the logs; a mistake ends the script with a line."""
+    if picture.suffix not in (".svg", ".png"):
+        sys.exit(f"{script}: {picture} must end in .svg or .png")
     try:
-        text = [line for file in options.logs for line in file.read_text(encoding="utf-8").splitlines()]
+        text = [line for file in logs for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        sys.exit(f"scripts/bench/plot.py: {error.filename} cannot be read: {error.strerror}")
-    panels = group(records(text))
-    if not panels:
-        sys.exit(f"scripts/bench/plot.py: no line of epmoe.bench in {', '.join(map(str, options.logs))}")
-    draw(panels, options.picture)
+        sys.exit(f"{script}: {error.filename} cannot be read: {error.strerror}")
+    found = records(text, bench)
+    if not found:
+        sys.exit(f"{script}: no line of epmoe.bench in {', '.join(map(str, logs))}")
+    return found
 
 
-def records(lines: Iterable[str]) -> list[Record]:
+def records(lines: Iterable[str], bench: str = "model") -> list[Record]:
     """The results of epmoe.bench among the lines of its output."""
     found = []
     for line in lines:
@@ -46,7 +51,7 @@ def records(lines: Iterable[str]) -> list[Record]:
                 value = json.loads(line)
             except json.JSONDecodeError:  # another program's output
                 continue
-            if value.get("bench") == "model":
+            if value.get("bench") == bench:
                 found.append(value)
     return found
 
@@ -61,12 +66,7 @@ def group(runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
 
 def draw(panels: dict[str, dict[int, Record]], picture: Path) -> None:
     """Both axes are logarithmic, so that equal distances to the floor are equal ratios."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "epmoe"  # the same runs give the same bytes
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    from matplotlib import pyplot
+    pyplot = plotter()
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -101,6 +101,23 @@ def draw(panels: dict[str, dict[int, Record]], picture: Path) -> None:
     lines = [Line2D([], [], marker="o", color=color[ranks]) for ranks in counts]
     lines.append(Line2D([], [], linestyle="--", color="gray", linewidth=1))
     figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+    save(figure, picture)
+
+
+def plotter() -> Any:
+    """matplotlib's pyplot, which draws into files alone: the same runs give the same bytes, and text stays text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "epmoe"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, picture: Path) -> None:
+    """Write a figure, without a date."""
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
 

@@ -13,8 +13,8 @@ import yaml
 from spawn import run_ranks
 
 from epmoe.bench import peer
-from epmoe.bench.__main__ import bench
 from epmoe.bench.floor import Floor, measure_bandwidth
+from epmoe.bench.model import bench
 from epmoe.bench.options import BenchConfig, Measurement
 from epmoe.bench.weights import RandomCheckpoint
 from epmoe.config.compose import parse
@@ -31,7 +31,9 @@ from epmoe.weights.manifest import Manifest
 from epmoe.weights.synthetic import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["batches=1,3", "prompt_tokens=5", "lengths=4,12", "prefill=2x16", "repeat=2"]
+SMALL = [
+    "batches=1,3", "prompt_tokens=5", "lengths=4,12", "prefill=2x16", "repeat=2", "first=1,16", "mixed=2x6", "samples=4"
+]  # fmt: skip
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 # What a step of the tiny size must read in float32, counted by hand: 2 layers, hidden 96, 4 heads and 2 key/value heads
 # of 16, 5 experts of 64, 2 a token, 320 tokens, windows 8 and none.
@@ -44,6 +46,11 @@ def step_bytes(batch: int, contexts: range, *, local: int, ranks: int) -> float:
     distinct = local * (1 - (3 / 5) ** batch)
     cache = sum(min(8, c) + c for c in contexts) / len(contexts) * (2 * 2 * 16 * 4)
     return DENSE + distinct * EXPERT + VOCABULARY / ranks + batch * (96 * 4 + cache)
+
+
+def cells_of(lines: list[str]) -> list[list[str]]:
+    """Rows of all tables, their heads included."""
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
 
 
 def command(*keys: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
@@ -81,9 +88,9 @@ def test_conditions_are_told(run: tuple[int, list[str], dict[str, Any]]) -> None
 def test_rows_say_time_and_distance(run: tuple[int, list[str], dict[str, Any]]) -> None:
     """Each row's numbers agree with each other and with the floor counted by hand; the table shows the same."""
     ranks, lines, record = run
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    assert cells[0][:3] == ["batch", "ms a step", "tokens/s"] and len(cells) == 1 + 2
-    for row, shown, batch in zip(record["decode"], cells[1:], (1, 3), strict=True):
+    cells = cells_of(lines)
+    assert cells[0][:3] == ["batch", "ms a step", "tokens/s"] and len(cells) == (1 + 2) + (1 + 2) + (1 + 1)
+    for row, shown, batch in zip(record["decode"], cells[1:3], (1, 3), strict=True):
         assert row["batch"] == batch and len(row["ms_of_each"]) == 2
         assert row["ms"] == pytest.approx(sum(row["ms_of_each"]) / 2)  # the median of two
         assert row["tokens_per_s"] == pytest.approx(batch / row["ms"] * 1e3)
@@ -100,6 +107,29 @@ def test_rows_say_time_and_distance(run: tuple[int, list[str], dict[str, Any]]) 
     values = (DENSE / 4 + 2 / ranks * 2 * (128 * 96 + 96 * 64)) / 2  # one of the two layers
     assert prefill["limit_tokens_per_s"] == pytest.approx(record["flops"] / (2 * values))
     assert any(line.startswith("prefill 2 x 16: ") for line in lines)
+
+
+def test_first_tokens_and_mixed_steps_are_rows_too(run: tuple[int, list[str], dict[str, Any]]) -> None:
+    ranks, lines, record = run
+    cells = cells_of(lines)
+    assert cells[3][:3] == ["prompt", "first token, ms", "best of 4"] and record["samples"] == 4
+    limit = record["prefill"]["limit_tokens_per_s"]
+    for row, shown, tokens in zip(record["first"], cells[4:6], (1, 16), strict=True):
+        assert row["tokens"] == tokens and len(row["ms_of_each"]) == 4
+        assert row["best_ms"] == min(row["ms_of_each"]) <= row["ms"] <= max(row["ms_of_each"])
+        # No bytes of the cache: what a prompt's tokens attend to is of the step itself.
+        nbytes = step_bytes(tokens, range(1), local=math.ceil(5 / ranks), ranks=ranks)
+        assert row["floor_ms"] == pytest.approx(1e3 * max(nbytes / 1e9, tokens / limit))
+        assert row["of_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
+        assert [float(cell) for cell in shown[:3]] == pytest.approx([tokens, row["ms"], row["best_ms"]], abs=1e-3)
+    mixed = record["mixed"]
+    assert (mixed["sequences"], mixed["tokens"]) == (2, 6) and mixed["steps"] >= 1
+    assert mixed["best_first_ms"] <= mixed["first_ms"] and mixed["between_ms"] > 0 < mixed["bare_ms"]
+    nbytes = step_bytes(2 + 6, range(1), local=math.ceil(5 / ranks), ranks=ranks)
+    nbytes += 2 * 2 * 5 * (2 * 2 * 16 * 4)  # two sequences, two layers, five positions
+    assert mixed["floor_ms"] == pytest.approx(1e3 * max(nbytes / 1e9, 6 / limit))
+    assert cells[6][:2] == ["decoding x prompt", "first token, ms"] and cells[7][0] == "2 x 6"
+    assert float(cells[7][1]) == pytest.approx(mixed["first_ms"], abs=1e-3)
 
 
 def test_floor_of_the_published_size() -> None:
@@ -222,7 +252,7 @@ def test_the_peer_runs_the_same_checkpoint(
     *lines, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)
     assert record["peer"]["name"] == "transformers" and record["peer"]["load_s"] > 0
-    for row in record["decode"]:
+    for row in (*record["decode"], *record["first"]):
         assert row["speedup"] == pytest.approx(row["peer_ms"] / row["ms"])
     assert record["prefill"]["peer_tokens_per_s"] > 0
     assert any("peer, ms | speedup" in line for line in lines)
@@ -244,6 +274,8 @@ MISTAKES = {
     "batches": (["batches=1,0"], "batches='1,0'", "whole numbers above 0"),
     "lengths": (["lengths=8,8"], "lengths='8,8'", "the smaller one first"),
     "prefill": (["prefill=8"], "prefill='8'", "SEQUENCESxTOKENS"),
+    "first": (["first=16,0"], "first='16,0'", "whole numbers above 0"),
+    "mixed": (["mixed=64"], "mixed='64'", "SEQUENCESxTOKENS"),
     "bandwidth": (["bandwidth=nan"], "bandwidth=nan is out of range", "a number, at least 0"),
     "a key of no use": (["prompt=a"], "prompt means nothing to a benchmark", "size, batches"),
     "a group of no use": (["sampling.seed=1"], "sampling.seed means nothing", "size, batches"),
@@ -276,6 +308,8 @@ RUN_MISTAKES = {
         "batches=3 prompts of 5 tokens take 8 steps of runtime.prefill_chunk=2",
     ),
     "too long": (["prefill=1x600"], "prefill=1x600 needs 601 positions"),
+    "too long a first prompt": (["first=4,512"], "first=512 needs 513 positions"),
+    "too many mixed steps": (["samples=60"], "mixed=2x6 needs 676 positions"),
     "too small a cache": (["runtime.cache_tokens=40"], "raise runtime.cache_tokens"),
 }
 
@@ -307,8 +341,8 @@ def test_own_keys_are_spelled_as_they_are_meant() -> None:
     found = parse(keys, BenchConfig)
     assert (found.size, found.batches, found.prefill, found.lengths) == ("tiny", (1, 4, 16), (8, 2048), (32, 160))
     assert (found.bandwidth, found.flops, found.runtime.dtype) == (3.35, 0.0, "float32")
-    nothing = parse(["prefill=", "compare=", "size="], BenchConfig)
-    assert nothing.prefill is nothing.compare is nothing.size is None
+    nothing = parse(["prefill=", "compare=", "size=", "mixed=", "first="], BenchConfig)
+    assert nothing.prefill is nothing.compare is nothing.size is nothing.mixed is None and nothing.first == ()
 
 
 def test_cfg_job_shows_the_benchmarks_keys(capsys: pytest.CaptureFixture[str]) -> None:

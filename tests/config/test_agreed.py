@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from epmoe.bench.options import BenchConfig
+from epmoe.bench.options import BenchConfig, LoadConfig, StartConfig
 from epmoe.config.agreed import OWN, agreed
 from epmoe.config.compose import parse
 from epmoe.config.keys import keys_of
@@ -16,11 +16,24 @@ SHARED = {
     "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
     "runtime.cache_tokens", "runtime.graphs",
 }  # fmt: skip
-MEASURED = {"size", "batches", "prompt_tokens", "lengths", "prefill", "repeat", "bandwidth", "flops", "compare"}
+MEASURED = {
+    "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",
+    "flops", "compare",
+}  # fmt: skip
+LOAD = {"size", "load", "rate", "users", "requests", "prompt_tokens", "answer_tokens", "seed"}
+START = {"size", "ranks", "sequences", "prompt_tokens", "repeat"}
 
 
 @pytest.mark.parametrize(
-    ("schema", "more"), [(ModelKeys, set()), (LLMConfig, set()), (Config, set()), (BenchConfig, MEASURED)]
+    ("schema", "more"),
+    [
+        (ModelKeys, set()),
+        (LLMConfig, set()),
+        (Config, set()),
+        (BenchConfig, MEASURED),
+        (LoadConfig, LOAD),
+        (StartConfig, START),
+    ],
 )
 def test_every_key_is_decided(schema: type[ModelKeys], more: set[str]) -> None:
     assert set(agreed(schema())) == SHARED | more

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from epmoe.bench.options import BenchConfig
+from epmoe.bench.options import BenchConfig, LoadConfig, StartConfig
 from epmoe.config import compose
 from epmoe.config.compose import conf_dir, from_keys, parse, presets
 from epmoe.config.keys import Names, groups_of, keys_of
@@ -202,7 +202,7 @@ def test_wrong_value_in_a_file_names_the_file(monkeypatch: pytest.MonkeyPatch, t
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("schema", [Config, BenchConfig])
+@pytest.mark.parametrize("schema", [Config, BenchConfig, LoadConfig, StartConfig])
 def test_help_names_every_key_preset_and_table_entry(
     schema: type[ModelKeys], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def test_dependencies_are_the_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^\w-]", each)[0].lower().replace("-", "_") for each in project["dependencies"]}
     name = {"hydra": "hydra_core", "yaml": "pyyaml"}
-    assert {name.get(module, module) for module in imported} == declared - {"numpy"}  # Tensor.numpy() needs it
+    assert {name.get(module, module) for module in imported} == declared
 
 
 def test_contents(wheel: Path) -> None:

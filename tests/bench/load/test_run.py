@@ -1,0 +1,112 @@
+"""The benchmark of load as users start it: its table, its line of JSON, its figures; mistakes are one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epmoe.bench import __main__ as command
+from epmoe.bench.load.run import load, percentiles, waited
+from epmoe.bench.load.serve import Served
+from epmoe.bench.options import LoadConfig
+from epmoe.config.compose import parse
+from epmoe.errors import UserError
+
+DEMO = Path(command.__file__).parents[1] / "demo"
+SMALL = ["runtime=cpu", f"checkpoint={DEMO}", "requests=12", "prompt_tokens=uniform:1:30", "answer_tokens=uniform:1:9"]
+
+
+def run(*keys: str, ranks: int = 1) -> tuple[list[str], dict[str, Any]]:
+    """The lines of the table, the JSON."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    start = start if ranks > 1 else [sys.executable]
+    words = [*start, "-m", "epmoe.bench", *keys]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    return lines, json.loads(last)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", [["load=poisson", "rate=20"], ["load=concurrent", "users=3"]])
+def test_the_command(ranks: int, kind: list[str]) -> None:
+    lines, record = run(*kind, *SMALL, ranks=ranks)
+    told = "\n".join(lines)
+    assert (record["bench"], record["model"], record["ranks"], record["requests"]) == ("load", "demo", ranks, 12)
+    for key in ("first_token_ms", "between_ms"):
+        assert 0 < record[key]["p50"] <= record[key]["p90"] <= record[key]["p99"]
+    assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["seconds"])
+    assert record["share"] == pytest.approx(record["tokens_per_s"] / record["generate_tokens_per_s"])
+    poisson = record["load"] == "poisson"
+    assert record["runtime"]["max_batch"] == (12 if poisson else 3)
+    assert ("20 a second at random times" in told, "3 at a time" in told) == (poisson, not poisson)
+    assert ((record["message_us"] or 0) > 0) == ("rank 0's word" in told) == (poisson and ranks > 1)
+    (row,) = (line for line in lines if line.startswith("| first token"))
+    assert (
+        row
+        == "| first token | " + " | ".join(f"{record['first_token_ms'][p]:.2f}" for p in ("p50", "p90", "p99")) + " |"
+    )
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    """Random weights of a size: answers are made to text all the same."""
+    _, record = run("load=concurrent", "users=2", "runtime=cpu", "size=tiny", "requests=4", "prompt_tokens=5")
+    assert record["model"] == "random-tiny" and record["tokens"] == 4 * 128
+
+
+def test_figures() -> None:
+    """Two requests by hand, the second one waits for half a second before its first token."""
+    served = [Served(1.0, [1.25, 1.5, 2.0]), Served(2.0, [2.5, 3.0])]
+    found = waited(served, generate_s=1.0)
+    assert (found["tokens"], found["seconds"], found["tokens_per_s"], found["share"]) == (5, 2.0, 2.5, 0.5)
+    assert found["first_token_ms"] == pytest.approx({"p50": 375, "p90": 475, "p99": 497.5})
+    assert found["between_ms"] == pytest.approx({"p50": 500, "p90": 500, "p99": 500})
+    assert found["generate_tokens_per_s"] == 5 and percentiles([]) is None
+
+
+def test_which_benchmark() -> None:
+    assert command.chosen(["size=tiny", "load=poisson"]) is load and command.chosen([]) is command.bench
+    assert command.chosen(["start", "size=tiny"]) is command.start and command.chosen(["bits"]) is command.bits
+
+
+MISTAKES = {
+    "no load": (["load="], "load='' is unknown; known: poisson, concurrent"),
+    "another load": (["load=uniform"], "load='uniform' is unknown; known: poisson, concurrent"),
+    "no rate": (["load=poisson", "rate=0"], "rate=0.0 is out of range"),
+    "no distribution": (["load=poisson", "answer_tokens=zipf:3"], "answer_tokens='zipf:3' is no distribution"),
+    "two models": (["load=poisson", "size=tiny", "checkpoint=x"], "exclude each other"),
+    "a trace": (["load=poisson", "runtime.profile=x"], "means nothing to a benchmark of load"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case: str) -> None:
+    words, message = MISTAKES[case]
+    with pytest.raises(UserError) as error:
+        parse(words, LoadConfig)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_requests_too_long_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "load=poisson", *SMALL, "prompt_tokens=lognormal:9:1:510"])
+    with pytest.raises(UserError, match="can be 519 tokens together, and the model has 512") as error:
+        load()
+    assert "\n" not in str(error.value)
+
+
+def on_devices(ranks: int) -> None:
+    _, record = run("load=poisson", "rate=50", "size=tiny", "requests=30", "prompt_tokens=uniform:1:300", ranks=ranks)
+    assert record["device"] != "cpu" and record["ranks"] == ranks and record["tokens"] == 30 * 128
+
+
+@pytest.mark.gpu
+def test_on_a_device() -> None:
+    on_devices(1)
+
+
+@pytest.mark.multigpu
+def test_on_two_devices() -> None:
+    on_devices(2)
