@@ -112,11 +112,10 @@ class Cache:
         span_P4 = step.span_P4
         if span_P4 is None and step.spans:
             span_P4 = to_device(step.spans, torch.int32, self.device)
-        return {window: _plan(window, pool, step, span_P4) for window, pool in self.pools.items()}
-
-
-def _plan(window: int | None, pool: PagedRows | RingRows, step: Step, span_P4: torch.Tensor | None) -> Plan:
-    most = len(step.sequence_B)
-    rows = Rows(step.position_T[:most], step.sequence_B, step.rows_1, pool) if most else None
-    spans = None if span_P4 is None else Spans(span_P4, len(step.token_T), step.spans, pool)
-    return Plan(window, rows, spans)
+        shared: dict[str, torch.Tensor] = {}
+        most, plans = len(step.sequence_B), {}
+        for window, pool in self.pools.items():
+            rows = Rows(step.position_T[:most], step.sequence_B, step.rows_1, pool) if most else None
+            spans = None if span_P4 is None else Spans(span_P4, len(step.token_T), step.spans, pool)
+            plans[window] = Plan(window, rows, spans, shared)
+        return plans

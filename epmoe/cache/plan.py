@@ -4,7 +4,7 @@ Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts
 to · R rows of a pool (where one position lies).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -115,6 +115,7 @@ class Plan:
     window: int | None
     rows: Rows | None
     spans: Spans | None
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)  # between the layers and windows of one step
 
     @property
     def padded(self) -> bool:

@@ -108,15 +108,12 @@ class Engine:
         if True in load.logprobs:
             self.runner.static.keep_logits()
         self.warm.prefills(load, self.most_tokens if self.graphs.capture else 0, self.config.timeout_s)
-        self.graphs.prepare(load, min(self.max_batch, load.sequences), self._totals(load, at_once=at_once))
-
-    def _totals(self, load: Workload, *, at_once: bool) -> list[int]:
-        """Buckets of the tokens that steps with prompts can have, of those that are captured."""
-        if at_once and load.prefill_tokens <= self.prefill_chunk:
-            sizes = token_buckets(load.prefill_tokens)[-1:]  # the first step has all prompts, and no other has any
-        else:
-            sizes = token_buckets(min(self.prefill_chunk, load.prefill_tokens) + min(self.max_batch, load.sequences))
-        return [size for size in sizes if size <= self.most_tokens]
+        # At once: the first step has all prompts, and no other has any.
+        at_once = at_once and load.prefill_tokens <= self.prefill_chunk
+        most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else min(self.max_batch, load.sequences))
+        sizes = token_buckets(most)[-1:] if at_once else token_buckets(most)
+        totals = [size for size in sizes if size <= self.most_tokens]
+        self.graphs.prepare(load, min(self.max_batch, load.sequences), totals, mixed=not at_once)
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.

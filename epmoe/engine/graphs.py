@@ -1,7 +1,8 @@
 """CUDA graphs of a step's parts, one for each size and variant; without graphs the same parts are called.
 
     rows alone             decode, one graph                       a batch is filled up to the next bucket of rows
-    prompts among them     body, and a graph of the head           … of tokens, up to MOST_TOKENS
+    prompts alone          prompts, and a graph of the head        … of tokens, up to MOST_TOKENS
+    both                   mixed, and a graph of the head          … likewise
     more tokens            the model's call as it is, then a head
 
 What fills a step up belongs to the cache's spare sequence or to nobody. No bit depends on any of this.
@@ -91,7 +92,7 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
 
 
 class Kind(NamedTuple):
-    """A part of a step: "decode" of so many rows, "body" of so many tokens, "head" of so many outputs."""
+    """A part of a step: "decode" of so many rows, "prompts" or "mixed" of so many tokens, "head" of so many outputs."""
 
     part: str
     size: int
@@ -131,18 +132,19 @@ class Graphs:
     def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
         tokens = len(ragged.given)
-        size = next((kind.size for kind in self._bodies() if kind.size >= tokens), None)
+        part = "mixed" if ragged.rows else "prompts"
+        sizes = [kind.size for kind in self.graphs if kind.part == part and kind.size >= tokens]
         self.static.order_step(ragged)
-        if size is None:
-            self.static.run(ragged)
+        if sizes:
+            self._run(Kind(part, min(sizes), None))
         else:
-            self._run(Kind("body", size, None))
+            self.static.run(ragged)
         if variant is not None:
             count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
             self._run(Kind("head", count, variant))
         return self.static.id_M[: len(ragged.outputs)]
 
-    def prepare(self, load: Workload, most: int, totals: Sequence[int]) -> None:
+    def prepare(self, load: Workload, most: int, totals: Sequence[int], *, mixed: bool) -> None:
         """Run, and capture, every part that such a load needs and that was not run before; a collective.
 
         The run compiles kernels and lets libraries allocate, neither of which a capture can do. It is of spare rows and
@@ -151,13 +153,14 @@ class Graphs:
         Args:
             most: rows at a time.
             totals: of tokens of steps with prompts, in buckets; those that are not captured run as they are.
+            mixed: prompts come while other sequences decode.
         """
         sizes = [size for size in self.buckets if size <= self.bucket(most)]
         variants = sorted(load.variants())
         wanted = [Kind("decode", size, variant) for variant in variants for size in sizes]
         if self.capture:
             wanted += [Kind("head", size, variant) for variant in variants for size in sizes]
-            wanted += [Kind("body", size, None) for size in totals]
+            wanted += [Kind(part, size, None) for size in totals for part in ("prompts", "mixed")[: 1 + mixed]]
         new = [kind for kind in reversed(wanted) if kind not in self.ready]  # the largest first: others fit its memory
         if not new or self.ranks.device.type == "cpu":
             return
@@ -181,12 +184,9 @@ class Graphs:
         self.static.sequence_M.fill_(self.static.state.spare)
         self.static.order_step(Ragged.of([], []))
 
-    def _bodies(self) -> list[Kind]:
-        return sorted(kind for kind in self.graphs if kind.part == "body")
-
     def _part(self, kind: Kind) -> Callable[[], None]:
         if kind.variant is None:
-            return partial(self.static.body, kind.size)
+            return partial(self.static.body, kind.size, rows=kind.part == "mixed")
         return partial(self.static.decode if kind.part == "decode" else self.static.head, kind.size, kind.variant)
 
     def _run(self, kind: Kind) -> None:

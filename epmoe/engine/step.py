@@ -11,7 +11,7 @@ one's tokens are known there. All of it lies in buffers that stay where they are
 CUDA graph (epmoe/engine/graphs.py):
 
     decode(rows, variant)    a step of rows alone, whole
-    body(tokens)             any step up to the last norm
+    body(tokens, rows)       a step with prompts, up to the last norm
     head(count, variant)     the rest of it: the vocabulary, the sampler
 
 Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
@@ -60,9 +60,8 @@ class StaticStep:
         even = rows + rows % 2
         self.order = torch.zeros(2 * tokens + 4 * even, dtype=torch.int64, device=device)
         self.parts = [tokens] * 2 + [even] * 4
-        self.given_T, self.position_T, self.row_M, self.output_M, self.ended_M, self.next_M = self.order.split(
-            self.parts
-        )
+        self.given_T, self.position_T, *of_M = self.order.split(self.parts)
+        self.row_M, self.output_M, self.ended_M, self.next_M = (each[:rows] for each in of_M)
         self.places = torch.zeros(4 * rows + 1, dtype=torch.int32, device=device)
         self.span_M4, self.rows_1 = self.places[:-1].view(rows, 4), self.places[-1:]
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
@@ -102,17 +101,17 @@ class StaticStep:
         places[-1] = len(ragged.rows)
         self.places.copy_(places, non_blocking=True)
 
-    def body(self, tokens: int) -> None:
+    def body(self, tokens: int, *, rows: bool) -> None:
         """A step of so many tokens up to the last norm, as `order_step` has said. A collective.
 
-        No size in it depends on anything but `tokens`.
+        No size in it depends on anything but `tokens`, and on whether there may be `rows` beside the prompts.
         """
         most = min(tokens, len(self.row_M))
         self._keep(
             Step(
                 token_T=self.state.tokens(self.given_T[:tokens]),
                 position_T=self.position_T[:tokens],
-                sequence_B=self.row_M[:most],
+                sequence_B=self.row_M[: most if rows else 0],
                 rows_1=self.rows_1,
                 spans=None,
                 span_P4=self.span_M4[:most],

@@ -281,7 +281,7 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
             scheduler.Sequence(n, Request((3,) * (1, 9, 5)[n], SamplingParams()), 30, 0.0, handles[n]) for n in range(3)
         )
         ragged = Ragged.of([row], [(prompts[0], 8), (prompts[1], 5)])
-        assert any(kind.part == "body" and kind.size >= 14 for kind in engine.graphs.ready)
+        assert any(kind.part == "mixed" and kind.size >= 14 for kind in engine.graphs.ready)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

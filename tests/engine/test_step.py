@@ -32,8 +32,8 @@ class Served:
         self.model, config = model, model.config
         shape = (config.windows, config.kv_heads, config.head_dim)
         dtype = model.embedding.weight.dtype
-        self.cache = Cache(CacheConfig(*shape, tokens=1200, sequences=6, page=4, dtype=dtype), device)
-        self.static = StaticStep(model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), 6, 64)
+        self.cache = Cache(CacheConfig(*shape, tokens=1200, sequences=7, page=4, dtype=dtype), device)
+        self.static = StaticStep(model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), 7, 64)
         self.static.keep_logits()
         requests = [Request(prompt(*each), SamplingParams()) for each in enumerate(lengths)]
         self.sequences = [
@@ -41,16 +41,16 @@ class Served:
             for number, (each, length) in enumerate(zip(requests, lengths, strict=True))
         ]
 
-    def step(self, rows: list[int], work: list[tuple[int, int]], tokens: int | None) -> torch.Tensor:
-        """Logits of the outputs; filled up to `tokens`, or as the host knows it (None)."""
+    def step(self, rows: list[int], work: list[tuple[int, int]], tokens: int | None, alone: bool) -> torch.Tensor:
+        """Logits of the outputs; filled up to `tokens`, or as the host knows it (None). `alone`: prompts as such."""
         ragged = Ragged.of([self.sequences[row] for row in rows], [(self.sequences[at], n) for at, n in work])
         count = len(ragged.outputs)
         self.static.order_step(ragged)
         if tokens is None:
             self.static.run(ragged)
         else:
-            self.static.body(tokens)
-            count = min(count + 2, 6)
+            self.static.body(tokens, rows=bool(rows) or not alone)
+            count = min(count + 2, 7)
         self.static.head(count, GREEDY)
         for at, n in work:
             self.sequences[at].cached += n
@@ -73,11 +73,14 @@ LENGTHS = [5, 10, 34, 21, 40, 11]
 
 def compare(path: Path, device: str, names: dict[str, Any]) -> None:
     with torch.inference_mode():
-        exact, filled = (Served(path, device, names, LENGTHS) for _ in range(2))
+        exact, filled, mixed = (Served(path, device, names, LENGTHS) for _ in range(3))
         for rows, work, tokens in STEPS:
-            wanted_OV, got_OV = exact.step(rows, work, None), filled.step(rows, work, tokens)
-            assert len(wanted_OV) and wanted_OV.isfinite().all() and torch.equal(got_OV, wanted_OV)
-        assert torch.equal(filled.static.state.sequences.token_S, exact.static.state.sequences.token_S)
+            wanted_OV = exact.step(rows, work, None, True)
+            assert len(wanted_OV) and wanted_OV.isfinite().all()
+            for way, alone in ((filled, True), (mixed, False)):
+                assert torch.equal(way.step(rows, work, tokens, alone), wanted_OV)
+        for way in (filled, mixed):
+            assert torch.equal(way.static.state.sequences.token_S, exact.static.state.sequences.token_S)
 
 
 def test_filled_up_it_is_the_step(tiny_checkpoint: Path) -> None:

@@ -78,9 +78,12 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     """
     _check(heads, cos_sin, cached, sink_E)
     q_TED = heads[0]
-    # A step that is known on the device alone may have tokens that belong to nothing: they are alike in all layers.
-    fresh = torch.zeros if plan.padded else torch.empty
-    out_TED = fresh(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
+    if plan.padded:  # tokens that belong to nothing have zeros, and all layers write the same others
+        if "out" not in plan.shared:
+            plan.shared["out"] = torch.zeros(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
+        out_TED = plan.shared["out"]
+    else:
+        out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     if plan.spans is not None:
         _prefill(heads, cos_sin, cached, plan.spans, sink_E, out_TED)
     if plan.rows is not None:
