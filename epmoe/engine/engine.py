@@ -97,6 +97,14 @@ class Engine:
             self.graphs.close()  # they don't write what was seen
         if True in load.logprobs:
             self.runner.decode.keep_logits()
+        if self.config.graphs:  # what can be captured can be rehearsed: it reads nothing on the host
+            from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
+
+            with compile_ahead(self.ranks):
+                self._warm_up(load)
+        self._warm_up(load)
+
+    def _warm_up(self, load: Workload) -> None:
         self.warm.prefills(load, self.config.timeout_s)
         self.graphs.prepare(min(self.max_batch, load.sequences), load.variants())
 

@@ -18,6 +18,7 @@ from epmoe.engine.decode_step import StaticDecode
 from epmoe.engine.request import Variant
 from epmoe.errors import UserError
 from epmoe.kernels.capture import Capture, Graph
+from epmoe.kernels.rehearsal import rehearsing
 from epmoe.layers.attention import WAITING
 from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
@@ -64,7 +65,7 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
     """The jobs, one by one, behind a progress bar on rank 0's terminal."""
     from tqdm import tqdm
 
-    hidden = not (jobs and progress and ranks.is_main and on_terminal())
+    hidden = rehearsing() or not (jobs and progress and ranks.is_main and on_terminal())
     yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
 
 
@@ -115,12 +116,15 @@ class Graphs:
         self.decode.sequence_M.fill_(self.decode.state.spare)
         for key in with_bar(new, "decode steps", self.ranks, progress=self.progress):
             step = partial(self.decode.step, *key)
+            if rehearsing():
+                step()
+                continue
             if self.capture:
                 self.graphs[key] = self.capture(step)
             else:
                 step()
             self.ready.add(key)
-        if self.ranks.is_main:
+        if self.ranks.is_main and not rehearsing():
             torch.accelerator.synchronize(self.ranks.device)
             what = "captured" if self.capture else "warmed up"
             tell(f"epmoe: {len(new)} decode steps {what} in {time.perf_counter() - begin:.1f} s")

@@ -21,6 +21,7 @@ from epmoe import kernels
 from epmoe.batch import DecodeStep, Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
+from epmoe.kernels.rehearsal import rehearsing
 from epmoe.layers.attention import Attention, Where
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -134,13 +135,21 @@ class Decoder(nn.Module):
         same bits.
         """
         halves = [self._embed(half, cache) for half in step.halves(self.limits.halves_from)]
-        for index, layer in enumerate(cast(list[Layer], list(self.layers))):
+        layers = cast(list[Layer], list(self.layers))
+        for index in self._of_each_kind() if rehearsing() else range(len(layers)):
+            layer = layers[index]
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
                 half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
         return self._vocabulary(owed.add_to(x_OH, self.norm)[1], step.part)
+
+    def _of_each_kind(self) -> list[int]:
+        """A layer for each set of kernels that a layer launches."""
+        last = self.config.layers - 1
+        kinds = {(window, index == 0, index == last): index for index, window in enumerate(self.config.windows)}
+        return sorted(kinds.values())
 
     def _embed(self, step: Step | DecodeStep, cache: Cache) -> MicroBatch:
         if isinstance(step, DecodeStep):
