@@ -152,10 +152,10 @@ class Found(triton.AsyncCompileMode):  # type: ignore[misc]
                 keep(job.kernel)
 
     def _start(self, job: Job) -> None:
-        job.future = self.executor.submit(_compiled, job.compile)
+        job.future = self.executor.submit(compiled, job.compile)
 
 
-def _compiled(compile_fn: Callable[[], Any]) -> Any:
+def compiled(compile_fn: Callable[[], Any]) -> Any:
     """The kernel; and what launches it, of which Triton before 3.7 compiles one for each signature, is in the cache."""
     kernel = compile_fn()
     triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)

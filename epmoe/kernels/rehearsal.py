@@ -30,13 +30,13 @@ def rehearsal() -> Iterator[None]:
     global _inside
     _inside = True
     try:
-        with _Zeroed():
+        with Zeroed():
             yield
     finally:
         _inside = False
 
 
-class _Zeroed(TorchDispatchMode):
+class Zeroed(TorchDispatchMode):
     """New memory holds zeros."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
