@@ -9,7 +9,7 @@ from epmoe.engine.graphs import with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
 from epmoe.engine.scheduler import Sequence, pieces
-from epmoe.kernels.rehearsal import rehearsing
+from epmoe.kernels.rehearsal import brief, rehearsing
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
 
@@ -48,7 +48,8 @@ class Warm:
             ran = sum(count for _, count in work)
             small = (ran, min(kind[1], ran))  # a small cache holds less than was asked for
             if small not in self.done:
-                flight = self.runner.prefill(work)
+                with brief():
+                    flight = self.runner.prefill(work)
                 if flight:
                     list(flight.land(timeout_s))
                 if not rehearsing():

@@ -1,10 +1,14 @@
-"""A rehearsal: the passes of a start run once without the kernels of Triton, so that these are known before any runs.
+"""Passes whose results mean nothing: they are run so that the passes after them find everything made.
 
-    with rehearsal():       torch's operations and the collectives run; a launch in Triton only says which kernel it is
-        warm-up             (compile_ahead.py); memory that one of them would fill holds zeros
+    with brief():           one layer of each kind stands for all, since the others launch the same kernels:
+        warm-up             what is compiled on the way, allocated, or loaded to the device is so for all of them
 
-Zeros are ids, positions and rows that exist, so whatever torch does with them is in bounds; none of it is kept. All
-ranks rehearse the same passes, so no collective waits for a rank that does not come.
+    with rehearsal():       brief, and without the kernels of Triton, so that these are known before any runs: a launch
+        warm-up             only says which kernel it is (compile_ahead.py)
+
+In a rehearsal torch's operations and the collectives run, and memory that a kernel would fill holds zeros. Zeros are
+ids, positions and rows that exist, so whatever torch does with them is in bounds. All ranks rehearse the same passes,
+so no collective waits for a rank that does not come.
 """
 
 from collections.abc import Iterator
@@ -16,24 +20,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
-_inside = False
+_brief = _rehearsing = False
+
+
+def is_brief() -> bool:
+    """Whether one layer of each kind stands for all."""
+    return _brief
 
 
 def rehearsing() -> bool:
-    """Whether this is a rehearsal: what is computed means nothing, and nothing of it may be kept."""
-    return _inside
+    """Whether nothing is launched."""
+    return _rehearsing
+
+
+@contextmanager
+def brief() -> Iterator[None]:
+    """Passes within the block are brief."""
+    global _brief
+    before, _brief = _brief, True
+    try:
+        yield
+    finally:
+        _brief = before
 
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
     """The block is one. What it runs reads no result of a kernel on the host, as what a CUDA graph captures."""
-    global _inside
-    _inside = True
+    global _rehearsing
+    _rehearsing = True
     try:
-        with Zeroed():
+        with brief(), Zeroed():
             yield
     finally:
-        _inside = False
+        _rehearsing = False
 
 
 class Zeroed(TorchDispatchMode):

@@ -21,7 +21,7 @@ from epmoe import kernels
 from epmoe.batch import DecodeStep, Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
-from epmoe.kernels.rehearsal import rehearsing
+from epmoe.kernels.rehearsal import is_brief
 from epmoe.layers.attention import Attention, Where
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         """
         halves = [self._embed(half, cache) for half in step.halves(self.limits.halves_from)]
         layers = cast(list[Layer], list(self.layers))
-        for index in self._of_each_kind() if rehearsing() else range(len(layers)):
+        for index in self._of_each_kind() if is_brief() else range(len(layers)):
             layer = layers[index]
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
