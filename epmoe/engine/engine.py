@@ -97,12 +97,16 @@ class Engine:
             self.graphs.close()  # they don't write what was seen
         if True in load.logprobs:
             self.runner.decode.keep_logits()
-        if self.config.graphs:  # what can be captured can be rehearsed: it reads nothing on the host
-            from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
-
-            with compile_ahead(self.ranks):
-                self._warm_up(load)
+        if self.config.graphs:
+            self.rehearse(load)
         self._warm_up(load)
+
+    def rehearse(self, load: Workload) -> None:
+        """Compile the kernels of `prepare`. Only of what can be captured, and so reads nothing on the host."""
+        from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
+
+        with compile_ahead(self.ranks):
+            self._warm_up(load)
 
     def _warm_up(self, load: Workload) -> None:
         self.warm.prefills(load, self.config.timeout_s)

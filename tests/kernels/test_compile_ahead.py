@@ -13,20 +13,20 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from absent_gpu import DEVICE, absent_gpu, forget
-from loading import load_rank, rank_of
+from loading import load_rank
 from spawn import run_ranks
+from steps import make_step
 from torch import nn
 
-from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.engine.decode_step import State, StaticDecode
-from epmoe.engine.request import Level, Variant
+from epmoe.engine.request import Level, SamplingParams
+from epmoe.engine.sampler import SamplingTensors, sample
 from epmoe import kernels
-from epmoe.kernels import compile_ahead, vendor
+from epmoe.kernels import compile_ahead
 from epmoe.kernels.compile_ahead import compiling
 from epmoe.kernels.few import few
 from epmoe.kernels.product import Tile, tiled
-from epmoe.kernels.rehearsal import Zeroed, rehearsal, rehearsing
+from epmoe.kernels.rehearsal import Zeroed, rehearsing
 from epmoe.layers.twin import switched
 from epmoe.models.decoder import Decoder
 from epmoe.moe.experts import triton as experts
@@ -162,22 +162,12 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     assert sum(made for _, made, _ in results) == 4, "none is compiled twice"
 
 
-def test_a_rehearsal_compares_nothing() -> None:
-    kind = vendor.Product(torch.device("cpu"), 24, 32, False, torch.bfloat16, 24, 64)
-    calls: list[Any] = []
-    vendor.compared.cache_clear()
-    with pytest.MonkeyPatch.context() as patch, rehearsal():
-        patch.setattr(vendor, "tiled", lambda *args: calls.append(args) or args[-1])
-        assert vendor.agreeing(kind) == vendor.agreeing(kind) == tuple(vendor.candidates(64))
-    assert len(calls) == 1 and vendor.compared.cache_info().currsize == 0
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("ahead"), layers=6)
 
 
-def model_on(checkpoint: Path, patch: pytest.MonkeyPatch) -> tuple[Decoder, Cache, StaticDecode]:
+def load_model(checkpoint: Path, patch: pytest.MonkeyPatch) -> tuple[Decoder, Cache]:
     """A model with the kernels of a GPU."""
     for package in (kernels, experts, router):  # a kernel that comes in later would be the interpreter's
         for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -186,18 +176,19 @@ def model_on(checkpoint: Path, patch: pytest.MonkeyPatch) -> tuple[Decoder, Cach
     model, _ = load_rank(checkpoint, experts="triton", router="triton", dtype="float32", progress=False)
     config = model.config
     shape = (config.windows, config.kv_heads, config.head_dim)
-    cache = Cache(CacheConfig(*shape, tokens=600, sequences=4, dtype=torch.float32), "cpu")
-    return model, cache, StaticDecode(model, cache, State(cache, config.vocab, rank_of(0, 1)), 4)
+    return model, Cache(CacheConfig(*shape, tokens=600, sequences=4, dtype=torch.float32), "cpu")
 
 
-def steps(model: Decoder, cache: Cache, decode: StaticDecode) -> None:
-    """A prefill of two prompts, and decode steps that are greedy and that are sampled."""
-    handles = tuple(cache.admit(40) for _ in range(2))
-    token_T, position_T = torch.zeros(21, dtype=torch.int64), torch.arange(21)
-    model(Step(token_T, position_T, (0, 9, 21), (0, 0), handles, torch.tensor([8, 20])), cache)
-    for level in (Level.GREEDY, Level.FILTER):
-        decode.step(3, Variant(level, False))
-    for handle in handles:
+def steps(model: Decoder, cache: Cache) -> None:
+    """A step of two prompts, and what follows one of them; ids that are greedy and that are sampled."""
+    first, second = (cache.admit(40) for _ in range(2))
+    for chunks in ([(first, [1] * 9, 0), (second, [2] * 12, 0)], [(first, [3], 9)]):
+        logits_OV = model(make_step(chunks, every=False), cache)
+        position_O = torch.arange(len(logits_OV))
+        for level in (Level.GREEDY, Level.FILTER):
+            params = SamplingTensors.of([SamplingParams(temperature=1)] * len(logits_OV), logits_OV.device)
+            sample(logits_OV, params, position_O, None, level)
+    for handle in (first, second):
         cache.release(handle)
 
 
@@ -205,14 +196,14 @@ def test_a_model_compiles_nothing_after_its_rehearsal(checkpoint: Path, tmp_path
     """Whatever its six layers launch, those few that were rehearsed have named."""
     late: list[str] = []
     with absent_gpu(tmp_path) as gpu, pytest.MonkeyPatch.context() as patch, switched(interpreted=True):
-        model = model_on(checkpoint, patch)
+        model, cache = load_model(checkpoint, patch)
         with torch.inference_mode():
             with compiling(2) as found:
                 with found.named():
-                    steps(*model)
+                    steps(model, cache)
                 found.wait(120)
             assert found.made == len(found.jobs) >= 15 and not gpu.launched
             patch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
             with Zeroed():  # for what no kernel fills here
-                steps(*model)
+                steps(model, cache)
     assert not late and len(gpu.launched) > 100
