@@ -32,9 +32,9 @@ class Capture:
         """A graph of what `work` launches. The run before it compiles kernels and lets libraries allocate."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         graph = Graph()
-        with torch.cuda.stream(self.stream):  # a library's workspace belongs to a stream: run where the capture will
-            with brief():
-                work()
+        # A library's workspace belongs to a stream: run where the capture will.
+        with torch.cuda.stream(self.stream), brief():
+            work()
         # thread_local: the process group's watchdog may ask for events of earlier collectives from its own thread.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             work()

@@ -88,7 +88,7 @@ class Job:
         return self.future.result() if self.future and done and self.future.exception() is None else None
 
 
-class Found(triton.AsyncCompileMode):  # type: ignore[misc]
+class Found(triton.AsyncCompileMode):
     """The kernels that a rehearsal has named.
 
     Args:

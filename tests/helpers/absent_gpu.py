@@ -1,7 +1,9 @@
-"""A GPU that is not here, as Triton sees it: kernels are compiled for it, from tensors on the CPU, and cannot be launched.
+"""A GPU that is not here, as Triton sees it: kernels are compiled from tensors on the CPU, and a launch does nothing.
 
     with absent_gpu(folder) as gpu:
-        tiled(x, weight, ...)       compiles product_kernel for sm_90; then `gpu.launched` names it
+        tiled(x, weight, ...)
+
+compiles product_kernel, and `gpu.launched` names it then. No result means anything.
 """
 
 import gc

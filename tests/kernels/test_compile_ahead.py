@@ -2,7 +2,6 @@
 
 import pkgutil
 import threading
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from absent_gpu import DEVICE, absent_gpu, forget
 from loading import load_rank
 from spawn import run_ranks
 from steps import make_step
-from torch import nn
 
+from epmoe import kernels
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.engine.request import Level, SamplingParams
 from epmoe.engine.sampler import SamplingTensors, sample
-from epmoe import kernels
 from epmoe.kernels import compile_ahead
 from epmoe.kernels.compile_ahead import compiling
 from epmoe.kernels.few import few
@@ -90,7 +88,7 @@ def test_what_is_compiled_is_not_launched_either(tmp_path: Path) -> None:
 
 
 @triton.jit
-def broken_kernel(x_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def broken_kernel(x_ptr, N: tl.constexpr):
     tl.static_assert(N > 8, "too narrow")
     tl.store(x_ptr + tl.arange(0, N), 0)
 

@@ -19,7 +19,8 @@ def layers_run(path: Path, *, briefly: bool) -> list[int]:
     model, _ = load_rank(path, progress=False)
     config = model.config
     cache = Cache(
-        CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=64, sequences=1, dtype=torch.float32), "cpu"
+        CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=64, sequences=1, dtype=torch.float32),
+        "cpu",
     )
     ran: list[int] = []
     for index, layer in enumerate(model.layers):
@@ -54,8 +55,13 @@ def test_it_ends_with_its_block() -> None:
 def test_a_rehearsal_compares_nothing() -> None:
     kind = vendor.Product(torch.device("cpu"), 24, 32, False, torch.bfloat16, 24, 64)
     calls: list[Any] = []
+
+    def tiled(*args: Any) -> Any:
+        calls.append(args)
+        return args[-1]
+
     vendor.compared.cache_clear()
     with pytest.MonkeyPatch.context() as patch, rehearsal():
-        patch.setattr(vendor, "tiled", lambda *args: calls.append(args) or args[-1])
+        patch.setattr(vendor, "tiled", tiled)
         assert vendor.agreeing(kind) == vendor.agreeing(kind) == tuple(vendor.candidates(64))
     assert len(calls) == 1 and vendor.compared.cache_info().currsize == 0
