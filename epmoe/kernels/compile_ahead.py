@@ -60,7 +60,8 @@ def compiling(threads: int, share: tuple[int, int] = (0, 1)) -> Iterator["Found"
     found, listener = Found(executor, share), triton.knobs.compilation.listener
 
     def heard(**what: Any) -> None:
-        found.made += not what["cache_hit"]
+        if not what["cache_hit"]:
+            found.made.append(what["src"].name)
         if listener:
             listener(**what)
 
@@ -100,23 +101,24 @@ class Found(triton.AsyncCompileMode):
         self.share = share
         self.jobs: dict[str, Job] = {}  # by the key in Triton's cache
         self.launches = 0
-        self.made = 0  # compiled, and not found in the cache
+        self.made: list[str] = []  # names of those that were compiled, and not found in the cache
 
     @contextmanager
     def named(self) -> Iterator[None]:
         """The block is a rehearsal: what it would launch is named, and its compilation begins."""
-        run = triton.JITFunction.run
+        run, tune = triton.JITFunction.run, triton.runtime.Autotuner.run
 
         def name(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             self.launches += 1
             return run(function, *args, grid=grid, warmup=True, **options)
 
         triton.JITFunction.run = name
+        triton.runtime.Autotuner.run = lambda *_, **__: None  # it would compare times of nothing, and keep the best
         try:
             with rehearsal(), self:
                 yield
         finally:
-            triton.JITFunction.run = run
+            triton.JITFunction.run, triton.runtime.Autotuner.run = run, tune
 
     def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> object:
         """Triton calls this in the place of its compiler."""

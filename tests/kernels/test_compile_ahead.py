@@ -64,7 +64,7 @@ def test_the_machine_code_of_launches(tmp_path: Path) -> None:
             with found.named():
                 products()
             found.wait(60)
-        assert (found.launches, len(found.jobs), found.made) == (5, 4, 4) and not gpu.launched
+        assert (found.launches, len(found.jobs), len(found.made)) == (5, 4, 4) and not gpu.launched
         assert sorted(gpu.launchers) == ["few_kernel"] + ["product_kernel"] * 3
         assert kernels_in_memory() == launched
         products()
@@ -84,7 +84,7 @@ def test_what_is_compiled_is_not_launched_either(tmp_path: Path) -> None:
             with found.named():
                 products()
             found.wait(60)
-        assert (len(found.jobs), found.made) == (4, 0), "the cache has them"
+        assert (len(found.jobs), len(found.made)) == (4, 0), "the cache has them"
 
 
 @triton.jit
@@ -104,6 +104,20 @@ def test_an_error_of_the_compiler_comes_with_the_launch(tmp_path: Path) -> None:
             broken_kernel[(1,)](torch.empty(8), N=8)
         broken_kernel[(1,)](torch.empty(16), N=16)
         assert gpu.launched == ["broken_kernel"]
+
+
+@triton.autotune([triton.Config({"N": 8}), triton.Config({"N": 16})], key=[])
+@triton.jit
+def tuned_kernel(x_ptr, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, N), 0)
+
+
+def test_a_rehearsal_chooses_no_tile(tmp_path: Path) -> None:
+    """By times of launches that did not happen."""
+    with absent_gpu(tmp_path) as gpu, compiling(1) as found:
+        with found.named():
+            tuned_kernel[(1,)](torch.empty(16))
+        assert not tuned_kernel.cache and not gpu.launched and found.launches == 0
 
 
 def test_an_error_within_the_rehearsal_goes_through_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -138,7 +152,7 @@ def on_one_of_two_ranks(ranks: Ranks, cache: str) -> tuple[int, int, int]:
     real = compile_ahead.Found.keep
 
     def keep(self: Any) -> None:
-        made.extend((len(self.jobs), self.made))
+        made.extend((len(self.jobs), len(self.made)))
         real(self)
 
     with absent_gpu(Path(cache)) as gpu, pytest.MonkeyPatch.context() as patch:
@@ -200,7 +214,7 @@ def test_a_model_compiles_nothing_after_its_rehearsal(checkpoint: Path, tmp_path
                 with found.named():
                     steps(model, cache)
                 found.wait(120)
-            assert found.made == len(found.jobs) >= 15 and not gpu.launched
+            assert len(found.made) == len(found.jobs) >= 15 and not gpu.launched
             patch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
             with Zeroed():  # for what no kernel fills here
                 steps(model, cache)
