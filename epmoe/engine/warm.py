@@ -1,6 +1,7 @@
 """Prefills of every kind that a workload can lead to, run before the first request, so that nothing compiles after it.
 
-Which kinds there are the model knows: it asks its kernels and backends, whose tiles follow the number of tokens.
+They are brief (epmoe/kernels/rehearsal.py). Which kinds there are the model knows: it asks its kernels and backends,
+whose tiles follow the number of tokens.
 """
 
 import torch

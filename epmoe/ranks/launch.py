@@ -151,7 +151,8 @@ def wake(device: torch.device) -> None:
             torch.mm(x, x)
 
     if device.type != "cpu":
-        threading.Thread(target=multiply, daemon=True, name="epmoe-wake").start()
+        # No daemon: an interpreter that ends meanwhile must not take Python's lock away from torch.
+        threading.Thread(target=multiply, name="epmoe-wake").start()
 
 
 def tell_device(launch: Launch, device: torch.device, store: dist.Store) -> None:

@@ -158,7 +158,7 @@ def start(
         raise UserError(f"mesh.expert={expert} is not the number of ranks, {launch.size}: leave it at 0")
     if launch.size == 1:
         alone = Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
-        wake(alone.device)
+        wake(alone.device)  # several meet on it at once
         yield alone
         return
     patience = Patience.of(timeout_s, age_s())
@@ -172,7 +172,6 @@ def start(
     try:
         met.agree(lambda: settings or {}, "start every rank with the same keys")
         met = replace(met, device=rank_device(device, launch))
-        wake(met.device)
         tell_device(launch, met.device, store)
         met.agree(lambda: machine(met.device), "let every rank have the same")
         check_devices(launch, met.device, store)

@@ -155,7 +155,7 @@ def on_one_of_two_ranks(ranks: Ranks, cache: str) -> tuple[int, int, int]:
         made.extend((len(self.jobs), len(self.made)))
         real(self)
 
-    with absent_gpu(Path(cache)) as gpu, pytest.MonkeyPatch.context() as patch:
+    with absent_gpu(Path(cache)) as gpu, pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(compile_ahead.Found, "keep", keep)
         with compile_ahead.compile_ahead(ranks):
             products()
