@@ -25,11 +25,11 @@ import torch
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.graphs import MOST_TOKENS, Graphs, token_buckets
+from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner
 from epmoe.engine.scheduler import Scheduler
-from epmoe.engine.warm import Warm
+from epmoe.engine.warm import Prefill, Warm
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 
@@ -107,13 +107,30 @@ class Engine:
             self.graphs.close()  # they don't write what was seen
         if True in load.logprobs:
             self.runner.static.keep_logits()
-        self.warm.prefills(load, self.most_tokens if self.graphs.capture else 0, self.config.timeout_s)
+        if self.ranks.device.type == "cpu":
+            return
         # At once: the first step has all prompts, and no other has any.
         at_once = at_once and load.prefill_tokens <= self.prefill_chunk
-        most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else min(self.max_batch, load.sequences))
-        sizes = token_buckets(most)[-1:] if at_once else token_buckets(most)
-        totals = [size for size in sizes if size <= self.most_tokens]
-        self.graphs.prepare(load, min(self.max_batch, load.sequences), totals, mixed=not at_once)
+        rows = min(self.max_batch, load.sequences)
+        most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else rows)
+        totals = [size for size in token_buckets(most)[-1 if at_once else 0 :] if size <= self.most_tokens]
+        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture else 0)
+        kinds = self.graphs.missing(load.variants(), rows, totals, mixed=not at_once)
+        if prefills or kinds:
+            if self.graphs.capture:
+                self._rehearse(load, prefills, kinds)
+            self._warm_up(load, prefills, kinds)
+
+    def _rehearse(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
+        """Compile the kernels of `_warm_up`. Only of what can be captured, and so reads nothing on the host."""
+        from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
+
+        with compile_ahead(self.ranks):
+            self._warm_up(load, prefills, kinds)
+
+    def _warm_up(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
+        self.warm.run(load, prefills, self.config.timeout_s)
+        self.graphs.prepare(kinds)
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.

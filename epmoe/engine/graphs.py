@@ -12,17 +12,18 @@ Letters: B rows of a step · T tokens of a step · O outputs.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from epmoe.engine.ragged import Ragged
-from epmoe.engine.request import Variant, Workload
+from epmoe.engine.request import Variant
 from epmoe.engine.step import StaticStep
 from epmoe.errors import UserError
 from epmoe.kernels.capture import Capture, Graph
+from epmoe.kernels.rehearsal import rehearsing
 from epmoe.layers.attention import WAITING
 from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
@@ -87,7 +88,7 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
     """The jobs, one by one, behind a progress bar on rank 0's terminal."""
     from tqdm import tqdm
 
-    hidden = not (jobs and progress and ranks.is_main and on_terminal())
+    hidden = rehearsing() or not (jobs and progress and ranks.is_main and on_terminal())
     yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
 
 
@@ -144,11 +145,8 @@ class Graphs:
             self._run(Kind("head", count, variant))
         return self.static.id_M[: len(ragged.outputs)]
 
-    def prepare(self, load: Workload, most: int, totals: Sequence[int], *, mixed: bool) -> None:
-        """Run, and capture, every part that such a load needs and that was not run before; a collective.
-
-        The run compiles kernels and lets libraries allocate, neither of which a capture can do. It is of spare rows and
-        nobody's tokens.
+    def missing(self, variants: Iterable[Variant], most: int, totals: Sequence[int], *, mixed: bool) -> list[Kind]:
+        """The parts that a load needs and that were not run before, the largest first: the others fit its memory.
 
         Args:
             most: rows at a time.
@@ -156,24 +154,31 @@ class Graphs:
             mixed: prompts come while other sequences decode.
         """
         sizes = [size for size in self.buckets if size <= self.bucket(most)]
-        variants = sorted(load.variants())
-        wanted = [Kind("decode", size, variant) for variant in variants for size in sizes]
+        wanted = [Kind("decode", size, variant) for variant in sorted(variants) for size in sizes]
         if self.capture:
-            wanted += [Kind("head", size, variant) for variant in variants for size in sizes]
+            wanted += [Kind("head", size, variant) for _, size, variant in wanted]
             wanted += [Kind(part, size, None) for size in totals for part in ("prompts", "mixed")[: 1 + mixed]]
-        new = [kind for kind in reversed(wanted) if kind not in self.ready]  # the largest first: others fit its memory
-        if not new or self.ranks.device.type == "cpu":
-            return
+        return [kind for kind in reversed(wanted) if kind not in self.ready]
+
+    def prepare(self, new: Sequence[Kind]) -> None:
+        """Run, and capture, these parts; a collective.
+
+        The run compiles kernels and lets libraries allocate, neither of which a capture can do. It is of spare rows and
+        nobody's tokens.
+        """
         begin = time.perf_counter()
         self._forget()
         for kind in with_bar(new, "steps", self.ranks, progress=self.progress):
             part = self._part(kind)
+            if rehearsing():
+                part()
+                continue
             if self.capture:
                 self.graphs[kind] = self.capture(part)
             else:
                 part()
             self.ready.add(kind)
-        if self.ranks.is_main:
+        if self.ranks.is_main and not rehearsing():
             torch.accelerator.synchronize(self.ranks.device)
             what = "captured" if self.capture else "warmed up"
             tell(f"epmoe: {len(new)} kinds of step {what} in {time.perf_counter() - begin:.1f} s")

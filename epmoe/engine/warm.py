@@ -1,19 +1,24 @@
 """Prefills of every kind that a workload can lead to and no graph holds, run before the first request, so that nothing
 compiles after it.
 
-Which kinds there are the model knows: it asks its kernels and backends, whose tiles follow the number of tokens.
+They are brief (epmoe/kernels/rehearsal.py). Which kinds there are the model knows: it asks its kernels and backends,
+whose tiles follow the number of tokens.
 """
+
+from collections.abc import Sequence
 
 import torch
 
+from epmoe.engine import scheduler
 from epmoe.engine.graphs import Graphs, with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
-from epmoe.engine.scheduler import Sequence, pieces
+from epmoe.engine.scheduler import pieces
+from epmoe.kernels.rehearsal import brief, rehearsing
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
 
-Kind = tuple[int, int]  # tokens of a step together, and of one prompt at most
+Prefill = tuple[int, int]  # tokens of a step together, and of one prompt at most
 
 
 class Warm:
@@ -25,50 +30,46 @@ class Warm:
 
     def __init__(self, runner: Runner, graphs: Graphs, ranks: Ranks, chunk: int, *, progress: bool) -> None:
         self.runner, self.graphs, self.ranks, self.chunk, self.progress = runner, graphs, ranks, chunk, progress
-        self.done: set[Kind] = set()
-        self.greedy = False
+        self.done: set[Prefill] = set()
 
-    def prefills(self, load: Workload, captured: int, timeout_s: float) -> None:
-        """Run what such a load can lead to and was not run before, but for steps of up to `captured` tokens."""
-        if self.ranks.device.type == "cpu":
-            return
-        if min(self.chunk, load.prefill_tokens) > captured:
-            self.run(load, captured, timeout_s)
-        if self.greedy:
-            return
-        self.greedy = True
-        # A prefill samples from whole rows of logits, a decode step perhaps from parts; not each warm one samples.
-        nothing_1V = torch.zeros(1, self.runner.model.config.vocab, device=self.ranks.device)
-        greedy = twin("greedy", nothing_1V)
-        greedy.join_largest(greedy.largest(nothing_1V, 0), nothing_1V.shape[1])
-
-    def run(self, load: Workload, captured: int, timeout_s: float) -> None:
-        """The prefills themselves, on any device."""
+    def missing(self, load: Workload, captured: int) -> list[Prefill]:
+        """What such a load can lead to and was not run before, but steps of up to `captured` tokens, the largest first:
+        the others fit its memory."""
         tokens, prompts = min(self.chunk, load.prefill_tokens), min(load.longer_prompts, self.chunk // 2)
+        if tokens <= captured:
+            return []
         kinds = self.runner.model.distinct(tokens, prompts)
-        new = [kind for kind in kinds - self.done if kind[0] > captured]
-        new.sort(reverse=True)  # the largest first, the others fit its memory
+        return sorted((kind for kind in kinds - self.done if kind[0] > captured), reverse=True)
+
+    def run(self, load: Workload, new: Sequence[Prefill], timeout_s: float) -> None:
+        """Run these prefills, of such a load's prompts."""
         for kind in with_bar(new, "prefills", self.ranks, progress=self.progress):
             running = self._admit(kind, load)
             work = pieces(running, *kind)
             ran = sum(count for _, count in work)
             small = (ran, min(kind[1], ran))  # a small cache holds less than was asked for
             if small not in self.done:
-                flight = self.runner.launch([], work, self.graphs)
+                with brief():
+                    flight = self.runner.launch([], work, self.graphs)
                 if flight:
                     list(flight.land(timeout_s))
-                self.done |= {kind, small}
+                if not rehearsing():
+                    self.done |= {kind, small}
             for sequence in running:
                 self.runner.cache.release(sequence.handle)
+        # A prefill samples from whole rows of logits, a decode step perhaps from parts; not each warm one samples.
+        nothing_1V = torch.zeros(1, self.runner.model.config.vocab, device=self.ranks.device)
+        greedy = twin("greedy", nothing_1V)
+        greedy.join_largest(greedy.largest(nothing_1V, 0), nothing_1V.shape[1])
 
-    def _admit(self, kind: Kind, load: Workload) -> list[Sequence]:
+    def _admit(self, kind: Prefill, load: Workload) -> list[scheduler.Sequence]:
         """Prompts with as many tokens together as `kind` has and the cache holds, none longer than the load's longest.
 
         Those of two tokens, where `kind` wants no more of one; none of it is read by anyone.
         """
         most, each = kind
         pages, found = self.runner.cache.pages, 0
-        running: list[Sequence] = []
+        running: list[scheduler.Sequence] = []
         while found < most and len(running) < min(load.sequences, pages.sequences):
             length = min(load.prompt_tokens, most - found, each)
             while length and not pages.fits(length):
@@ -76,7 +77,7 @@ class Warm:
             if not length:
                 break
             request = Request((0,) * length, SamplingParams(max_new_tokens=1))
-            sequence = Sequence(len(running), request, length + 1, 0.0, pages.admit(length))
+            sequence = scheduler.Sequence(len(running), request, length + 1, 0.0, pages.admit(length))
             self.runner.admit(sequence)
             running.append(sequence)
             found += length

@@ -1,7 +1,7 @@
 """CUDA graphs: work captured once, replayed with one launch.
 
     capture = Capture(device)
-    graph = capture(step)        runs `step` twice: as it is, then recorded
+    graph = capture(step)        runs `step` twice: briefly, then recorded
     graph.replay()
 
 All graphs of a Capture share one pool of memory, so what one leaves in it the next may overwrite.
@@ -10,6 +10,8 @@ All graphs of a Capture share one pool of memory, so what one leaves in it the n
 from collections.abc import Callable
 
 import torch
+
+from epmoe.kernels.rehearsal import brief
 
 Graph = torch.cuda.CUDAGraph
 
@@ -30,7 +32,8 @@ class Capture:
         """A graph of what `work` launches. The run before it compiles kernels and lets libraries allocate."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         graph = Graph()
-        with torch.cuda.stream(self.stream):  # a library's workspace belongs to a stream: run where the capture will
+        # A library's workspace belongs to a stream: run where the capture will.
+        with torch.cuda.stream(self.stream), brief():
             work()
         # thread_local: the process group's watchdog may ask for events of earlier collectives from its own thread.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):

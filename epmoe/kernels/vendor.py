@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from epmoe.kernels.product import Tile, tiled
+from epmoe.kernels.rehearsal import rehearsing
 
 # What the library is compared with, and what runs where it differs. One H200: 14.5 and 16.5 µs for 64 rows of q/k/v and
 # of the output projection, the library 12.1 and 12.0; 26 and 17.6 for 128, the library 13.3 and 13.0.
@@ -56,7 +57,7 @@ def rows(kind: Product, tokens: int) -> int | None:
     Filling up costs a microsecond. 48 rows of the output projection instead of 24 are still faster than a kernel here.
     """
     most = max(64, 5 * tokens // 2)
-    return next((size for size in compared(kind) if tokens <= size <= most), None)
+    return next((size for size in agreeing(kind) if tokens <= size <= most), None)
 
 
 def candidates(most: int) -> list[int]:
@@ -72,6 +73,18 @@ def candidates(most: int) -> list[int]:
     return found
 
 
+def agreeing(kind: Product) -> tuple[int, ...]:
+    """The numbers of rows at which the library may be called, ascending."""
+    return _rehearsed(kind) if rehearsing() else compared(kind)
+
+
+@cache
+def _rehearsed(kind: Product) -> tuple[int, ...]:
+    """All that are compared: a rehearsal has no results, and only names the kernel that makes one side of them."""
+    _operands_and_result(kind)
+    return tuple(candidates(kind.most))
+
+
 @cache
 def compared(kind: Product) -> tuple[int, ...]:
     """The numbers of rows at which every bit agrees, ascending.
@@ -79,15 +92,9 @@ def compared(kind: Product) -> tuple[int, ...]:
     Of some thousand columns, another order of summation shows in about one of a thousand results in bf16; so RESULTS
     are compared, where `most` rows have so many. Takes memory for three times `most` rows of the result while it runs.
     """
-    device, outputs, columns, bias, dtype, stride, most = kind
-    random = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
-
-    x_TH, weight_NH, bias_N = draw(most, columns), draw(outputs, columns) / 16, draw(outputs) if bias else None
-    wanted_TN = tiled(x_TH, weight_NH, bias_N, MANY, torch.empty(most, outputs, dtype=dtype, device=device))
-    out_TN = torch.empty(most, stride, dtype=dtype, device=device)[:, :outputs]
+    x_TH, weight_NH, bias_N, wanted_TN = _operands_and_result(kind)
+    most, outputs = wanted_TN.shape
+    out_TN = wanted_TN.new_empty(most, kind.stride)[:, :outputs]
     sizes, same = candidates(most), []
     for size in sizes:
         out_TN.fill_(torch.nan)
@@ -96,6 +103,19 @@ def compared(kind: Product) -> tuple[int, ...]:
             multiply(x_SH, weight_NH, bias_N, out_SN)
         same.append((out_TN[:end] == wanted_TN[:end]).all())
     return tuple(size for size, equal in zip(sizes, torch.stack(same).tolist(), strict=True) if equal)
+
+
+def _operands_and_result(kind: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Random x, weight and bias, and the kernel's product of them."""
+    device, outputs, columns, bias, dtype, _, most = kind
+    random = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
+
+    x_TH, weight_NH, bias_N = draw(most, columns), draw(outputs, columns) / 16, draw(outputs) if bias else None
+    wanted_TN = torch.empty(most, outputs, dtype=dtype, device=device)
+    return x_TH, weight_NH, bias_N, tiled(x_TH, weight_NH, bias_N, MANY, wanted_TN)
 
 
 def multiply(

@@ -56,7 +56,7 @@ def _chunk(x_SH: torch.Tensor, weight_CH: torch.Tensor, logits_SC: torch.Tensor)
     """One chunk's logits of some rows, written into `logits`."""
     ids, hidden = weight_CH.shape
     kind = Product(x_SH.device, ids, hidden, False, torch.float32, logits_SC.stride(0), AT_A_TIME)
-    if len(x_SH) in vendor.compared(kind):
+    if len(x_SH) in vendor.agreeing(kind):
         vendor.multiply(x_SH, weight_CH, None, logits_SC)
     else:
         tiled(x_SH, weight_CH, None, vendor.MANY, logits_SC)

@@ -22,6 +22,7 @@ from epmoe import kernels
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
+from epmoe.kernels.rehearsal import is_brief
 from epmoe.layers.attention import Attention, Where
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -136,7 +137,9 @@ class Decoder(nn.Module):
         same bits.
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
-        for index, layer in enumerate(cast(list[Layer], list(self.layers))):
+        layers = cast(list[Layer], list(self.layers))
+        for index in self._of_each_kind() if is_brief() else range(len(layers)):
+            layer = layers[index]
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
@@ -144,6 +147,12 @@ class Decoder(nn.Module):
         x_OH, owed = _join(halves, step)
         norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]
         return norm_OH
+
+    def _of_each_kind(self) -> list[int]:
+        """A layer for each set of kernels that a layer launches."""
+        last = self.config.layers - 1
+        kinds = {(window, index == 0, index == last): index for index, window in enumerate(self.config.windows)}
+        return sorted(kinds.values())
 
     def logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         """[O, V] float32, or a part of V, which begins at a multiple of `vocab_chunk`."""

@@ -142,6 +142,19 @@ def rank_device(device: str, launch: Launch) -> torch.device:
     return torch.device(kind, index)
 
 
+def wake(device: torch.device) -> None:
+    """Let an accelerator and its library of products start up while the host goes on; who needs them waits for them."""
+
+    def multiply() -> None:
+        with suppress(RuntimeError):  # where it cannot, the first use says why
+            x = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+            torch.mm(x, x)
+
+    if device.type != "cpu":
+        # No daemon: an interpreter that ends meanwhile must not take Python's lock away from torch.
+        threading.Thread(target=multiply, name="epmoe-wake").start()
+
+
 def tell_device(launch: Launch, device: torch.device, store: dist.Store) -> None:
     """Let rank 0 know which device this rank has, for `check_devices`."""
     if device.type != "cpu":

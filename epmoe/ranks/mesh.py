@@ -31,6 +31,7 @@ from epmoe.ranks.launch import (
     rank_device,
     stdout_closed,
     tell_device,
+    wake,
 )  # fmt: skip
 from epmoe.ranks.machine import machine
 from epmoe.ranks.meeting import Meeting
@@ -156,7 +157,9 @@ def start(
     if expert not in (0, launch.size):
         raise UserError(f"mesh.expert={expert} is not the number of ranks, {launch.size}: leave it at 0")
     if launch.size == 1:
-        yield Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
+        alone = Ranks(0, 1, launch.local_rank, 1, rank_device(device, launch))
+        wake(alone.device)  # several meet on it at once
+        yield alone
         return
     patience = Patience.of(timeout_s, age_s())
     store, host = open_store(launch, timeout_s, patience)

@@ -32,12 +32,12 @@ class ExpertReader:
     def __init__(self, source: Source, ids: Sequence[int], device: torch.device, limits: Limits | None = None) -> None:
         self.source, self.ids, self.device, self.limits = source, ids, device, limits or Limits()
         self.on_host = device.type == "cpu"  # where conversions run; the host too once the device was too full
+        self.finite: dict[str, torch.Tensor] = {}  # bool [L] by the stored name; on the device until `check_finite`
 
     def weights(self, gate_up: Matrix, down: Matrix, dtype: torch.dtype) -> ExpertWeights:
-        """One layer's weights, biases in `dtype`.
+        """One layer's weights, biases in `dtype`. Whether all of them are numbers, `check_finite` says.
 
         Raises:
-            UserError: a weight or a bias that is not finite.
             torch.OutOfMemoryError: they do not fit on the device.
         """
         found = ExpertWeights(
@@ -47,8 +47,26 @@ class ExpertReader:
             down_bias_LH=self._bias(down, dtype),
         )
         for matrix, values in ((gate_up, found.gate_up), (down, found.down)):
-            self._check_finite(matrix.name, values.finite_L())
+            self.finite[matrix.name] = values.finite_L()
         return found
+
+    def check_finite(self) -> None:
+        """Of all layers that were read; waits for the device, which else would stand idle after each.
+
+        Raises:
+            UserError: a weight or a bias of an expert that is not finite: the activation's clamp would make numbers of
+                its infinities. What is not finite in any other weight reaches the logits, which are looked at.
+        """
+        if not self.finite:
+            return
+        finite_XL = torch.stack(list(self.finite.values()))
+        for name, row in zip(self.finite, finite_XL.tolist(), strict=True):
+            if not all(row):
+                file = next(info.file for stored, info in self.source.tensors.items() if stored.startswith(name))
+                raise UserError(
+                    f"{file}: {name} of expert {self.ids[row.index(False)]} holds NaN or an infinity: "
+                    "download the checkpoint again"
+                )
 
     def matrix(self, matrix: Matrix) -> ExpertMatrix:
         """One projection as `matrix.wanted`; when the device is too full to convert there, by way of the host."""
@@ -79,19 +97,8 @@ class ExpertReader:
         if matrix.bias is None:
             return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
         bias_LN = self._to(self.device)(matrix.bias, self.ids).to(dtype)
-        self._check_finite(matrix.bias, bias_LN.isfinite().all(1))
+        self.finite[matrix.bias] = bias_LN.isfinite().all(1)
         return bias_LN
-
-    def _check_finite(self, name: str, finite_L: torch.Tensor) -> None:
-        """Raises UserError for an expert that is not: the activation's clamp would make numbers of its infinities.
-
-        What is not finite in any other weight reaches the logits, which are looked at.
-        """
-        for row in (~finite_L).nonzero()[:1, 0].tolist():
-            file = next(info.file for stored, info in self.source.tensors.items() if stored.startswith(name))
-            raise UserError(
-                f"{file}: {name} of expert {self.ids[row]} holds NaN or an infinity: download the checkpoint again"
-            )
 
     def _to(self, device: torch.device) -> ReadExperts:
         return lambda name, ids: self.source.read_rows(name, ids, device)

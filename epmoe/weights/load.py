@@ -94,6 +94,7 @@ def load(
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
             layer.install(packed, router, exchange, local_E, len(ids))
             advance()
+        reader.check_finite()
         if ranks.device.type != "cpu":
             torch.accelerator.synchronize(ranks.device)
     source.close()

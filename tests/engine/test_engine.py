@@ -88,6 +88,10 @@ def test_a_step_has_decodes_and_a_piece_of_a_prompt() -> None:
     assert kinds == [(0, 10), *[(1, 10)] * 5, (1, 1), *[(1, 0)] * 5]
 
 
+def warm_up(tested: Engine, load: Workload) -> None:
+    tested.warm.run(load, tested.warm.missing(load, 0), 60)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 @torch.inference_mode()
 def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +103,7 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     tested = engine(model, max_batch=20, prefill_chunk=100, progress=True)
-    tested.warm.run(Workload.of(requests, 20), 0, 60)
+    warm_up(tested, Workload.of(requests, 20))
     steps = model.prefills()
     assert {1, 2, 4, 8, 16, 32, 64, 100} | {3, 7, 15, 31, 63, 99} <= {len(step.token_T) for step in steps}
     assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
@@ -107,7 +111,7 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
     assert not tested.cache.pages.reserved
     assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
-    tested.warm.run(Workload.of(requests[::-1], 20), 0, 60)
+    warm_up(tested, Workload.of(requests[::-1], 20))
     assert len(model.prefills()) == len(steps)  # once is enough
 
 
@@ -118,7 +122,7 @@ def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
     short = [Request(tuple(range(30)), SamplingParams(max_new_tokens=2, ignore_eos=True))] * 3
     long = Request(tuple(range(32)), SamplingParams(max_new_tokens=69, ignore_eos=True))
     tested = engine(model, cache=FakeCache(tokens=100), prefill_chunk=200)
-    tested.warm.run(Workload.of([*short, long], 64), 0, 60)
+    warm_up(tested, Workload.of([*short, long], 64))
     warm = max(len(step.token_T) for step in model.prefills())
     count = len(model.prefills())
     tested.generate([*short, long])

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,3 +161,14 @@ def generate(*keys: str) -> None:
 
     sys.argv[1:] = keys
     body()
+
+
+@pytest.mark.gpu
+def test_a_device_that_cannot_start_up_is_left_to_its_first_use(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is printed, and nothing hangs."""
+    for device in (torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 99)):
+        launch.wake(device)
+    for thread in [each for each in threading.enumerate() if each.name == "epmoe-wake"]:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert capfd.readouterr() == ("", "")

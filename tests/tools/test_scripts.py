@@ -70,6 +70,7 @@ runpy.run_path(file, run_name="__main__")
         "bench/load",
         "bench/moe",
         "bench/router",
+        "bench/start",
         "bench/tune",
     ],
 )

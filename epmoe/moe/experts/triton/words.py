@@ -38,6 +38,7 @@ and 2^(scale − 127). 255 is NaN.
 # mypy: disallow-untyped-defs=False
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -159,13 +160,22 @@ def _scale_groups(byte_LNRVJ: torch.Tensor, size: int) -> torch.Tensor:
 
 def _words(byte_LNRJD: torch.Tensor) -> torch.Tensor:
     """Bytes uint8 [L, N, R, 4, D] of R runs, two columns each, low nibble first → words int16 [L, N, R, 2·D]."""
-    word_LNRD2 = byte_LNRJD.new_zeros((*byte_LNRJD.shape[:3], byte_LNRJD.shape[4], 2), dtype=torch.int16)
+    two_X = torch.zeros(1, dtype=torch.int32, device=byte_LNRJD.device)
+    for code, two_256 in enumerate(_tables(byte_LNRJD.device)):
+        two_X = two_X | two_256.index_select(0, byte_LNRJD[..., code, :].flatten().int())
+    return two_X.view(torch.int16).view(*byte_LNRJD.shape[:3], -1)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """For codes 0 to 3 of a word, int32 [256]: what a byte puts into two words, the low nibble into the lower half."""
+    tables_J256 = torch.zeros(4, 256, dtype=torch.int64)
+    byte_256 = torch.arange(256)
     for odd in (0, 1):
         for code, places in enumerate(_PLACES):
-            nibble = (byte_LNRJD[..., code, :] >> (4 * odd)).to(torch.int16)
             for mask, shift in places:
-                word_LNRD2[..., odd] |= (nibble & mask) << shift
-    return word_LNRD2.flatten(3)
+                tables_J256[code] |= (byte_256 >> 4 * odd & mask) << shift + 16 * odd
+    return tuple(tables_J256.to(torch.int32).to(device))
 
 
 def _bytes(word_LNRW: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""A GPU that is not here, as Triton sees it: kernels are compiled from tensors on the CPU, and a launch does nothing.
+
+    with absent_gpu(folder) as gpu:
+        tiled(x, weight, ...)
+
+compiles product_kernel, and `gpu.launched` names it then. No result means anything.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+DEVICE = 1000  # a number that no real device has: a kernel is kept in memory by its device's
+
+
+class AbsentGpu:
+    """What Triton asks of a driver."""
+
+    def __init__(self, arch: int = 90) -> None:
+        self.arch = arch
+        self.launched: list[str] = []
+        self.launchers: list[str] = []  # kernels whose launcher was made
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448}, load_binary=self._load
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return DEVICE
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.launchers.append(metadata.name)
+        return lambda *args: self.launched.append(metadata.name)
+
+    def _load(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024
+
+
+@contextmanager
+def absent_gpu(cache: Path) -> Iterator[AbsentGpu]:
+    """It is there within the block, with `cache` as Triton's folder and nothing in memory."""
+    gpu = AbsentGpu()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TRITON_CACHE_DIR", str(cache))
+        patch.setattr(triton.runtime.driver, "_active", gpu)
+        try:
+            yield gpu
+        finally:
+            forget()
+
+
+def forget() -> None:
+    """What was compiled for it is no longer in memory."""
+    for each in gc.get_objects():
+        if issubclass(type(each), triton.JITFunction):
+            each.device_caches.pop(DEVICE, None)
