@@ -13,8 +13,6 @@ whose call differs is named, and ends the run.
 """
 
 import atexit
-import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -37,21 +35,17 @@ from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text import harmony
-from epmoe.text.messages import Message
+from epmoe.text.asked import Conversations, PromptLike, Prompts, conversations, digest, encoded, several, shown
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Prompt, default_params, encode, share
+from epmoe.text.prompts import default_params, share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
-from epmoe.text.variables import configured
+from epmoe.text.variables import with_tools
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
-# A text to continue or to answer, a conversation for the chat template, or token ids; or an object as in a line of
-# `prompts=`: {"messages": […], "tools": […]}.
-PromptLike = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
-Prompts = PromptLike | Sequence[PromptLike]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -89,13 +83,13 @@ class LLM:
         checkpoint: a directory or a Hub id; "": the embedded model.
         keys: of the configuration (`python -m epmoe.generate --help` lists them): `experts="triton"`,
             `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold for
-            prompts that bring no parameters.
+            prompts that bring no parameters. `tools` may be a list of objects, too.
     Raises:
         UserError: an unknown key, a value out of range, a checkpoint that is refused, too little memory.
     """
 
     def __init__(self, checkpoint: str | Path = "", **keys: Any) -> None:
-        config = from_keys({"checkpoint": str(checkpoint), **keys})
+        config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
         with ExitStack() as stack:
             ranks = stack.enter_context(join(config))
             self._open(config, ranks, None)
@@ -181,7 +175,27 @@ class LLM:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
             NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
         """
-        requests = self._requests("generate", prompts, params)
+        return self._complete(self._requests("generate", prompts, params))
+
+    def chat(
+        self,
+        messages: Conversations,
+        params: Params = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation or several: `generate` of {"messages": …, "tools": tools}. A collective.
+
+        Args:
+            messages: [{"role": "user", "content": "…"}, …], or a list of these.
+            params: as `generate`.
+            tools: that may be called, as objects for OpenAI; None: the configuration's. A conversation with others is
+                an object, for `generate`.
+        Raises:
+            UserError: as `generate`; the checkpoint's chat template reads no tools.
+        """
+        return self._complete(self._requests("chat", conversations(messages, tools), params))
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
         answers = [Answer(self.tokenizer, request) for request in requests]
         with told_when_full(self.ranks.device):
             results = self.engine.generate(
@@ -238,35 +252,19 @@ class LLM:
         """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
         if not hasattr(self, "engine"):
             raise UserError(f"{call} was called after close: make another LLM")
-        given = _several(prompts)
+        given = several(prompts)
         one: Any = default_params(self.config) if params is None else params
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
         for wrong in (item for item in each if not isinstance(item, SamplingParams)):
-            raise UserError(f"{call}: {_shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
-        self.ranks.meet(f"{call}(prompts {_digest(given)}, params {_digest([asdict(one) for one in each])})")
+            raise UserError(f"{call}: {shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
+        self.ranks.meet(f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})")
         if self.engine.busy:
             raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
         if len(each) != len(given):
             raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
-        requests = share(self.ranks, lambda: self._encoded(given, each))
+        requests = share(self.ranks, lambda: encoded(given, each, self.tokenizer, self.config))
         self.check(requests)
         return requests
-
-    def _encoded(self, prompts: Sequence[PromptLike], params: Sequence[SamplingParams]) -> list[Request]:
-        found, given = [], configured(self.config)
-        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True), 1):
-            origin = f"prompt {number}"
-            if isinstance(prompt, str | Mapping) or (prompt and isinstance(prompt[0], Mapping)):
-                content: Any = prompt
-                is_object = isinstance(prompt, Mapping)
-                text = Prompt.of(origin, content, each) if is_object else Prompt(origin, content, each)
-                ids, each = encode(text, self.tokenizer, self.config.chat, self.config.system, given), text.params
-            else:
-                ids = [int(id) for id in prompt if type(id) is int]
-                if len(ids) != len(prompt) or min(ids, default=0) < 0:
-                    raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
-            found.append(Request(tuple(ids), each))
-        return found
 
     def close(self) -> None:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
@@ -293,29 +291,3 @@ class LLM:
             return None
         atexit.unregister(self._leave)
         return self._stack.__exit__(kind, error, trace)
-
-
-def _several(prompts: Prompts) -> list[PromptLike]:
-    """One prompt as a list of one; raises UserError for what is neither one nor several."""
-    if not isinstance(prompts, str | Mapping | list | tuple):
-        raise UserError(f"{_shown(prompts)} is no prompt: give text, messages, a list of token ids, or a list of these")
-    first = None if isinstance(prompts, str | Mapping) or not prompts else prompts[0]
-    message = isinstance(first, Mapping) and "prompt" not in first and "messages" not in first
-    if isinstance(prompts, str | Mapping) or isinstance(first, int) or message:
-        one: Any = list(prompts) if isinstance(prompts, tuple) else prompts
-        return [one]
-    many: Any = [list(each) if isinstance(each, tuple) else each for each in prompts]
-    for number, each in enumerate(many, 1):
-        if not isinstance(each, str | Mapping | list):
-            raise UserError(f"prompt {number}: {_shown(each)} is no prompt: give text, messages or a list of token ids")
-    return many
-
-
-def _shown(value: object) -> str:
-    """A value and what it is, for a message."""
-    return f"{value!r} ({type(value).__name__})"
-
-
-def _digest(value: Any) -> str:
-    """Of anything that JSON can hold; eight characters, for messages about calls that differ."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]

@@ -16,7 +16,8 @@ from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.synthetic import make_checkpoint
 
-KEYS: dict[str, Any] = {"runtime": {"device": "cpu", "dtype": "float32"}, "max_new_tokens": 12}
+ON_CPU: dict[str, Any] = {"runtime": {"device": "cpu", "dtype": "float32"}}
+KEYS: dict[str, Any] = {**ON_CPU, "max_new_tokens": 12}
 PROMPTS = ["It was a fine morning, and", "In the days of old", "There"]
 
 
@@ -63,6 +64,41 @@ def test_a_prompt_may_be_an_object_with_what_its_template_reads(tmp_path: Path) 
             llm.generate([prompts[0], {**words, "effrt": 7}])
         with pytest.raises(UserError, match=r"^prompt 1: give either prompt or messages"):
             llm.generate({**words, "prompt": "a"})
+
+
+def test_chat_is_generate_of_the_same_objects(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, max_position=64)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    one, other = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
+    tools = [{"name": "f"}, {"name": "g"}]
+    with LLM(tmp_path, tools=[{"name": "h"}], template={"effort": 7}, max_new_tokens=3, **ON_CPU) as llm:
+        for messages, given, objects in (
+            (one, None, [{"messages": one}]),
+            (one, tools, [{"messages": one, "tools": tools}]),
+            ([one, tuple(other)], tools, [{"messages": each, "tools": tools} for each in (one, other)]),
+        ):
+            found, wanted = llm.chat(messages, tools=given), llm.generate(objects)
+            assert [(each.ids, each.prompt_ids, each.text) for each in found] == [
+                (each.ids, each.prompt_ids, each.text) for each in wanted
+            ]
+        prompts = [llm.tokenizer.decode(each.prompt_ids) for each in (*llm.chat(one), *llm.chat(one, tools=tools))]
+        assert prompts == ["a7h", "a7fg"]
+        assert len(llm.chat(one, SamplingParams(max_new_tokens=2))[0].ids) <= 2
+        with pytest.raises(UserError, match=r"^conversation 1: 'a' .*is no list of messages"):
+            llm.chat("a")  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"^chat: tools are not a list of objects"):
+            llm.chat(one, tools="f")  # type: ignore[arg-type]
+
+
+def test_tools_that_the_template_does_not_read_and_those_that_are_none(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, max_position=64)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with LLM(tmp_path, **ON_CPU) as llm, pytest.raises(UserError, match=r"tools: .* reads no variable 'tools'"):
+        llm.chat([{"role": "user", "content": "a"}], tools=[{"name": "f"}])
+    with pytest.raises(UserError, match="LLM: tools are not a list of objects"):
+        LLM(tmp_path, tools=["f"], **ON_CPU)
+    with pytest.raises(UserError, match=r"tools and template\.tools exclude each other"):
+        LLM(tmp_path, tools=[{"name": "f"}], template={"tools": []}, **ON_CPU)
 
 
 def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:
