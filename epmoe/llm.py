@@ -16,7 +16,7 @@ import atexit
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,17 +27,19 @@ from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Finished, Request, SamplingParams, Token, Workload, check, choices
 from epmoe.errors import UserError
 from epmoe.models import Family
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
-from epmoe.text import harmony
 from epmoe.text.asked import Conversations, PromptLike, Prompts, conversations, digest, encoded, several, shown
+from epmoe.text.completion import Choice, Completion, completions
+from epmoe.text.defaults import default_params
 from epmoe.text.output import Answer
-from epmoe.text.prompts import default_params, share
+from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import with_tools
 from epmoe.weights.checkpoint import Checkpoint
@@ -47,20 +49,6 @@ from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came of a prompt. Times are seconds since the request was added, so they include waiting for its turn."""
-
-    text: str  # of all messages, a blank line between two; without special tokens, cut before a stop string
-    messages: tuple[harmony.Message, ...]  # which analysis, answer and calls of tools tell apart
-    ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a stop string, or one of stop_token_ids) or "length"
-    logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
-    prompt_ids: tuple[int, ...]
-    first_token_s: float
-    total_s: float
 
 
 def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
@@ -82,8 +70,8 @@ class LLM:
     Args:
         checkpoint: a directory or a Hub id; "": the embedded model.
         keys: of the configuration (`python -m epmoe.generate --help` lists them): `experts="triton"`,
-            `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold for
-            prompts that bring no parameters. `tools` may be a list of objects, too.
+            `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold
+            where a prompt's parameters leave them out. `tools` may be a list of objects, too.
     Raises:
         UserError: an unknown key, a value out of range, a checkpoint that is refused, too little memory.
     """
@@ -109,10 +97,14 @@ class LLM:
         return made
 
     def _open(self, config: ModelKeys, ranks: Ranks, source: Checkpoint | None) -> None:
+        self.defaults: SamplingParams | None = None  # rank 0's, which alone makes requests
+        self.ranks = ranks
+        self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
         if not isinstance(config, LLMConfig):  # a benchmark's says nothing of answers
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
-        self.config, self.ranks = config, ranks
-        self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
+        elif ranks.is_main:
+            self.defaults = default_params(config, self.source)
+        self.config = config
         ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
         self.model: Family
@@ -170,7 +162,9 @@ class LLM:
             prompts: one or several. A text goes through the checkpoint's chat template where `chat` says so, as on the
                 command line; messages always do; token ids go in as they are. An object has `prompt` or `messages`, and
                 what differs for it of the parameters and of the chat template's variables.
-            params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
+            params: for all prompts, or for each. What they leave out is the configuration's `sampling` and
+                `max_new_tokens`, else generation_config.json's, else greedy; a seed is drawn for each request, and is
+                in the result. With n > 1 a prompt has n answers, in `Completion.outputs`.
         Raises:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
             NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
@@ -195,27 +189,20 @@ class LLM:
         """
         return self._complete(self._requests("chat", conversations(messages, tools), params))
 
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def _complete(self, prompts: Sequence[Request]) -> list[Completion]:
+        requests = choices(prompts)
         answers = [Answer(self.tokenizer, request) for request in requests]
-        with told_when_full(self.ranks.device):
-            results = self.engine.generate(
-                requests,
-                on_token=lambda index, token: answers[index].feed(token),
-                on_finish=lambda index, result: answers[index].finish(result),
-            )
-        return [
-            Completion(
-                text=answer.text,
-                messages=answer.messages,
-                ids=result.ids,
-                finish_reason=answer.finish_reason,
-                logprobs=result.logprobs,
-                prompt_ids=request.ids,
-                first_token_s=result.first_token_s,
-                total_s=result.total_s,
-            )
-            for request, result, answer in zip(requests, results, answers, strict=True)
-        ]
+        try:
+            with told_when_full(self.ranks.device):
+                results = self.engine.generate(
+                    requests,
+                    on_token=lambda index, token: answers[index].feed(token),
+                    on_finish=lambda index, result: answers[index].finish(result),
+                )
+        except NotFinite as error:
+            numbers = [number for number, each in enumerate(prompts, 1) for _ in range(each.params.n)]
+            raise error.numbered(numbers) from None
+        return completions(prompts, [Choice.of(*each) for each in zip(requests, results, answers, strict=True)])
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to one prompt in pieces, as they come; they add up to `Completion.text`. A collective.
@@ -226,6 +213,8 @@ class LLM:
             UserError: as `generate`.
         """
         (request,) = self._requests("stream", [prompt], params)
+        if request.params.n > 1:
+            raise UserError(f"n={request.params.n} answers cannot be streamed as one: take n=1, or generate")
         self.prepare([request])
         return self._stream(request)
 
@@ -253,7 +242,7 @@ class LLM:
         if not hasattr(self, "engine"):
             raise UserError(f"{call} was called after close: make another LLM")
         given = several(prompts)
-        one: Any = default_params(self.config) if params is None else params
+        one: Any = SamplingParams() if params is None else params
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
         for wrong in (item for item in each if not isinstance(item, SamplingParams)):
             raise UserError(f"{call}: {shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
@@ -262,7 +251,9 @@ class LLM:
             raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
         if len(each) != len(given):
             raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
-        requests = share(self.ranks, lambda: encoded(given, each, self.tokenizer, self.config))
+        default = self.defaults or SamplingParams()
+        asked = [own.over(default) for own in each]
+        requests = share(self.ranks, lambda: encoded(given, asked, self.tokenizer, self.config))
         self.check(requests)
         return requests
 

@@ -1,8 +1,10 @@
 """LLM, the one place that wires a model: the command's answers, streams, mistakes; alone and on real ranks."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,58 @@ def test_each_prompt_may_bring_its_own_parameters(llm: LLM) -> None:
     params = [SamplingParams(max_new_tokens=n, logprobs=n) for n in (1, 2, 3)]
     answers = llm.generate(PROMPTS, params)
     assert [len(each.ids) for each in answers] == [len(each.logprobs) for each in answers] == [1, 2, 3]
+
+
+WARM = SamplingParams(max_tokens=12, temperature=1.0)
+
+
+def test_a_seed_is_drawn_for_each_request_and_brings_the_answer_again(llm: LLM) -> None:
+    first, second = llm.generate([PROMPTS[0]] * 2, WARM)
+    assert first.seed != second.seed and first.ids != second.ids
+    (again,) = llm.generate(PROMPTS[0], replace(WARM, seed=second.seed))
+    assert (again.seed, again.ids) == (second.seed, second.ids)
+    greedy = llm.generate([PROMPTS[0]] * 2)
+    assert greedy[0].ids == greedy[1].ids
+
+
+def test_n_answers_of_a_prompt(llm: LLM) -> None:
+    """The first is the one without n; each other one is that of its own seed, alone."""
+    params = replace(WARM, seed=3, logprobs=1)
+    (alone,), (other, three) = (
+        llm.generate(PROMPTS[0], params),
+        llm.generate(PROMPTS[:2], [params, replace(params, n=3)]),
+    )
+    assert len(alone.outputs) == 1 and alone.outputs[0].ids == alone.ids == other.ids
+    assert [each.index for each in three.outputs] == [0, 1, 2] and three.text == three.outputs[0].text
+    assert len({each.ids for each in three.outputs}) == 3
+    for each in three.outputs:
+        (single,) = llm.generate(PROMPTS[1], replace(params, seed=each.seed))
+        assert single.outputs[0].ids == each.ids and single.logprobs == each.logprobs and single.text == each.text
+    with pytest.raises(UserError, match=r"^prompt 2: n=2 answers would be one and the same"):
+        llm.generate(PROMPTS[:2], [params, SamplingParams(n=2)])
+    with pytest.raises(UserError, match="n=2 answers cannot be streamed as one"):
+        llm.stream(PROMPTS[0], replace(params, n=2))
+    assert len(llm.generate({"prompt": "a", "n": 2, "max_tokens": 3}, params)[0].outputs) == 2
+
+
+def test_generation_config_says_what_requests_leave_out(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, max_position=64)
+    file = tmp_path / "generation_config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "do_sample": True, "temperature": 2.0, "top_k": 50, "max_new_tokens": 4}))
+    warm = SamplingParams(temperature=2.0, top_k=50, max_new_tokens=4, seed=5)
+    with LLM(tmp_path, chat="off", **ON_CPU) as llm:
+        (wanted,) = llm.generate("a", warm)
+        (left_out,) = llm.generate("a", SamplingParams(seed=5))
+        assert left_out.ids == wanted.ids and len(wanted.ids) <= 4
+        assert llm.generate("a")[0].seed != llm.generate("a")[0].seed
+        greedy = SamplingParams(temperature=0.0, top_k=0, max_new_tokens=4)
+        assert llm.generate("a", SamplingParams(temperature=0.0))[0].ids == llm.generate("a", greedy)[0].ids
+    with LLM(tmp_path, chat="off", sampling={"temperature": 0.0}, max_tokens=4, **ON_CPU) as llm:
+        assert llm.generate("a")[0].ids == llm.generate("a", SamplingParams(logprobs=1))[0].ids
+    file.write_text(json.dumps({**stored, "top_p": 7}))
+    with pytest.raises(UserError, match=r"generation_config\.json: top_p=7 is out of range"):
+        LLM(tmp_path, **ON_CPU)
 
 
 TEMPLATE = "{{ messages[0].content }}{{ effort }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"

@@ -11,6 +11,7 @@ from typing import Any
 from epmoe.config.schema import LLMConfig
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
+from epmoe.text.defaults import decided
 from epmoe.text.messages import Message
 from epmoe.text.prompts import Prompt, encode
 from epmoe.text.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def _is_several(messages: Any) -> bool:
 def encoded(
     prompts: Sequence[PromptLike], params: Sequence[SamplingParams], tokenizer: Tokenizer, config: LLMConfig
 ) -> list[Request]:
-    """The requests, as `config` says of chat template, system message and variables.
+    """The requests, as `config` says of chat template, system message and variables; with seeds, drawn where needed.
 
     Raises:
         UserError: with the prompt's number, what `Prompt` and `encode` refuse, and what is no prompt.
@@ -76,7 +77,7 @@ def encoded(
             ids = [int(id) for id in prompt if type(id) is int]
             if len(ids) != len(prompt) or min(ids, default=0) < 0:
                 raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
-        found.append(Request(tuple(ids), each))
+        found.append(Request(tuple(ids), decided(origin, each, draw=True)))
     return found
 
 
