@@ -43,10 +43,12 @@ from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import with_tools
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.choices import DTYPES, Choices
+from epmoe.weights.choices import DTYPES, Choices, placement_of
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
+from epmoe.weights.manifest import Manifest
+from epmoe.weights.update import NamedTensors, Update
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -237,18 +239,48 @@ class LLM:
         finally:
             self.engine.clear()
 
-    def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
-        """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+    def update_weights(self, tensors: NamedTensors) -> None:
+        """Take other weights, in place, as a trainer has them: all of the model's or some. A collective.
+
+        Args:
+            tensors: (name, tensor) pairs, or a mapping, with the checkpoint's names, shapes and dtypes, on any device;
+                the same on every rank, each of which takes its experts. MXFP4 experts come as `_blocks` and `_scales`,
+                or as plain experts, which are rounded then. All of one call are held until it ends: a large model is
+                updated by several calls, a layer each.
+        Raises:
+            UserError: a name, shape or dtype that is not the model's, what is not finite; nothing has changed then.
+        """
+        self._check_open("update_weights")
+        update = Update.of(Manifest.of(self.source, self.model, self.config.quant), tensors)
+        self.ranks.meet(f"update_weights({digest(update.table)})")
+        self._check_idle("update_weights")
+        placement = placement_of(self.report.placement, self.architecture.num_experts, self.ranks)
+        ids, dtype = placement.experts[self.ranks.expert_rank], DTYPES[self.report.dtype]
+        update.check_finite(ids, dtype, self.ranks)
+        with told_when_full(self.ranks.device):
+            stayed = update.write(self.model, ids, dtype, self.ranks.device)
+        if not all(each for (each,) in self.ranks.gather([stayed])):
+            self.engine.graphs.close()  # the next call captures them anew
+        self.ranks.agree(lambda: shared_digests(self.model), "give every rank the same tensors")
+
+    def _check_open(self, call: str) -> None:
         if not hasattr(self, "engine"):
             raise UserError(f"{call} was called after close: make another LLM")
+
+    def _check_idle(self, call: str) -> None:
+        if self.engine.busy:
+            raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
+
+    def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
+        """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+        self._check_open(call)
         given = several(prompts)
         one: Any = SamplingParams() if params is None else params
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
         for wrong in (item for item in each if not isinstance(item, SamplingParams)):
             raise UserError(f"{call}: {shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
         self.ranks.meet(f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})")
-        if self.engine.busy:
-            raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
+        self._check_idle(call)
         if len(each) != len(given):
             raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
         default = self.defaults or SamplingParams()
