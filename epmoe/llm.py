@@ -4,8 +4,9 @@
         for answer in llm.generate(["Why is the sky blue?", "And at night?"], SamplingParams(max_new_tokens=64)):
             print(answer.text)
 
-Alone, or under torchrun: then every rank's script makes the same calls, and every rank gets the same results. A rank
-whose call differs is named, and ends the run.
+Alone; with `ranks=N` beside N - 1 processes that it starts and that follow its calls (epmoe/ranks/local.py); or under
+torchrun: then every rank's script makes the same calls, and every rank gets the same results. A rank whose call differs
+is named, and ends the run.
 
     open     checkpoint → config, tokenizer             before anything large is read
     load     weights → model · cache · engine
@@ -14,7 +15,7 @@ whose call differs is named, and ends the run.
 
 import atexit
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -25,7 +26,7 @@ from typing import Any, Self
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
-from epmoe.config.compose import from_keys
+from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine, EngineConfig
@@ -33,9 +34,20 @@ from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, Workload, check, choices
 from epmoe.errors import UserError
 from epmoe.models import Family
+from epmoe.ranks.local import Followers, Orders, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
-from epmoe.text.asked import Conversations, PromptLike, Prompts, conversations, digest, encoded, several, shown
+from epmoe.text.asked import (
+    Conversations,
+    Params,
+    PromptLike,
+    Prompts,
+    conversations,
+    digest,
+    each_of,
+    encoded,
+    several,
+)  # fmt: skip
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.defaults import default_params
 from epmoe.text.output import Answer
@@ -43,14 +55,12 @@ from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import with_tools
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.choices import DTYPES, Choices, placement_of
+from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 from epmoe.weights.manifest import Manifest
-from epmoe.weights.update import NamedTensors, Update
-
-Params = SamplingParams | Sequence[SamplingParams] | None
+from epmoe.weights.update import NamedTensors, Update, broadcast
 
 
 def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
@@ -71,6 +81,8 @@ class LLM:
 
     Args:
         checkpoint: a directory or a Hub id; "": the embedded model.
+        ranks: so many on this machine, a GPU each where there are any: this process is the first, and starts the
+            others, which follow it and end with it. 1: this one alone, or as the launcher (torchrun) says.
         keys: of the configuration (`python -m epmoe.generate --help` lists them): `experts="triton"`,
             `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold
             where a prompt's parameters leave them out. `tools` may be a list of objects, too.
@@ -78,11 +90,19 @@ class LLM:
         UserError: an unknown key, a value out of range, a checkpoint that is refused, too little memory.
     """
 
-    def __init__(self, checkpoint: str | Path = "", **keys: Any) -> None:
+    followers: Followers | None = None  # the ranks that this one has started
+
+    def __init__(self, checkpoint: str | Path = "", *, ranks: int = 1, **keys: Any) -> None:
         config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
         with ExitStack() as stack:
-            ranks = stack.enter_context(join(config))
-            self._open(config, ranks, None)
+            source, launch = None, ExitStack()
+            if ranks != 1:
+                source = Checkpoint.open(resolve(config.checkpoint))  # a mistake is told before there are others
+                self.followers = stack.enter_context(followers(ranks, to_keys(config)))
+                launch.enter_context(as_rank_0(self.followers))
+            with launch:
+                joined = stack.enter_context(join(config))
+            self._open(config, joined, source)
             self.load()
             self._stack = stack.pop_all()  # nothing failed: the ranks part at `close`
         atexit.register(self._leave)  # a script that never closes must not look like a rank that was killed
@@ -154,7 +174,8 @@ class LLM:
         check(requests, self.architecture.vocab, self.architecture.max_positions)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile and capture whatever such requests need, now; `generate` does it too. A collective."""
+        """Compile and capture whatever such requests need, now; `generate` does it too. A collective, by the launcher's
+        ranks: an LLM that has started its own does it in `generate` alone."""
         self.engine.prepare(Workload.of(requests, self.engine.max_batch))
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
@@ -171,7 +192,7 @@ class LLM:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
             NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
         """
-        return self._complete(self._requests("generate", prompts, params))
+        return self._answer("generate", prompts, params)
 
     def chat(
         self,
@@ -189,7 +210,12 @@ class LLM:
         Raises:
             UserError: as `generate`; the checkpoint's chat template reads no tools.
         """
-        return self._complete(self._requests("chat", conversations(messages, tools), params))
+        return self._answer("chat", conversations(messages, tools), params)
+
+    def _answer(self, call: str, prompts: Prompts, params: Params) -> list[Completion]:
+        purpose, make = self._asked(call, prompts, params)
+        with ordered(self.followers, call, purpose=purpose):
+            return self._complete(self._shared(call, purpose, make))
 
     def _complete(self, prompts: Sequence[Request]) -> list[Completion]:
         requests = choices(prompts)
@@ -214,13 +240,19 @@ class LLM:
         Raises:
             UserError: as `generate`.
         """
-        (request,) = self._requests("stream", [prompt], params)
+        purpose, make = self._asked("stream", [prompt], params)
+        with ordered(self.followers, "stream", purpose=purpose):
+            pieces = self._begin(self._shared("stream", purpose, make))
+        return pieces if self.followers is None else self.followers.stream(pieces)
+
+    def _begin(self, requests: Sequence[Request]) -> Generator[str]:
+        (request,) = requests
         if request.params.n > 1:
             raise UserError(f"n={request.params.n} answers cannot be streamed as one: take n=1, or generate")
         self.prepare([request])
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[str]:
+    def _stream(self, request: Request) -> Generator[str]:
         answer = Answer(self.tokenizer, request)
         id = self.engine.add(request)
         try:
@@ -252,16 +284,50 @@ class LLM:
         """
         self._check_open("update_weights")
         update = Update.of(Manifest.of(self.source, self.model, self.config.quant), tensors)
-        self.ranks.meet(f"update_weights({digest(update.table)})")
+        with ordered(self.followers, "update_weights", table=update.table):
+            self._update(update.table, update)
+
+    def _update(self, table: Sequence[Any], update: Update | None) -> None:
+        """`update` is None for a follower, whom rank 0 sends the tensors of `table`."""
+        self.ranks.meet(f"update_weights({digest(table)})")
         self._check_idle("update_weights")
-        placement = placement_of(self.report.placement, self.architecture.num_experts, self.ranks)
-        ids, dtype = placement.experts[self.ranks.expert_rank], DTYPES[self.report.dtype]
-        update.check_finite(ids, dtype, self.ranks)
+        if update is None or self.followers is not None:
+            values = broadcast(table, None if update is None else update.given.values, self.ranks)
+            update = update or Update.of(Manifest.of(self.source, self.model, self.config.quant), values)
         with told_when_full(self.ranks.device):
-            stayed = update.write(self.model, ids, dtype, self.ranks.device)
-        if not all(each for (each,) in self.ranks.gather([stayed])):
+            stayed = update.apply(self.model, self.report, self.ranks)
+        if not stayed:
             self.engine.graphs.close()  # the next call captures them anew
         self.ranks.agree(lambda: shared_digests(self.model), "give every rank the same tensors")
+
+    def follow(self, orders: Orders) -> None:
+        """Make the calls of rank 0, which has started this process, until it closes.
+
+        Raises:
+            UserError: one of the two has failed alone.
+        """
+        streams: list[Generator[str]] = []
+        while order := orders.next():
+            if order["call"] == "failed":
+                raise UserError(f"rank 0 alone failed: {order['text']}")
+            try:
+                match order:
+                    case {"call": "close"}:
+                        return
+                    case {"call": "update_weights", "table": table}:
+                        self._update(table, None)
+                    case {"call": "stream", "purpose": purpose}:
+                        streams.append(self._begin(self._shared("stream", purpose)))
+                    case {"call": "next", "stream": number}:
+                        next(streams[number], None)
+                    case {"call": "drop", "stream": number}:
+                        streams[number].close()
+                    case {"call": call, "purpose": purpose}:
+                        self._complete(self._shared(call, purpose))
+            except UserError as error:
+                # Rank 0 finds the same at the same moment; one that does not may wait in a collective, for timeout_s.
+                if orders.next(self.config.runtime.timeout_s / 2) != {"call": "failed", "text": str(error)}:
+                    raise
 
     def _check_open(self, call: str) -> None:
         if not hasattr(self, "engine"):
@@ -271,21 +337,21 @@ class LLM:
         if self.engine.busy:
             raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
 
-    def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
-        """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+    def _asked(self, call: str, prompts: Prompts, params: Params) -> tuple[str, Callable[[], list[Request]]]:
+        """What tells this call from others, the same on every rank, and what makes its requests on rank 0."""
         self._check_open(call)
         given = several(prompts)
-        one: Any = SamplingParams() if params is None else params
-        each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
-        for wrong in (item for item in each if not isinstance(item, SamplingParams)):
-            raise UserError(f"{call}: {shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
-        self.ranks.meet(f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})")
-        self._check_idle(call)
-        if len(each) != len(given):
-            raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
+        each = each_of(call, params, len(given))
         default = self.defaults or SamplingParams()
         asked = [own.over(default) for own in each]
-        requests = share(self.ranks, lambda: encoded(given, asked, self.tokenizer, self.config))
+        purpose = f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})"
+        return purpose, lambda: encoded(given, asked, self.tokenizer, self.config)
+
+    def _shared(self, call: str, purpose: str, make: Callable[[], list[Request]] = list) -> list[Request]:
+        """The same on every rank: what `make` gives on rank 0, once all have come with the same call."""
+        self.ranks.meet(purpose)
+        self._check_idle(call)
+        requests = share(self.ranks, make)
         self.check(requests)
         return requests
 
@@ -293,6 +359,8 @@ class LLM:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
         atexit.unregister(self._leave)
         if hasattr(self, "engine"):
+            if self.followers is not None:
+                self.followers.order(call="close")
             self.engine.graphs.close()
             del self.engine, self.model, self.cache
         self._stack.close()

@@ -11,6 +11,7 @@ is found here, before a process group starts, and is one line.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -90,6 +91,12 @@ def from_keys(keys: Mapping[str, Any], schema: type[Any] = LLMConfig) -> Any:
         values[name] = _known_key(name, schema).accept(value)
     values = respelled(values, SPELLINGS)
     return _composed(schema, chosen, values)
+
+
+def to_keys(config: ModelKeys) -> dict[str, Any]:
+    """What `from_keys` makes `config` of again, by full name, as values that JSON can hold."""
+    found = {name: attrgetter(name)(config) for name in keys_of(type(config))}
+    return {name: dict(value) if keys_of(type(config))[name].names_its_own else value for name, value in found.items()}
 
 
 def conf_dir() -> Path:

@@ -19,6 +19,7 @@ from epmoe.text.variables import check_variables, configured
 
 PromptLike = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
 Prompts = PromptLike | Sequence[PromptLike]
+Params = SamplingParams | Sequence[SamplingParams] | None
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 
 
@@ -55,6 +56,21 @@ def conversations(messages: Conversations, tools: Sequence[Mapping[str, Any]] | 
 
 def _is_several(messages: Any) -> bool:
     return isinstance(messages, list | tuple) and len(messages) > 0 and not isinstance(messages[0], Mapping)
+
+
+def each_of(call: str, params: Params, count: int) -> list[SamplingParams]:
+    """The parameters of each of so many prompts; `call` is for messages.
+
+    Raises:
+        UserError: something that is no SamplingParams, or another number of them.
+    """
+    one: Any = SamplingParams() if params is None else params
+    each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * count
+    for wrong in (item for item in each if not isinstance(item, SamplingParams)):
+        raise UserError(f"{call}: {shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
+    if len(each) != count:
+        raise UserError(f"{len(each)} SamplingParams for {count} prompts: give one for all, or one for each")
+    return each
 
 
 def encoded(

@@ -25,7 +25,9 @@ from epmoe.moe.layer import MoE
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
 from epmoe.weights import layouts
+from epmoe.weights.choices import DTYPES, placement_of
 from epmoe.weights.experts import ExpertReader
+from epmoe.weights.load import LoadReport
 from epmoe.weights.manifest import FLOATS, Manifest, Matrix
 from epmoe.weights.source import TensorInfo
 
@@ -103,6 +105,20 @@ class Update:
         """What is given, without its values: the same on every rank."""
         return [[name, list(value.shape), str(value.dtype)] for name, value in self.given.values.items()]
 
+    def apply(self, model: Family, report: LoadReport, ranks: Ranks) -> bool:
+        """Check that all is finite, and change the weights of the model, loaded as `report` says. A collective.
+
+        Returns:
+            whether all weights stayed in their memory, on every rank: else graphs that read it must be captured anew.
+        Raises:
+            UserError: see `check_finite`; nothing has changed then.
+        """
+        placement = placement_of(report.placement, model.config.num_experts, ranks)
+        ids, dtype = placement.experts[ranks.expert_rank], DTYPES[report.dtype]
+        self.check_finite(ids, dtype, ranks)
+        stayed = self.write(model, ids, dtype, ranks.device)
+        return all(each for (each,) in ranks.gather([stayed]))
+
     def check_finite(self, ids: Sequence[int], dtype: torch.dtype, ranks: Ranks) -> None:
         """Raises UserError, on every rank, for a value that is not finite in memory, in the experts `ids` on this rank.
 
@@ -160,6 +176,22 @@ class Update:
             if matrix.bias in self.given.values:
                 found[bias] = reader.bias(matrix, dtype)
         return ExpertWeights(**found) if len(found) == len(fields(ExpertWeights)) else replace(now.unpack(), **found)
+
+
+def broadcast(table: Sequence[Any], values: Mapping[str, torch.Tensor] | None, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Rank 0's tensors (`values`) on every rank; others hold them on the host. A collective.
+
+    Args:
+        table: `Update.table` of them.
+    """
+    found = {}
+    for name, shape, dtype in table:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=ranks.device)
+        if values is not None:
+            tensor.copy_(values[name].detach())
+        ranks.broadcast(tensor.view(-1).view(torch.uint8))
+        found[name] = tensor.cpu() if values is None else values[name]
+    return found
 
 
 def _collected(tensors: NamedTensors) -> dict[str, torch.Tensor]:
