@@ -174,8 +174,13 @@ class LLM:
         check(requests, self.architecture.vocab, self.architecture.max_positions)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile and capture whatever such requests need, now; `generate` does it too. A collective, by the launcher's
-        ranks: an LLM that has started its own does it in `generate` alone."""
+        """Compile and capture whatever such requests need, now; `generate` does it too. A collective.
+
+        Raises:
+            UserError: this LLM has started its ranks, which do it in `generate` and `stream` alone.
+        """
+        if self.followers is not None:
+            raise UserError("prepare is for ranks of a launcher: with ranks=N generate and stream do it")
         self.engine.prepare(Workload.of(requests, self.engine.max_batch))
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
@@ -249,7 +254,7 @@ class LLM:
         (request,) = requests
         if request.params.n > 1:
             raise UserError(f"n={request.params.n} answers cannot be streamed as one: take n=1, or generate")
-        self.prepare([request])
+        self.engine.prepare(Workload.of([request], self.engine.max_batch))
         return self._stream(request)
 
     def _stream(self, request: Request) -> Generator[str]:
