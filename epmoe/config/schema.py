@@ -62,7 +62,7 @@ class Sampling:
     # A command can be run again, so it has a seed without being told; an LLM draws one for each request.
     seed: int | None = key(
         None,
-        "same seed, same tokens (combine=slots: on any ranks); left out: 0, in an LLM a new one",
+        "same seed, same tokens (combine=slots: on any ranks); left out: 0, in LLM a new one",
         Range(low=0),
         otherwise=0,
     )

@@ -168,7 +168,7 @@ class Orders:
     """A follower's orders, as they come."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.number, self.rest = stream.fileno(), b""
+        self.stream, self.rest = stream, b""
 
     def next(self, within_s: float | None = None) -> Order | None:
         """The next one; None: it did not come within that time. Without a bound it ends with rank 0.
@@ -179,9 +179,9 @@ class Orders:
         until = None if within_s is None else time.monotonic() + within_s
         while b"\n" not in self.rest:
             left = None if until is None else max(0.0, until - time.monotonic())
-            if not select.select([self.number], [], [], left)[0]:
+            if not select.select([self.stream], [], [], left)[0]:
                 return None
-            data = os.read(self.number, 1 << 20)
+            data = os.read(self.stream.fileno(), 1 << 20)
             if not data:
                 raise UserError("rank 0 has gone without a word")
             self.rest += data

@@ -55,7 +55,7 @@ def default_params(config: LLMConfig, checkpoint: Checkpoint) -> SamplingParams:
     """
     configured = SamplingParams(**vars(config.sampling), max_new_tokens=config.max_new_tokens)
     stored = stored_params(checkpoint)
-    used = [f"{name}={value:g}" for name, value in stored.items() if getattr(configured, name) is None]
+    used = [f"{name}={value}" for name, value in stored.items() if getattr(configured, name) is None]
     if used:
         tell(f"epmoe: {', '.join(used)} (generation_config.json)")
     return configured.over(SamplingParams(**stored))

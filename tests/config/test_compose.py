@@ -1,6 +1,7 @@
 """Configuration: text is literal, every mistake is one line that names value and remedy, nothing is written to disk."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 
 from epmoe.bench.options import BenchConfig
 from epmoe.config import compose
-from epmoe.config.compose import conf_dir, from_keys, parse, presets
+from epmoe.config.compose import conf_dir, from_keys, parse, presets, to_keys
 from epmoe.config.keys import Names, groups_of, keys_of
 from epmoe.config.schema import Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
@@ -108,6 +109,14 @@ def test_a_key_overrides_its_preset_whatever_the_order() -> None:
         parse(["sampling=sample"]).sampling, seed=7
     )
     assert parse(["sampling=sample", "sampling.temperature="]).sampling.temperature is None
+
+
+def test_a_configuration_travels_as_keys() -> None:
+    """To another process: through JSON, and it is the same one."""
+    for keys in ({}, {"sampling": "focused", "runtime": {"device": "cpu", "timeout_s": 5}, "sampling.stop": ["a", "b"],
+                      "template": {"x": [1, {"y": None}]}, "system": "s", "sampling.stop_token_ids": [3]}):  # fmt: skip
+        config = from_keys(keys)
+        assert from_keys(json.loads(json.dumps(to_keys(config)))) == config
 
 
 def test_other_spellings_of_a_key() -> None:

@@ -57,10 +57,10 @@ def test_damaged_values_name_file_and_key(message: str) -> None:
 
 
 def test_the_configuration_wins_and_one_line_says_what_the_file_gave(capsys: pytest.CaptureFixture[str]) -> None:
-    said = checkpoint(temperature=0.6, top_p=0.95, top_k=20, do_sample=True)
+    said = checkpoint(temperature=0.6, top_p=0.95, top_k=1234567, do_sample=True)
     found = default_params(from_keys({"sampling": {"top_p": 1.0}, "max_tokens": 5}), said)
-    assert found == SamplingParams(temperature=0.6, top_p=1.0, top_k=20, max_new_tokens=5)
-    assert capsys.readouterr().err == "epmoe: temperature=0.6, top_k=20 (generation_config.json)\n"
+    assert found == SamplingParams(temperature=0.6, top_p=1.0, top_k=1234567, max_new_tokens=5)
+    assert capsys.readouterr().err == "epmoe: temperature=0.6, top_k=1234567 (generation_config.json)\n"
     greedy = default_params(from_keys({"sampling": "greedy"}), checkpoint(do_sample=True))
     assert greedy.settled() == SamplingParams().settled()
     assert capsys.readouterr().err == ""

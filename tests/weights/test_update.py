@@ -69,6 +69,23 @@ def test_answers_are_the_other_checkpoints_bit_for_bit(two: tuple[Path, Path]) -
         assert [each.data_ptr() for _, each in llm.model.named_parameters()] == places
 
 
+@pytest.mark.gpu
+def test_captured_graphs_read_the_new_weights(two: tuple[Path, Path]) -> None:
+    """On a GPU, where decode steps were captured before; in bf16 with the packed experts of its backend."""
+    old, new = two
+    keys = {**KEYS, "runtime": {"device": "cuda"}}
+    with LLM(new, **keys) as llm:
+        wanted = answers(llm)
+    with LLM(old, **keys) as llm:
+        before = answers(llm)
+        captured = dict(llm.engine.graphs.graphs)
+        llm.update_weights({name: value.cuda() for name, value in stored(new).items()})
+        assert answers(llm) == wanted != before
+        assert llm.engine.graphs.graphs == captured  # the same ones: nothing was captured anew
+        llm.update_weights(stored(old))
+        assert answers(llm) == before
+
+
 def updated(ranks: Ranks, old: Path, new: Path) -> list[Any]:
     llm = LLM.opened(from_keys({"checkpoint": str(old), **KEYS}), ranks)
     llm.load()
