@@ -29,7 +29,7 @@ def said(llm):
     return [[(each.ids, each.logprobs) for each in one.outputs] for one in llm.generate(["a", [1, 2, 3]], params)]
 
 def results(ranks):
-    with LLM(sys.argv[1], ranks=ranks, max_tokens=9, runtime="cpu", experts="reference") as llm:
+    with LLM(sys.argv[1], ranks=ranks, max_tokens=9, runtime=runtime) as llm:
         found = [said(llm), [each.ids for each in llm.chat([{"role": "user", "content": "b"}], tools=[{"name": "f"}])]]
         found.append("".join(llm.stream("c")))
         for prompts in ("", ["a", ""], [[10**9]]):
@@ -50,14 +50,15 @@ def results(ranks):
             found.append(str(error))
         llm.update_weights(load_file(f"{sys.argv[2]}/model.safetensors"))
         found.append(said(llm))
-    with LLM(sys.argv[2], runtime="cpu") as llm:
+    with LLM(sys.argv[2], runtime=runtime) as llm:
         assert said(llm) == found[-1]
     return found
 
+runtime, numbers = sys.argv[3], map(int, sys.argv[4].split(","))
 print("the script runs", flush=True)
 one = results(1)
 assert len(one) == 12, one
-for ranks in (2, 3):
+for ranks in numbers:
     assert results(ranks) == one
 time.sleep(0.5)
 assert [each.name for each in threading.enumerate()][1:] == [], threading.enumerate()
@@ -76,11 +77,14 @@ def run(script: Path, text: str, *arguments: Any, **env: str) -> "subprocess.Pop
     )
 
 
-def test_every_call_is_that_of_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "ranks"), [("cpu", "2,3"), pytest.param("default", "2", marks=pytest.mark.multigpu)]
+)
+def test_every_call_is_that_of_one_rank(runtime: str, ranks: str, tmp_path: Path) -> None:
     for seed in (1, 2):
         path = make_checkpoint(tmp_path / str(seed), seed=seed, experts=5, max_position=64)
         (path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ tools }}")
-    script = run(tmp_path / "script.py", EVERY_CALL, tmp_path / "1", tmp_path / "2")
+    script = run(tmp_path / "script.py", EVERY_CALL, tmp_path / "1", tmp_path / "2", runtime, ranks)
     out, errors = script.communicate(timeout=180)
     assert script.returncode == 0, errors
     assert out == "the script runs\nthe same\n" and "rror" not in errors
