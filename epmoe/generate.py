@@ -23,7 +23,7 @@ from epmoe import BEGAN
 from epmoe.config.compose import parse
 from epmoe.config.schema import Config
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.request import Request
+from epmoe.engine.request import Request, choices
 from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.memory import told_when_full
@@ -43,15 +43,17 @@ def generate() -> None:
             llm = LLM.opened(config, ranks)
             if ranks.is_main:
                 check_output_is_no_input(config, llm.source)
-            requests = get_requests(config, llm.tokenizer, ranks)
-            llm.check(requests)
+            prompts = get_requests(config, llm.tokenizer, ranks, llm.defaults)
+            llm.check(prompts)
+            requests = choices(prompts)
+            numbers = [number for number, each in enumerate(prompts, 1) for _ in range(each.params.n)]
             rest = remaining(llm, requests, answers, config)
             failed, line = None, f"epmoe: output={config.output} has every answer already"
             try:
                 if rest:
                     line = answer(llm, [requests[index] for index in rest], answers, config)
             except NotFinite as error:  # all others are answered
-                failed = error.numbered([index + 1 for index in rest])
+                failed = error.numbered([numbers[index] for index in rest])
             if answers is not None and (answers.good or failed is None):
                 answers.finish()
             ranks.meet()  # the file may be long

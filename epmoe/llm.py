@@ -4,8 +4,9 @@
         for answer in llm.generate(["Why is the sky blue?", "And at night?"], SamplingParams(max_new_tokens=64)):
             print(answer.text)
 
-Alone, or under torchrun: then every rank's script makes the same calls, and every rank gets the same results. A rank
-whose call differs is named, and ends the run.
+Alone; with `ranks=N` beside N - 1 processes that it starts and that follow its calls (epmoe/ranks/local.py); or under
+torchrun: then every rank's script makes the same calls, and every rank gets the same results. A rank whose call differs
+is named, and ends the run.
 
     open     checkpoint → config, tokenizer             before anything large is read
     load     weights → model · cache · engine
@@ -13,12 +14,10 @@ whose call differs is named, and ends the run.
 """
 
 import atexit
-import hashlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,46 +26,41 @@ from typing import Any, Self
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
-from epmoe.config.compose import from_keys
+from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, check
+from epmoe.engine.request import Finished, Request, SamplingParams, Token, check, choices
 from epmoe.errors import UserError
 from epmoe.models import Family
+from epmoe.ranks.local import Followers, Orders, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
-from epmoe.text import harmony
-from epmoe.text.messages import Message
+from epmoe.text.asked import (
+    Conversations,
+    Params,
+    PromptLike,
+    Prompts,
+    conversations,
+    digest,
+    each_of,
+    encoded,
+    several,
+)  # fmt: skip
+from epmoe.text.completion import Choice, Completion, completions
+from epmoe.text.defaults import default_params
 from epmoe.text.output import Answer
-from epmoe.text.prompts import Prompt, default_params, encode, share
+from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
-from epmoe.text.variables import configured
+from epmoe.text.variables import with_tools
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
-
-# A text to continue or to answer, a conversation for the chat template, or token ids; or an object as in a line of
-# `prompts=`: {"messages": […], "tools": […]}.
-PromptLike = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
-Prompts = PromptLike | Sequence[PromptLike]
-Params = SamplingParams | Sequence[SamplingParams] | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came of a prompt. Times are seconds since the request was added, so they include waiting for its turn."""
-
-    text: str  # of all messages, a blank line between two; without special tokens, cut before a stop string
-    messages: tuple[harmony.Message, ...]  # which analysis, answer and calls of tools tell apart
-    ids: tuple[int, ...]  # new ids; the one that ended it included
-    finish_reason: str  # "eos", "stop" (a stop string, or one of stop_token_ids) or "length"
-    logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
-    prompt_ids: tuple[int, ...]
-    first_token_s: float
-    total_s: float
+from epmoe.weights.manifest import Manifest
+from epmoe.weights.update import NamedTensors, Update, broadcast
 
 
 def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
@@ -87,18 +81,28 @@ class LLM:
 
     Args:
         checkpoint: a directory or a Hub id; "": the embedded model.
+        ranks: so many on this machine, a GPU each where there are any: this process is the first, and starts the
+            others, which follow it and end with it. 1: this one alone, or as the launcher (torchrun) says.
         keys: of the configuration (`python -m epmoe.generate --help` lists them): `experts="triton"`,
-            `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold for
-            prompts that bring no parameters.
+            `runtime={"device": "cpu"}`, or a preset's name, `runtime="small"`. `sampling` and `max_new_tokens` hold
+            where a prompt's parameters leave them out. `tools` may be a list of objects, too.
     Raises:
         UserError: an unknown key, a value out of range, a checkpoint that is refused, too little memory.
     """
 
-    def __init__(self, checkpoint: str | Path = "", **keys: Any) -> None:
-        config = from_keys({"checkpoint": str(checkpoint), **keys})
+    followers: Followers | None = None  # the ranks that this one has started
+
+    def __init__(self, checkpoint: str | Path = "", *, ranks: int = 1, **keys: Any) -> None:
+        config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
         with ExitStack() as stack:
-            ranks = stack.enter_context(join(config))
-            self._open(config, ranks, None)
+            source, launch = None, ExitStack()
+            if ranks != 1:
+                source = Checkpoint.open(resolve(config.checkpoint))  # a mistake is told before there are others
+                self.followers = stack.enter_context(followers(ranks, to_keys(config)))
+                launch.enter_context(as_rank_0(self.followers))
+            with launch:
+                joined = stack.enter_context(join(config))
+            self._open(config, joined, source)
             self.load()
             self._stack = stack.pop_all()  # nothing failed: the ranks part at `close`
         atexit.register(self._leave)  # a script that never closes must not look like a rank that was killed
@@ -115,10 +119,14 @@ class LLM:
         return made
 
     def _open(self, config: ModelKeys, ranks: Ranks, source: Checkpoint | None) -> None:
+        self.defaults: SamplingParams | None = None  # rank 0's, which alone makes requests
+        self.ranks = ranks
+        self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
         if not isinstance(config, LLMConfig):  # a benchmark's says nothing of answers
             config = LLMConfig(**{item.name: getattr(config, item.name) for item in fields(ModelKeys)})
-        self.config, self.ranks = config, ranks
-        self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
+        elif ranks.is_main:
+            self.defaults = default_params(config, self.source)
+        self.config = config
         ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
         self.model: Family
@@ -166,7 +174,13 @@ class LLM:
         check(requests, self.architecture.vocab, self.architecture.max_positions)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile and capture whatever such requests need, now; `generate` does it too. A collective."""
+        """Compile and capture whatever such requests need, now; `generate` does it too. A collective.
+
+        Raises:
+            UserError: this LLM has started its ranks, which do it in `generate` and `stream` alone.
+        """
+        if self.followers is not None:
+            raise UserError("prepare is for ranks of a launcher: with ranks=N generate and stream do it")
         self.engine.prepare_for(requests)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
@@ -176,32 +190,52 @@ class LLM:
             prompts: one or several. A text goes through the checkpoint's chat template where `chat` says so, as on the
                 command line; messages always do; token ids go in as they are. An object has `prompt` or `messages`, and
                 what differs for it of the parameters and of the chat template's variables.
-            params: for all prompts, or for each; None: the configuration's `sampling` and `max_new_tokens`.
+            params: for all prompts, or for each. What they leave out is the configuration's `sampling` and
+                `max_new_tokens`, else generation_config.json's, else greedy; a seed is drawn for each request, and is
+                in the result. With n > 1 a prompt has n answers, in `Completion.outputs`.
         Raises:
             UserError: a prompt or parameters that cannot be; nothing of the call has run then, and the next one may.
             NotFinite: a UserError, too: the model's numbers are none for some prompts. The next call may run.
         """
-        requests = self._requests("generate", prompts, params)
+        return self._answer("generate", prompts, params)
+
+    def chat(
+        self,
+        messages: Conversations,
+        params: Params = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation or several: `generate` of {"messages": …, "tools": tools}. A collective.
+
+        Args:
+            messages: [{"role": "user", "content": "…"}, …], or a list of these.
+            params: as `generate`.
+            tools: that may be called, as objects for OpenAI; None: the configuration's. A conversation with others is
+                an object, for `generate`.
+        Raises:
+            UserError: as `generate`; the checkpoint's chat template reads no tools.
+        """
+        return self._answer("chat", conversations(messages, tools), params)
+
+    def _answer(self, call: str, prompts: Prompts, params: Params) -> list[Completion]:
+        purpose, make = self._asked(call, prompts, params)
+        with ordered(self.followers, call, purpose=purpose):
+            return self._complete(self._shared(call, purpose, make))
+
+    def _complete(self, prompts: Sequence[Request]) -> list[Completion]:
+        requests = choices(prompts)
         answers = [Answer(self.tokenizer, request) for request in requests]
-        with told_when_full(self.ranks.device):
-            results = self.engine.generate(
-                requests,
-                on_token=lambda index, token: answers[index].feed(token),
-                on_finish=lambda index, result: answers[index].finish(result),
-            )
-        return [
-            Completion(
-                text=answer.text,
-                messages=answer.messages,
-                ids=result.ids,
-                finish_reason=answer.finish_reason,
-                logprobs=result.logprobs,
-                prompt_ids=request.ids,
-                first_token_s=result.first_token_s,
-                total_s=result.total_s,
-            )
-            for request, result, answer in zip(requests, results, answers, strict=True)
-        ]
+        try:
+            with told_when_full(self.ranks.device):
+                results = self.engine.generate(
+                    requests,
+                    on_token=lambda index, token: answers[index].feed(token),
+                    on_finish=lambda index, result: answers[index].finish(result),
+                )
+        except NotFinite as error:
+            numbers = [number for number, each in enumerate(prompts, 1) for _ in range(each.params.n)]
+            raise error.numbered(numbers) from None
+        return completions(prompts, [Choice.of(*each) for each in zip(requests, results, answers, strict=True)])
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to one prompt in pieces, as they come; they add up to `Completion.text`. A collective.
@@ -211,11 +245,19 @@ class LLM:
         Raises:
             UserError: as `generate`.
         """
-        (request,) = self._requests("stream", [prompt], params)
-        self.prepare([request])
+        purpose, make = self._asked("stream", [prompt], params)
+        with ordered(self.followers, "stream", purpose=purpose):
+            pieces = self._begin(self._shared("stream", purpose, make))
+        return pieces if self.followers is None else self.followers.stream(pieces)
+
+    def _begin(self, requests: Sequence[Request]) -> Generator[str]:
+        (request,) = requests
+        if request.params.n > 1:
+            raise UserError(f"n={request.params.n} answers cannot be streamed as one: take n=1, or generate")
+        self.engine.prepare_for([request])
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[str]:
+    def _stream(self, request: Request) -> Generator[str]:
         answer = Answer(self.tokenizer, request)
         id = self.engine.add(request)
         try:
@@ -234,44 +276,96 @@ class LLM:
         finally:
             self.engine.clear()
 
-    def _requests(self, call: str, prompts: Prompts, params: Params) -> list[Request]:
-        """The same on every rank: rank 0's, which alone encodes, once all have come with the same call."""
+    def update_weights(self, tensors: NamedTensors) -> None:
+        """Take other weights, in place, as a trainer has them: all of the model's or some. A collective.
+
+        Args:
+            tensors: (name, tensor) pairs, or a mapping, with the checkpoint's names, shapes and dtypes, on any device;
+                the same on every rank, each of which takes its experts. MXFP4 experts come as `_blocks` and `_scales`,
+                or as plain experts, which are rounded then. All of one call are held until it ends: a large model is
+                updated by several calls, a layer each.
+        Raises:
+            UserError: a name, shape or dtype that is not the model's, what is not finite; nothing has changed then.
+        """
+        self._check_open("update_weights")
+        update = Update.of(Manifest.of(self.source, self.model, self.config.quant), tensors)
+        with ordered(self.followers, "update_weights", table=update.table):
+            self._update(update.table, update)
+
+    def _update(self, table: Sequence[Any], update: Update | None) -> None:
+        """`update` is None for a follower, whom rank 0 sends the tensors of `table`."""
+        self.ranks.meet(f"update_weights({digest(table)})")
+        self._check_idle("update_weights")
+        if update is None or self.followers is not None:
+            values = broadcast(table, None if update is None else update.given.values, self.ranks)
+            update = update or Update.of(Manifest.of(self.source, self.model, self.config.quant), values)
+        with told_when_full(self.ranks.device):
+            stayed = update.apply(self.model, self.report, self.ranks)
+        if not stayed:
+            self.engine.graphs.close()  # the next call captures them anew
+        self.ranks.agree(lambda: shared_digests(self.model), "give every rank the same tensors")
+
+    def follow(self, orders: Orders) -> None:
+        """Make the calls of rank 0, which has started this process, until it closes.
+
+        Raises:
+            UserError: one of the two has failed alone.
+        """
+        streams: list[Generator[str]] = []
+        while order := orders.next():
+            if order["call"] == "failed":
+                raise UserError(f"rank 0 alone failed: {order['text']}")
+            try:
+                match order:
+                    case {"call": "close"}:
+                        return
+                    case {"call": "update_weights", "table": table}:
+                        self._update(table, None)
+                    case {"call": "stream", "purpose": purpose}:
+                        streams.append(self._begin(self._shared("stream", purpose)))
+                    case {"call": "next", "stream": number}:
+                        next(streams[number], None)
+                    case {"call": "drop", "stream": number}:
+                        streams[number].close()
+                    case {"call": call, "purpose": purpose}:
+                        self._complete(self._shared(call, purpose))
+            except UserError as error:
+                # Rank 0 finds the same at the same moment; one that does not may wait in a collective, for timeout_s.
+                if orders.next(self.config.runtime.timeout_s / 2) != {"call": "failed", "text": str(error)}:
+                    raise
+
+    def _check_open(self, call: str) -> None:
         if not hasattr(self, "engine"):
             raise UserError(f"{call} was called after close: make another LLM")
-        given = _several(prompts)
-        one: Any = default_params(self.config) if params is None else params
-        each: list[Any] = list(params) if isinstance(params, list | tuple) else [one] * len(given)
-        for wrong in (item for item in each if not isinstance(item, SamplingParams)):
-            raise UserError(f"{call}: {_shown(wrong)} is no SamplingParams: give one for all prompts, or one for each")
-        self.ranks.meet(f"{call}(prompts {_digest(given)}, params {_digest([asdict(one) for one in each])})")
+
+    def _check_idle(self, call: str) -> None:
         if self.engine.busy:
             raise UserError(f"{call} was called within a stream: come to the end of its pieces, or close it, before")
-        if len(each) != len(given):
-            raise UserError(f"{len(each)} SamplingParams for {len(given)} prompts: give one for all, or one for each")
-        requests = share(self.ranks, lambda: self._encoded(given, each))
+
+    def _asked(self, call: str, prompts: Prompts, params: Params) -> tuple[str, Callable[[], list[Request]]]:
+        """What tells this call from others, the same on every rank, and what makes its requests on rank 0."""
+        self._check_open(call)
+        given = several(prompts)
+        each = each_of(call, params, len(given))
+        default = self.defaults or SamplingParams()
+        asked = [own.over(default) for own in each]
+        purpose = f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})"
+        return purpose, lambda: encoded(given, asked, self.tokenizer, self.config)
+
+    def _shared(self, call: str, purpose: str, make: Callable[[], list[Request]] = list) -> list[Request]:
+        """The same on every rank: what `make` gives on rank 0, once all have come with the same call."""
+        self.ranks.meet(purpose)
+        self._check_idle(call)
+        requests = share(self.ranks, make)
         self.check(requests)
         return requests
-
-    def _encoded(self, prompts: Sequence[PromptLike], params: Sequence[SamplingParams]) -> list[Request]:
-        found, given = [], configured(self.config)
-        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True), 1):
-            origin = f"prompt {number}"
-            if isinstance(prompt, str | Mapping) or (prompt and isinstance(prompt[0], Mapping)):
-                content: Any = prompt
-                is_object = isinstance(prompt, Mapping)
-                text = Prompt.of(origin, content, each) if is_object else Prompt(origin, content, each)
-                ids, each = encode(text, self.tokenizer, self.config.chat, self.config.system, given), text.params
-            else:
-                ids = [int(id) for id in prompt if type(id) is int]
-                if len(ids) != len(prompt) or min(ids, default=0) < 0:
-                    raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
-            found.append(Request(tuple(ids), each))
-        return found
 
     def close(self) -> None:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
         atexit.unregister(self._leave)
         if hasattr(self, "engine"):
+            if self.followers is not None:
+                self.followers.order(call="close")
             self.engine.graphs.close()
             del self.engine, self.model, self.cache
         self._stack.close()
@@ -293,29 +387,3 @@ class LLM:
             return None
         atexit.unregister(self._leave)
         return self._stack.__exit__(kind, error, trace)
-
-
-def _several(prompts: Prompts) -> list[PromptLike]:
-    """One prompt as a list of one; raises UserError for what is neither one nor several."""
-    if not isinstance(prompts, str | Mapping | list | tuple):
-        raise UserError(f"{_shown(prompts)} is no prompt: give text, messages, a list of token ids, or a list of these")
-    first = None if isinstance(prompts, str | Mapping) or not prompts else prompts[0]
-    message = isinstance(first, Mapping) and "prompt" not in first and "messages" not in first
-    if isinstance(prompts, str | Mapping) or isinstance(first, int) or message:
-        one: Any = list(prompts) if isinstance(prompts, tuple) else prompts
-        return [one]
-    many: Any = [list(each) if isinstance(each, tuple) else each for each in prompts]
-    for number, each in enumerate(many, 1):
-        if not isinstance(each, str | Mapping | list):
-            raise UserError(f"prompt {number}: {_shown(each)} is no prompt: give text, messages or a list of token ids")
-    return many
-
-
-def _shown(value: object) -> str:
-    """A value and what it is, for a message."""
-    return f"{value!r} ({type(value).__name__})"
-
-
-def _digest(value: Any) -> str:
-    """Of anything that JSON can hold; eight characters, for messages about calls that differ."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]

@@ -14,6 +14,7 @@ import torch
 from spawn import commands
 
 from epmoe import generate, llm
+from epmoe.engine.request import choice_seed
 from epmoe.errors import UserError
 from epmoe.ranks.launch import Launch
 from epmoe.text.tokenizer import Tokenizer
@@ -147,6 +148,44 @@ def test_json_lines_with_stop_strings(here: Callable[..., tuple[str, str]], chec
     assert len(after[2]["ids"]) < 30
     assert [line["ids"] for line in after if line["index"] != 2] == [b["ids"] for b in before if b["index"] != 2]
     assert out == "\n\n".join(line["text"] for line in after) + "\n"
+
+
+def test_n_answers_are_lines_of_their_own(
+    here: Callable[..., tuple[str, str]], checkpoint: str, tmp_path: Path
+) -> None:
+    """And a run that is begun again makes the same ones."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "n": 3, "max_tokens": 5}\n{"prompt": "b", "max_tokens": 4}\n')
+    keys = [checkpoint, f"prompts={tmp_path / 'p.jsonl'}", "sampling=sample", "sampling.ignore_eos=true"]
+    here(*keys, f"output={tmp_path / 'o.jsonl'}")
+    found = lines(tmp_path / "o.jsonl")
+    assert [line["index"] for line in found] == [0, 1, 2, 3]
+    assert [(line.get("prompt"), line.get("choice")) for line in found] == [(0, 0), (0, 1), (0, 2), (None, None)]
+    assert [len(line["ids"]) for line in found] == [5, 5, 5, 4]
+    assert [line["seed"] for line in found] == [0, choice_seed(0, 1), choice_seed(0, 2), 0]
+    here(*keys, f"output={tmp_path / 'again.jsonl'}")
+    assert [line["ids"] for line in lines(tmp_path / "again.jsonl")] == [line["ids"] for line in found]
+    before = (tmp_path / "o.jsonl").read_text()
+    here(*keys, f"output={tmp_path / 'o.jsonl'}", "resume=true")
+    assert (tmp_path / "o.jsonl").read_text() == before
+
+
+def test_sampling_comes_from_generation_config(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    own = make_checkpoint(tmp_path / "own")
+    keys = [f"checkpoint={own}", "prompt=a", "max_new_tokens=9", f"output={tmp_path / 'o.jsonl'}"]
+
+    def ids(*more: str) -> tuple[list[int], str]:
+        _, said = here(*keys, *more)
+        return lines(tmp_path / "o.jsonl")[0]["ids"], said
+
+    greedy, said = ids()
+    assert "generation_config.json" not in said
+    warm, _ = ids("sampling.temperature=1.5")
+    end = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps({**end, "temperature": 1.5}))
+    found, said = ids()
+    assert found == warm != greedy and said.count("epmoe: temperature=1.5 (generation_config.json)\n") == 1
+    found, said = ids("sampling=greedy")
+    assert found == greedy and "generation_config.json" not in said
 
 
 def test_end_of_text_comes_from_generation_config(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ OWN: Mapping[str, str] = {
     "sampling.min_p": "rank 0's",
     "sampling.repetition_penalty": "rank 0's",
     "sampling.seed": "rank 0's",
+    "sampling.n": "rank 0's",
     "sampling.logprobs": "rank 0's",
     "sampling.stop": "rank 0's",
     "sampling.stop_token_ids": "rank 0's",

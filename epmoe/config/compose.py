@@ -11,6 +11,7 @@ is found here, before a process group starts, and is one line.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -20,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from epmoe.config.keys import Key, Names, Numbers, build, groups_of, keys_of, known_instead, scalar
-from epmoe.config.schema import Config, LLMConfig, ModelKeys
+from epmoe.config.keys import Key, Names, Numbers, build, groups_of, keys_of, known_instead, respelled, scalar
+from epmoe.config.schema import SPELLINGS, Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
 
 C = TypeVar("C", bound=ModelKeys)
@@ -53,10 +54,10 @@ def parse(argv: Sequence[str], schema: type[Any] = Config) -> Any:
             leaf = name.removeprefix(f"{each.name}.")
             values[each.name] = each.accept({**dict(values.get(each.name, ())), leaf: scalar(name, word)})
             continue
-        each = keys_of(schema)[name]
+        each = _known_key(name, schema)
         value = each.read(word)
         values[name] = (*values.get(name, ()), *value) if each.collects and value else value
-    config = _composed(schema, chosen, values)
+    config = _composed(schema, chosen, respelled(values, SPELLINGS))
     if show:
         _leave(yaml.safe_dump(_shown(config), sort_keys=False, allow_unicode=True))
     return config
@@ -88,7 +89,14 @@ def from_keys(keys: Mapping[str, Any], schema: type[Any] = LLMConfig) -> Any:
             chosen[name] = value
     for name, value in values.items():
         values[name] = _known_key(name, schema).accept(value)
+    values = respelled(values, SPELLINGS)
     return _composed(schema, chosen, values)
+
+
+def to_keys(config: ModelKeys) -> dict[str, Any]:
+    """What `from_keys` makes `config` of again, by full name, as values that JSON can hold."""
+    found = {name: attrgetter(name)(config) for name in keys_of(type(config))}
+    return {name: dict(value) if keys_of(type(config))[name].names_its_own else value for name, value in found.items()}
 
 
 def conf_dir() -> Path:
@@ -167,6 +175,7 @@ def _open_key(name: str, schema: type[ModelKeys]) -> Key | None:
 def _known_key(name: str, schema: type[ModelKeys], given: str = "") -> Key:
     """The key of that name (`given`: how it was spelled); UserError when it means nothing to this schema."""
     keys, groups = _heeded(schema), groups_of(schema)
+    name = SPELLINGS.get(name, name)
     if name in keys:
         return keys[name]
     if name in schema.ignored or name in keys_of(Config) or name in groups_of(Config) or _open_key(name, Config):

@@ -107,12 +107,13 @@ class Numbers:
         return f"{self.form}: {many}" if self.form else many
 
 
-def key(default: Any, about: str, allowed: Range | Names | Numbers | None = None) -> Any:
+def key(default: Any, about: str, allowed: Range | Names | Numbers | None = None, otherwise: Any = None) -> Any:
     """A key of a schema: its default, what it means and which values of its type it takes (None: all).
 
-    A group's key has an instance of the group as its default.
+    A group's key has an instance of the group as its default. Where the default is None, nothing, `otherwise` is what
+    holds if nobody else says it.
     """
-    return field(default=default, metadata={"about": about, "allowed": allowed})
+    return field(default=default, metadata={"about": about, "allowed": allowed, "otherwise": otherwise})
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Key:
     default: Any
     about: str
     allowed: Range | Names | Numbers | None
+    otherwise: Any = None
 
     @property
     def is_text(self) -> bool:
@@ -171,7 +173,7 @@ class Key:
         return self.accept(value)
 
     def accept(self, value: Any) -> Any:
-        """`value` as the key's type: a whole number as a float, a list as a tuple, where the key has those.
+        """`value` as the key's type: a whole number as a float, a list or one text as a tuple, where the key has those.
 
         Raises:
             UserError: it is of another type, no known name or out of range.
@@ -180,6 +182,8 @@ class Key:
             return None
         if self.names_its_own and isinstance(value, Mapping):
             value = tuple(value.items())
+        if self.collects and isinstance(value, str):
+            value = (value,)
         if not self._fits(value):
             raise self._refused(value)
         if isinstance(self.allowed, Names) and not self.allowed.holds(value):
@@ -275,6 +279,22 @@ def build(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
             mine = {name.removeprefix(prefix): each for name, each in values.items() if name.startswith(prefix)}
             own[item.name] = build(item.type, mine)
     return schema(**own)
+
+
+def respelled(values: Mapping[str, Any], spellings: Mapping[str, str]) -> dict[str, Any]:
+    """`values` under the keys' own names; `spellings` are others that they may have. A None counts as not given.
+
+    Raises:
+        UserError: two spellings of one key are given, and their values differ.
+    """
+    found = {name: value for name, value in values.items() if name not in spellings}
+    for other, name in spellings.items():
+        if (value := values.get(other)) is None:
+            continue
+        if (own := found.get(name)) is not None and own != value:
+            raise UserError(f"{other}={value} and {name}={own} are one key in two spellings: give one of them")
+        found[name] = value
+    return found
 
 
 def accept_all(config: Any) -> None:

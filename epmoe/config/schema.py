@@ -13,6 +13,8 @@ from typing import ClassVar
 from epmoe.config.keys import Names, Numbers, Range, Variables, key
 from epmoe.errors import UserError
 
+SPELLINGS = {"max_tokens": "max_new_tokens"}  # vLLM's and OpenAI's → ours
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -41,14 +43,30 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; a line of a JSON-lines `prompts` file may set these keys for itself."""
+    """How tokens are chosen; a line of a JSON-lines `prompts` file may set these keys for itself.
 
-    temperature: float = key(0.0, "0: the likeliest token; above: flatter the higher", Range(1e-6, or_zero=True))
-    top_k: int = key(0, "draw from the k likeliest tokens; 0: from all", Range(low=0))
-    top_p: float = key(1.0, "draw from the smallest set of tokens with this probability", Range(above=0, high=1))
-    min_p: float = key(0.0, "drop tokens less likely than this times the likeliest", Range(0, 1))
-    repetition_penalty: float = key(1.0, "above 1: tokens seen before become less likely", Range(1e-6, 1e6))
-    seed: int = key(0, "the same seed draws the same tokens; with combine=slots on any number of ranks", Range(low=0))
+    The first five are left out by default: generation_config.json says them then, else `otherwise` (text/defaults.py).
+    """
+
+    temperature: float | None = key(
+        None, "0: the likeliest token; above: flatter the higher", Range(1e-6, or_zero=True), otherwise=0.0
+    )
+    top_k: int | None = key(None, "draw from the k likeliest tokens; 0: from all", Range(low=0), otherwise=0)
+    top_p: float | None = key(
+        None, "draw from the smallest set of tokens with this probability", Range(above=0, high=1), otherwise=1.0
+    )
+    min_p: float | None = key(None, "drop tokens less likely than this times the likeliest", Range(0, 1), otherwise=0.0)
+    repetition_penalty: float | None = key(
+        None, "above 1: tokens seen before become less likely", Range(1e-6, 1e6), otherwise=1.0
+    )
+    # A command can be run again, so it has a seed without being told; an LLM draws one for each request.
+    seed: int | None = key(
+        None,
+        "same seed, same tokens (combine=slots: on any ranks); left out: 0, in LLM a new one",
+        Range(low=0),
+        otherwise=0,
+    )
+    n: int = key(1, "answers for each prompt, each with a seed of its own", Range(1, 1024))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
     stop: tuple[str, ...] = key((), "end the answer at this text or special token; again for several, empty for none")
     stop_token_ids: tuple[int, ...] = key((), "end at these token ids", Numbers(Range(low=0), empty=True))
@@ -59,7 +77,9 @@ class Sampling:
 class Length:
     """How long an answer may become."""
 
-    max_new_tokens: int = key(128, "most new tokens for a prompt; the model's positions may allow fewer", Range(low=1))
+    max_new_tokens: int | None = key(
+        None, "most new tokens; left out: generation_config.json's, else 128", Range(low=1), otherwise=128
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,9 @@ class LLMConfig(Length, ModelKeys):
     template: Variables = key(
         (), "template.NAME=value: any other variable that the chat template reads, as JSON or text"
     )
-    sampling: Sampling = key(Sampling(), "how the next token is chosen")
+    sampling: Sampling = key(
+        Sampling(), "how the next token is chosen; left out: generation_config.json's, else greedy"
+    )
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class NotFinite(UserError):
         )
 
     def numbered(self, numbers: Sequence[int]) -> "NotFinite":
-        """The same of prompts whose n-th one has the number `numbers[n - 1]`."""
-        return NotFinite([numbers[each - 1] for each in self.prompts], self.position, self.where)
+        """The same of prompts whose n-th one has the number `numbers[n - 1]`; one that is there twice is told once."""
+        return NotFinite(list(dict.fromkeys(numbers[each - 1] for each in self.prompts)), self.position, self.where)
 
 
 def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> str:

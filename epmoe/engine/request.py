@@ -1,13 +1,14 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, replace
 from enum import IntEnum
 from itertools import product
 from typing import NamedTuple
 
-from epmoe.config.keys import accept_all
-from epmoe.config.schema import Length, Sampling
+from epmoe.config.keys import accept_all, keys_of, respelled
+from epmoe.config.schema import SPELLINGS, Length, Sampling
 from epmoe.errors import UserError
 
 
@@ -24,23 +25,45 @@ class SamplingParams(Sampling, Length):
     """How one request's tokens are chosen and when it ends: the keys of the group `sampling`, and max_new_tokens.
 
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
-    most likely tokens with each chosen one (0: none). Raises UserError for a value of the wrong type or out of range.
+    most likely tokens with each chosen one (0: none), `n` for so many answers. None is left out, for `over` or
+    `settled` to fill. `max_tokens` is another spelling of max_new_tokens, to make one with.
+
+    Raises:
+        UserError: a value of the wrong type or out of range; max_tokens and max_new_tokens that differ.
     """
 
-    def __post_init__(self) -> None:
+    max_tokens: InitVar[int | None] = None
+
+    def __post_init__(self, max_tokens: int | None) -> None:
+        given = {"max_tokens": max_tokens, "max_new_tokens": self.max_new_tokens}
+        object.__setattr__(self, "max_new_tokens", respelled(given, SPELLINGS)["max_new_tokens"])
         accept_all(self)
+
+    def over(self, base: "SamplingParams") -> "SamplingParams":
+        """The same, and what is left out is `base`'s."""
+        return replace(self, **{name: getattr(base, name) for name in self._left_out()})
+
+    def settled(self) -> "SamplingParams":
+        """The same, and what is left out has the value that holds where nobody says another."""
+        missing, keys = self._left_out(), keys_of(SamplingParams)
+        return replace(self, **{name: keys[name].otherwise for name in missing}) if missing else self
+
+    def _left_out(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value is None]
 
     @property
     def level(self) -> Level:
         """The least level at which a batch with this row may be chosen."""
-        warm = self.temperature > 0
-        if self.repetition_penalty != 1 or (warm and (self.top_k or self.top_p < 1)):
+        temperature, top_k, top_p, _, repetition_penalty = self.row()
+        warm = temperature > 0
+        if repetition_penalty != 1 or (warm and (top_k or top_p < 1)):
             return Level.FILTER
         return Level.SAMPLE if warm else Level.GREEDY
 
     def row(self) -> tuple[float, ...]:
-        """What `Knobs.value_BP` holds of these."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        """What `SamplingTensors.value_BP` holds of these: settled."""
+        values = vars(self.settled())
+        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
 
 
 @dataclass(frozen=True)
@@ -53,18 +76,50 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's token ids and how to go on."""
+    """A prompt's token ids and how to go on. Its parameters are settled: the engine finds a value for each."""
 
     ids: tuple[int, ...]
     params: SamplingParams
+    choice: tuple[int, int] | None = None  # the prompt's index and which of its n answers; None: it asks for one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", self.params.settled())
 
     def length(self, max_positions: int) -> int:
         """Most tokens of prompt and output: max_new_tokens may ask for more than the model's positions allow."""
+        assert self.params.max_new_tokens is not None, "settled"
         return min(len(self.ids) + self.params.max_new_tokens, max_positions)
 
     def cached(self, max_positions: int) -> int:
         """Positions of the cache that it can need: all but the last token, which is never fed back."""
         return max(self.length(max_positions) - 1, len(self.ids))
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of answer `choice` of a request with this seed: its own for the first, so that n = 1 is as without n.
+
+    For the others the first 53 bits of SHA-256 of "epmoe choice <choice> of seed <seed>": no two collide as those of
+    seed + choice would, answers of neighbouring seeds have nothing in common, and JSON's readers keep all bits.
+    """
+    if choice == 0:
+        return seed
+    hashed = hashlib.sha256(f"epmoe choice {choice} of seed {seed}".encode()).digest()
+    return int.from_bytes(hashed[:8], "big") >> 11
+
+
+def choices(requests: Sequence[Request]) -> list[Request]:
+    """Each request n times, for one answer each; what asks for one is itself."""
+    found: list[Request] = []
+    for index, request in enumerate(requests):
+        params, seed = request.params, request.params.seed
+        assert seed is not None, "settled"
+        if params.n == 1:
+            found.append(request)
+            continue
+        for choice in range(params.n):
+            own = replace(params, n=1, seed=choice_seed(seed, choice))
+            found.append(Request(request.ids, own, (index, choice)))
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Letters: B rows (sequences) · V vocabulary · P parameters of a row · Q log-pr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,12 +35,12 @@ class SamplingTensors:
     """The parameters of B rows as tensors."""
 
     value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, repetition penalty
-    seed_B: torch.Tensor  # int64
+    seed_B: Any  # an int64 tensor; Any since a seed may be left out, which a request's is not
 
     @staticmethod
     def of(params: Sequence[SamplingParams], device: torch.device) -> "SamplingTensors":
         value_BP = torch.tensor([each.row() for each in params], dtype=torch.float64)
-        seed_B = torch.tensor([each.seed for each in params], dtype=torch.int64)
+        seed_B = torch.tensor([each.settled().seed for each in params], dtype=torch.int64)
         return SamplingTensors(value_BP.to(device), seed_B.to(device))
 
     def __getitem__(self, rows: slice | torch.Tensor) -> "SamplingTensors":

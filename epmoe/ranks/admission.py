@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STARTED = "EPMOE_STARTED"  # time.monotonic() when a process started the other ranks, which may be long after it began
 SKEW = 0.5  # of the time that a rank took from its process' start to its hello: how much longer another one may take
 REMEDY = "give each run a port of its own (MASTER_PORT, torchrun's --master-port)"
 
@@ -96,7 +97,12 @@ def origin(environment: Mapping[str, str]) -> str:
 
 
 def age_s() -> float:
-    """Seconds since this process began; 0 where the system does not say it as Linux does."""
+    """Seconds since this process began, or since it started the ranks itself (epmoe/ranks/local.py).
+
+    0 where the system does not say it as Linux does.
+    """
+    if started := os.environ.get(STARTED):
+        return max(0.0, time.monotonic() - float(started))  # one clock for all processes of a machine
     try:
         started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the boot
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK"))

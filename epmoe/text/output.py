@@ -144,13 +144,15 @@ class Output:
 
     def record(self, index: int, result: Result) -> dict[str, Any]:
         """What a request's line in the file says; times in seconds from the beginning of generation."""
-        params = self.requests[index].params
-        line = {
+        params, choice = self.requests[index].params, self.requests[index].choice
+        line: dict[str, Any] = {
+            **({} if choice is None else {"prompt": choice[0], "choice": choice[1]}),
             "prompt_tokens": len(self.requests[index].ids),
             "ids": result.ids,
             "text": self.answers[index].text,
             "messages": [asdict(message) for message in self.answers[index].messages],
             "finish_reason": self.answers[index].finish_reason,
+            "seed": params.seed,
             "first_token_s": round(result.first_token_s, 6),
             "total_s": round(result.total_s, 6),
         }

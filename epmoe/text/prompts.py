@@ -3,8 +3,8 @@
     prompt="…"            one prompt
     prompts=file.txt      the whole file is one prompt
     prompts=file.jsonl    one prompt a line: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and
-                          any key of the group `sampling`, max_new_tokens and variables of the chat template for this
-                          prompt alone; .ndjson is the same
+                          any key of the group `sampling`, max_new_tokens (or max_tokens) and variables of the chat
+                          template for this prompt alone; null counts as not given; .ndjson is the same
     prompts=-             all of standard input is one prompt
 
 Rank 0 alone reads and encodes: the others may have no standard input and no such file, and a chat template may ask for
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from epmoe import strictjson
-from epmoe.config.keys import known_instead
-from epmoe.config.schema import Config, LLMConfig
+from epmoe.config.keys import known_instead, respelled
+from epmoe.config.schema import SPELLINGS, Config
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import tell
+from epmoe.text.defaults import decided
 from epmoe.text.instructions import rendered
 from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
@@ -33,7 +34,8 @@ from epmoe.text.variables import Variables, check_variables, configured, told
 # What the embedded model continues when nothing is asked.
 DEFAULT_PROMPT = "It was a fine morning, and"
 
-KEYS = ("prompt", "messages", *(item.name for item in fields(SamplingParams)))  # of a line, beside variables
+SAMPLING = tuple(item.name for item in fields(SamplingParams))
+KEYS = ("prompt", "messages", *SAMPLING, *SPELLINGS)  # of a line, beside variables
 LINES = (".jsonl", ".ndjson")  # how the name of a file with a prompt a line ends, in any case
 
 
@@ -61,6 +63,8 @@ class Prompt:
     def of(cls, origin: str, given: Mapping[str, Any], default: SamplingParams) -> "Prompt":
         """From an object with `prompt` or `messages`, sampling that differs from `default`, and variables.
 
+        A null counts as not given.
+
         Raises:
             UserError: with `origin`, wrong types, values out of range. Unknown names are for `encode` to refuse, which
                 knows what the template reads.
@@ -77,27 +81,38 @@ class Prompt:
         if "messages" in given:
             check_conversation(origin, content)
         try:
-            own = replace(default, **{name: given[name] for name in KEYS[2:] if name in given})
+            own = respelled({name: given[name] for name in (*SAMPLING, *SPELLINGS) if name in given}, SPELLINGS)
+            params = replace(default, **{name: value for name, value in own.items() if value is not None})
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
-        return cls(origin, content, own, others)
+        return cls(origin, content, params, others)
 
 
-def get_requests(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Request]:
+def get_requests(
+    config: Config, tokenizer: Tokenizer, ranks: Ranks, default: SamplingParams | None = None
+) -> list[Request]:
     """All requests of this run, in order; a collective.
 
+    Args:
+        default: of rank 0, what a prompt leaves out; None: the configuration's alone.
     Raises:
         UserError: no prompt, an unreadable file, a bad line (with its number), a template that refuses the messages.
     """
 
     def found() -> list[Request]:
-        prompts = read(config)
+        prompts = read(config, default)
         chat = resolve_chat(config.chat, tokenizer)
         if config.chat == "auto":
             reason = "" if chat == "on" else ": the checkpoint has no chat template"
             tell(f"epmoe: chat={chat} (auto{reason})")
         given = configured(config)
-        return [Request(tuple(encode(each, tokenizer, chat, config.system, given)), each.params) for each in prompts]
+        return [
+            Request(
+                tuple(encode(each, tokenizer, chat, config.system, given)),
+                decided(each.origin, each.params, draw=False),  # the command can be run again
+            )
+            for each in prompts
+        ]
 
     return share(ranks, found)
 
@@ -108,6 +123,8 @@ def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
     Raises:
         UserError: that `make` raised on rank 0, on every rank.
     """
+    if ranks.size == 1:
+        return make()
     shared: dict[str, Any] = {}
     if ranks.is_main:
         try:
@@ -121,14 +138,9 @@ def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
     return [Request(tuple(ids), SamplingParams(**params)) for ids, params in shared["requests"]]
 
 
-def default_params(config: LLMConfig) -> SamplingParams:
-    """What the configuration says of sampling, for prompts that say nothing."""
-    return SamplingParams(**vars(config.sampling), max_new_tokens=config.max_new_tokens)
-
-
-def read(config: Config) -> list[Prompt]:
-    """The prompts that the configuration names."""
-    default = default_params(config)
+def read(config: Config, default: SamplingParams | None = None) -> list[Prompt]:
+    """The prompts that the configuration names; `default` as for `get_requests`."""
+    default = default or SamplingParams(**vars(config.sampling), max_new_tokens=config.max_new_tokens)
     if config.prompts.lower().endswith(LINES):
         return _json_lines(config.prompts, default)
     if config.prompts == "-":

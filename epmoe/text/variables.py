@@ -40,6 +40,21 @@ def configured(config: LLMConfig) -> dict[str, Any]:
     return found
 
 
+def with_tools(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an `LLM` whose `tools` are a list, and no file: it is the template's variable then.
+
+    Raises:
+        UserError: they are no objects, or given as template.tools, too.
+    """
+    tools, template = keys.get("tools"), keys.get("template")
+    if not isinstance(tools, list | tuple):
+        return dict(keys)
+    if "template.tools" in keys or (isinstance(template, Mapping) and "tools" in template):
+        raise UserError("tools and template.tools exclude each other: give one of them")
+    check_variables("LLM", {"tools": list(tools)})
+    return {**{name: value for name, value in keys.items() if name != "tools"}, "template.tools": list(tools)}
+
+
 def _read_tools(name: str) -> Any:
     try:
         value = strictjson.loads(Path(os.path.expanduser(name)).read_bytes())

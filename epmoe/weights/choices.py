@@ -12,6 +12,7 @@ from epmoe.errors import UserError
 from epmoe.moe import exchange
 from epmoe.moe.exchange import EXCHANGES
 from epmoe.moe.experts import EXPERTS, Experts
+from epmoe.moe.placement import PLACEMENTS, Placement
 from epmoe.moe.router import ROUTERS, Router
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import tell
@@ -87,6 +88,16 @@ def router_class(name: str) -> type[Router]:
         UserError: see `lookup`.
     """
     found: type[Router] = lookup("router", ROUTERS, name)
+    return found
+
+
+def placement_of(name: str, num_experts: int, ranks: Ranks) -> Placement:
+    """The placement `name` of so many experts over the ranks.
+
+    Raises:
+        UserError: an unknown name, more ranks than experts.
+    """
+    found: Placement = lookup("placement", PLACEMENTS, name)(num_experts, ranks.expert_size)
     return found
 
 

@@ -42,9 +42,9 @@ class ExpertReader:
         """
         found = ExpertWeights(
             gate_up=self.matrix(gate_up),
-            gate_up_bias_LN=self._bias(gate_up, dtype),
+            gate_up_bias_LN=self.bias(gate_up, dtype),
             down=self.matrix(down),
-            down_bias_LH=self._bias(down, dtype),
+            down_bias_LH=self.bias(down, dtype),
         )
         for matrix, values in ((gate_up, found.gate_up), (down, found.down)):
             self.finite[matrix.name] = values.finite_L()
@@ -93,7 +93,7 @@ class ExpertReader:
             parts.append(matrix.wanted.quantize(part.dequantize(torch.bfloat16)))
         return parts[0] if len(parts) == 1 else matrix.wanted.cat(parts)
 
-    def _bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    def bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         if matrix.bias is None:
             return torch.zeros(len(self.ids), matrix.shape[1], dtype=dtype, device=self.device)
         bias_LN = self._to(self.device)(matrix.bias, self.ids).to(dtype)

@@ -19,13 +19,12 @@ from torch import nn
 from epmoe.errors import UserError
 from epmoe.models import MODELS, Family, ModelConfig, Target
 from epmoe.moe.exchange import EXCHANGES, Exchange
-from epmoe.moe.placement import PLACEMENTS, Placement
 from epmoe.ranks.memory import free_bytes, is_full
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import on_terminal
 from epmoe.tables import lookup
 from epmoe.weights import layouts
-from epmoe.weights.choices import DTYPES, Choices, experts_class, resolve, router_class, waiting
+from epmoe.weights.choices import DTYPES, Choices, experts_class, placement_of, resolve, router_class, waiting
 from epmoe.weights.experts import ExpertReader, Limits
 from epmoe.weights.manifest import Manifest
 from epmoe.weights.source import Source
@@ -72,7 +71,7 @@ def load(
         model = family(config)
     manifest = Manifest.of(source, model, asked.quant)
     manifest.check()
-    placement: Placement = lookup("placement", PLACEMENTS, asked.placement)(config.num_experts, ranks.expert_size)
+    placement = placement_of(asked.placement, config.num_experts, ranks)
     chosen = resolve(asked, {matrix.wanted.format for matrix in manifest.matrices()}, ranks)
     # auto may choose otherwise where a package is lacking or nodes are counted otherwise; an exchange is a collective.
     ranks.agree(lambda: asdict(chosen), "name it, in the place of auto")

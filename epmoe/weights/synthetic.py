@@ -128,7 +128,7 @@ def make_checkpoint(directory: str | Path, size: str = "tiny", **overrides: obje
         if _has_tokenizer(spec)
         else [spec.vocab - 1]
     )
-    _write_json(path / "generation_config.json", {"do_sample": True, "eos_token_id": eos, "pad_token_id": eos[0]})
+    _write_json(path / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos[0]})
     if _has_tokenizer(spec):
         write_tokenizer(path, spec)
     _write_weights(path, spec)

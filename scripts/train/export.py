@@ -41,7 +41,7 @@ def save(directory: Path, state: dict[str, Tensor], shape: Shape, tokenizer: Tok
     """Write the checkpoint (all but training.json). Returns the directory's bytes."""
     directory.mkdir(parents=True, exist_ok=True)
     start, end = special_ids(tokenizer)
-    generation = {"bos_token_id": start, "do_sample": True, "eos_token_id": [end], "pad_token_id": end}
+    generation = {"bos_token_id": start, "eos_token_id": [end], "pad_token_id": end}
     for name, content in {"config.json": shape.config(end), "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     save_tokenizer(tokenizer, directory)

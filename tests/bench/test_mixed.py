@@ -25,7 +25,7 @@ class Clocked:
 
     def add(self, request: Request) -> int:
         id = len(self.left)
-        self.left[id], self.wanted[id] = len(request.ids), request.params.max_new_tokens
+        self.left[id], self.wanted[id] = len(request.ids), request.params.max_new_tokens or 0
         return id
 
     def step(self) -> list[Event]:

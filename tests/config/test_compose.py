@@ -1,6 +1,7 @@
 """Configuration: text is literal, every mistake is one line that names value and remedy, nothing is written to disk."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 
 from epmoe.bench.options import BenchConfig, LoadConfig, StartConfig
 from epmoe.config import compose
-from epmoe.config.compose import conf_dir, from_keys, parse, presets
+from epmoe.config.compose import conf_dir, from_keys, parse, presets, to_keys
 from epmoe.config.keys import Names, groups_of, keys_of
 from epmoe.config.schema import Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
@@ -105,8 +106,30 @@ def test_presets(group: str) -> None:
 def test_a_key_overrides_its_preset_whatever_the_order() -> None:
     assert parse(["sampling.temperature=0.5", "sampling=sample"]).sampling.temperature == 0.5
     assert parse(["sampling=sample", "sampling.seed=7"]).sampling == dataclasses.replace(
-        parse([]).sampling, temperature=1.0, seed=7
+        parse(["sampling=sample"]).sampling, seed=7
     )
+    assert parse(["sampling=sample", "sampling.temperature="]).sampling.temperature is None
+
+
+def test_a_configuration_travels_as_keys() -> None:
+    """To another process: through JSON, and it is the same one."""
+    for keys in ({}, {"sampling": "focused", "runtime": {"device": "cpu", "timeout_s": 5}, "sampling.stop": ["a", "b"],
+                      "template": {"x": [1, {"y": None}]}, "system": "s", "sampling.stop_token_ids": [3]}):  # fmt: skip
+        config = from_keys(keys)
+        assert from_keys(json.loads(json.dumps(to_keys(config)))) == config
+
+
+def test_other_spellings_of_a_key() -> None:
+    assert parse(["max_tokens=5"]) == parse(["max_new_tokens=5"]) == parse(["max_tokens=5", "max_new_tokens=5"])
+    assert from_keys({"max_tokens": 5}).max_new_tokens == 5
+    for given in (lambda: parse(["max_new_tokens=5", "max_tokens=6"]),
+                  lambda: from_keys({"max_tokens": 6, "max_new_tokens": 5})):  # fmt: skip
+        with pytest.raises(UserError, match=r"^max_tokens=6 and max_new_tokens=5 are one key in two spellings"):
+            given()
+    with pytest.raises(UserError, match=r"^max_new_tokens='many' is not a whole number"):
+        parse(["max_tokens=many"])
+    with pytest.raises(UserError, match="means nothing to"):
+        parse(["max_tokens=5"], BenchConfig)
 
 
 # command line → what the one line must say
@@ -128,7 +151,7 @@ MISTAKES = {
     "preset as dictionary": (["sampling={temperature:1}"], ["unknown preset", "greedy"]),
     "not whole": (["max_new_tokens=1.5"], ["max_new_tokens='1.5'", "a whole number, at least 1"]),
     "word for number": (["runtime.threads=many"], ["runtime.threads='many'", "a whole number"]),
-    "empty for number": (["max_new_tokens="], ["max_new_tokens=''", "a whole number"]),
+    "empty for number": (["runtime.max_batch="], ["runtime.max_batch=''", "a whole number"]),
     "null for number": (["sampling.top_p=null"], ["sampling.top_p='null'", "a number above 0 and at most 1"]),
     "truth for number": (["runtime.page=true"], ["runtime.page='true'", "a whole number"]),
     "word for truth": (["runtime.progress=maybe"], ["runtime.progress='maybe'", "true or false"]),
@@ -218,12 +241,12 @@ def test_help_names_every_key_preset_and_table_entry(
     for group in groups_of(schema):
         assert all(f"  {group}={name}" in shown for name in presets(group))
     assert [line.split()[0] for line in shown.splitlines() if line.endswith("(default)")] == [
-        f"{group}={'greedy' if group == 'sampling' else 'default'}" for group in groups_of(schema)]  # fmt: skip
+        f"{group}=default" for group in groups_of(schema)]  # fmt: skip
 
 
 def test_the_help_promises_the_seed_no_more_than_holds() -> None:
     """combine=all_reduce sums in an order that depends on the number of ranks (tests/whole/test_bitwise.py)."""
-    assert KEYS["sampling.seed"].about.endswith("; with combine=slots on any number of ranks")
+    assert "same tokens (combine=slots: on any ranks);" in KEYS["sampling.seed"].about
 
 
 def test_cfg_job_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +298,7 @@ PYTHON_MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "number as text": ({"runtime.page": "4"}, ["runtime.page='4' is not a whole number from 1 to 65536"]),
     "truth as number": ({"runtime.progress": 1}, ["runtime.progress=1 is not true or false"]),
     "number as truth": ({"runtime": {"page": True}}, ["runtime.page=True is not a whole number"]),
-    "text as list": ({"sampling": {"stop": "abc"}}, ["sampling.stop='abc' is not a list of texts"]),
+    "number as list": ({"sampling": {"stop": 3}}, ["sampling.stop=3 is not a list of texts"]),
     "nothing": ({"checkpoint": None}, ["checkpoint=None is not text"]),
     "range": ({"sampling.top_p": 0}, ["sampling.top_p=0 is out of range", "above 0 and at most 1"]),
     "too large for a number": ({"sampling.top_k": 2**63}, ["out of range"]),

@@ -56,6 +56,7 @@ def test_a_request_and_the_configuration_share_every_declaration() -> None:
         "min_p",
         "repetition_penalty",
         "seed",
+        "n",
         "logprobs",
     }
     assert all(isinstance(asked[name].allowed, Range) for name in numbers)
@@ -75,6 +76,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),
     "repetition_penalty": ([1e-6, 0.5, 1e6], [0, 0.0, -1, 0.9e-6, 1e7, float("inf"), float("nan")]),
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "n": ([1, 1024], [0, 1025]),
     "logprobs": ([0, 100], [-1, 101]),
     "max_new_tokens": ([1, 2**63 - 1], [0, -1]),
 }
@@ -99,7 +101,8 @@ def test_ranges_of_sampling(name: str) -> None:
 def test_a_request_checks_types_and_brings_values_to_them() -> None:
     params = SamplingParams(temperature=1, stop=["a", "b"])  # type: ignore[arg-type]
     assert type(params.temperature) is float and params.stop == ("a", "b")
-    for wrong in ({"top_k": 2.0}, {"seed": True}, {"temperature": "hot"}, {"stop": "text"}, {"ignore_eos": 1}):
+    assert SamplingParams(stop="ab").stop == ("ab",)  # type: ignore[arg-type]
+    for wrong in ({"top_k": 2.0}, {"seed": True}, {"temperature": "hot"}, {"stop": 3}, {"n": 1.0}, {"ignore_eos": 1}):
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name}=.* is not "):
             SamplingParams(**wrong)

@@ -73,7 +73,7 @@ def mixed() -> list[Request]:
     for index, request in enumerate(bitwise_requests(300) * 2):
         kind = request.params
         changed = {"max_new_tokens": 4 + 5 * (index % 5), "logprobs": index % 3, "ignore_eos": index % 4 == 3}
-        params = SamplingParams(**{**vars(kind), **changed, "seed": kind.seed + index})
+        params = SamplingParams(**{**vars(kind), **changed, "seed": (kind.seed or 0) + index})
         found.append(Request(request.ids[index // 6 :] or (index,), params))
     return found
 

@@ -248,13 +248,14 @@ CASES = {
 def test_filters_keep_what_transformers_keeps(case: str) -> None:
     """Random float32 logits have no ties, where the two define top-k differently."""
     params = CASES[case]
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        warpers.append(MinPLogitsWarper(params.min_p))
+    temperature, top_k, top_p, min_p, _ = params.row()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(int(top_k)))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     for seed in range(5):
         row = logits(1, 500, seed)
         # transformers' float64 copy: its float32 cumulated sums move the border by a token now and then

@@ -111,7 +111,7 @@ def logits_of(tokens: list[int]) -> torch.Tensor:
 def expected(request: Request, max_positions: int = 400) -> tuple[tuple[int, ...], str]:
     """The same by hand, for greedy requests: one token after the other."""
     ids = list(request.ids)
-    for _ in range(request.params.max_new_tokens):
+    for _ in range(request.params.max_new_tokens or 0):
         ids.append(int(logits_of(ids).argmax()))
         if ids[-1] == EOS and not request.params.ignore_eos:
             return tuple(ids[len(request.ids) :]), "eos"

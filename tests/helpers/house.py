@@ -33,7 +33,7 @@ FLOORS = (
     {"text"},
     {"llm"},
     {"__init__"},
-    {"bench", "demo", "generate", "serve"},
+    {"bench", "demo", "follow", "generate", "serve"},
 )
 
 PARAMETERS, FILE_LINES, FUNCTION_LINES = 6, 400, 50

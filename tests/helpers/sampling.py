@@ -16,6 +16,7 @@ def sample(
 ) -> torch.Tensor:
     """`sampler.sample` at the least level that serves these rows; [B] on the logits' device."""
     assert len(params) == len(positions) == logits_BV.shape[0]
+    params = [each.settled() for each in params]
     assert seen_BV is not None or all(each.repetition_penalty == 1 for each in params), "a penalty needs the ids seen"
     level = max((each.level for each in params), default=Level.GREEDY)
     position_B = torch.tensor(positions, dtype=torch.int64, device=logits_BV.device)

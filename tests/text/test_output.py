@@ -162,6 +162,7 @@ def test_record_of_a_request(tokenizer: Tokenizer) -> None:
             }
         ],
         "finish_reason": "stop",
+        "seed": 0,
         "first_token_s": 0.25,
         "total_s": 0.5,
         "logprobs": [{"logprob": -0.5, "top": [[97, -0.5], [98, -2.0]]}],

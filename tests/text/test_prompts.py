@@ -105,7 +105,12 @@ BAD_LINES = {
     "seed=True is not": {"prompt": "a", "seed": True},
     "top_p": {"prompt": "a", "top_p": 1.5},
     "top_p=0.0 is out of range": {"prompt": "a", "top_p": 0.0},
-    "stop=": {"prompt": "a", "stop": "text"},
+    "stop=": {"prompt": "a", "stop": 3},
+    "max_tokens=2 and max_new_tokens=3 are one key in two spellings": {
+        "prompt": "a",
+        "max_tokens": 2,
+        "max_new_tokens": 3,
+    },
     "max_new_tokens=2.5 is not": {"prompt": "a", "max_new_tokens": 2.5},
     "max_new_tokens=0 is out of range": {"prompt": "a", "max_new_tokens": 0},
 }
@@ -125,7 +130,7 @@ def test_a_line_is_checked_like_the_command_line(file: Callable[..., str]) -> No
     name = file("p.jsonl", {"prompt": "a", "top_k": 5, "temperature": 1, "stop": ["${x}", "a"]}, {"prompt": "b"})
     changed, unchanged = (prompt.params for prompt in read(config(f"prompts={name}", "sampling=sample")))
     assert changed == replace(unchanged, top_k=5, temperature=1, stop=("${x}", "a"))
-    assert unchanged == SamplingParams(temperature=1.0)
+    assert unchanged == SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     for wrong, says in {
         "top_k": "a whole number",
         "ignore_eos": "true or false",
