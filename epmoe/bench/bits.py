@@ -46,7 +46,10 @@ The table goes to standard output and ends in one line of JSON."""
     size: str | None = key(None, "random weights of this size", Names(table="epmoe.weights.synthetic:SIZES"))
     prompts: int = key(32, "prompts that are compared", Range(low=2))
     longest: int = key(300, "tokens of the longest prompt; the shortest has 1", Range(low=2))
-    new: int = key(48, "new tokens of each", Range(low=1))
+    new: int = key(48, "new tokens of each", Range(low=2))
+    company: int = key(
+        256, "sequences of the largest batch: the prompts, and others that are not compared", Range(low=2)
+    )
 
     def check(self) -> None:
         if self.size and self.checkpoint:
@@ -63,9 +66,11 @@ class Way:
     graphs: bool = True  # where there can be any
     reverse: bool = False  # the last prompt comes first
     abort: bool = False  # another prompt comes first and is put away while the others run
+    others: int = 0  # prompts beside these, which are not compared
+    again: bool = False  # the first half of what was answered is part of the prompt, and only the rest is compared
 
 
-def ways(prompts: int) -> list[Way]:
+def ways(prompts: int, company: int) -> list[Way]:
     """The first one is what the others are compared with."""
     return [
         Way(f"a batch of {prompts}", prompts),
@@ -77,6 +82,8 @@ def ways(prompts: int) -> list[Way]:
         Way("alone", 1),
         Way("prompts in chunks of 64", prompts, chunk=64),
         Way("prompts in chunks of 1000", prompts, chunk=1000),
+        Way(f"among {company}", company, chunk=2000, others=max(0, company - prompts)),
+        Way("half of the answer computed again", prompts, again=True),
     ]
 
 
@@ -96,6 +103,30 @@ def requests(config: BitsConfig, vocab: int) -> list[Request]:
     ]
 
 
+def continued(asked: Sequence[Request], results: Sequence[Result], new: int) -> list[Request]:
+    """The prompts with so many tokens of their answers, and what is left of their lengths."""
+    return [
+        Request(request.ids + result.ids[:new], replace(request.params, max_new_tokens=len(result.ids) - new))
+        for request, result in zip(asked, results, strict=True)
+    ]
+
+
+def rest(result: Result, new: int) -> Result:
+    """Without the first so many tokens."""
+    return replace(result, ids=result.ids[new:], logprobs=result.logprobs[new:])
+
+
+def others(count: int, vocab: int) -> list[Request]:
+    """Short prompts, some of which end before those that are compared."""
+    rng = random.Random(1)
+    return [
+        Request(
+            tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 40))), SamplingParams(max_new_tokens=1 + n % 60)
+        )
+        for n in range(count)
+    ]
+
+
 def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
     """Results in the prompts' order; a collective."""
     config = replace(
@@ -103,6 +134,7 @@ def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
     )
     engine = Engine(llm.model, llm.cache, llm.ranks, config)
     ordered = list(asked)[::-1] if way.reverse else list(asked)
+    ordered += others(way.others, llm.architecture.vocab)
     engine.prepare(Workload.of(ordered, way.batch))
     other = engine.add(ordered[-1]) if way.abort else None
     ids = [engine.add(request) for request in ordered]
@@ -114,7 +146,7 @@ def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
         if steps == 3 and other is not None:
             engine.abort(other)
     engine.graphs.close()
-    results = [found[id] for id in ids]
+    results = [found[id] for id in ids[: len(asked)]]
     return results[::-1] if way.reverse else results
 
 
@@ -128,19 +160,22 @@ def compare(found: Sequence[Result], expected: Sequence[Result]) -> tuple[int, i
 
 def bits() -> None:
     config = parse(sys.argv[2:], BitsConfig)
-    config = replace(config, runtime=replace(config.runtime, max_batch=config.prompts))
+    most = max(config.prompts, config.company)
+    config = replace(config, runtime=replace(config.runtime, max_batch=most))
     with join(config) as ranks:
         source = RandomCheckpoint.of(config.size) if config.size else Checkpoint.open(resolve(config.checkpoint))
         llm = LLM.opened(config, ranks, source)
         asked = requests(config, llm.architecture.vocab)
         llm.check(asked)
-        llm.load([request.cached(llm.architecture.max_positions) for request in asked])
+        needed = [*asked, *others(most - config.prompts, llm.architecture.vocab)]
+        llm.load([request.cached(llm.architecture.max_positions) for request in needed])
         rows: list[dict[str, Any]] = []
         first: list[Result] = []
-        for way in ways(config.prompts):
-            results = run(llm, way, asked)
+        for way in ways(config.prompts, most):
+            half = config.new // 2 if way.again else 0
+            results = run(llm, way, continued(asked, first, half) if way.again else asked)
             first = first or results
-            tokens, same = compare(results, first)
+            tokens, same = compare(results, [rest(each, half) for each in first])
             rows.append({**asdict(way), "tokens": tokens, "bits": same})
         if ranks.is_main:
             print(table(rows, config.prompts))

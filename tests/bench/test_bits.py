@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.nn import functional
 
-from epmoe.bench.bits import BitsConfig, compare, requests, ways
+from epmoe.bench.bits import BitsConfig, compare, continued, requests, rest, run, ways
 from epmoe.config.compose import parse
 from epmoe.engine.request import Result, TokenLogprobs
 from epmoe.errors import UserError
+from epmoe.kernels import linear as kernels_linear
+from epmoe.layers import linear as layers_linear
+from epmoe.llm import LLM, join
 from epmoe.weights.synthetic import make_checkpoint
 
 
@@ -30,9 +34,10 @@ def command(*keys: str, ranks: int = 1, timeout: float = 120) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_command(ranks: int) -> None:
     """And what it finds: every bit is the same in any company."""
-    found = command("runtime=cpu", "size=tiny", "prompts=12", "longest=140", "new=6", ranks=ranks)
+    keys = ("runtime=cpu", "size=tiny", "prompts=12", "longest=140", "new=6", "company=30")
+    found = command(*keys, ranks=ranks)
     assert found["ranks"] == ranks and found["model"] == "random-tiny"
-    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in ways(12)}
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in ways(12, 30)}
 
 
 def test_requests_are_greedy_and_sampled_and_of_every_length() -> None:
@@ -50,6 +55,16 @@ def test_one_bit_is_seen() -> None:
     assert compare([one, replace(one, ids=(8,))], [one, one]) == (1, 1)
 
 
+def test_what_is_computed_again() -> None:
+    """Half of an answer becomes prompt; the rest is compared."""
+    (asked, *_) = requests(parse(["size=tiny", "prompts=2", "longest=20", "new=6"], BitsConfig), 320)
+    logprobs = [TokenLogprobs(-0.5, ((id, -0.5),)) for id in range(6)]
+    whole = Result(tuple(range(6)), "length", 0.0, 0.0, tuple(logprobs))
+    (again,) = continued([asked], [whole], 3)
+    assert again.ids == (*asked.ids, 0, 1, 2) and again.params == replace(asked.params, max_new_tokens=3)
+    assert rest(whole, 3).ids == (3, 4, 5) and rest(whole, 3).logprobs == tuple(logprobs[3:])
+
+
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="exclude each other"):
         parse(["size=tiny", "checkpoint=somewhere"], BitsConfig)
@@ -63,5 +78,26 @@ def test_mistakes() -> None:
 def test_bits_follow_no_batch_on_a_gpu(tmp_path: Path, experts: int) -> None:
     """gpt-oss's layer shapes."""
     path = make_checkpoint(tmp_path / "shapes", "20b", layers=2, experts=experts, vocab=20_000, shards=1)
-    found = command(f"checkpoint={path}", "prompts=40", timeout=500)
-    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 40 for way in ways(40)}
+    found = command(f"checkpoint={path}", "prompts=40", "longest=6000", timeout=500)
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 40 for way in ways(40, 256)}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_librarys_own_product_is_seen(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's projections by the library as it is, which picks an order by the number of rows: bits follow that."""
+    sizes: dict[str, Any] = {"layers": 2, "vocab": 20_000} if device == "cuda" else {"vocab": 200}
+    path = make_checkpoint(tmp_path / "shapes", "20b" if device == "cuda" else "tiny", shards=1, **sizes)
+    config = parse([f"checkpoint={path}", "prompts=12", "longest=60", "new=8", f"runtime.device={device}"], BitsConfig)
+    with join(config) as ranks:
+        llm = LLM.opened(config, ranks)
+        asked = requests(config, llm.architecture.vocab)
+        llm.load()
+
+        def same() -> int:
+            together, alone = (run(llm, way, asked) for way in ways(12, 12) if way.name in ("a batch of 12", "alone"))
+            return compare(alone, together)[1]
+
+        assert same() == 12
+        own: Any = kernels_linear if device == "cuda" else layers_linear
+        monkeypatch.setattr(own, "linear", lambda x_TH, layer: functional.linear(x_TH, layer.weight, layer.bias))
+        assert same() < 12
