@@ -72,8 +72,8 @@ LENGTHS = [5, 10, 34, 21, 40, 11]
 
 
 def compare(path: Path, device: str, names: dict[str, Any]) -> None:
+    exact, filled, mixed = (Served(path, device, names, LENGTHS) for _ in range(3))
     with torch.inference_mode():
-        exact, filled, mixed = (Served(path, device, names, LENGTHS) for _ in range(3))
         for rows, work, tokens in STEPS:
             wanted_OV = exact.step(rows, work, None, True)
             assert len(wanted_OV) and wanted_OV.isfinite().all()
