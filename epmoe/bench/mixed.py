@@ -26,7 +26,7 @@ PIECE = 256
 
 def decoded_tokens(tokens: int, samples: int) -> int:
     """New tokens of each sequence that decodes: more than the run has steps."""
-    return (samples + 1) * (-(-tokens // PIECE) + 2 + SETTLE)
+    return (samples + 1) * (-(-tokens // PIECE) + 3 + SETTLE)
 
 
 class Watched:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 from epmoe import strictjson
@@ -249,6 +249,15 @@ class Key:
 
 def keys_of(schema: type) -> Mapping[str, Key]:
     """Every key of a schema by its full name, those of its groups behind its own."""
+    if schema not in _keys:
+        _keys[schema] = MappingProxyType(_read_keys(schema))
+    return _keys[schema]
+
+
+_keys: dict[type, Mapping[str, Key]] = {}  # each request asks for those of SamplingParams
+
+
+def _read_keys(schema: type) -> dict[str, Key]:
     own, grouped = {}, {}
     for item in fields(schema):
         if is_dataclass(item.type):

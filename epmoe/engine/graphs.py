@@ -23,11 +23,11 @@ from epmoe.engine.request import Variant
 from epmoe.engine.step import StaticStep
 from epmoe.errors import UserError
 from epmoe.kernels.capture import Capture, Graph
-from epmoe.kernels.rehearsal import rehearsing
 from epmoe.layers.attention import WAITING
 from epmoe.layers.twin import torch_only
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import overwrite
+from epmoe.rehearsal import rehearsing
 from epmoe.streams import on_terminal, tell
 
 # Up to so many rows, in steps of so many. Small batches double; then steps stay small against the batch: a row too many

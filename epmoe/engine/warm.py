@@ -1,7 +1,7 @@
 """Prefills of every kind that a workload can lead to and no graph holds, run before the first request, so that nothing
 compiles after it.
 
-They are brief (epmoe/kernels/rehearsal.py). Which kinds there are the model knows: it asks its kernels and backends,
+They are brief (epmoe/rehearsal.py). Which kinds there are the model knows: it asks its kernels and backends,
 whose tiles follow the number of tokens.
 """
 
@@ -14,9 +14,9 @@ from epmoe.engine.graphs import Graphs, with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
 from epmoe.engine.scheduler import pieces
-from epmoe.kernels.rehearsal import brief, rehearsing
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
+from epmoe.rehearsal import brief, rehearsing
 
 Prefill = tuple[int, int]  # tokens of a step together, and of one prompt at most
 

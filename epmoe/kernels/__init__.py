@@ -20,7 +20,6 @@ This file imports no triton, so that a machine without a GPU can ask.
     sequence_state.py   what surrounds the model in a decode step
     capture.py          CUDA graphs
     compile_ahead.py    all kernels of a start compiled in parallel
-    rehearsal.py        passes that only warm up; those that name kernels and launch none
     symmetric.py        memory that the GPUs of one node map into each other
     gpu.py              a GPU's generation; kernels that begin before the one in front has ended
 """

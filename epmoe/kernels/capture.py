@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from epmoe.kernels.rehearsal import brief
+from epmoe.rehearsal import brief
 
 Graph = torch.cuda.CUDAGraph
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import triton
 
-from epmoe.kernels.rehearsal import rehearsal
 from epmoe.ranks.mesh import Ranks
+from epmoe.rehearsal import rehearsal
 from epmoe.streams import tell
 
 NAMED = object()  # in the place of a kernel until it is compiled

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from epmoe.kernels.product import Tile, tiled
-from epmoe.kernels.rehearsal import rehearsing
+from epmoe.rehearsal import rehearsing
 
 # What the library is compared with, and what runs where it differs. One H200: 14.5 and 16.5 µs for 64 rows of q/k/v and
 # of the output projection, the library 12.1 and 12.0; 26 and 17.6 for 128, the library 13.3 and 13.0.

@@ -22,7 +22,6 @@ from epmoe import kernels
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
-from epmoe.kernels.rehearsal import is_brief
 from epmoe.layers.attention import Attention, Where
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
@@ -30,6 +29,7 @@ from epmoe.layers.rotary import Rope, Rotary
 from epmoe.layers.twin import twin
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.layer import MoE
+from epmoe.rehearsal import is_brief
 
 
 @dataclass(frozen=True)

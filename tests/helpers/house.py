@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     {"streams"},
     {"errors"},
-    {"batch", "strictjson", "tables", "trace"},
+    {"batch", "rehearsal", "strictjson", "tables", "trace"},
     {"config", "formats", "ranks"},
     {"cache"},
     {"kernels"},

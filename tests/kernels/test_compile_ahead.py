@@ -24,12 +24,12 @@ from epmoe.kernels import compile_ahead
 from epmoe.kernels.compile_ahead import compiling
 from epmoe.kernels.few import few
 from epmoe.kernels.product import Tile, tiled
-from epmoe.kernels.rehearsal import Zeroed, rehearsing
 from epmoe.layers.twin import switched
 from epmoe.models.decoder import Decoder
 from epmoe.moe.experts import triton as experts
 from epmoe.moe.router import triton as router
 from epmoe.ranks.mesh import Ranks
+from epmoe.rehearsal import rehearsing, zeroed
 from epmoe.weights.synthetic import make_checkpoint
 
 TILES = (Tile(64, 16, 64, 4, 2), Tile(64, 32, 64, 4, 2))
@@ -216,6 +216,6 @@ def test_a_model_compiles_nothing_after_its_rehearsal(checkpoint: Path, tmp_path
                 found.wait(120)
             assert len(found.made) == len(found.jobs) >= 15 and not gpu.launched
             patch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
-            with Zeroed():  # for what no kernel fills here
+            with zeroed():  # for what no kernel fills here
                 steps(model, cache)
     assert not late and len(gpu.launched) > 100

@@ -13,12 +13,16 @@ so no collective waits for a rank that does not come.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+# What allocates memory for a kernel to fill, and what takes its place in a rehearsal. (A TorchDispatchMode would see
+# every allocation, and imports torch._dynamo: two seconds of a start.)
+ALLOCATIONS = (
+    (torch, "empty", torch.zeros),
+    (torch, "empty_like", torch.zeros_like),
+    (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+)
 
 _brief = _rehearsing = False
 
@@ -50,15 +54,20 @@ def rehearsal() -> Iterator[None]:
     global _rehearsing
     _rehearsing = True
     try:
-        with brief(), Zeroed():
+        with brief(), zeroed():
             yield
     finally:
         _rehearsing = False
 
 
-class Zeroed(TorchDispatchMode):
-    """New memory holds zeros."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out.zero_() if isinstance(out, torch.Tensor) and func._schema.name in ALLOCATIONS else out
+@contextmanager
+def zeroed() -> Iterator[None]:
+    """New memory holds zeros within the block."""
+    kept = [getattr(owner, name) for owner, name, _ in ALLOCATIONS]
+    for owner, name, zeros in ALLOCATIONS:
+        setattr(owner, name, zeros)
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(ALLOCATIONS, kept, strict=True):
+            setattr(owner, name, function)

@@ -1,5 +1,7 @@
 """Passes that only warm up: which layers they run, and what a rehearsal does not keep."""
 
+import re
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,14 @@ import torch
 from loading import load_rank
 from steps import make_step
 
+import epmoe
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels import vendor
-from epmoe.kernels.rehearsal import brief, is_brief, rehearsal, rehearsing
+from epmoe.rehearsal import brief, is_brief, rehearsal, rehearsing
 from epmoe.weights.synthetic import make_checkpoint
+
+DYNAMO = "torch._dynamo" in sys.modules
+REAL = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
 
 def layers_run(path: Path, *, briefly: bool) -> list[int]:
@@ -41,8 +47,25 @@ def test_a_brief_pass_runs_a_layer_of_each_kind(tmp_path: Path) -> None:
 def test_new_memory_holds_zeros() -> None:
     x = torch.full((3,), 7)
     with rehearsal():
-        new = torch.empty(1000), torch.empty_like(x), x.new_empty(4), torch.empty_strided((2, 2), (1, 2)), x + 1
+        new = torch.empty(1000), torch.empty_like(x), x.new_empty(4), torch.empty(2, 3, dtype=torch.int32), x + 1
+        assert "torch._dynamo" not in sys.modules or DYNAMO
     assert [each.count_nonzero().item() for each in new] == [0, 0, 0, 0, 3]
+    assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == REAL
+
+
+def test_all_allocations_of_kernels_are_known() -> None:
+    """What is not filled with zeros in a rehearsal is not used beside a kernel."""
+    root = Path(epmoe.__file__).parent
+    files = [
+        *root.glob("kernels/**/*.py"),
+        *root.glob("moe/**/*.py"),
+        *root.glob("layers/*.py"),
+        *root.glob("engine/*.py"),
+    ]
+    names = {
+        name for file in files for name in re.findall(r"\.((?:new_)?empty(?:_like|_strided)?)\(", file.read_text())
+    }
+    assert names == {"empty", "empty_like", "new_empty"}
 
 
 def test_it_ends_with_its_block() -> None:
