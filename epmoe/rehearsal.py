@@ -13,12 +13,13 @@ so no collective waits for a rank that does not come.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 # What allocates memory for a kernel to fill, and what takes its place in a rehearsal. (A TorchDispatchMode would see
 # every allocation, and imports torch._dynamo: two seconds of a start.)
-ALLOCATIONS = (
+ALLOCATIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch, "empty", torch.zeros),
     (torch, "empty_like", torch.zeros_like),
     (torch.Tensor, "new_empty", torch.Tensor.new_zeros),

@@ -62,9 +62,8 @@ def test_all_allocations_of_kernels_are_known() -> None:
         *root.glob("layers/*.py"),
         *root.glob("engine/*.py"),
     ]
-    names = {
-        name for file in files for name in re.findall(r"\.((?:new_)?empty(?:_like|_strided)?)\(", file.read_text())
-    }
+    calls = re.compile(r"\.((?:new_)?empty(?:_like|_strided)?)\(")
+    names = {name for file in files for name in calls.findall(file.read_text())}
     assert names == {"empty", "empty_like", "new_empty"}
 
 

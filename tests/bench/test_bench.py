@@ -309,7 +309,7 @@ RUN_MISTAKES = {
     ),
     "too long": (["prefill=1x600"], "prefill=1x600 needs 601 positions"),
     "too long a first prompt": (["first=4,512"], "first=512 needs 513 positions"),
-    "too many mixed steps": (["samples=60"], "mixed=2x6 needs 676 positions"),
+    "too many mixed steps": (["samples=60"], "mixed=2x6 needs 737 positions"),
     "too small a cache": (["runtime.cache_tokens=40"], "raise runtime.cache_tokens"),
 }
 
