@@ -349,7 +349,9 @@ class LLM:
         each = each_of(call, params, len(given))
         default = self.defaults or SamplingParams()
         asked = [own.over(default) for own in each]
-        purpose = f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})"
+        purpose = ""
+        if self.ranks.size > 1:
+            purpose = f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})"
         return purpose, lambda: encoded(given, asked, self.tokenizer, self.config)
 
     def _shared(self, call: str, purpose: str, make: Callable[[], list[Request]] = list) -> list[Request]:
