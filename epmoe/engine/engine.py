@@ -113,13 +113,19 @@ class Engine:
         at_once = at_once and load.prefill_tokens <= self.prefill_chunk
         rows = min(self.max_batch, load.sequences)
         most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else rows)
-        totals = [size for size in token_buckets(most)[-1 if at_once else 0 :] if size <= self.most_tokens]
+        totals = self._totals(most, load.sequences, at_once=at_once)
         prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture else 0)
         kinds = self.graphs.missing(load.variants(), rows, totals, mixed=not at_once)
         if prefills or kinds:
             if self.graphs.capture:
                 self._rehearse(load, prefills, kinds)
             self._warm_up(load, prefills, kinds)
+
+    def _totals(self, most: int, prompts: int, *, at_once: bool) -> list[int]:
+        """Buckets of steps of up to so many tokens and prompts; `at_once`: of just as many."""
+        sizes, room = token_buckets(self.most_tokens), self.runner.static.most
+        enough = [size for size in sizes if size >= most and room(size, rows=False) >= prompts]
+        return enough[:1] if at_once else [size for size in sizes if size <= min(enough, default=self.most_tokens)]
 
     def _rehearse(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
         """Compile the kernels of `_warm_up`. Only of what can be captured, and so reads nothing on the host."""

@@ -132,9 +132,8 @@ class Graphs:
 
     def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
-        tokens = len(ragged.given)
         part = "mixed" if ragged.rows else "prompts"
-        sizes = [kind.size for kind in self.graphs if kind.part == part and kind.size >= tokens]
+        sizes = [kind.size for kind in self.graphs if kind.part == part and self.holds(kind, ragged)]
         self.static.order_step(ragged)
         if sizes:
             self._run(Kind(part, min(sizes), None))
@@ -144,6 +143,11 @@ class Graphs:
             count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
             self._run(Kind("head", count, variant))
         return self.static.id_M[: len(ragged.outputs)]
+
+    def holds(self, kind: Kind, ragged: Ragged) -> bool:
+        """Whether a body has room for a step."""
+        most = self.static.most(kind.size, rows=kind.part == "mixed")
+        return len(ragged.given) <= kind.size and max(len(ragged.spans), len(ragged.outputs)) <= most
 
     def missing(self, variants: Iterable[Variant], most: int, totals: Sequence[int], *, mixed: bool) -> list[Kind]:
         """The parts that a load needs and that were not run before, the largest first: the others fit its memory.

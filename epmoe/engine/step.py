@@ -83,6 +83,15 @@ class StaticStep:
         norm_BH = self.model.hidden(Step(token_B, position_B, sequence_B), self.cache)
         self._choose(norm_BH, sequence_B, next_B, variant)
 
+    def most(self, tokens: int, *, rows: bool) -> int:
+        """Pieces of prompts, and outputs, that a `body` of so many tokens has room for.
+
+        All of M beside rows, which are outputs too, and in the largest body; else a quarter of the tokens: room that is
+        not used takes time (a program that finds nothing to do for each piece, a row of the last layer's experts).
+        """
+        every = rows or tokens == len(self.given_T)
+        return min(tokens, len(self.row_M), len(self.row_M) if every else max(8, tokens // 4))
+
     def order_step(self, ragged: Ragged) -> None:
         """Tell `body` and `head` what to do. What is beyond its tokens and outputs is nobody's."""
         order = staging(self.order)
@@ -106,7 +115,7 @@ class StaticStep:
 
         No size in it depends on anything but `tokens`, and on whether there may be `rows` beside the prompts.
         """
-        most = min(tokens, len(self.row_M))
+        most = self.most(tokens, rows=rows)
         self._keep(
             Step(
                 token_T=self.state.tokens(self.given_T[:tokens]),

@@ -115,6 +115,16 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     assert len(model.prefills()) == len(steps)  # once is enough
 
 
+def test_steps_that_are_captured() -> None:
+    """By what a load can lead to: all buckets up to the most; of requests that come at once the one that they need."""
+    tested = engine(max_batch=20, prefill_chunk=100)
+    assert tested.most_tokens == 128
+    assert tested._totals(40, 3, at_once=True) == [64] and tested._totals(40, 3, at_once=False) == [16, 32, 64]
+    assert tested._totals(20, 20, at_once=True) == [128]  # room for twenty prompts
+    assert tested._totals(500, 3, at_once=True) == []  # runs as it is
+    assert tested._totals(500, 3, at_once=False) == [16, 32, 64, 128]
+
+
 @torch.inference_mode()
 def test_prefills_run_beforehand_are_as_large_as_any_later() -> None:
     """A cache that holds few requests with their new tokens may hold many prompts of others."""

@@ -71,10 +71,10 @@ STEPS: list[tuple[list[int], list[tuple[int, int]], int]] = [
 LENGTHS = [5, 10, 34, 21, 40, 11]
 
 
-def compare(path: Path, device: str, names: dict[str, Any]) -> None:
+def compare(path: Path, device: str, names: dict[str, Any], steps: int = len(STEPS)) -> None:
     exact, filled, mixed = (Served(path, device, names, LENGTHS) for _ in range(3))
     with torch.inference_mode():
-        for rows, work, tokens in STEPS:
+        for rows, work, tokens in STEPS[:steps]:
             wanted_OV = exact.step(rows, work, None, True)
             assert len(wanted_OV) and wanted_OV.isfinite().all()
             for way, alone in ((filled, True), (mixed, False)):
@@ -93,7 +93,7 @@ def test_filled_up_it_is_the_step_in_the_interpreter(tiny_checkpoint: Path) -> N
 
 def interpreted_compare(path: Path) -> None:
     with switched(interpreted=True):
-        compare(path, "cpu", {"dtype": "float32", "experts": "triton", "router": "triton"})
+        compare(path, "cpu", {"dtype": "float32", "experts": "triton", "router": "triton"}, steps=2)  # it is slow
 
 
 @pytest.mark.gpu
@@ -113,3 +113,14 @@ def test_parts_of_the_vocabulary(size: int) -> None:
     assert all(edge % 16384 == 0 for edge in edges[:-1])
     counts = [-(-(b - a) // 16384) for a, b in pairwise(edges)]
     assert min(counts) >= 1 and max(counts) - min(counts) <= 1
+
+
+def test_room_for_prompts(tiny_checkpoint: Path) -> None:
+    """A quarter of the tokens, at least eight; all beside rows and in the largest; never more than there can be."""
+    model, _ = load_rank(tiny_checkpoint, 0, 1, progress=False)
+    config = model.config
+    cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=400, sequences=100), "cpu")
+    static = StaticStep(model, cache, State(cache, config.vocab, rank_of(0, 1)), 100, 512)
+    sizes = (4, 16, 64, 256, 500, 512)
+    assert [static.most(size, rows=False) for size in sizes] == [4, 8, 16, 64, 100, 100]
+    assert [static.most(size, rows=True) for size in sizes] == [4, 16, 64, 100, 100, 100]

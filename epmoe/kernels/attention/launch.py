@@ -25,7 +25,7 @@ from epmoe.kernels.gpu import dependent, generation
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
 # again, are few. It sets the order of summation, so it is one number for all batches and lengths.
 SPLIT = 256
-# Splits that the combining kernel asks for before it adds the first of them.
+# Splits that are under way while the combining kernel adds one: 2 KB of shared memory each.
 AHEAD = 8
 
 
