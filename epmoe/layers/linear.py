@@ -1,7 +1,8 @@
 """A linear layer of a step's tokens, y = x · weightᵀ + bias: attention's projections; the library's float32 products.
 
 A row's bits must not follow from how many rows come with it, and a library picks its order of summation by the shape of
-a product. So on a CPU all products with one weight have one shape: TILE rows, the last ones filled up.
+a product. So all products with one weight have one shape: as many rows as a tile has, the last ones filled up. On GPUs
+this serves what the kernels do not, float32.
 
 Letters: T tokens · H inputs · N outputs · of a product of any two matrices: [M, K] times [K, N], in B pairs.
 """
@@ -9,9 +10,9 @@ Letters: T tokens · H inputs · N outputs · of a product of any two matrices: 
 import torch
 from torch import nn
 
-# Rows of every product on a CPU. For 300 rows of 1000 x 2880 in float32 tiles of 16 take 28 ms, the library's own
-# product 18; one row takes 1.4 ms in a tile of 16 and 0.3 in one of 1.
-TILE = 16
+# Rows of every product. On a CPU, 300 rows of 1000 x 2880 in float32 take 28 ms in tiles of 16, the library's own
+# product 18; one row takes 1.4 ms in a tile of 16 and 0.3 in one of 1. A GPU's was not chosen by measurement.
+TILE, GPU_TILE = 16, 64
 
 
 def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -21,13 +22,11 @@ def linear(x_TH: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
 
 def tiles(x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows as the library is to multiply them: on a CPU TILE at a time, zeros below the last; else as they are.
-
-    A GPU's library serves what the kernels do not, float32: its rows have the same bits at the same number of them.
-    """
-    if x_TH.device.type != "cpu" or not len(x_TH):
+    """The rows as the library is to multiply them, a tile at a time, with zeros below the last."""
+    if not len(x_TH):
         return (x_TH,)
-    return nn.functional.pad(x_TH, (0, 0, 0, -len(x_TH) % TILE)).split(TILE)
+    rows = TILE if x_TH.device.type == "cpu" else GPU_TILE
+    return nn.functional.pad(x_TH, (0, 0, 0, -len(x_TH) % rows)).split(rows)
 
 
 def product_f32(a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor | None = None) -> torch.Tensor:

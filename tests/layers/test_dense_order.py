@@ -95,6 +95,14 @@ def test_a_row_has_the_same_bits_at_every_number_of_rows_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", PRODUCTS, ids=lambda kind: kind.__name__)
+def test_a_row_in_float32_has_the_same_bits_at_every_number_of_rows_on_a_gpu(kind: Callable[..., Product]) -> None:
+    """By the library, in tiles of one shape."""
+    x_TH = torch.randn(1000, 2880, device="cuda")
+    assert other_rows(kind(2880, 640, torch.float32, "cuda"), x_TH, [*range(1, 150), 200, 511, 1000]) == []
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [(4096, 2880), (2880, 640)], ids=str)
 def test_the_gpus_library_by_itself_does_not(size: tuple[int, int]) -> None:
     """Where it splits the columns."""
