@@ -1,6 +1,7 @@
 """Passes that only warm up: which layers they run, and what a rehearsal does not keep."""
 
 import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,6 @@ from epmoe.kernels import vendor
 from epmoe.rehearsal import brief, is_brief, rehearsal, rehearsing
 from epmoe.weights.synthetic import make_checkpoint
 
-DYNAMO = "torch._dynamo" in sys.modules
 REAL = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
 
@@ -48,9 +48,20 @@ def test_new_memory_holds_zeros() -> None:
     x = torch.full((3,), 7)
     with rehearsal():
         new = torch.empty(1000), torch.empty_like(x), x.new_empty(4), torch.empty(2, 3, dtype=torch.int32), x + 1
-        assert "torch._dynamo" not in sys.modules or DYNAMO
     assert [each.count_nonzero().item() for each in new] == [0, 0, 0, 0, 3]
     assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == REAL
+
+
+def test_it_imports_no_compiler_of_torchs() -> None:
+    """Which would take seconds of every start."""
+    code = """
+import sys, torch
+from epmoe.rehearsal import rehearsal
+with rehearsal():
+    torch.empty(3) + torch.empty_like(torch.ones(3)) @ torch.ones(3)
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_all_allocations_of_kernels_are_known() -> None:
