@@ -167,10 +167,14 @@ def test_a_script_that_ends_without_close_or_with_an_error(tmp_path: Path) -> No
 
 
 DIES_EARLY = """
+from pathlib import Path
 from epmoe import LLM
 from epmoe.ranks import local
+broken = Path(__file__).with_name("broken")
+(broken / "torch").mkdir(parents=True)
+(broken / "torch/__init__.py").write_text("raise SystemExit(1)")
 local.UNEXPLAINED_S = 0.5
-local.Followers.variables = lambda self, rank: {**self.launch, "RANK": str(rank), "PYTHONPATH": "/nowhere"}
+local.Followers.variables = lambda self, rank: {**self.launch, "RANK": str(rank), "PYTHONPATH": str(broken)}
 LLM(ranks=2, runtime="cpu")
 """
 
