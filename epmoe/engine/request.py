@@ -131,6 +131,7 @@ class Result:
     first_token_s: float
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
+    cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
 
 
 # Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself
