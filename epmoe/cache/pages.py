@@ -7,7 +7,8 @@
 
 Layers with the same window share a stock of pages (epmoe/cache/rows.py); a sequence holds pages of each stock. A page
 has one writer: only full ones are shared, and full ones are never written again. One that nobody uses stays as it is
-until its place is needed; the least recently used go first.
+until its place is needed. The least recently used go first; before them all that a window has passed over, but for where
+others are likely to branch off: at a prompt's end, and where a prompt left what was there already.
 
 A page's key is a hash of all tokens up to its end, so it stands for its keys and values, bit for bit: nothing but a
 token's history decides these. What is given to a new owner may still be read or written by steps that were launched
@@ -16,7 +17,7 @@ before; the new owner's come after them.
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from epmoe.errors import UserError
@@ -48,6 +49,7 @@ class Held:
 
     pages: list[int] = field(default_factory=list)
     first: int = 0
+    lasting: frozenset[int] = frozenset()  # places of those that stay the longer where a window has passed over them
 
 
 class Stock:
@@ -59,12 +61,14 @@ class Stock:
         self.users = [0] * count
         self.keys: list[bytes | None] = [None] * count
         self.found: dict[bytes, int] = {}  # key → page
-        self.idle: dict[int, None] = {}  # pages with a key that nobody uses, the least recently used first
+        # Pages with a key that nobody uses, the least recently used first; `passed` go before all others.
+        self.passed: dict[int, None] = {}
+        self.idle: dict[int, None] = {}
 
     @property
     def available(self) -> int:
         """Pages that may be taken."""
-        return len(self.free) + len(self.idle)
+        return len(self.free) + len(self.passed) + len(self.idle)
 
     def first_seen(self, position: int) -> int:
         """The first position that a token sees."""
@@ -72,7 +76,7 @@ class Stock:
 
     def take(self) -> int:
         """A page for a new user, whatever it held."""
-        page = self.free.pop() if self.free else next(iter(self.idle))
+        page = self.free.pop() if self.free else next(iter(self.passed or self.idle))
         self._forget(page)
         self.users[page] = 1
         return page
@@ -80,11 +84,11 @@ class Stock:
     def share(self, key: bytes) -> int:
         """The page of this key, which has one more user."""
         page = self.found[key]
-        self.idle.pop(page, None)
+        self._wake(page)
         self.users[page] += 1
         return page
 
-    def give_back(self, page: int) -> None:
+    def give_back(self, page: int, *, passed: bool = False) -> None:
         """One user less; nobody's page stays for whoever looks for its key."""
         assert self.users[page] > 0, "a page was given back twice"
         self.users[page] -= 1
@@ -92,7 +96,7 @@ class Stock:
             if self.keys[page] is None:
                 self.free.append(page)
             else:
-                self.idle[page] = None
+                (self.passed if passed else self.idle)[page] = None
 
     def learn(self, page: int, key: bytes) -> None:
         """The page holds what `key` stands for; the first one of a key is found, further ones are as good."""
@@ -101,15 +105,19 @@ class Stock:
 
     def forget(self) -> None:
         """No page is found any more."""
-        self.free.extend(reversed(self.idle))
+        self.free.extend([*self.idle, *self.passed][::-1])
         for page in list(self.found.values()):
             self._forget(page)
 
     def _forget(self, page: int) -> None:
-        self.idle.pop(page, None)
+        self._wake(page)
         key, self.keys[page] = self.keys[page], None
         if key is not None:
             del self.found[key]
+
+    def _wake(self, page: int) -> None:
+        self.passed.pop(page, None)
+        self.idle.pop(page, None)
 
 
 class Pages:
@@ -175,7 +183,7 @@ class Pages:
         return longest
 
     def admit(self, keys: Sequence[bytes] = ()) -> tuple[int, int]:
-        """A sequence's handle, and how many of its first positions are there: whole pages of these keys.
+        """A sequence's handle, and how many of its first positions are there: whole pages of these keys, its prompt's.
 
         In each stock it holds those that the next token sees.
 
@@ -187,8 +195,11 @@ class Pages:
         if self.full:
             keys = keys[: SHARED * self.full.count - self.together]
         handle, count = self.free_handles.pop(), self.longest(keys)
-        self.held[handle], self.learnt[handle] = [Held() for _ in self.stocks], count
-        for stock, own in zip(self.stocks, self.held[handle], strict=True):
+        known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
+        self.held[handle], self.learnt[handle] = [], count
+        for stock in self.stocks:
+            own = Held(lasting=self._seen_from(stock, {count, known, len(keys)}))
+            self.held[handle].append(own)
             self._skip(own, stock.first_seen(count * self.size) // self.size)
             for key in keys[own.first : count]:
                 self._append(handle, stock, own, stock.share(key))
@@ -203,8 +214,8 @@ class Pages:
         end = min(end, self.most)
         for stock, own in held:
             seen = stock.first_seen(begin) // self.size
-            for page in own.pages[own.first : seen]:
-                stock.give_back(page)
+            for place, page in enumerate(own.pages[own.first : seen], own.first):
+                stock.give_back(page, passed=place not in own.lasting)
             self._skip(own, seen)
             available = self.left if stock.window is None else stock.available
             end = min(end, (len(own.pages) + available) * self.size)
@@ -250,6 +261,13 @@ class Pages:
         self.changed[self.stocks.index(stock), handle, len(own.pages)] = page
         own.pages.append(page)
         self.together += stock is self.full
+
+    def _seen_from(self, stock: Stock, places: Iterable[int]) -> frozenset[int]:
+        """The pages that the first tokens of these pages see of a window before them."""
+        if stock.window is None:
+            return frozenset()
+        begins = {place: stock.first_seen(place * self.size) // self.size for place in places}
+        return frozenset(page for place, begin in begins.items() for page in range(begin, place))
 
     @staticmethod
     def _skip(own: Held, first: int) -> None:

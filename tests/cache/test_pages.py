@@ -31,7 +31,7 @@ def pages_of(pages: Pages, handle: int) -> list[list[int]]:
 
 def whole(pages: Pages) -> bool:
     """Whether nothing is held, and each page is free or may be found."""
-    stocks = all(sorted([*each.free, *each.idle]) == list(range(each.count)) for each in pages.stocks)
+    stocks = all(sorted([*each.free, *each.passed, *each.idle]) == list(range(each.count)) for each in pages.stocks)
     return stocks and not pages.held and not pages.learnt and not pages.together
 
 
@@ -130,7 +130,7 @@ def test_a_prefix_is_found() -> None:
     assert cached == 12 and [own.first for own in pages.held[third]] == [0, 1]  # 12 sees 6 … 12
     pages.release(third)
     pages.forget()
-    assert pages.longest(keys) == 0 and whole(pages) and not any(stock.idle for stock in pages.stocks)
+    assert pages.longest(keys) == 0 and whole(pages) and not any(stock.idle or stock.passed for stock in pages.stocks)
 
 
 def test_without_the_key_nothing_is_found() -> None:
@@ -157,6 +157,31 @@ def test_a_window_must_be_there_too() -> None:
     other, _ = pages.admit()
     assert pages.grow(other, 0, 4) == 4  # the window's last page goes first: nobody sees it without those before it
     assert pages.longest(keys) == 9
+
+
+def test_what_a_window_has_passed_over_goes_first() -> None:
+    """But for the end of the prompt, and where it left another's: the next turn, and the next to share it, find both."""
+    pages = new_pages(full=60, window=24)
+
+    def run(ids: list[int], prompt: int) -> int:
+        """Compute these; how many of them were there. Then another one takes what goes first."""
+        keys = keys_of(ids)
+        handle, cached = pages.admit(keys[: prompt // 4])
+        for begin in range(cached, len(ids), 4):
+            assert pages.grow(handle, begin, begin + 4) == 4
+            pages.learn(handle, keys, begin // 4 + 1)
+        pages.release(handle)
+        (other, _), stock = pages.admit(), pages.stocks[1]
+        goes = 4 * len([*stock.free, *stock.passed])
+        assert pages.grow(other, 0, goes) == goes
+        pages.release(other)
+        return cached
+
+    first, second, third = ([*range(16), *range(begin, begin + 40)] for begin in (100, 200, 300))
+    assert run(first, 28) == 0
+    assert pages.longest(keys_of(first)) == 14 and pages.longest(keys_of(first)[:12]) == 7  # its end, and its prompt's
+    assert pages.longest(keys_of(second)) == 0  # nobody knew yet that its first 16 would be shared
+    assert run(second, 28) == 0 and run(third, 28) == 16
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -235,7 +260,7 @@ def test_a_page_has_one_writer_over_any_history(size: int, count: int, prefix_ca
         for index, stock in enumerate(pages.stocks):
             users = Counter(page for handle in live for page in pages_of(pages, handle)[index])
             assert stock.users == [users[page] for page in range(count)]
-            assert sorted([*users, *stock.free, *stock.idle]) == list(range(count))
+            assert sorted([*users, *stock.free, *stock.passed, *stock.idle]) == list(range(count))
             assert {page: key for key, page in stock.found.items()} == {
                 page: key for page, key in enumerate(stock.keys) if key is not None
             }

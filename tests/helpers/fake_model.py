@@ -69,7 +69,7 @@ class FakeCache:
     def empty(self) -> bool:
         """Whether nobody holds anything, and every page is free or may be found."""
         pages = self.pages
-        whole = all(sorted([*each.free, *each.idle]) == list(range(each.count)) for each in pages.stocks)
+        whole = all(sorted([*each.free, *each.passed, *each.idle]) == list(range(each.count)) for each in pages.stocks)
         unused = not any(any(each.users) for each in pages.stocks) and not pages.held and not pages.together
         return whole and unused and len(pages.free_handles) == pages.sequences
 
