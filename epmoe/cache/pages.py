@@ -7,8 +7,8 @@
 
 Layers with the same window share a stock of pages (epmoe/cache/rows.py); a sequence holds pages of each stock. A page
 has one writer: only full ones are shared, and full ones are never written again. One that nobody uses stays as it is
-until its place is needed. The least recently used go first; before them all that a window has passed over, but for where
-others are likely to branch off: at a prompt's end, and where a prompt left what was there already.
+until its place is needed. The least recently used go first; before them all that a window has passed over, but for
+where others are likely to branch off: at a prompt's end, and where a prompt left what was there already.
 
 A page's key is a hash of all tokens up to its end, so it stands for its keys and values, bit for bit: nothing but a
 token's history decides these. What is given to a new owner may still be read or written by steps that were launched
@@ -16,6 +16,7 @@ before; the new owner's come after them.
 """
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,10 @@ class Stock:
     def first_seen(self, position: int) -> int:
         """The first position that a token sees."""
         return 0 if self.window is None else max(0, position + 1 - self.window)
+
+    def passes(self, position: int) -> int:
+        """The first token that sees no position before this one."""
+        return sys.maxsize if self.window is None else position + self.window - 1
 
     def take(self) -> int:
         """A page for a new user, whatever it held."""
@@ -138,6 +143,7 @@ class Pages:
         self.free_handles = list(range(sequences))[::-1]
         self.held: dict[int, list[Held]] = {}  # by handle, in the stocks' order
         self.learnt: dict[int, int] = {}  # handle → its first pages whose keys are known
+        self.calm: dict[int, int] = {}  # handle → up to this position it needs no other pages than it holds
         self.together = 0  # pages of full attention that sequences hold, each counted as often as it is shared
         self.changed: dict[tuple[int, int, int], int] = {}  # (stock, handle, place) → page, not yet told to the device
 
@@ -210,6 +216,8 @@ class Pages:
 
         What no token from `begin` on sees is given back.
         """
+        if end <= self.calm.get(handle, 0):
+            return end - begin
         held = list(zip(self.stocks, self.held[handle], strict=True))
         end = min(end, self.most)
         for stock, own in held:
@@ -222,6 +230,9 @@ class Pages:
         for stock, own in held if end > begin else ():
             while len(own.pages) * self.size < end:
                 self._append(handle, stock, own, stock.take())
+        self.calm[handle] = min(
+            min(len(own.pages) * self.size, stock.passes((own.first + 1) * self.size)) for stock, own in held
+        )
         return max(0, end - begin)
 
     def holds(self, handle: int, begin: int, end: int) -> bool:
@@ -245,6 +256,7 @@ class Pages:
             for page in reversed(own.pages[own.first :]):  # a prefix outlives what follows it
                 stock.give_back(page)
         del self.learnt[handle]
+        self.calm.pop(handle, None)
         self.free_handles.append(handle)
 
     def forget(self) -> None:

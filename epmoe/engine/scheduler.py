@@ -110,6 +110,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
+        self.put_back = 0  # times that a sequence was, so far
 
     @property
     def busy(self) -> bool:
@@ -176,6 +177,7 @@ class Scheduler:
         return got
 
     def _put_back(self, sequence: Sequence) -> None:
+        self.put_back += 1
         self.running.remove(sequence)
         self.pages.release(sequence.handle)
         sequence.handle, sequence.cached = -1, 0

@@ -160,7 +160,7 @@ def test_a_window_must_be_there_too() -> None:
 
 
 def test_what_a_window_has_passed_over_goes_first() -> None:
-    """But for the end of the prompt, and where it left another's: the next turn, and the next to share it, find both."""
+    """But for the end of the prompt, and where it left another's: the next turn and the next to share find these."""
     pages = new_pages(full=60, window=24)
 
     def run(ids: list[int], prompt: int) -> int:
