@@ -91,10 +91,12 @@ class Engine:
     def prepare_for(self, requests: Sequence[Request]) -> None:
         """As `prepare`, for these requests, all of which are added before the first step. A collective."""
         pages = self.cache.pages
-        fit = sum(pages.needs(each.cached(self.max_positions)) for each in requests) <= pages.count
+        needs = sorted((pages.needs(each.cached(self.max_positions)) for each in requests), reverse=True)
+        fit = sum(needs[: self.max_batch]) <= pages.count  # nobody is put back
         at_once = fit and len(requests) <= self.max_batch
         found = sum(map(self.scheduler.found, requests)) if at_once else 0
-        self.prepare(Workload.of(requests, self.max_batch), at_once=at_once, found=found)
+        load = Workload.of(requests, self.max_batch, 0 if fit else self.max_positions)
+        self.prepare(load, at_once=at_once, found=found)
 
     @torch.inference_mode()
     def prepare(self, load: Workload, *, at_once: bool = False, found: int = 0) -> None:

@@ -186,9 +186,13 @@ class Workload:
     penalties: bool  # a repetition penalty, which needs the ids seen
 
     @classmethod
-    def of(cls, requests: Sequence[Request], max_batch: int) -> "Workload":
-        """Of these requests, `max_batch` of them at a time in any order."""
-        lengths = sorted((len(request.ids) for request in requests), reverse=True)[:max_batch]
+    def of(cls, requests: Sequence[Request], max_batch: int, max_positions: int = 0) -> "Workload":
+        """Of these requests, `max_batch` of them at a time in any order.
+
+        With the model's positions they may be put back, so that a prompt may be whatever a request has said.
+        """
+        found = (each.cached(max_positions) if max_positions else len(each.ids) for each in requests)
+        lengths = sorted(found, reverse=True)[:max_batch]
         params = [request.params for request in requests]
         return cls(
             sequences=len(lengths),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.engine.scheduler import Scheduler, Sequence, Work
@@ -117,6 +118,20 @@ def test_the_youngest_alone_waits_where_it_is() -> None:
     tested.add(asked(20, 2, first=100), 0.0)
     assert lines(run, 5) == ["0 1+4"] * 5  # 3 pages and 5
     assert lines(run, 6) == ["0", "0", "0", "", "1", ""] and run.put_back == [] and not tested.busy
+
+
+def test_a_step_is_as_large_as_the_windows_stock_was_made_for() -> None:
+    """What the last step's pieces have passed over is given back before anybody asks; nobody is put back for it."""
+    counts = CacheConfig([None, 6], 1, 1, tokens=1600, sequences=4, page=4, step=40).pages
+    assert counts[6] == 4 * 4 + 10
+    tested = Scheduler(Pages(counts, 4, 4, most=1600), 2000, [99], max_batch=4, prefill_chunk=40)
+    for prompt in (3, 57, 78, 99):
+        tested.add(asked(prompt, 60, first=1000 * prompt), 0.0)
+    run, sizes = Run(tested), []
+    for _ in range(7):
+        run.step()
+        sizes.append(sum(count for _, count in run.work.pieces))
+    assert sizes == [40] * 5 + [37, 0] and run.put_back == []
 
 
 def test_what_fits_no_empty_cache_is_refused_when_added() -> None:

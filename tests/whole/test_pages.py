@@ -156,6 +156,7 @@ class Found:
     put_back: int
     cached: int  # tokens that were found
     left: bool  # whether anything is held afterwards
+    late: int = 0  # kernels that were compiled after everything was prepared
 
 
 def real_requests(count: int, vocab: int) -> list[Request]:
@@ -186,13 +187,21 @@ def run(mine: Ranks, checkpoint: str, share: float, prefix_cache: bool, options:
     for layer in cache.layers:
         layer.fill_(torch.nan)  # what is read before it was written shows
     engine = Engine(model, cache, mine, EngineConfig(prefill_chunk=32, max_batch=64, **options))
-    results = engine.generate(requests)
+    late: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if mine.device.type == "cuda":
+            import triton
+
+            engine.prepare_for(requests)
+            patch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
+        results = engine.generate(requests)
     engine.graphs.close()
     return Found(
         [repr((each.ids, each.logprobs)) for each in results],
         engine.scheduler.put_back,
         sum(each.cached_tokens for each in results),
         bool(cache.pages.held) or any(any(stock.users) for stock in cache.pages.stocks),
+        len(late),
     )
 
 
@@ -203,7 +212,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def compare(checkpoint: str, device: str, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
     (large,) = run_ranks(run, 1, checkpoint, 1.0, False, options, device=device, timeout=240)
-    assert large.put_back == 0 and large.cached == 0 and not large.left
+    assert large.put_back == 0 and large.cached == 0 and not large.left and not large.late
     assert "nan" not in "".join(large.outputs) and len(set(large.outputs)) == 64
     for size in sizes:
         for prefix_cache in (True, False):
@@ -211,6 +220,7 @@ def compare(checkpoint: str, device: str, sizes: tuple[int, ...], options: dict[
             for each in found:
                 assert each == found[0] and each.outputs == large.outputs
                 assert each.put_back > 3 and (each.cached > 200) == prefix_cache and not each.left
+                assert not each.late
     (found,) = run_ranks(run, 1, checkpoint, 1.0, True, options, device=device, timeout=240)
     assert found.outputs == large.outputs and found.put_back == 0 and found.cached > 200
 
