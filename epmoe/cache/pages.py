@@ -1,8 +1,7 @@
 """Who holds which pages of the key/value cache: accounts on the host, no tensors, so that a scheduler can ask freely.
 
     handle, cached = pages.admit(keys)      a sequence's handle, with the longest prefix that is there: its first tokens
-    pages.leave(handle, begin)              what its next tokens no longer see is given back
-    pages.grow(handle, begin, end)          pages for its next tokens
+    pages.grow(handle, begin, end)          pages for its next tokens; what these no longer see is given back
     pages.learn(handle, keys, count)        its first pages are full, and may be found by whoever begins alike
     pages.release(handle)                   its pages and its handle are free
 
@@ -212,16 +211,6 @@ class Pages:
                 self._append(handle, stock, own, stock.share(key))
         return handle, count * self.size
 
-    def leave(self, handle: int, begin: int) -> None:
-        """Give back what no token from `begin` on, the next position to be computed, sees."""
-        if begin < self.calm.get(handle, 0):
-            return
-        for stock, own in zip(self.stocks, self.held[handle], strict=True):
-            seen = stock.first_seen(begin) // self.size
-            for place, page in enumerate(own.pages[own.first : seen], own.first):
-                stock.give_back(page, passed=place not in own.lasting)
-            self._skip(own, seen)
-
     def grow(self, handle: int, begin: int, end: int) -> int:
         """Pages for positions begin : end, the next ones to be computed, or for as many as there are pages; how many.
 
@@ -229,10 +218,13 @@ class Pages:
         """
         if end <= self.calm.get(handle, 0):
             return end - begin
-        self.leave(handle, begin)
         held = list(zip(self.stocks, self.held[handle], strict=True))
         end = min(end, self.most)
         for stock, own in held:
+            seen = stock.first_seen(begin) // self.size
+            for place, page in enumerate(own.pages[own.first : seen], own.first):
+                stock.give_back(page, passed=place not in own.lasting)
+            self._skip(own, seen)
             available = self.left if stock.window is None else stock.available
             end = min(end, (len(own.pages) + available) * self.size)
         for stock, own in held if end > begin else ():

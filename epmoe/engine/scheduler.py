@@ -143,8 +143,6 @@ class Scheduler:
         steps come after it.
         """
         work, left = Work([], [], []), self.prefill_chunk
-        for sequence in self.running:
-            self.pages.leave(sequence.handle, sequence.computed)
         for sequence in tuple(self.running):
             if sequence.handle < 0:
                 break  # put back just now, as are all that are younger

@@ -121,7 +121,7 @@ def test_the_youngest_alone_waits_where_it_is() -> None:
 
 
 def test_a_step_is_as_large_as_the_windows_stock_was_made_for() -> None:
-    """What the last step's pieces have passed over is given back before anybody asks; nobody is put back for it."""
+    """Though the last one's pieces still hold what they have passed over; nobody is put back for it."""
     counts = CacheConfig([None, 6], 1, 1, tokens=1600, sequences=4, page=4, step=40).pages
     assert counts[6] == 4 * 4 + 10
     tested = Scheduler(Pages(counts, 4, 4, most=1600), 2000, [99], max_batch=4, prefill_chunk=40)
@@ -155,6 +155,15 @@ def test_requests_that_begin_alike_share_pages() -> None:
     first = Request((*range(18), *(7, 7, 7)), SamplingParams(max_new_tokens=4))
     tested.add(first, 0.0)
     assert tested.found(first) == 16 and run.step() == ["2+5"] and tested.running[0].found == 16
+
+
+def test_a_token_is_computed_though_all_pages_are_there() -> None:
+    """Else there would be no logits to choose the next one from."""
+    tested = scheduler(20)
+    run = Run(tested)
+    for wanted in ("0+16", "1+4"):
+        tested.add(asked(16, 4), 0.0)
+        assert lines(run, 5)[0] == wanted and not tested.busy
 
 
 def test_without_the_key_all_is_computed() -> None:

@@ -56,7 +56,7 @@ class FakeCache:
         assert len(history) == begin
         whole = (*history, *tokens)
         for index, stock in enumerate(self.pages.stocks):
-            for position in range(stock.first_seen(begin), begin):
+            for position in range(0 if stock.window is None else max(0, begin + 1 - stock.window), begin):
                 assert self.seen(index, handle, position) == whole[: position + 1], "another history's"
             for position in positions:
                 row = self._row(index, handle, position)
