@@ -29,7 +29,7 @@ from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
 from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, check, choices
 from epmoe.errors import UserError
@@ -156,12 +156,15 @@ class LLM:
             progress=run.progress and bool(self.source.files),
         )
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
-        settings = CacheSettings(DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens)
+        chunk = resolve_chunk(run.prefill_chunk, self.ranks.device)
+        settings = CacheSettings(
+            DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens, chunk, run.prefix_cache
+        )
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         engine = EngineConfig(
             # Rank 0's: another node's copy of the checkpoint may have no generation_config.json.
             eos_ids=self.ranks.broadcast_json(eos_ids(self.source)),
-            prefill_chunk=run.prefill_chunk,
+            prefill_chunk=chunk,
             max_batch=run.max_batch,
             graphs=resolve_graphs(run.graphs, self.ranks, self.report.waits),
             timeout_s=run.timeout_s,
@@ -299,6 +302,7 @@ class LLM:
         if update is None or self.followers is not None:
             values = broadcast(table, None if update is None else update.given.values, self.ranks)
             update = update or Update.of(Manifest.of(self.source, self.model, self.config.quant), values)
+        self.cache.pages.forget()  # what they hold comes from the weights before
         with told_when_full(self.ranks.device):
             stayed = update.apply(self.model, self.report, self.ranks)
         if not stayed:

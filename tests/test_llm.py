@@ -166,7 +166,7 @@ def test_a_stream_adds_up_to_the_text(llm: LLM) -> None:
     for piece in llm.stream(PROMPTS[0]):  # left early: the request ends with it
         assert piece
         break
-    assert not llm.engine.busy and not llm.cache.pages.reserved
+    assert not llm.engine.busy and not llm.cache.pages.held
     assert llm.generate(PROMPTS[0])[0].ids == answer.ids
 
 

@@ -3,15 +3,14 @@
 Letters: T tokens of a step · O of them whose logits are wanted · B sequences · C positions attended to · J key/value
 heads · D head dimension · R rows of a pool (a row is the place of one position).
 
-A pool serves all layers that have the same window, and turns (sequence, position) into a row:
+Layers that have the same window share a stock of pages of `page` rows, and a table that lists each sequence's:
 
-    full attention    pages of `page` rows from a common stock, listed in table[sequence]:
-                      row = table[sequence, position // page] · page + position % page
-    window W          a ring of ⌈W/page⌉ + 1 pages a sequence:
-                      row = sequence · ring + position % ring
+    row = table[sequence, position // page] · page + position % page
 
-so that a layer's cache is [J, R, D] keys and as many values, and attention only ever sees rows. The last page and the
-last ring belong to no request: rows that fill a decode step up to a fixed batch go there (Cache.spare).
+so that a layer's cache is [J, R, D] keys and as many values, and attention only ever sees rows. A sequence holds pages
+for all its positions where layers see all of them; where they see a window, for what its next tokens see
+(epmoe/cache/pages.py). Each stock's last page belongs to no request: rows that fill a step up to a fixed batch go there
+(Cache.spare).
 """
 
 import math
@@ -21,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from epmoe.batch import Step
-from epmoe.cache.pages import Pages
+from epmoe.cache.pages import CacheFull, Pages
 from epmoe.cache.plan import Plan, Rows, Spans
-from epmoe.cache.rows import PagedRows, RingRows
+from epmoe.cache.rows import PagedRows
 from epmoe.errors import UserError
 from epmoe.ranks.memory import is_full
 from epmoe.ranks.transfer import to_device
@@ -40,6 +39,37 @@ class CacheConfig:
     sequences: int  # that can be admitted at a time
     page: int = 16
     dtype: torch.dtype = torch.bfloat16
+    step: int | None = None  # tokens of prompts in one step, at most; None: as many as `tokens`
+    positions: int | None = None  # of a sequence, at most; None: as many as `tokens`
+    prefix_cache: bool = True
+
+    @property
+    def pages(self) -> dict[int | None, int]:
+        """Pages of each window's stock; every layer has as many, and a spare one.
+
+        A window's are what all sequences see of it, each with a piece of a prompt that begins and ends within pages,
+        and the step's tokens; no more than full attention has, since whoever holds one of these holds one of those.
+        """
+        full, step = -(-self.tokens // self.page), self.tokens if self.step is None else self.step
+
+        def count(window: int | None) -> int:
+            if window is None:
+                return full
+            seen = self.sequences * ((window + self.page - 2) // self.page + 2) + -(-step // self.page)
+            return min(seen, full) if None in self.windows else seen
+
+        return {window: count(window) for window in self.windows}
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each layer's keys and values."""
+        pages = self.pages
+        return [(2, self.kv_heads, (pages[window] + 1) * self.page, self.head_dim) for window in self.windows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
 
 
 class Cache:
@@ -52,40 +82,64 @@ class Cache:
     def __init__(self, config: CacheConfig, device: torch.device | str) -> None:
         assert config.tokens > 0 and config.sequences > 0 and config.page > 0
         self.config, self.device = config, torch.device(device)
-        self.tokens, self.sequences = config.tokens, config.sequences
-        self.paged = PagedRows(config.tokens, config.sequences, config.page, self.device)
-        self.pools: dict[int | None, PagedRows | RingRows] = {
-            window: self.paged if window is None else RingRows(window, config.sequences, config.page, self.device)
-            for window in config.windows
+        self.tokens, self.sequences, page = config.tokens, config.sequences, config.page
+        whole = -(-config.tokens // page) * page
+        most = config.positions or whole
+        if None in config.windows:
+            most = min(most, whole)
+        self.pages = Pages(config.pages, page, config.sequences, most=most, prefix_cache=config.prefix_cache)
+        # A multiple of 4 columns: kernels are compiled anew for addresses that 16 does not divide.
+        columns = -(-most // (4 * page)) * 4
+        self.table = torch.zeros(
+            len(config.pages), config.sequences + 1, columns, dtype=torch.int32, device=self.device
+        )
+        self.pools = {
+            window: PagedRows(window, count, page, table)
+            for (window, count), table in zip(config.pages.items(), self.table, strict=True)
         }
-        self.pages = Pages(self.paged.pages if None in self.pools else 0, config.page, config.sequences)
-        shapes = [(2, config.kv_heads, self.pools[window].rows, config.head_dim) for window in config.windows]
         try:
-            self.layers = [torch.empty(shape, dtype=config.dtype, device=self.device) for shape in shapes]
+            self.layers = [torch.empty(shape, dtype=config.dtype, device=self.device) for shape in config.shapes]
         except (MemoryError, RuntimeError) as error:
             if not is_full(error):
                 raise
-            need = sum(math.prod(shape) for shape in shapes) * config.dtype.itemsize
             raise UserError(
                 f"the key/value cache of {config.tokens} tokens and {config.sequences} sequences needs "
-                f"{need / 1e9:.1f} GB on {self.device}, which has less: lower runtime.cache_tokens or runtime.max_batch"
+                f"{config.nbytes / 1e9:.1f} GB on {self.device}, which has less: lower runtime.cache_tokens or "
+                "runtime.max_batch"
             ) from error
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(layer.nbytes for layer in self.layers)
+        return self.config.nbytes
 
-    def admit(self, max_tokens: int) -> int:
-        """Reserve a sequence's pages and make them known to the device; returns its handle. Raises as `Pages.admit`."""
-        handle = self.pages.admit(max_tokens)
-        self.write(handle)
+    def admit(self, end: int, begin: int = 0) -> int:
+        """A handle with pages for positions begin : end, and for what these see.
+
+        Raises:
+            CacheFull: it does not fit now.
+            UserError: it would not fit into an empty cache either.
+        """
+        self.pages.check(end)
+        handle, _ = self.pages.admit()
+        if self.grow(handle, begin, end) < end - begin:
+            self.release(handle)
+            raise CacheFull(f"no pages for positions {begin} to {end}")
         return handle
 
-    def write(self, handle: int) -> None:
-        """Make known to the device which pages an admitted sequence holds."""
-        if self.pages.held[handle]:
-            self.paged.write(handle, self.pages.held[handle])
+    def grow(self, handle: int, begin: int, end: int) -> int:
+        """As `Pages.grow`; and the device knows."""
+        count = self.pages.grow(handle, begin, end)
+        self.write()
+        return count
+
+    def write(self) -> None:
+        """Make known to the device which pages sequences have come to hold: one copy, where there are any."""
+        if changed := self.pages.told():
+            _, handles, columns = self.table.shape
+            places = [(stock * handles + handle) * columns + place for stock, handle, place in changed]
+            place_X, page_X = to_device([places, list(changed.values())], torch.int64, self.device)
+            self.table.view(-1).index_copy_(0, place_X, page_X.int())
 
     def release(self, handle: int) -> None:
         """Give a sequence's pages and its handle back."""
@@ -106,9 +160,7 @@ class Cache:
         held = [sequence for _, _, _, sequence in step.spans or ()]
         assert len(set(held)) == len(held), "a sequence stands in the step twice"
         for begin, end, cached, sequence in step.spans or ():
-            assert end > begin and cached + end - begin <= self.pages.reserved[sequence], (
-                "more tokens than were reserved"
-            )
+            assert end > begin and self.pages.holds(sequence, cached, cached + end - begin), "tokens without pages"
         span_P4 = step.span_P4
         if span_P4 is None and step.spans:
             span_P4 = to_device(step.spans, torch.int32, self.device)

@@ -4,6 +4,7 @@ Every rank must build the same cache, since all of them schedule the same steps:
 first, and the least counts.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,6 +42,8 @@ class CacheSettings:
     page: int = 16
     max_batch: int = 64
     tokens: int = 0  # runtime.cache_tokens; 0: what the requests need, as far as memory goes
+    step: int | None = None  # tokens of prompts in one step, at most; None: any number
+    prefix_cache: bool = True
 
 
 def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, settings: CacheSettings) -> Cache:
@@ -48,30 +51,39 @@ def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, set
 
     `settings.tokens` fixes the capacity; 0 takes what the requests need when as many as possible run at a time (any
     requests: as many as may run, each as long as the model's positions), and no more than CACHE_SHARE of the free
-    memory. Where memory is the bound, batches and with them the last bits of logits depend on the machine and on the
-    number of ranks, and rank 0 says so; with a fixed capacity they don't.
+    memory. Where memory is the bound, when a request runs, and how often it is put back, depend on the machine and on
+    the number of ranks, and rank 0 says so; with a fixed capacity they don't.
 
     Raises:
         UserError: a request does not fit the capacity, or a fixed capacity the memory; the message names the key.
     """
     page, sequences = settings.page, settings.max_batch if needs is None else min(settings.max_batch, len(needs))
 
-    def build(tokens: int, device: torch.device | str) -> Cache:
-        shape = config.windows, config.kv_heads, config.head_dim
-        return Cache(CacheConfig(*shape, tokens, sequences, page, settings.dtype), device)
+    def shaped(pages: int) -> CacheConfig:
+        return CacheConfig(
+            windows=config.windows,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            tokens=pages * page,
+            sequences=sequences,
+            page=page,
+            dtype=settings.dtype,
+            step=settings.step,
+            positions=config.max_positions,
+            prefix_cache=settings.prefix_cache,
+        )
 
-    fixed, per_page = _bytes(build(page, "meta"), build(2 * page, "meta"))
     neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
     free = min(each for (each,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
     pages = [-(-need // page) for need in needs or [config.max_positions] * sequences]
     wanted = sum(sorted(pages, reverse=True)[:sequences])
     if settings.tokens:
         capacity = -(-settings.tokens // page)
-        _check_fixed(settings, fixed + capacity * per_page, free, ranks)
+        _check_fixed(settings, shaped(capacity).nbytes, free, ranks)
         remedy = "raise runtime.cache_tokens, shorten the prompt or lower max_new_tokens"
     else:
         budget = int(free * CACHE_SHARE)
-        capacity = min(wanted, (budget - fixed) // per_page if per_page else wanted)
+        capacity = bisect_right(range(wanted + 1), budget, key=lambda pages: shaped(pages).nbytes) - 1
         remedy = (
             f"{budget / 1e9:.1f} GB of free memory are for the cache; "
             "lower max_new_tokens or runtime.max_batch, shorten the prompt, or use more memory"
@@ -85,7 +97,7 @@ def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, set
         )
     if not settings.tokens and capacity < wanted:
         _say_bound(capacity * page, wanted * page if needs else 0, ranks)
-    return build(capacity * page, ranks.device)
+    return Cache(shaped(capacity), ranks.device)
 
 
 def _check_fixed(settings: CacheSettings, need: int, free: int, ranks: Ranks) -> None:
@@ -103,12 +115,6 @@ def _say_bound(capacity: int, wanted: int, ranks: Ranks) -> None:
         wish = f", the requests want {wanted}" if wanted else ""
         tell(
             f"epmoe: free memory bounds the key/value cache at {capacity} positions{wish}: "
-            "batches, and so last bits, may differ with the number of ranks; "
+            "what runs when, and is put back, may differ with the number of ranks; "
             f"runtime.cache_tokens=N, at most {capacity} here, fixes them"
         )
-
-
-def _bytes(one_page: Cache, two_pages: Cache) -> tuple[int, int]:
-    """Bytes that do not depend on the number of pages, and bytes of a page."""
-    per_page = two_pages.nbytes - one_page.nbytes
-    return one_page.nbytes - per_page, per_page

@@ -1,68 +1,292 @@
 """Who holds which pages of the key/value cache: accounts on the host, no tensors, so that a scheduler can ask freely.
 
-    handle = pages.admit(max_tokens)     a sequence's handle, and its pages
-    pages.held[handle]                   their numbers, in order of position
-    pages.release(handle)
+    handle, cached = pages.admit(keys)      a sequence's handle, with the longest prefix that is there: its first tokens
+    pages.grow(handle, begin, end)          pages for its next tokens; what these no longer see is given back
+    pages.learn(handle, keys, count)        its first pages are full, and may be found by whoever begins alike
+    pages.release(handle)                   its pages and its handle are free
 
-Only layers with full attention use pages; a window's ring belongs to the handle (epmoe/cache/rows.py). The table of
-pages that the device reads is written by `Cache.write`.
+Layers with the same window share a stock of pages (epmoe/cache/rows.py); a sequence holds pages of each stock. A page
+has one writer: only full ones are shared, and full ones are never written again. One that nobody uses stays as it is
+until its place is needed. The least recently used go first; before them all that a window has passed over, but for
+where others are likely to branch off: at a prompt's end, and where a prompt left what was there already.
+
+A page's key is a hash of all tokens up to its end, so it stands for its keys and values, bit for bit: nothing but a
+token's history decides these. What is given to a new owner may still be read or written by steps that were launched
+before; the new owner's come after them.
 """
 
+import hashlib
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
 from epmoe.errors import UserError
+
+# Sequences that share pages hold, together, as if each had its own, up to so many times the pages there are. It bounds
+# the memory of attention's splits, which are counted by sequence (kernels/attention/launch.py).
+SHARED = 4
+
+Ids = Callable[[int, int], Sequence[int]]  # the tokens begin : end of a sequence
 
 
 class CacheFull(Exception):
     """The sequence does not fit now; it will when others were released."""
 
 
+def extend(keys: list[bytes], ids: Ids, size: int, count: int) -> None:
+    """Make `keys` those of a sequence's first `count` pages of `size` tokens: BLAKE2b of the last key and the tokens.
+
+    32 bytes, so that nobody finds two histories with one key.
+    """
+    for page in range(len(keys), count):
+        tokens = array("q", ids(page * size, (page + 1) * size)).tobytes()
+        keys.append(hashlib.blake2b(tokens, digest_size=32, key=keys[-1] if keys else b"").digest())
+
+
+@dataclass
+class Held:
+    """A sequence's pages of a stock, by their place in the sequence; those before `first` were given back."""
+
+    pages: list[int] = field(default_factory=list)
+    first: int = 0
+    lasting: frozenset[int] = frozenset()  # places of those that stay the longer where a window has passed over them
+
+
+class Stock:
+    """`count` pages for the layers that see `window` positions; None: all."""
+
+    def __init__(self, window: int | None, count: int) -> None:
+        self.window, self.count = window, count
+        self.free = list(range(count))[::-1]  # nothing is known of what they hold
+        self.users = [0] * count
+        self.keys: list[bytes | None] = [None] * count
+        self.found: dict[bytes, int] = {}  # key → page
+        # Pages with a key that nobody uses, the least recently used first; `passed` go before all others.
+        self.passed: dict[int, None] = {}
+        self.idle: dict[int, None] = {}
+
+    @property
+    def available(self) -> int:
+        """Pages that may be taken."""
+        return len(self.free) + len(self.passed) + len(self.idle)
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a token sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+    def passes(self, position: int) -> int:
+        """The first token that sees no position before this one."""
+        return sys.maxsize if self.window is None else position + self.window - 1
+
+    def take(self) -> int:
+        """A page for a new user, whatever it held."""
+        page = self.free.pop() if self.free else next(iter(self.passed or self.idle))
+        self._forget(page)
+        self.users[page] = 1
+        return page
+
+    def share(self, key: bytes) -> int:
+        """The page of this key, which has one more user."""
+        page = self.found[key]
+        self._wake(page)
+        self.users[page] += 1
+        return page
+
+    def give_back(self, page: int, *, passed: bool = False) -> None:
+        """One user less; nobody's page stays for whoever looks for its key."""
+        assert self.users[page] > 0, "a page was given back twice"
+        self.users[page] -= 1
+        if not self.users[page]:
+            if self.keys[page] is None:
+                self.free.append(page)
+            else:
+                (self.passed if passed else self.idle)[page] = None
+
+    def learn(self, page: int, key: bytes) -> None:
+        """The page holds what `key` stands for; the first one of a key is found, further ones are as good."""
+        if self.keys[page] is None and key not in self.found:
+            self.keys[page], self.found[key] = key, page
+
+    def forget(self) -> None:
+        """No page is found any more."""
+        self.free.extend([*self.idle, *self.passed][::-1])
+        for page in list(self.found.values()):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        self._wake(page)
+        key, self.keys[page] = self.keys[page], None
+        if key is not None:
+            del self.found[key]
+
+    def _wake(self, page: int) -> None:
+        self.passed.pop(page, None)
+        self.idle.pop(page, None)
+
+
 class Pages:
-    """`count` pages of `size` positions each, for up to `sequences` sequences at a time.
+    """Stocks of pages of `size` positions each, for up to `sequences` sequences at a time.
 
     Args:
-        count: 0 where no layer has full attention; then handles alone are given out.
+        counts: window (None: full attention) → pages.
+        most: positions of a sequence at most.
+        prefix_cache: whether pages are found again; without it no page is shared or outlives its user.
     """
 
-    def __init__(self, count: int, size: int, sequences: int) -> None:
-        self.count, self.size, self.sequences = count, size, sequences
-        self.free = list(range(count))[::-1]
+    def __init__(
+        self, counts: dict[int | None, int], size: int, sequences: int, *, most: int, prefix_cache: bool = True
+    ) -> None:
+        self.size, self.sequences, self.most, self.prefix_cache = size, sequences, most, prefix_cache
+        self.stocks = [Stock(window, count) for window, count in counts.items()]
+        self.full = next((stock for stock in self.stocks if stock.window is None), None)
         self.free_handles = list(range(sequences))[::-1]
-        self.held: dict[int, list[int]] = {}
-        self.reserved: dict[int, int] = {}  # handle → max_tokens
+        self.held: dict[int, list[Held]] = {}  # by handle, in the stocks' order
+        self.learnt: dict[int, int] = {}  # handle → its first pages whose keys are known
+        self.calm: dict[int, int] = {}  # handle → up to this position it needs no other pages than it holds
+        self.together = 0  # pages of full attention that sequences hold, each counted as often as it is shared
+        self.changed: dict[tuple[int, int, int], int] = {}  # (stock, handle, place) → page, not yet told to the device
 
-    def needs(self, max_tokens: int) -> int:
-        """Pages of a sequence of that many positions."""
-        return -(-max_tokens // self.size) if self.count else 0
+    @property
+    def count(self) -> int:
+        """Pages of the layers with full attention; 0 where there are none."""
+        return self.full.count if self.full else 0
 
-    def fits(self, max_tokens: int) -> bool:
-        """Whether a sequence of that many positions would be admitted now."""
-        return bool(self.free_handles) and self.needs(max_tokens) <= len(self.free)
+    @property
+    def left(self) -> int:
+        """Pages of theirs that may be taken, or shared."""
+        if self.full is None:
+            return 0
+        return min(self.full.available, SHARED * self.full.count - self.together)
 
-    def check(self, max_tokens: int) -> None:
+    def needs(self, tokens: int) -> int:
+        """Pages of theirs of a sequence of that many positions."""
+        return -(-tokens // self.size) if self.full else 0
+
+    def lacks(self, handle: int, tokens: int) -> int:
+        """Of these, those that the sequence does not hold yet."""
+        return max(0, self.needs(tokens) - len(self._full_of(handle)))
+
+    def check(self, tokens: int) -> None:
         """Raises UserError for a sequence that would not fit into an empty cache either."""
-        if self.needs(max_tokens) > self.count:
+        if self.needs(tokens) > self.count or tokens > self.most:
+            room = min(self.count * self.size, self.most) if self.full else self.most
             raise UserError(
-                f"a sequence of {max_tokens} tokens can never fit a cache of {self.count * self.size}: "
+                f"a sequence of {tokens} tokens can never fit a cache of {room}: "
                 "raise runtime.cache_tokens, or lower max_new_tokens"
             )
 
-    def admit(self, max_tokens: int) -> int:
-        """Reserve a sequence's pages; returns its handle.
+    def longest(self, keys: Sequence[bytes]) -> int:
+        """How many of these pages, from the first on, are there, as far as the token after them sees them."""
+        longest, runs = 0, [0] * len(self.stocks)  # how many in a row, up to here
+        for count, key in enumerate(keys, 1):
+            if self.full and key not in self.full.found:
+                break
+            runs = [run + 1 if key in stock.found else 0 for run, stock in zip(runs, self.stocks, strict=True)]
+            after = count * self.size
+            seen = [count - stock.first_seen(after) // self.size for stock in self.stocks]
+            longest = count if all(map(int.__ge__, runs, seen)) else longest
+        return longest
+
+    def admit(self, keys: Sequence[bytes] = ()) -> tuple[int, int]:
+        """A sequence's handle, and how many of its first positions are there: whole pages of these keys, its prompt's.
+
+        In each stock it holds those that the next token sees.
 
         Raises:
-            CacheFull: it does not fit now.
-            UserError: see `check`.
+            CacheFull: no handle is free.
         """
-        assert max_tokens > 0
-        self.check(max_tokens)
-        if not self.fits(max_tokens):
-            raise CacheFull(f"{max_tokens} tokens, {len(self.free)} pages and {len(self.free_handles)} sequences free")
-        handle = self.free_handles.pop()
-        self.held[handle] = [self.free.pop() for _ in range(self.needs(max_tokens))]
-        self.reserved[handle] = max_tokens
-        return handle
+        if not self.free_handles:
+            raise CacheFull(f"{self.sequences} sequences are there already")
+        if self.full:
+            keys = keys[: SHARED * self.full.count - self.together]
+        handle, count = self.free_handles.pop(), self.longest(keys)
+        known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
+        self.held[handle], self.learnt[handle] = [], count
+        for stock in self.stocks:
+            own = Held(lasting=self._seen_from(stock, {count, known, len(keys)}))
+            self.held[handle].append(own)
+            self._skip(own, stock.first_seen(count * self.size) // self.size)
+            for key in keys[own.first : count]:
+                self._append(handle, stock, own, stock.share(key))
+        return handle, count * self.size
+
+    def grow(self, handle: int, begin: int, end: int) -> int:
+        """Pages for positions begin : end, the next ones to be computed, or for as many as there are pages; how many.
+
+        What no token from `begin` on sees is given back.
+        """
+        if end <= self.calm.get(handle, 0):
+            return end - begin
+        held = list(zip(self.stocks, self.held[handle], strict=True))
+        end = min(end, self.most)
+        for stock, own in held:
+            seen = stock.first_seen(begin) // self.size
+            for place, page in enumerate(own.pages[own.first : seen], own.first):
+                stock.give_back(page, passed=place not in own.lasting)
+            self._skip(own, seen)
+            available = self.left if stock.window is None else stock.available
+            end = min(end, (len(own.pages) + available) * self.size)
+        for stock, own in held if end > begin else ():
+            while len(own.pages) * self.size < end:
+                self._append(handle, stock, own, stock.take())
+        self.calm[handle] = min(
+            min(len(own.pages) * self.size, stock.passes((own.first + 1) * self.size)) for stock, own in held
+        )
+        return max(0, end - begin)
+
+    def holds(self, handle: int, begin: int, end: int) -> bool:
+        """Whether it has pages for positions begin : end and what these see."""
+        return all(
+            own.first * self.size <= stock.first_seen(begin) and end <= len(own.pages) * self.size
+            for stock, own in zip(self.stocks, self.held[handle], strict=True)
+        )
+
+    def learn(self, handle: int, keys: Sequence[bytes], count: int) -> None:
+        """The sequence's first `count` pages hold what these keys stand for; its later steps may rely on that."""
+        for stock, own in zip(self.stocks, self.held[handle], strict=True):
+            for place in range(max(self.learnt[handle], own.first), count if self.prefix_cache else 0):
+                stock.learn(own.pages[place], keys[place])
+        self.learnt[handle] = max(self.learnt[handle], count)
 
     def release(self, handle: int) -> None:
         """Give a sequence's pages and its handle back."""
-        del self.reserved[handle]
-        self.free.extend(reversed(self.held.pop(handle)))
+        self.together -= len(self._full_of(handle))
+        for stock, own in zip(self.stocks, self.held.pop(handle), strict=True):
+            for page in reversed(own.pages[own.first :]):  # a prefix outlives what follows it
+                stock.give_back(page)
+        del self.learnt[handle]
+        self.calm.pop(handle, None)
         self.free_handles.append(handle)
+
+    def forget(self) -> None:
+        """No page is found again: what they hold is of no use any more, as after other weights have come."""
+        for stock in self.stocks:
+            stock.forget()
+
+    def told(self) -> dict[tuple[int, int, int], int]:
+        """What has changed since the last call: (stock, handle, place in the sequence) → page."""
+        changed, self.changed = self.changed, {}
+        return changed
+
+    def _append(self, handle: int, stock: Stock, own: Held, page: int) -> None:
+        self.changed[self.stocks.index(stock), handle, len(own.pages)] = page
+        own.pages.append(page)
+        self.together += stock is self.full
+
+    def _seen_from(self, stock: Stock, places: Iterable[int]) -> frozenset[int]:
+        """The pages that the first tokens of these pages see of a window before them."""
+        if stock.window is None:
+            return frozenset()
+        begins = {place: stock.first_seen(place * self.size) // self.size for place in places}
+        return frozenset(page for place, begin in begins.items() for page in range(begin, place))
+
+    @staticmethod
+    def _skip(own: Held, first: int) -> None:
+        """Pages before `first` are given back, or never were there."""
+        own.pages.extend([-1] * (first - len(own.pages)))
+        own.first = max(own.first, first)
+
+    def _full_of(self, handle: int) -> list[int]:
+        """The sequence's pages of layers with full attention."""
+        return self.held[handle][self.stocks.index(self.full)].pages if self.full else []

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from epmoe.batch import Span
-from epmoe.cache.rows import PagedRows, RingRows
+from epmoe.cache.rows import PagedRows
 
 # Queries of a block of attention's torch version: from one multiple to the next. A decode has one of them to itself, so
 # few; at 131,072 positions the float32 scores of 64 heads are an eighth of a GiB.
@@ -25,7 +25,7 @@ class Prefill:
     end: int
     cached: int
     sequence: int
-    pool: "PagedRows | RingRows"
+    pool: PagedRows
 
     @cached_property
     def past_C(self) -> torch.Tensor:
@@ -34,9 +34,8 @@ class Prefill:
 
     @cached_property
     def row_R(self) -> torch.Tensor:
-        """int64, rows of its last R tokens; a ring keeps no more than the window."""
-        end = self.cached + self.end - self.begin
-        return self._rows(max(self.cached, end - self.pool.columns(end - 1)), end)
+        """int64, rows of its R tokens."""
+        return self._rows(self.cached, self.cached + self.end - self.begin)
 
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         device = self.pool.device
@@ -63,7 +62,7 @@ class Rows:
     position_B: torch.Tensor  # int64
     sequence_B: torch.Tensor  # int64
     count_1: torch.Tensor | None  # int32, how many of them there are; None: all
-    pool: "PagedRows | RingRows"
+    pool: PagedRows
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:
@@ -93,7 +92,7 @@ class Spans:
     span_P4: torch.Tensor  # int32, (begin, end, cached, sequence)
     tokens: int  # of a step
     known: tuple[Span, ...] | None
-    pool: "PagedRows | RingRows"
+    pool: PagedRows
 
     @cached_property
     def prefills(self) -> tuple[Prefill, ...]:
@@ -101,11 +100,11 @@ class Spans:
         spans = self.span_P4.tolist() if self.known is None else self.known
         return tuple(Prefill(begin, end, cached, of, self.pool) for begin, end, cached, of in spans if begin < end)
 
-    def runs(self, tokens: int, before: int = 0) -> int:
-        """Runs of so many tokens in all spans, each with `before` tokens more; the most, where they aren't known."""
+    def runs(self, tokens: int) -> int:
+        """Runs of so many tokens in all spans; the most, where these aren't known."""
         if self.known is None:
-            return (self.tokens + len(self.span_P4) * before) // tokens + len(self.span_P4)
-        return sum(-(-(end - begin + before) // tokens) for begin, end, _, _ in self.known)
+            return self.tokens // tokens + len(self.span_P4)
+        return sum(-(-(end - begin) // tokens) for begin, end, _, _ in self.known)
 
 
 @dataclass(frozen=True)

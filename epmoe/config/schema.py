@@ -36,6 +36,7 @@ class Runtime:
     prefill_chunk: int = key(0, "most tokens of prompts in one step; 0: 16384, on a CPU 2048", Range(low=0))
     max_batch: int = key(64, "most sequences at a time", Range(low=1))
     cache_tokens: int = key(0, "positions in the key/value cache; 0: as many as fit and are needed", Range(low=0))
+    prefix_cache: bool = key(True, "find again what requests that began alike have left in the cache")
     graphs: str = key("auto", "decode steps as CUDA graphs; auto: where possible", Names(("auto", "true", "false")))
     progress: bool = key(True, "progress bars on a terminal")
     profile: str = key("", "write a trace of every rank into this directory; graphs=false names its steps")

@@ -54,10 +54,11 @@ def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> 
     sublayers = model.sublayers()
     outcomes = [Outcome() for _ in sublayers]
     hooks = [part.register_forward_hook(each) for (_, part), each in zip(sublayers, outcomes, strict=True)]
-    handle, cached = cache.admit(len(ids)), 0
+    handle, cached = cache.pages.admit()
     try:
         while cached < len(ids):
-            count = min(CHUNK, len(ids) - cached)
+            count = cache.grow(handle, cached, min(cached + CHUNK, len(ids)))
+            assert count, "the cache is full"
             step = _piece(ids[cached : cached + count], cached, handle, cache)
             for each in outcomes:
                 each.positions = step.position_T, step.position_T[-1:]

@@ -8,8 +8,7 @@
 
 The next step is launched before the last one's ids are read: the device feeds them back itself
 (epmoe/engine/step.py). So the host learns one step late that a sequence has ended; the token of the step that
-was launched meanwhile is dropped. It never exceeds what the sequence reserved, since an end by length is known
-beforehand.
+was launched meanwhile is dropped. It is never beyond a sequence's longest, since an end by length is known beforehand.
 
 Every rank runs this loop with the same requests and makes the same choices, so that all of them call the model with the
 same step; no choice depends on a clock. It knows token ids only; text listens to the events.
@@ -92,16 +91,20 @@ class Engine:
     def prepare_for(self, requests: Sequence[Request]) -> None:
         """As `prepare`, for these requests, all of which are added before the first step. A collective."""
         pages = self.cache.pages
-        fit = sum(pages.needs(each.cached(self.max_positions)) for each in requests) <= pages.count
+        needs = sorted((pages.needs(each.cached(self.max_positions)) for each in requests), reverse=True)
+        fit = sum(needs[: self.max_batch]) <= pages.count  # nobody is put back
         at_once = fit and len(requests) <= self.max_batch
-        self.prepare(Workload.of(requests, self.max_batch), at_once=at_once)
+        found = sum(map(self.scheduler.found, requests)) if at_once else 0
+        load = Workload.of(requests, self.max_batch, 0 if fit else self.max_positions)
+        self.prepare(load, at_once=at_once, found=found)
 
     @torch.inference_mode()
-    def prepare(self, load: Workload, *, at_once: bool = False) -> None:
+    def prepare(self, load: Workload, *, at_once: bool = False, found: int = 0) -> None:
         """Whatever compiles or is captured for such a load is, now: `step` does neither after it. A collective.
 
         Args:
             at_once: the first step finds all its requests, and room for each of them.
+            found: of their prompts' tokens, those that it need not compute then.
         """
         if load.penalties and self.runner.keep_seen():
             self.graphs.close()  # they don't write what was seen
@@ -113,7 +116,8 @@ class Engine:
         at_once = at_once and load.prefill_tokens <= self.prefill_chunk
         rows = min(self.max_batch, load.sequences)
         most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else rows)
-        totals = self._totals(most, load.sequences, at_once=at_once)
+        mosts = {most, most - found} if at_once else {most}
+        totals = sorted({size for each in mosts for size in self._totals(each, load.sequences, at_once=at_once)})
         prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture else 0)
         kinds = self.graphs.missing(load.variants(), rows, totals, mixed=not at_once)
         if prefills or kinds:
@@ -157,9 +161,11 @@ class Engine:
         Raises:
             NoArrival: a step did not end in time.
         """
-        for sequence in self.scheduler.admit():
+        work = self.scheduler.schedule()
+        for sequence in work.begun:
             self.runner.admit(sequence)
-        launched = self.runner.launch(self.scheduler.decode(), self.scheduler.prefill(), self.graphs)
+        launched = self.runner.launch(work.rows, work.pieces, self.graphs)
+        self.scheduler.launched(work)
         if launched:
             self.flights.append(launched)
         events: list[Event] = []

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from epmoe.batch import Span
 from epmoe.engine import scheduler
-
-Piece = tuple[scheduler.Sequence, int]  # of a prompt: how many of its tokens
+from epmoe.engine.scheduler import Piece
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Ragged:
     def _add(self, sequence: scheduler.Sequence, count: int) -> None:
         """The next so many tokens of its prompt."""
         begin, cached = len(self.given), sequence.cached
-        self.given.extend(sequence.request.ids[cached : cached + count])
+        self.given.extend(sequence.prompt[cached : cached + count])
         self.positions.extend(range(cached, cached + count))
         self.spans.append((begin, begin + count, cached, sequence.handle))
         if count == sequence.pending:

@@ -131,6 +131,7 @@ class Result:
     first_token_s: float
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
+    cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
 
 
 # Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself
@@ -185,9 +186,13 @@ class Workload:
     penalties: bool  # a repetition penalty, which needs the ids seen
 
     @classmethod
-    def of(cls, requests: Sequence[Request], max_batch: int) -> "Workload":
-        """Of these requests, `max_batch` of them at a time in any order."""
-        lengths = sorted((len(request.ids) for request in requests), reverse=True)[:max_batch]
+    def of(cls, requests: Sequence[Request], max_batch: int, max_positions: int = 0) -> "Workload":
+        """Of these requests, `max_batch` of them at a time in any order.
+
+        With the model's positions they may be put back, so that a prompt may be whatever a request has said.
+        """
+        found = (each.cached(max_positions) if max_positions else len(each.ids) for each in requests)
+        lengths = sorted(found, reverse=True)[:max_batch]
         params = [request.params for request in requests]
         return cls(
             sequences=len(lengths),

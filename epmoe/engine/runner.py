@@ -10,9 +10,10 @@ import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
-from epmoe.engine.ragged import Piece, Ragged
+from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
+from epmoe.engine.scheduler import Piece
 from epmoe.engine.state import State
 from epmoe.engine.step import StaticStep
 from epmoe.models import Model
@@ -79,12 +80,12 @@ class Runner:
         return new
 
     def admit(self, sequence: scheduler.Sequence) -> None:
-        """Tell the device of a sequence that the scheduler has admitted: its pages, its parameters."""
-        self.cache.write(sequence.handle)
-        self.state.admit(sequence.handle, sequence.request.ids, sequence.request.params)
+        """Tell the device of a sequence that begins: its parameters, and its ids where they count."""
+        self.state.admit(sequence.handle, sequence.prompt, sequence.request.params)
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
+        self.cache.write()
         if not work:
             return self._flight(rows, launcher.decode([each.handle for each in rows], _variant(rows))) if rows else None
         ragged = Ragged.of(rows, work)

@@ -1,10 +1,14 @@
 """Scheduler: who waits, who runs, what runs next, what has come. On the host alone, without tensors.
 
-    waiting ──admit──▶ running ──▶ a step: one token of each sequence whose prompt is cached (decode),
-       ▲                  │                and pieces of prompts, together `prefill_chunk` tokens at most (prefill)
-      add                 │
-                          │
-                     append ──▶ finish: a token has come; it may be the last one
+    waiting ──────▶ running ──▶ a step: one token of each sequence whose prompt is cached (decode),
+     ▲    ▲            │                and pieces of prompts, together `prefill_chunk` tokens at most (prefill)
+    add   └─ put back ─┤
+                    append ──▶ finish: a token has come; it may be the last one
+
+A sequence holds pages of the cache for what it has computed, and gets more before each step, the oldest first. When
+none is left, the youngest is put back: it waits at the front, and is computed again, prompt and output together, as far
+as its pages have other owners by then. Its tokens are the same, since each follows from those before it. The oldest
+always goes on, and alone it fits, or it was refused; so all come to their end.
 
 Every rank has one, is told the same and so makes the same choices; no choice depends on a clock.
 """
@@ -13,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
-from epmoe.cache.pages import CacheFull, Pages
+from epmoe.cache.pages import Pages, extend
 from epmoe.engine.request import Request, Result, TokenLogprobs
 
 
@@ -26,7 +30,10 @@ class Sequence:
     end: int  # length at which it must stop
     added_s: float  # on the engine's clock
     handle: int = -1  # in the cache, once it runs
-    cached: int = 0  # tokens of the prompt that were fed
+    prompt: tuple[int, ...] = ()  # what it begins with: the request's ids, and what it had said when it was put back
+    cached: int = 0  # tokens of `prompt` that were fed, or found
+    found: int | None = None  # of them, those whose pages were there when it began
+    keys: list[bytes] = field(default_factory=list)  # of its first pages
     launched: int = 0  # new tokens whose step was launched
     ids: list[int] = field(default_factory=list)  # new tokens that have come
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -34,10 +41,18 @@ class Sequence:
     finished: bool = False
     stop_ids: Set[int] = frozenset()  # that end it besides the end of text
 
+    def __post_init__(self) -> None:
+        self.prompt = self.request.ids
+
     @property
     def pending(self) -> int:
         """Tokens of the prompt that the model has not seen yet."""
-        return len(self.request.ids) - self.cached
+        return len(self.prompt) - self.cached
+
+    @property
+    def computed(self) -> int:
+        """Positions whose keys and values are there, once what was launched is done."""
+        return self.cached if self.pending else self.next - 1
 
     @property
     def decodes(self) -> bool:
@@ -54,15 +69,33 @@ class Sequence:
         """Tokens of prompt and output so far."""
         return len(self.request.ids) + len(self.ids)
 
+    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
+        """Those of prompt and output at these positions."""
+        own = len(self.request.ids)
+        return (*self.request.ids[begin:end], *self.ids[max(begin - own, 0) : max(end - own, 0)])
+
     def result(self, reason: str, now: float) -> Result:
-        return Result(tuple(self.ids), reason, self.first_token_s, now - self.added_s, tuple(self.logprobs))
+        times = self.first_token_s, now - self.added_s
+        return Result(tuple(self.ids), reason, *times, tuple(self.logprobs), self.found or 0)
+
+
+Piece = tuple[Sequence, int]  # of a prompt: how many of its tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is to do."""
+
+    rows: list[Sequence]  # a token of each
+    pieces: list[Piece]
+    begun: list[Sequence]  # of which the device knows nothing yet
 
 
 class Scheduler:
     """Decides what runs next.
 
     Args:
-        pages: of the cache; sequences reserve theirs here.
+        pages: of the cache.
         max_positions: of the model.
         eos_ids: ids that end a text, unless a request ignores them.
         max_batch: sequences that run at a time, at most.
@@ -75,8 +108,9 @@ class Scheduler:
         self.pages, self.max_positions, self.eos_ids = pages, max_positions, frozenset(eos_ids)
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
+        self.put_back = 0  # times that a sequence was, so far
 
     @property
     def busy(self) -> bool:
@@ -87,7 +121,7 @@ class Scheduler:
         """Let a request wait for its turn; returns its id.
 
         Raises:
-            UserError: the whole cache could not hold it.
+            UserError: the whole cache could not hold it at its longest.
         """
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
@@ -96,31 +130,95 @@ class Scheduler:
         self.added += 1
         return sequence.id
 
-    def admit(self) -> list[Sequence]:
-        """Move requests from `waiting` to `running`, in their order, while there are places and pages; those moved.
+    def found(self, request: Request) -> int:
+        """Tokens of its prompt that would not be computed, if it began now."""
+        sequence, count = Sequence(-1, request, 0, 0.0), (len(request.ids) - 1) // self.pages.size
+        self._name(sequence, count)
+        return self.pages.longest(sequence.keys[:count]) * self.pages.size
 
-        All pages that a request can ever need are reserved now: a running sequence is never put back. A step that is
-        under way may still write to pages whose sequence has ended; their new owner's steps come after it.
+    def schedule(self) -> Work:
+        """What the next step is to have; whoever is in it has its pages.
+
+        A step that is under way may still write to pages whose sequence has ended or was put back; their new owner's
+        steps come after it.
         """
-        admitted = []
-        while self.waiting and len(self.running) < self.max_batch:
-            sequence = self.waiting[0]
-            try:
-                sequence.handle = self.pages.admit(sequence.request.cached(self.max_positions))
-            except CacheFull:
-                assert self.running, "an empty cache refused a request"
+        work, left = Work([], [], []), self.prefill_chunk
+        for sequence in tuple(self.running):
+            if sequence.handle < 0:
+                break  # put back just now, as are all that are younger
+            if sequence.decodes and self._grow(sequence, 1):
+                work.rows.append(sequence)
+            elif sequence.pending > 0:
+                left -= self._add_piece(work, sequence, left)
+        while left and self.waiting and len(self.running) < self.max_batch and self._begin(self.waiting[0]):
+            work.begun.append(self.running[-1])
+            left -= self._add_piece(work, self.running[-1], left)
+        return work
+
+    def launched(self, work: Work) -> None:
+        """The step was launched: what its prompts have written may be found by steps after it."""
+        for sequence, _ in work.pieces:
+            self._learn(sequence)
+
+    def _add_piece(self, work: Work, sequence: Sequence, most: int) -> int:
+        """The next tokens of its prompt, as far as there is room; how many."""
+        count = self._grow(sequence, min(sequence.pending, most)) if most else 0
+        if count:
+            work.pieces.append((sequence, count))
+        return count
+
+    def _grow(self, sequence: Sequence, count: int) -> int:
+        """Pages for up to so many tokens more, if need be of the youngest's; how many. The youngest waits for room."""
+        begin = sequence.computed
+        while not (got := self.pages.grow(sequence.handle, begin, begin + count)):
+            if self.running[-1] is sequence:
                 break
-            self.running.append(self.waiting.popleft())
-            admitted.append(sequence)
-        return admitted
+            self._put_back(self.running[-1])
+        return got
 
-    def prefill(self) -> list[tuple[Sequence, int]]:
-        """What the next step is to have of prompts: (sequence, how many of its tokens), in order of admission."""
-        return pieces(self.running, self.prefill_chunk, self.prefill_chunk)
+    def _put_back(self, sequence: Sequence) -> None:
+        self.put_back += 1
+        self.running.remove(sequence)
+        self.pages.release(sequence.handle)
+        sequence.handle, sequence.cached = -1, 0
+        self.waiting.appendleft(sequence)
 
-    def decode(self) -> list[Sequence]:
-        """What the next step is to have of others: a token of each sequence that has begun and may go on."""
-        return [sequence for sequence in self.running if sequence.decodes]
+    def _begin(self, sequence: Sequence) -> bool:
+        """Let it run, with the longest prefix that is there, if there is room for all of its prompt and a page more,
+        beside what those that run need for theirs; whether it does."""
+        if sequence.launched > len(sequence.ids):
+            return False  # a token of it is still under way
+        soon = sum(map(self._needs_soon, self.running))
+        if self.running and soon > self.pages.left:
+            return False
+        sequence.prompt = (*sequence.request.ids, *sequence.ids)
+        self._name(sequence, count := (len(sequence.prompt) - 1) // self.pages.size)  # a token at least is computed
+        sequence.handle, sequence.cached = self.pages.admit(sequence.keys[:count])
+        if self.running and soon + self._needs_soon(sequence) > self.pages.left:
+            self.pages.release(sequence.handle)
+            sequence.handle, sequence.cached = -1, 0
+            return False
+        if sequence.found is None:
+            sequence.found = sequence.cached
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _needs_soon(self, sequence: Sequence) -> int:
+        """Pages that it lacks for its prompt, and for a page of tokens more."""
+        until = max(len(sequence.prompt), sequence.computed) + self.pages.size
+        return self.pages.lacks(sequence.handle, min(until, sequence.request.cached(self.max_positions)))
+
+    def _learn(self, sequence: Sequence) -> None:
+        """Its pages that are full, and whose tokens have come, may be found."""
+        count = min(sequence.computed, sequence.length) // self.pages.size
+        if sequence.handle >= 0 and count > self.pages.learnt[sequence.handle]:
+            self._name(sequence, count)
+            self.pages.learn(sequence.handle, sequence.keys, count)
+
+    def _name(self, sequence: Sequence, count: int) -> None:
+        """Find the keys of its first so many pages."""
+        if self.pages.prefix_cache:
+            extend(sequence.keys, sequence.tokens, self.pages.size, count)
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """A chosen token has come; the reason when it ends the sequence ("eos", "stop" or "length"), else ""."""
@@ -130,6 +228,7 @@ class Scheduler:
         if logprobs is not None:
             own = logprobs.top[: sequence.request.params.logprobs]
             sequence.logprobs.append(TokenLogprobs(logprobs.chosen, own))
+        self._learn(sequence)
         if token in self.eos_ids and not sequence.request.params.ignore_eos:
             return "eos"
         if token in sequence.stop_ids:
@@ -151,7 +250,7 @@ class Scheduler:
         return next((each for each in (*self.running, *self.waiting) if each.id == id), None)
 
 
-def pieces(running: Iterable[Sequence], most: int, each: int) -> list[tuple[Sequence, int]]:
+def pieces(running: Iterable[Sequence], most: int, each: int) -> list[Piece]:
     """(sequence, how many tokens of its prompt): up to `each` of one, `most` together, in order of admission."""
     work = []
     for sequence in running:

@@ -70,14 +70,14 @@ class Warm:
         most, each = kind
         pages, found = self.runner.cache.pages, 0
         running: list[scheduler.Sequence] = []
-        while found < most and len(running) < min(load.sequences, pages.sequences):
-            length = min(load.prompt_tokens, most - found, each)
-            while length and not pages.fits(length):
-                length = length - 1 if length <= pages.size else (length - 1) // pages.size * pages.size
+        while found < most and len(running) < load.sequences and pages.free_handles:
+            handle, _ = pages.admit()
+            length = pages.grow(handle, 0, min(load.prompt_tokens, most - found, each))
             if not length:
+                pages.release(handle)
                 break
             request = Request((0,) * length, SamplingParams(max_new_tokens=1))
-            sequence = scheduler.Sequence(len(running), request, length + 1, 0.0, pages.admit(length))
+            sequence = scheduler.Sequence(len(running), request, length + 1, 0.0, handle)
             self.runner.admit(sequence)
             running.append(sequence)
             found += length

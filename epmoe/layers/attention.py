@@ -102,7 +102,7 @@ def _decode(
 def _prefill(
     heads: Heads, cached: Pair, prefill: Prefill, window: int | None, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """A sequence's tokens, in blocks of queries: attend to [cached | chunk], then write what the layer keeps of it.
+    """A sequence's tokens, in blocks of queries: attend to [cached | chunk], then write the chunk.
 
     A block has the positions from one multiple of QUERIES to the next, and the keys that these can see, whichever of
     them the chunk brings: so the shapes of its products follow from the positions alone.
@@ -132,7 +132,7 @@ def _prefill(
     out_QED = _queries(torch.stack(outs_JMD)).flatten(0, 1)
     out_TED[tokens] = out_QED[cached_count - first : total - first]
     for store_JRD, each in zip(cached, new, strict=True):
-        store_JRD.index_copy_(1, prefill.row_R, each[tokens][-len(prefill.row_R) :].transpose(0, 1))
+        store_JRD.index_copy_(1, prefill.row_R, each[tokens].transpose(0, 1))
 
 
 def _blocks(q_QED: torch.Tensor, kv_heads: int) -> torch.Tensor:

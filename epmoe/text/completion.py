@@ -21,6 +21,7 @@ class Choice:
     seed: int  # with it as SamplingParams.seed this answer comes again; a greedy one has no use for it
     first_token_s: float
     total_s: float
+    cached_tokens: int  # of the prompt, those that were in the cache and cost nothing
 
     @classmethod
     def of(cls, request: Request, result: Result, answer: Answer) -> "Choice":
@@ -35,6 +36,7 @@ class Choice:
             seed=request.params.seed,
             first_token_s=result.first_token_s,
             total_s=result.total_s,
+            cached_tokens=result.cached_tokens,
         )
 
 
@@ -76,6 +78,10 @@ class Completion:
     @property
     def total_s(self) -> float:
         return self.outputs[0].total_s
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.outputs[0].cached_tokens
 
 
 def completions(prompts: Sequence[Request], answers: Sequence[Choice]) -> list[Completion]:

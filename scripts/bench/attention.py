@@ -82,25 +82,28 @@ class Heads:
         angle = torch.rand(tokens, self.head_dim // 2, device="cuda") * 6
         return (q, k, v), (angle.cos(), angle.sin())
 
-    def cache(self, window: int | None, sequences: int, tokens: int) -> tuple[Cache, list[int]]:
-        """Random rows, and the handles of `sequences` sequences of `tokens` positions, whose pages lie anywhere."""
+    def cache(self, window: int | None, sequences: int, tokens: int, new: int = 1) -> tuple[Cache, list[int]]:
+        """Random rows, and the handles of `sequences` sequences of `tokens` positions, the last of which are new; their
+        pages lie anywhere."""
         total = sequences * -(-tokens // self.page) * self.page
         store = Cache(
             CacheConfig(
                 [window],
                 self.kv_heads,
                 self.head_dim,
-                tokens=total if window is None else self.page,
+                tokens=total,
                 sequences=sequences,
                 page=self.page,
                 dtype=BF16,
+                step=sequences * new,
             ),
             "cuda",
         )
         for layer in store.layers:
             layer.normal_()
-        random.Random(0).shuffle(store.pages.free)
-        return store, [store.admit(tokens) for _ in range(sequences)]
+        for stock in store.pages.stocks:
+            random.Random(0).shuffle(stock.free)
+        return store, [store.admit(tokens, tokens - new) for _ in range(sequences)]
 
 
 def rotation(bytes_a_call: int) -> int:
@@ -131,7 +134,7 @@ def bench_decode(heads: Heads, batch: int, context: int, window: int | None, lim
 
 def bench_prefill(heads: Heads, chunk: int, cached: int, window: int | None, limit: Any, options: Any) -> dict:
     """One row: one sequence's chunk after `cached` positions."""
-    store, (handle,) = heads.cache(window, 1, chunk + cached)
+    store, (handle,) = heads.cache(window, 1, chunk + cached, chunk)
     position_T = torch.arange(cached, cached + chunk, device="cuda")
     step = Step(position_T, position_T, position_T[:0], spans=((0, chunk, cached, handle),), output_O=position_T[:1])
     plan = store.plan(step)[window]

@@ -4,6 +4,7 @@ That the right values are read and written is test_attention.py's matter.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from epmoe.cache.plan import Prefill
 from epmoe.errors import UserError
 
 
-def new_cache(windows: list[int | None], *, tokens: int = 64, sequences: int = 4, page: int = 4) -> Cache:
-    return Cache(CacheConfig(windows, 2, 8, tokens=tokens, sequences=sequences, page=page, dtype=torch.float32), "cpu")
+def new_cache(windows: list[int | None], **sizes: int) -> Cache:
+    config: dict[str, Any] = {"tokens": 64, "sequences": 4, "page": 4, **sizes}
+    return Cache(CacheConfig(windows, 2, 8, dtype=torch.float32, **config), "cpu")
 
 
 def rows_of(cache: Cache, window: int | None, handle: int, count: int) -> list[int]:
@@ -28,59 +30,45 @@ def rows_of(cache: Cache, window: int | None, handle: int, count: int) -> list[i
 
 
 def test_bytes_follow_the_windows() -> None:
-    """Protects memory: a sliding layer takes ⌈window/page⌉ + 1 pages a sequence however long the sequences are."""
+    """Protects memory: a sliding layer takes what all sequences see, however long they are, and a step's tokens."""
     row = 2 * 2 * 8 * 4  # key and value, 2 heads, 8 dimensions, float32
-    spare = 4 * row  # the page that fills up batches
-    full, ring = 64 * row, (4 + 1) * (2 + 1) * 4 * row  # window 7: 2 pages of 4, and 1; 4 sequences and the spare one
-    assert new_cache([None]).nbytes == full + spare
-    assert new_cache([7]).nbytes == ring
-    assert new_cache([7, None, 7, None, 9]).nbytes == 2 * ring + 2 * (full + spare) + (4 + 1) * (3 + 1) * 4 * row
-    assert new_cache([7, None], tokens=6400).nbytes == ring + 100 * full + spare
-    assert new_cache([None], tokens=61).nbytes == full + spare  # whole pages
+    page = 4 * row
+    assert new_cache([None]).config.nbytes == (16 + 1) * page  # one fills batches up
+    assert new_cache([None], tokens=61).config.nbytes == (16 + 1) * page  # whole pages
+    # A window of 7 touches 3 pages, and a piece of a prompt may end within one more; 4 sequences.
+    assert new_cache([7], step=10).config.nbytes == (4 * 4 + 3 + 1) * page
+    assert new_cache([7], step=10, tokens=6400).config.nbytes == (4 * 4 + 3 + 1) * page
+    assert new_cache([7, None, 7], step=10, tokens=6400).config.nbytes == (2 * (4 * 4 + 3 + 1) + 1601) * page
+    # no more than full attention has, and any step is taken where none is named
+    assert new_cache([7, None, 9], step=10).config.nbytes == 3 * (16 + 1) * page
+    assert new_cache([7]).config.nbytes == (4 * 4 + 16 + 1) * page
+    for cache in (new_cache([7, None, 9], tokens=640, step=10), new_cache([1], page=1, step=3)):
+        assert sum(layer.nbytes for layer in cache.layers) == cache.config.nbytes
 
 
 def test_gpt_oss_20b_bytes() -> None:
     """Protects the figure people plan with: a token of context costs the full-attention half of the layers only."""
-    cache = Cache(
-        CacheConfig([128, None] * 12, 8, 64, tokens=16384, sequences=8, page=16, dtype=torch.bfloat16), "meta"
-    )
+    config = CacheConfig([128, None] * 12, 8, 64, tokens=1 << 20, sequences=64, page=16, step=16384)
     token = 2 * 8 * 64 * 2
-    assert cache.nbytes == 12 * (16384 + 16) * token + 12 * (8 + 1) * 144 * token
+    assert config.nbytes == 12 * ((1 << 20) + 16) * token + 12 * (64 * 10 * 16 + 16384 + 16) * token
 
 
 def test_nothing_is_allocated_after_the_constructor() -> None:
-    """Protects against growth: admitting, planning and releasing leave the storage where it was."""
+    """Protects against growth, and graphs: admitting, planning and releasing leave the storage where it was."""
     cache = new_cache([7, None])
-    places = [layer.data_ptr() for layer in cache.layers]
+    places = [part.data_ptr() for part in (*cache.layers, *(pool.table for pool in cache.pools.values()))]
+    assert all(place % 16 == 0 for place in places)
     for _ in range(20):
         handle = cache.admit(30)
         cache.plan(make_step([(handle, [0] * 5, 0)]))
         cache.release(handle)
-    assert [layer.data_ptr() for layer in cache.layers] == places
-
-
-@pytest.mark.parametrize("window", [1, 3, 4, 7, 8, 9, 16])
-def test_ring_holds_the_window_and_overwrites_the_rest(window: int) -> None:
-    """Protects the ring's size: the last `window` positions have rows of their own, and old rows come again."""
-    cache = new_cache([window])
-    handles = [cache.admit(1000) for _ in range(4)]
-    seen: set[int] = set()
-    for handle in handles:
-        rows = rows_of(cache, window, handle, 1000)
-        for end in range(window, 1000):
-            assert len(set(rows[end - window : end + 1])) == window + 1
-        ring = set(rows)
-        assert len(ring) == (-(-window // 4) + 1) * 4 and not ring & seen
-        seen |= ring
-    seen |= set(rows_of(cache, window, cache.spare, 1000))
-    assert seen == set(range(cache.pools[window].rows))
+    assert places == [part.data_ptr() for part in (*cache.layers, *(pool.table for pool in cache.pools.values()))]
 
 
 def test_full_when_pages_are_short() -> None:
-    """Protects admission: reserved by the page, refused when short, admitted again after a release."""
+    """Protects the neighbours: whoever finds no pages has none of theirs, and finds some after a release."""
     cache = new_cache([None, 7])  # 16 pages
     first = cache.admit(33)  # 9 pages
-    assert cache.pages.fits(28) and not cache.pages.fits(29)
     with pytest.raises(CacheFull):
         cache.admit(29)
     second = cache.admit(28)  # 7 pages
@@ -88,11 +76,11 @@ def test_full_when_pages_are_short() -> None:
         cache.admit(1)
     cache.release(first)
     third = cache.admit(36)
-    assert not set(rows_of(cache, None, third, 36)) & set(rows_of(cache, None, second, 28))
+    for window in (None, 7):
+        assert not set(rows_of(cache, window, third, 36)) & set(rows_of(cache, window, second, 28))
 
 
-def test_full_when_sequences_are_short() -> None:
-    """Protects the rings: there are only so many, though pages be plenty."""
+def test_full_when_handles_are_short() -> None:
     cache = new_cache([None, 7], sequences=2)
     handle, _ = cache.admit(4), cache.admit(4)
     with pytest.raises(CacheFull):
@@ -101,10 +89,12 @@ def test_full_when_sequences_are_short() -> None:
     cache.admit(4)
 
 
-def test_sliding_layers_alone_need_no_pages() -> None:
-    """Protects long sequences of a model without full attention: the number of tokens is no limit."""
-    cache = new_cache([7, 7], tokens=4)
-    cache.admit(100_000)
+def test_sliding_layers_alone_need_few_pages() -> None:
+    """Protects long sequences of a model without full attention: what they see alone is there."""
+    cache = new_cache([7, 7], tokens=4, positions=100_000)
+    handle = cache.admit(100_000, 99_999)
+    rows = cache.pools[7].row(torch.tensor([[handle]]), torch.arange(99_993, 100_000)[None])[0].tolist()
+    assert len(set(rows)) == 7 and max(rows) < cache.pools[7].rows - 4
 
 
 def test_what_can_never_fit_is_the_users_mistake() -> None:
@@ -124,49 +114,41 @@ def test_refused_admission_takes_nothing() -> None:
     cache.admit(4)
 
 
-def test_double_release_is_a_bug() -> None:
-    """Protects the stock of pages: a page given back twice would have two owners."""
-    cache = new_cache([None])
-    handle = cache.admit(8)
-    cache.release(handle)
-    with pytest.raises(KeyError):
-        cache.release(handle)
-
-
-def test_more_tokens_than_reserved_is_a_bug() -> None:
-    """Protects the neighbours' pages: a sequence cannot outgrow its reservation."""
-    cache = new_cache([None])
+def test_tokens_without_pages_are_a_bug() -> None:
+    """Protects the neighbours' pages, also from a sequence whose window has left its own behind."""
+    cache = new_cache([None, 7])
     handle = cache.admit(8)
     cache.plan(make_step([(handle, [0] * 3, 5)]))
-    with pytest.raises(AssertionError, match="reserved"):
+    with pytest.raises(AssertionError, match="without pages"):
         cache.plan(make_step([(handle, [0] * 4, 5)]))
+    cache.grow(handle, 12, 13)
+    with pytest.raises(AssertionError, match="without pages"):
+        cache.plan(make_step([(handle, [0], 7)]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
-def test_rows_have_one_owner_and_come_back(actions: list[tuple[bool, int]]) -> None:
-    """Protects the accounts over any history: no row with two owners, and an empty cache is whole again."""
-    cache = new_cache([None, 7], sequences=5)
-    live: dict[int, int] = {}
-    for wants_in, size in actions:
-        if wants_in:
-            fits = cache.pages.fits(size)
-            try:
-                live[cache.admit(size)] = size
-                assert fits
-            except CacheFull:
-                assert not fits
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=60))
+def test_the_device_knows_who_holds_what(actions: list[tuple[int, int]]) -> None:
+    """Protects the table over any history: what a sequence sees lies in rows of its own, as the accounts say."""
+    cache = new_cache([None, 7], sequences=4)
+    live: dict[int, int] = {}  # handle → positions
+    for kind, size in actions:
+        if kind == 0 and cache.pages.free_handles:
+            live[cache.pages.admit()[0]] = 0
+        elif kind == 1 and live:
+            cache.release(handle := list(live)[size % len(live)])
+            del live[handle]
         elif live:
             handle = list(live)[size % len(live)]
-            cache.release(handle)
-            del live[handle]
-        for window, most in ((None, 1000), (7, 12)):
-            owned = [rows_of(cache, window, handle, min(size, most)) for handle, size in live.items()]
-            flat = [row for rows in owned for row in rows]
-            assert len(flat) == len(set(flat)) and all(0 <= row < cache.pools[window].rows for row in flat)
-    for handle in live:
-        cache.release(handle)
-    assert sorted(cache.pages.free) == list(range(16)) and sorted(cache.pages.free_handles) == list(range(5))
+            live[handle] += cache.grow(handle, live[handle], live[handle] + size)
+        for index, window in enumerate((None, 7)):
+            owned = []
+            for handle in live:
+                held = cache.pages.held[handle][index]
+                rows = rows_of(cache, window, handle, len(held.pages) * 4)[held.first * 4 :]
+                assert rows == [page * 4 + place for page in held.pages[held.first :] for place in range(4)]
+                owned += rows
+            assert len(owned) == len(set(owned)) and all(0 <= row < cache.pools[window].rows - 4 for row in owned)
 
 
 def prefills_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, int]]) -> tuple[Prefill, ...]:
@@ -179,19 +161,19 @@ def prefills_of(cache: Cache, window: int | None, chunks: list[tuple[int, int, i
     assert hidden.spans is not None and hidden.padded
     for one, other in zip(plan.spans.prefills, hidden.spans.prefills, strict=True):
         assert (one.begin, one.end, one.cached, one.sequence) == (other.begin, other.end, other.cached, other.sequence)
-    for run, before in ((1, 0), (7, 0), (16, 5), (64, 128)):
-        exact = sum(-(-(end - begin + before) // run) for begin, end, *_ in step.spans or ())
-        assert plan.spans.runs(run, before) == exact <= hidden.spans.runs(run, before)
+    for run in (1, 7, 16, 64):
+        exact = sum(-(-(end - begin) // run) for begin, end, *_ in step.spans or ())
+        assert plan.spans.runs(run) == exact <= hidden.spans.runs(run)
     return plan.spans.prefills
 
 
 def test_plan_of_a_window() -> None:
-    """Protects the traffic: a sliding layer reads window − 1 cached rows at most and writes `window` at most."""
+    """Protects the traffic: a sliding layer reads window − 1 cached rows at most."""
     cache = new_cache([7, None])
     a, b = cache.admit(60), cache.admit(4)
     rows = rows_of(cache, 7, a, 60)
     (prefill,) = prefills_of(cache, 7, [(a, 20, 30)])
-    assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[43:50]
+    assert prefill.past_C.tolist() == rows[24:30] and prefill.row_R.tolist() == rows[30:50]
     (prefill,) = prefills_of(cache, 7, [(a, 3, 2)])
     assert prefill.past_C.tolist() == rows[0:2] and prefill.row_R.tolist() == rows[2:5]
     first, second = prefills_of(cache, 7, [(a, 1, 40), (b, 1, 0)])  # a prompt's single token, too
@@ -234,7 +216,8 @@ def test_the_spare_sequence_is_nobodys() -> None:
     """Protects the requests' rows: the spare handle is never admitted, and its page never reserved."""
     cache = new_cache([None, 7])
     handles = [cache.admit(16) for _ in range(4)]
-    assert cache.spare not in handles and not cache.pages.free
-    spare = set(rows_of(cache, None, cache.spare, 64))
-    assert not spare & {row for handle in handles for row in rows_of(cache, None, handle, 16)}
-    assert max(spare) < cache.paged.rows
+    assert cache.spare not in handles and not cache.pages.left
+    for window, pool in cache.pools.items():
+        spare = set(rows_of(cache, window, cache.spare, 64))
+        assert not spare & {row for handle in handles for row in rows_of(cache, window, handle, 16)}
+        assert max(spare) < pool.rows

@@ -27,7 +27,7 @@ def run(requests: list[Request], stop: tuple[int, int] | None = None) -> tuple[N
             engine.generate(requests, lambda index, token: (index, token) == stop, finished.__setitem__)
         except NotFinite as error:
             told = error
-    assert not engine.busy and not held.pages.reserved and not engine.failed
+    assert not engine.busy and not held.pages.held and not engine.failed
     return told, finished
 
 

@@ -109,7 +109,7 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
     assert max(len(step.token_T) for step in steps) == len(steps[0].token_T) == 100  # the most memory first
     several = {sum(end - begin > 1 for begin, end, *_ in step.spans or ()) for step in steps}
     assert {1, 2, 4, 8, 16, 20} <= several and max(several) == 20
-    assert not tested.cache.pages.reserved
+    assert not tested.cache.pages.held
     assert "epmoe: prefills: " in terminal.getvalue() and f"/{len(steps)} " in terminal.getvalue()
     warm_up(tested, Workload.of(requests[::-1], 20))
     assert len(model.prefills()) == len(steps)  # once is enough
@@ -157,7 +157,7 @@ def test_the_next_step_is_launched_before_the_last_ids_are_read() -> None:
 
 
 def test_no_step_is_launched_beyond_the_length() -> None:
-    """It would need a position that the sequence has not reserved; FakeModel.feed holds every step to that."""
+    """It would need a position for which there may be no page; FakeCache.feed holds every step to that."""
     model = FakeModel()
     engine(model).generate([Request((1, 2), SamplingParams(max_new_tokens=7, ignore_eos=True))])
     assert len(model.steps) == 7
@@ -170,7 +170,7 @@ def test_full_cache_lets_requests_wait_in_order() -> None:
     results = engine(cache=cache).generate(requests, on_finish=lambda index, result: finished.append(index))
     assert outputs(results) == [expected(request) for request in requests]
     assert sorted(finished) == list(range(20))
-    assert not cache.pages.reserved  # everything was given back
+    assert not cache.pages.held  # everything was given back
 
 
 def test_pages_are_given_back_when_a_run_fails() -> None:
@@ -181,7 +181,7 @@ def test_pages_are_given_back_when_a_run_fails() -> None:
 
     with pytest.raises(OSError, match="gone"):
         engine(cache=cache).generate(some_requests(3), on_token=fail)
-    assert not cache.pages.reserved
+    assert not cache.pages.held
 
 
 def test_callbacks_see_every_token_in_order_and_can_stop() -> None:
@@ -300,7 +300,7 @@ def test_requests_come_and_go_while_others_run() -> None:
     for number, result in found.items():
         shown = result.ids[:-1] if result.finish_reason == "eos" else result.ids
         assert tuple(tokens.get(number, ())) == shown
-    assert not tested.cache.pages.reserved and tested.step() == []
+    assert not tested.cache.pages.held and tested.step() == []
 
 
 def test_an_abort_ends_one_request_and_no_other() -> None:
@@ -316,12 +316,12 @@ def test_an_abort_ends_one_request_and_no_other() -> None:
     assert running.ids == expected(requests[0])[0][: len(running.ids)] and len(running.ids) == 4
     waiting = tested.abort(ids[3])
     assert waiting is not None and waiting.ids == () and waiting.finish_reason == "abort"
-    assert tested.abort(ids[0]) is None and len(tested.cache.pages.reserved) == 1
+    assert tested.abort(ids[0]) is None and len(tested.cache.pages.held) == 1
     found: dict[int, Result] = {}
     run(tested, found, {})
     assert sorted(found) == ids[1:3] and tested.abort(ids[1]) is None
     assert outputs([found[1], found[2]]) == [expected(request) for request in requests[1:3]]
-    assert not tested.cache.pages.reserved
+    assert not tested.cache.pages.held
 
 
 def test_a_request_that_never_fits_is_refused_when_it_is_added() -> None:

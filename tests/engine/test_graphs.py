@@ -91,11 +91,12 @@ def stop_at(shown: dict[int, list[int]]) -> Any:
 def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ...], str]:
     """A request alone, a Step a token, the sampler with parameters on the host: what the engine did before."""
     cache, params, ids = engine.cache, request.params, list(request.ids)
-    handle = cache.admit(request.cached(engine.max_positions))
-    new, cached = list(request.ids), 0
+    handle, cached = cache.pages.admit()
+    new = list(request.ids)
     seen = torch.zeros(1, engine.vocab, dtype=torch.bool)
     while True:
         with torch.inference_mode():
+            assert cache.grow(handle, cached, cached + len(new)) == len(new)
             step = make_step([(handle, new, cached)], every=False)
             logits = engine.model.logits(engine.model.hidden(step, cache), None)
         seen[0, ids] = True
@@ -125,7 +126,7 @@ def test_same_tokens_as_one_request_after_the_other(checkpoint: str, limits: dic
     for index, result in enumerate(results):  # not even a callback sees the token of the step after the end
         assert tuple(shown.get(index, ())) == (result.ids[:-1] if result.finish_reason == "eos" else result.ids)
         assert len(result.logprobs) == (len(result.ids) if asked[index].params.logprobs else 0)
-    assert not engine.cache.pages.reserved
+    assert not engine.cache.pages.held
     again = engine.generate(asked, stop_at({}))  # the same buffers, with what the first run left in them
     assert [(each.ids, each.logprobs) for each in again] == [(each.ids, each.logprobs) for each in results]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from epmoe.engine.request import Request, SamplingParams, choice_seed, choices
+from epmoe.engine.request import Request, SamplingParams, Workload, choice_seed, choices
 from epmoe.errors import UserError
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -61,3 +61,11 @@ def test_choices_are_requests_for_one_answer_each() -> None:
     assert [each.choice for each in found] == [None, (1, 0), (1, 1), (1, 2)]
     assert all(each.params.n == 1 and each.ids == (3,) for each in found[1:])
     assert found[1].params == one.params  # the same answer as without n
+
+
+def test_what_may_be_put_back_may_begin_with_all_it_has_said() -> None:
+    """So that its second prompt finds everything compiled."""
+    asked = [Request((1,) * length, SamplingParams(max_new_tokens=new)) for length, new in ((1, 30), (20, 3), (5, 900))]
+    plain, longest = Workload.of(asked, 2), Workload.of(asked, 2, 100)
+    assert (plain.prompt_tokens, plain.prefill_tokens, plain.longer_prompts) == (20, 25, 2)
+    assert (longest.prompt_tokens, longest.prefill_tokens, longest.longer_prompts) == (99, 99 + 30, 2)

@@ -10,6 +10,7 @@ from interpret import interpreted
 from loading import load_rank, rank_of
 
 from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.pages import extend
 from epmoe.engine import scheduler
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Request, SamplingParams, Variant
@@ -35,14 +36,28 @@ class Served:
         self.cache = Cache(CacheConfig(*shape, tokens=1200, sequences=7, page=4, dtype=dtype), device)
         self.static = StaticStep(model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), 7, 64)
         self.static.keep_logits()
-        requests = [Request(prompt(*each), SamplingParams()) for each in enumerate(lengths)]
+        self.keys: list[bytes] = []
+        prompts = [prompt(*each) for each in enumerate(lengths)]
+        prompts.append((*prompts[SHARED][:20], *range(30, 43)))
+        extend(self.keys, lambda begin, end: prompts[SHARED][begin:end], 4, 5)
+        requests = [Request(each, SamplingParams()) for each in prompts]
         self.sequences = [
-            scheduler.Sequence(number, each, 400, 0.0, self.cache.admit(400 if length > 100 else 60))
-            for number, (each, length) in enumerate(zip(requests, lengths, strict=True))
+            scheduler.Sequence(number, each, 400, 0.0, self.cache.pages.admit()[0])
+            for number, each in enumerate(requests)
         ]
+
+    def grow(self, sequence: scheduler.Sequence, count: int) -> None:
+        """Pages for its next tokens. What begins like another one finds what that has computed."""
+        if not sequence.computed and sequence is self.sequences[-1]:
+            self.cache.pages.release(sequence.handle)
+            sequence.handle, sequence.cached = self.cache.pages.admit(self.keys)
+            assert sequence.cached == len(self.keys) * 4
+        assert self.cache.grow(sequence.handle, sequence.computed, sequence.computed + count) == count
 
     def step(self, rows: list[int], work: list[tuple[int, int]], tokens: int | None, alone: bool) -> torch.Tensor:
         """Logits of the outputs; filled up to `tokens`, or as the host knows it (None). `alone`: prompts as such."""
+        for at, n in [*((row, 1) for row in rows), *work]:
+            self.grow(self.sequences[at], n)
         ragged = Ragged.of([self.sequences[row] for row in rows], [(self.sequences[at], n) for at, n in work])
         count = len(ragged.outputs)
         self.static.order_step(ragged)
@@ -56,6 +71,8 @@ class Served:
             self.sequences[at].cached += n
         for sequence in ragged.ended:
             sequence.launched += 1
+        shared = self.sequences[SHARED]
+        self.cache.pages.learn(shared.handle, self.keys, min(shared.cached // 4, len(self.keys)))
         assert self.static.logits_MV is not None
         return self.static.logits_MV[: len(ragged.outputs)].cpu().clone()
 
@@ -67,8 +84,10 @@ STEPS: list[tuple[list[int], list[tuple[int, int]], int]] = [
     ([0, 1], [(2, 30)], 64),
     ([1, 0], [(2, 3), (3, 1), (4, 40)], 64),
     ([0, 1, 2, 3, 4], [(5, 11)], 16),
+    ([4, 1], [(6, 13)], 16),  # the 20 before these are those of another one, which still runs
 ]
 LENGTHS = [5, 10, 34, 21, 40, 11]
+SHARED = 4  # whose first tokens the last sequence has, too
 
 
 def compare(path: Path, device: str, names: dict[str, Any], steps: int = len(STEPS)) -> None:

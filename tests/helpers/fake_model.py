@@ -1,4 +1,8 @@
-"""A model without weights for tests of the engine: logits are a hash of all tokens of the sequence so far."""
+"""A model without weights for tests of the engine: logits are a hash of all tokens of the sequence so far.
+
+It knows these tokens from the cache's rows alone, as attention does: a row that was given away too early, shared with
+the wrong sequence or written twice is seen at once.
+"""
 
 import random
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 
 from epmoe.batch import Step
+from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.models.decoder import prefill_kinds
@@ -17,23 +22,60 @@ SEQUENCES = 64
 
 
 class FakeCache:
-    """Pages of `page` positions, as the real cache's; holds the tokens that the model was fed."""
+    """Pages as the real cache's. A row of each stock holds the tokens of its sequence up to its position."""
 
-    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4) -> None:
-        self.pages, self.spare = Pages(tokens // page, page, sequences), sequences
-        self.fed: dict[int, list[int]] = {}
-        self.device = torch.device("cpu")
+    def __init__(self, tokens: int = 10_000, sequences: int = SEQUENCES, page: int = 4, **more: Any) -> None:
+        """`more` is of CacheConfig."""
+        config = CacheConfig(more.pop("windows", (None, 6)), 1, 1, tokens, sequences, page, **more)
+        most = tokens // page * page
+        self.pages = Pages(config.pages, page, sequences, most=most, prefix_cache=config.prefix_cache)
+        self.spare, self.device = sequences, torch.device("cpu")
+        self.table: dict[tuple[int, int, int], int] = {}  # the device's
+        self.rows: list[dict[int, tuple[int, ...]]] = [{} for _ in self.pages.stocks]
+        self.fed = 0  # tokens so far
 
-    def write(self, handle: int) -> None:
-        self.fed[handle] = []
+    def write(self) -> None:
+        self.table |= self.pages.told()
 
-    def admit(self, tokens: int) -> int:
-        handle = self.pages.admit(tokens)
-        self.write(handle)
-        return handle
+    def grow(self, handle: int, begin: int, end: int) -> int:
+        count = self.pages.grow(handle, begin, end)
+        self.write()
+        return count
 
     def release(self, handle: int) -> None:
         self.pages.release(handle)
+
+    def seen(self, stock: int, handle: int, position: int) -> tuple[int, ...]:
+        return self.rows[stock][self._row(stock, handle, position)]
+
+    def feed(self, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
+        """Attend to what each token sees, and write it; all tokens so far."""
+        begin, end = positions[0], positions[0] + len(tokens)
+        assert positions == list(range(begin, end)) and self.pages.holds(handle, begin, end)
+        history = self.seen(0, handle, begin - 1) if begin else ()
+        assert len(history) == begin
+        whole = (*history, *tokens)
+        for index, stock in enumerate(self.pages.stocks):
+            for position in range(0 if stock.window is None else max(0, begin + 1 - stock.window), begin):
+                assert self.seen(index, handle, position) == whole[: position + 1], "another history's"
+            for position in positions:
+                row = self._row(index, handle, position)
+                page = row // self.pages.size
+                assert stock.users[page] == 1 and stock.keys[page] is None, "another writer, or a page that is found"
+                self.rows[index][row] = whole[: position + 1]
+        self.fed += len(tokens)
+        return list(whole)
+
+    def empty(self) -> bool:
+        """Whether nobody holds anything, and every page is free or may be found."""
+        pages = self.pages
+        whole = all(sorted([*each.free, *each.passed, *each.idle]) == list(range(each.count)) for each in pages.stocks)
+        unused = not any(any(each.users) for each in pages.stocks) and not pages.held and not pages.together
+        return whole and unused and len(pages.free_handles) == pages.sequences
+
+    def _row(self, stock: int, handle: int, position: int) -> int:
+        size = self.pages.size
+        return self.table[stock, handle, position // size] * size + position % size
 
 
 @dataclass
@@ -70,11 +112,11 @@ class FakeModel:
                 assert (tokens[row], positions[row]) == (0, 0) and set(handles[row:]) == {cache.spare} and not spans
                 last[row] = [0]
             else:
-                last[row] = self.feed(cache, handle, tokens[row : row + 1], positions[row : row + 1])
+                last[row] = cache.feed(handle, tokens[row : row + 1], positions[row : row + 1])
         at = len(handles)
         for begin, end, cached, handle in spans:
-            assert at == begin < end and cached == len(cache.fed[handle])
-            last[end - 1] = self.feed(cache, handle, tokens[begin:end], positions[begin:end])
+            assert at == begin < end and cached == positions[begin]
+            last[end - 1] = cache.feed(handle, tokens[begin:end], positions[begin:end])
             at = end
         assert at == len(tokens)
         self.outputs = [last[row] for row in (sorted(last) if step.output_O is None else step.output_O.tolist())]
@@ -83,13 +125,6 @@ class FakeModel:
     def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         logits_OV = torch.stack([logits_of(self.outputs[int(number)]) for number in norm_O1[:, 0]])
         return logits_OV[:, slice(*part)] if part else logits_OV
-
-    def feed(self, cache: Any, handle: int, tokens: list[int], positions: list[int]) -> list[int]:
-        fed: list[int] = cache.fed[handle]
-        assert positions == list(range(len(fed), len(fed) + len(tokens)))
-        fed += tokens
-        assert len(fed) <= cache.pages.reserved[handle]
-        return list(fed)
 
     def prefills(self) -> list[Step]:
         return [step for step in self.steps if step.spans]

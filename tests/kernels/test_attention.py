@@ -8,13 +8,14 @@ from attention_cases import CASES, Case, compare
 from interpret import interpreted
 
 from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.pages import extend
 from epmoe.kernels.attention import launch as attention_triton
 from epmoe.kernels.attention.launch import SPLIT, most_tiles
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted(case: Case) -> None:
-    """Pages, rings, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
+    """Pages, windows, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
     # float32 sums of up to 700 positions in another order
     interpreted(compare, case, "cpu", torch.float32, 1e-4, 2e-5)
 
@@ -33,17 +34,26 @@ def test_more_splits_than_are_added_at_a_time() -> None:
 
 @pytest.mark.parametrize("sequences", [1, 3, 8])
 def test_splits_fit_their_memory(sequences: int) -> None:
-    """Protects the workspace: however the pages are shared out, the splits together are no more than most_tiles."""
+    """Protects the workspace: whoever shares pages with whom, the splits together are no more than most_tiles."""
     cache = Cache(
         CacheConfig([None, 300], 1, 8, tokens=2000, sequences=sequences, page=16, dtype=torch.float32), "meta"
     )
-    choice = random.Random(sequences)
+    choice, pool, most = random.Random(sequences), cache.pools[None], 0
     for _ in range(200):
-        left, splits = cache.paged.pages, 0
+        keys: list[bytes] = []
+        extend(keys, lambda begin, end: range(begin, end), 16, 125)
+        cache.pages.forget()
+        handles, splits = [], 0
         for _ in range(sequences):
-            pages = choice.randint(0, left)
-            left -= pages
-            splits += -(-max(1, pages * 16) // SPLIT)  # at least its own position: a spare row has that
-        assert splits <= most_tiles(cache.paged, sequences)
+            handle, cached = cache.pages.admit(keys[: choice.randint(0, 125)])
+            cached += cache.pages.grow(handle, cached, choice.randint(cached, 2000))
+            cache.pages.learn(handle, keys, cached // 16)
+            splits += -(-max(1, cached) // SPLIT)  # at least its own position: a spare row has that
+            handles.append(handle)
+        most = max(most, splits)
+        assert splits <= most_tiles(pool, sequences)
+        for handle in handles:
+            cache.release(handle)
+    assert most > 2000 // SPLIT + sequences or sequences == 1  # more than without sharing
     touched = {position // SPLIT - (position - 299) // SPLIT + 1 for position in range(299, 2000)}
     assert most_tiles(cache.pools[300], sequences) == max(touched) * sequences

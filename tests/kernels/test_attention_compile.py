@@ -21,11 +21,11 @@ from epmoe.kernels.attention.launch import (
 )
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-# gpt-oss: 64 query and 8 key/value heads of 64; pages of 16, rings of 144 rows for the window of 128
+# gpt-oss: 64 query and 8 key/value heads of 64; a window of 128
 SIZES = {"J": 8, "D": 64, "DP": 64}
-FULL, RING = {"PAGE": 16, "WINDOW": 0}, {"PAGE": 144, "WINDOW": 128}
-INTEGERS = ("most", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows", "place_rows")
-POINTERS = ("q", "k", "v", "key", "value", "old_key", "old_value", "ring_key", "ring_value", "sink", "out")
+FULL, WINDOW = {"PAGE": 16, "WINDOW": 0}, {"PAGE": 16, "WINDOW": 128}
+INTEGERS = ("most", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows")
+POINTERS = ("q", "k", "v", "key", "value", "sink", "out")
 
 
 def compiled(
@@ -45,8 +45,6 @@ def compiled(
         **dict.fromkeys(INTEGERS, "i32"),
         "scale": "fp32",
     }
-    if constants.get("PAGE") == RING["PAGE"]:
-        constants = {**constants, "table_ptr": None}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
     strides = [name for name in ("q_stride", "k_stride", "v_stride", "cache_rows") if name in signature]
@@ -58,7 +56,7 @@ def compiled(
 
 
 @pytest.mark.parametrize("rows", [_bucket(rows) for rows in (1, 64, 256)])
-@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int) -> None:
     """All programs of a launch are on the machine at once: one that waits for a place costs half of the time again."""
@@ -86,7 +84,7 @@ def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[
     return constants, tile
 
 
-@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
     """bf16 runs on Hopper's tensor cores, both products, and ptxas need not make them wait for each other.
@@ -100,13 +98,12 @@ def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
         assert 2 * tile.warps * 32 * cost["registers"] <= 65536
 
 
-@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_place(dtype: torch.dtype, layout: dict[str, int]) -> None:
-    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **layout, "M": PLACED}, 4, 3)
+def test_place(dtype: torch.dtype) -> None:
+    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED}, 4, 3)
 
 
-@pytest.mark.parametrize("layout", [FULL, RING], ids=["pages", "ring"])
+@pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     """Ampere and Blackwell compile the same kernels; their tiles were not chosen for them, so spills are theirs."""

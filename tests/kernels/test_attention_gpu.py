@@ -29,7 +29,7 @@ windows = pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case: Case, dtype: torch.dtype) -> None:
-    """Pages, rings, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
+    """Pages, windows, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
     compare(case, "cuda", dtype, *TOLERANCE[dtype])
 
 

@@ -1,4 +1,4 @@
-"""Attention over the paged cache against a dense float64 brute force without pages, rings, chunks or blocks.
+"""Attention over the paged cache against a dense float64 brute force without pages, windows, chunks or blocks.
 
 Letters: T tokens · H hidden · E query heads · J key/value heads · D head dimension · C positions attended to.
 """
@@ -137,7 +137,7 @@ def run_all(
 ) -> list[torch.Tensor]:
     """Sequences of unequal lengths in a random schedule: at each step some of them bring 1 or more tokens."""
     choice = random.Random(seed)
-    handles = [store.admit(len(x_TH)) for x_TH in inputs]
+    handles = [store.pages.admit()[0] for _ in inputs]
     done, out = [0] * len(inputs), [x_TH[:0] for x_TH in inputs]
     while any(n < len(x_TH) for n, x_TH in zip(done, inputs, strict=True)):
         counts = [choice.choice((0, 1, 1, 2, 5, 13)) for _ in inputs]
@@ -145,6 +145,8 @@ def run_all(
         choice.shuffle(busy)
         if busy:
             chunks = [(handles[i], inputs[i][done[i] : done[i] + counts[i]], done[i]) for i in busy]
+            for handle, x_TH, cached in chunks:
+                assert store.grow(handle, cached, cached + len(x_TH)) == len(x_TH)
             for i, y_TH in zip(busy, run(layer, store, window, chunks), strict=True):
                 out[i], done[i] = torch.cat((out[i], y_TH)), done[i] + len(y_TH)
     for handle in handles:
@@ -168,7 +170,7 @@ def test_whole_prompt_equals_brute_force(case: Case) -> None:
 
 @cases
 def test_ragged_chunked_batches_equal_brute_force(case: Case) -> None:
-    """Protects pages, rings and plans: prefill and decode in one step, any chunks, reused handles, no foreign row."""
+    """Protects pages, windows and plans: prefill and decode in one step, any chunks, reused handles, no foreign row."""
     layer, store = case.layer(), new_cache(case)
     for seed in range(3):  # rounds share the cache, so the second meets the first one's leftovers
         inputs = some_inputs(seed)

@@ -254,7 +254,7 @@ def build(config: GptOssConfig) -> GptOss:
 
 
 def cache_of(config: GptOssConfig) -> Cache:
-    sizes = {"tokens": 64, "sequences": 3, "page": 4}
+    sizes: dict[str, Any] = {"tokens": 64, "sequences": 3, "page": 4}
     return Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), "cpu")
 
 

@@ -22,7 +22,7 @@ def decode_kernel(
     position_ptr,  # int64 [B]
     sequence_ptr,  # int64 [B]
     rows_ptr,  # int32 [1], B; None: `most`
-    table_ptr,  # int32 [sequences, pages], rows table_stride apart; None for a ring
+    table_ptr,  # int32 [sequences, pages], rows table_stride apart
     key_ptr,  # in and out [J, R, D]
     value_ptr,  # in and out [J, R, D]
     sink_ptr,  # [E]
@@ -40,7 +40,7 @@ def decode_kernel(
     J: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    PAGE: tl.constexpr,  # rows of a page; of the whole ring when there is no table
+    PAGE: tl.constexpr,  # rows of a page
     WINDOW: tl.constexpr,  # 0: none
     ROWS: tl.constexpr,  # a power of two from `most` upwards
     SPLIT: tl.constexpr,

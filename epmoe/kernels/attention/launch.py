@@ -16,8 +16,9 @@ from functools import cache
 import torch
 import triton
 
+from epmoe.cache.pages import SHARED
 from epmoe.cache.plan import Plan, Rows, Spans
-from epmoe.cache.rows import PagedRows, RingRows
+from epmoe.cache.rows import PagedRows
 from epmoe.kernels.attention.decode import combine_kernel, decode_kernel
 from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
 from epmoe.kernels.gpu import dependent, generation
@@ -95,8 +96,8 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
     """One launch for a window within SPLIT, else two."""
     q_TED, k_TJD, v_TJD = heads
     (_, query_heads, head_dim), kv_heads, most = q_TED.shape, k_TJD.shape[1], len(rows.sequence_B)
-    tile, layout = DECODE[q_TED.dtype], _layout(rows.pool)
-    tiles = most_tiles(rows.pool, most)
+    tile, pool = DECODE[q_TED.dtype], rows.pool
+    tiles = most_tiles(pool, most)
     single = tiles == most  # no sequence has more than one split
     part = torch.empty(0 if single else tiles * query_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     parts = (
@@ -104,7 +105,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         if not single
         else (part,) * 3
     )
-    shared = {"WINDOW": layout.window, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
+    shared = {"WINDOW": pool.window or 0, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
     shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
         q_TED,
@@ -114,7 +115,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         rows.position_B,
         rows.sequence_B,
         rows.count_1,
-        layout.table,
+        pool.table,
         *cached,
         sink_E,
         out_TED,
@@ -123,12 +124,12 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         q_TED.stride(0),
         k_TJD.stride(0),
         v_TJD.stride(0),
-        layout.table_stride,
+        pool.table.stride(0),
         cached[0].shape[1],
         _scale(head_dim),
         J=kv_heads,
         G=query_heads // kv_heads,
-        PAGE=layout.page,
+        PAGE=pool.page,
         M=max(tile.queries, triton.next_power_of_2(query_heads // kv_heads)),
         N=tile.positions,
         **shared,
@@ -164,42 +165,35 @@ def _prefill(
 ) -> None:
     """All spans in two launches: put keys and values into place, attend."""
     q_TED, k_TJD, v_TJD = heads
-    (tokens, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
-    layout, count = _layout(spans.pool), len(spans.span_P4)
-    tile = (WINDOW_PREFILL if layout.window else PREFILL)[q_TED.dtype]
+    (_, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    pool = spans.pool
+    tile = (PREFILL if pool.window is None else WINDOW_PREFILL)[q_TED.dtype]
     group = triton.next_power_of_2(query_heads // kv_heads)
     queries = max(tile.queries, group)
-    place = cached
-    if layout.window:  # the queries' ring forgets: a scratch has the window before each span, and the spans
-        rows = tokens + count * layout.window
-        key_JRD, value_JRD = torch.empty(2, kv_heads, rows, head_dim, dtype=k_TJD.dtype, device=k_TJD.device)
-        place = key_JRD, value_JRD
     shared = {
         "span_ptr": spans.span_P4,
-        "spans": count,
-        "table_ptr": layout.table,
-        "table_stride": layout.table_stride,
+        "spans": len(spans.span_P4),
+        "table_ptr": pool.table,
+        "table_stride": pool.table.stride(0),
         "cache_rows": cached[0].shape[1],
-        "place_rows": place[0].shape[1],
         "J": kv_heads,
         "D": head_dim,
         "DP": _padded(head_dim),
-        "PAGE": layout.page,
-        "WINDOW": layout.window,
+        "PAGE": pool.page,
     }
-    place_kernel[(spans.runs(PLACED, layout.window), kv_heads)](
-        k_TJD, v_TJD, *cos_sin, *cached, *place, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared, **AS_WRITTEN
+    place_kernel[(spans.runs(PLACED), kv_heads)](
+        k_TJD, v_TJD, *cos_sin, *cached, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared, **AS_WRITTEN
     )
     prefill_kernel[(spans.runs(queries // group), kv_heads)](
         q_TED,
         *cos_sin,
-        *place,
         *cached,
         sink_E,
         out_TED,
         q_TED.stride(0),
         _scale(head_dim),
         G=query_heads // kv_heads,
+        WINDOW=pool.window or 0,
         SPLIT=SPLIT,
         M=queries,
         GP=group,
@@ -212,29 +206,12 @@ def _prefill(
     )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How the kernels turn (sequence, position) into a row."""
-
-    table: torch.Tensor | None  # int32 [sequences, pages]
-    table_stride: int
-    page: int  # rows of a page, or of a ring
-    window: int  # 0: none
-
-
-def _layout(pool: PagedRows | RingRows) -> _Layout:
-    if isinstance(pool, RingRows):
-        return _Layout(None, 0, pool.ring, pool.window)
-    return _Layout(pool.table, pool.table.stride(0), pool.page, 0)
-
-
-def most_tiles(pool: PagedRows | RingRows, rows: int) -> int:
+def most_tiles(pool: PagedRows, rows: int) -> int:
     """The most splits that `rows` sequences can have together, whatever their lengths."""
-    if isinstance(pool, RingRows):  # one that is longer than a split may begin and end within one
+    if pool.window is not None:  # one that is longer than a split may begin and end within one
         return rows if pool.window <= SPLIT else rows * (triton.cdiv(pool.window - 1, SPLIT) + 1)
-    whole = pool.pages * pool.page
-    # Sequences share the pages, and each may have one split that is not full; the spare one has one position.
-    return min(rows * triton.cdiv(whole, SPLIT), whole // SPLIT + rows)
+    # Each sequence may have one split that is not full; the spare one has one position.
+    return min(rows * triton.cdiv(pool.positions, SPLIT), SHARED * pool.pages * pool.page // SPLIT + rows)
 
 
 def _check(heads: Heads, cos_sin: Pair, cached: Pair, sink_E: torch.Tensor) -> None:

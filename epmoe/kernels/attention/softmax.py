@@ -92,7 +92,5 @@ def rotated(row_ptr, cos_MD, sin_MD, real_MD, D: tl.constexpr, DP: tl.constexpr)
 @triton.jit
 def row(table_ptr, sequence, position, table_stride, PAGE: tl.constexpr):
     """int64, the cache's row of each position (cache.py)."""
-    page = sequence.to(tl.int64)
-    if table_ptr is not None:
-        page = tl.load(table_ptr + page * table_stride + position // PAGE).to(tl.int64)
+    page = tl.load(table_ptr + sequence.to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
     return page * PAGE + position % PAGE

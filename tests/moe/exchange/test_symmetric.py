@@ -205,7 +205,7 @@ def steps_of_a_model(ranks: Ranks, checkpoint: str, shared: bool) -> tuple[list[
     config, exchange = model.config, Slots(ranks, room=8 << 10)
     for layer in model.moe_layers():
         layer.exchange = exchange
-    sizes = {"tokens": 800, "sequences": 4, "page": 4}
+    sizes: dict[str, Any] = {"tokens": 800, "sequences": 4, "page": 4}
     store = Cache(
         CacheConfig(config.windows, config.kv_heads, config.head_dim, **sizes, dtype=torch.float32), ranks.device
     )

@@ -1,0 +1,214 @@
+"""The scheduler's choices over a cache of few pages: who gets pages, who is put back, what is found; on the host alone.
+
+A step is a line here: its rows, its pieces of prompts, who begins. Tokens come one step late, as in the engine.
+"""
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epmoe.cache.cache import CacheConfig
+from epmoe.cache.pages import Pages
+from epmoe.engine.request import Request, SamplingParams
+from epmoe.engine.scheduler import Scheduler, Sequence, Work
+from epmoe.errors import UserError
+
+
+def scheduler(pages: int, size: int = 4, *, chunk: int = 100, batch: int = 8, **more: bool) -> Scheduler:
+    held = Pages({None: pages, 6: pages}, size, batch, most=pages * size, **more)
+    return Scheduler(held, 1000, [99], max_batch=batch, prefill_chunk=chunk)
+
+
+def asked(prompt: int, new: int, *, first: int = 0) -> Request:
+    """`prompt` tokens from `first` on, and so many new ones."""
+    return Request(tuple(range(first, first + prompt)), SamplingParams(max_new_tokens=new, ignore_eos=True))
+
+
+class Run:
+    """Steps as the engine makes them: the one that was launched last lands after the next one's launch."""
+
+    def __init__(self, tested: Scheduler) -> None:
+        self.tested, self.flights = tested, deque[list[Sequence]]()
+        self.work = Work([], [], [])
+        self.computed = 0  # tokens of prompts
+        self.put_back: list[int] = []
+
+    def step(self) -> list[str]:
+        """What it is to do, as words; what was launched before it has come."""
+        before = {each.id: each.handle for each in self.tested.running}
+        self.work = self.tested.schedule()
+        self.put_back += [each.id for each in self.tested.waiting if each.id in before]
+        for sequence, count in [*((row, 1) for row in self.work.rows), *self.work.pieces]:
+            assert self.tested.pages.holds(sequence.handle, sequence.computed, sequence.computed + count)
+        for sequence, count in self.work.pieces:
+            sequence.cached += count
+            self.computed += count
+        ended = [*self.work.rows, *(each for each, _ in self.work.pieces if not each.pending)]
+        for sequence in ended:
+            sequence.launched += 1
+        if ended:
+            self.flights.append(ended)
+        self.tested.launched(self.work)
+        while len(self.flights) > bool(ended):
+            for sequence in self.flights.popleft():
+                if not sequence.finished and self.tested.append(sequence, token_of(sequence), None, 0.0):
+                    self.tested.finish(sequence, "length", 0.0)
+        pieces = (f"{each.id}+{count}" for each, count in self.work.pieces)
+        return [*(str(each.id) for each in self.work.rows), *pieces]
+
+
+def token_of(sequence: Sequence) -> int:
+    """A function of the history, as a model's is."""
+    return hash(sequence.tokens(0, sequence.length)) % 50
+
+
+def lines(run: Run, count: int) -> list[str]:
+    return [" ".join(run.step()) for _ in range(count)]
+
+
+def test_a_request_is_admitted_for_its_prompt_and_a_page_more() -> None:
+    """Not for its longest: three of 24 positions run in a cache of 32, where the third waits for its prompt's room."""
+    tested = scheduler(8)
+    for number in range(3):
+        tested.add(asked(8, 17, first=100 * number), 0.0)
+    run = Run(tested)
+    assert run.step() == ["0+8", "1+8"]
+    assert [len(own.pages) for own in tested.pages.held[0]] == [2, 2] and len(tested.waiting) == 1
+
+
+def test_the_youngest_is_put_back_and_computed_again() -> None:
+    """Prompt and output together, as far as nothing else has taken its pages; what has come is kept."""
+    tested = scheduler(8)
+    for number in range(2):
+        tested.add(asked(8, 17, first=100 * number), 0.0)
+    run = Run(tested)
+    # 12 positions each, 16 each: 8 pages. The 17th of the first needs one of the second's.
+    assert lines(run, 9) == ["0+8 1+8"] + ["0 1"] * 8
+    assert run.step() == ["0"] and run.put_back == [1]
+    (waiting,) = tested.waiting
+    assert (waiting.handle, waiting.cached, len(waiting.ids), waiting.launched) == (-1, 0, 9, 9)
+    assert lines(run, 8) == ["0"] * 7 + [""]  # the last one's token comes
+    assert run.step() == ["1+9"]  # of 17, 8 were still there: the first has taken the others
+    assert waiting.found == 0 and waiting.prompt == waiting.tokens(0, 17)
+    assert lines(run, 8) == ["1"] * 7 + [""] and not tested.busy
+
+
+def test_a_sequence_with_a_token_on_its_way_is_not_admitted_again() -> None:
+    """Its next token is not known yet, and would be chosen twice."""
+    tested = scheduler(8)
+    tested.add(asked(8, 17), 0.0)
+    run = Run(tested)
+    lines(run, 3)
+    sequence = tested.running[0]
+    assert sequence.launched == len(sequence.ids) + 1
+    tested._put_back(sequence)
+    assert tested.schedule() == Work([], [], [])
+    assert lines(run, 2) == ["", "0+3"]  # 8 of 11 were still there
+
+
+def test_the_youngest_alone_waits_where_it_is() -> None:
+    """It has nobody to take pages from; it keeps its own, and goes on when others have ended."""
+    tested = scheduler(8, chunk=4)
+    tested.add(asked(4, 9), 0.0)
+    run = Run(tested)
+    assert run.step() == ["0+4"]
+    tested.add(asked(20, 2, first=100), 0.0)
+    assert lines(run, 5) == ["0 1+4"] * 5  # 3 pages and 5
+    assert lines(run, 6) == ["0", "0", "0", "", "1", ""] and run.put_back == [] and not tested.busy
+
+
+def test_a_step_is_as_large_as_the_windows_stock_was_made_for() -> None:
+    """Though the last one's pieces still hold what they have passed over; nobody is put back for it."""
+    counts = CacheConfig([None, 6], 1, 1, tokens=1600, sequences=4, page=4, step=40).pages
+    assert counts[6] == 4 * 4 + 10
+    tested = Scheduler(Pages(counts, 4, 4, most=1600), 2000, [99], max_batch=4, prefill_chunk=40)
+    for prompt in (3, 57, 78, 99):
+        tested.add(asked(prompt, 60, first=1000 * prompt), 0.0)
+    run, sizes = Run(tested), []
+    for _ in range(7):
+        run.step()
+        sizes.append(sum(count for _, count in run.work.pieces))
+    assert sizes == [40] * 5 + [37, 0] and run.put_back == []
+
+
+def test_what_fits_no_empty_cache_is_refused_when_added() -> None:
+    """By its longest possible length, so that nobody waits for ever."""
+    tested = scheduler(8)
+    tested.add(asked(16, 17), 0.0)
+    with pytest.raises(UserError, match=r"33 tokens can never fit a cache of 32"):
+        tested.add(asked(16, 18), 0.0)
+
+
+def test_requests_that_begin_alike_share_pages() -> None:
+    """Also with one that still runs, and the next turn of a conversation computes what follows alone."""
+    tested = scheduler(20, chunk=18)
+    tested.add(asked(18, 4), 0.0)
+    tested.add(asked(18, 4), 0.0)
+    run = Run(tested)
+    assert lines(run, 2) == ["0+18", "0 1+2"]
+    assert tested.pages.together == 10 and tested.pages.left == 14
+    while tested.busy:
+        run.step()
+    first = Request((*range(18), *(7, 7, 7)), SamplingParams(max_new_tokens=4))
+    tested.add(first, 0.0)
+    assert tested.found(first) == 16 and run.step() == ["2+5"] and tested.running[0].found == 16
+
+
+def test_a_token_is_computed_though_all_pages_are_there() -> None:
+    """Else there would be no logits to choose the next one from."""
+    tested = scheduler(20)
+    run = Run(tested)
+    for wanted in ("0+16", "1+4"):
+        tested.add(asked(16, 4), 0.0)
+        assert lines(run, 5)[0] == wanted and not tested.busy
+
+
+def test_without_the_key_all_is_computed() -> None:
+    tested = scheduler(20, chunk=18, prefix_cache=False)
+    for _ in range(2):
+        tested.add(asked(18, 4), 0.0)
+    assert lines(Run(tested), 2) == ["0+18", "0 1+18"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(6, 30), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 2**32)
+)
+def test_all_come_to_their_end(size: int, pages: int, chunk: int, batch: int, prefix: bool, seed: int) -> None:
+    """Random requests with shared beginnings, some ended from outside, in caches that hold one of them or a few.
+
+    Each has the tokens that it has alone, the oldest is never put back, and afterwards nothing is held.
+    """
+    choice = random.Random(seed)
+    tested = scheduler(pages, size, chunk=chunk, batch=batch, prefix_cache=prefix)
+    run, room = Run(tested), pages * size
+    requests: dict[int, Request] = {}
+    wanted = choice.randint(1, 12)
+    for _ in range(4000):
+        if len(requests) < wanted and choice.random() < 0.4:
+            length = choice.randint(1, room)
+            new = choice.randint(1, room - length + 1)
+            ids = tuple(choice.choice((0, 1)) if at in (0, 2 * size) else 7 for at in range(length))
+            request = Request(ids, SamplingParams(max_new_tokens=new, ignore_eos=True))
+            requests[tested.add(request, 0.0)] = request
+        if choice.random() < 0.02 and tested.busy:
+            tested.finish(choice.choice([*tested.running, *tested.waiting]), "abort", 0.0)
+        live = [*tested.running, *tested.waiting]
+        run.step()
+        order = [each.id for each in (*tested.running, *tested.waiting)]
+        assert order == sorted(order)  # nobody overtakes anybody
+        assert {each.handle for each in tested.running} == set(tested.pages.held)
+        for sequence in live:
+            begin = len(sequence.request.ids)
+            for at, token in enumerate(sequence.ids, begin):
+                assert token == hash((*sequence.request.ids, *sequence.ids[: at - begin])) % 50
+        if len(requests) == wanted and not tested.busy:
+            break
+    else:
+        pytest.fail("some request never ends")
+    stocks = tested.pages.stocks
+    assert not tested.pages.held and not any(any(stock.users) for stock in stocks)
+    assert all(stock.available == pages for stock in stocks)
