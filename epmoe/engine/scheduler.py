@@ -74,7 +74,8 @@ class Scheduler:
     ) -> None:
         self.pages, self.max_positions, self.eos_ids = pages, max_positions, frozenset(eos_ids)
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
-        self.waiting: deque[Sequence] = deque()
+        self.step_tokens = 0  # of a step at most, rows and pieces of prompts together; 0: no other bound
+        self.waiting: deque[Sequence] = deque()  # by priority, then by arrival
         self.running: list[Sequence] = []  # in order of admission
         self.added = 0  # requests so far; their ids count from 0
 
@@ -92,7 +93,10 @@ class Scheduler:
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
         sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids=stop_ids)
-        self.waiting.append(sequence)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
         self.added += 1
         return sequence.id
 
@@ -115,8 +119,18 @@ class Scheduler:
         return admitted
 
     def prefill(self) -> list[tuple[Sequence, int]]:
-        """What the next step is to have of prompts: (sequence, how many of its tokens), in order of admission."""
-        return pieces(self.running, self.prefill_chunk, self.prefill_chunk)
+        """What the next step is to have of prompts: (sequence, how many of its tokens), in order of admission.
+
+        With `step_tokens` the order is that of priority, and a prompt that fits its share of the step is in it, however
+        long those before it are; what is left goes to the others in order, which is a share for each at least.
+        """
+        if not self.step_tokens:
+            return pieces(self.running, self.prefill_chunk, self.prefill_chunk)
+        most = max(min(self.prefill_chunk, self.step_tokens - len(self.decode())), 1)
+        prompts = sorted((each for each in self.running if each.pending), key=lambda each: each.request.priority)
+        share = most // max(len(prompts), 1)
+        prompts.sort(key=lambda each: each.pending > share)
+        return pieces(prompts, most, most)
 
     def decode(self) -> list[Sequence]:
         """What the next step is to have of others: a token of each sequence that has begun and may go on."""
