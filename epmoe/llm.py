@@ -356,9 +356,11 @@ class LLM:
         return requests
 
     def request(self, prompt: PromptLike, params: SamplingParams | None = None, priority: int = 0) -> Request:
-        """What `generate` would ask the engine for; on rank 0, from any thread."""
-        (request,) = self._asked("generate", [prompt], params)[1]()
-        return replace(request, priority=priority)
+        """What `generate` would ask the engine for this one prompt; on rank 0, from any thread."""
+        requests = self._asked("generate", prompt, params)[1]()
+        if len(requests) != 1:
+            raise UserError(f"these are {len(requests)} prompts: ask for the answer of each alone")
+        return replace(requests[0], priority=priority)
 
     def serve(self, service: Service) -> None:
         """Let a service run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""

@@ -119,18 +119,15 @@ class Scheduler:
         return admitted
 
     def prefill(self) -> list[tuple[Sequence, int]]:
-        """What the next step is to have of prompts: (sequence, how many of its tokens), in order of admission.
+        """What the next step is to have of prompts: (sequence, how many of its tokens).
 
-        With `step_tokens` the order is that of priority, and a prompt that fits its share of the step is in it, however
-        long those before it are; what is left goes to the others in order, which is a share for each at least.
+        In order of admission; with `step_tokens` shared by priority, see `shares`.
         """
         if not self.step_tokens:
             return pieces(self.running, self.prefill_chunk, self.prefill_chunk)
         most = max(min(self.prefill_chunk, self.step_tokens - len(self.decode())), 1)
-        prompts = sorted((each for each in self.running if each.pending), key=lambda each: each.request.priority)
-        share = most // max(len(prompts), 1)
-        prompts.sort(key=lambda each: each.pending > share)
-        return pieces(prompts, most, most)
+        prompts = [sequence for sequence in self.running if sequence.pending]
+        return shares(sorted(prompts, key=lambda each: each.request.priority), most)
 
     def decode(self) -> list[Sequence]:
         """What the next step is to have of others: a token of each sequence that has begun and may go on."""
@@ -163,6 +160,24 @@ class Scheduler:
     def find(self, id: int) -> Sequence | None:
         """The request of that id, if it waits or runs."""
         return next((each for each in (*self.running, *self.waiting) if each.id == id), None)
+
+
+def shares(prompts: list[Sequence], most: int) -> list[tuple[Sequence, int]]:
+    """(sequence, how many tokens of its prompt), `most` together, so that nobody waits for the whole of a long prompt.
+
+    Those that fit an equal share are in, whole. Each of the others gets half of what those before it leave, and the
+    first ones what remains: so many equal prompts still end one after the other, not all at the end.
+    """
+    equal = most // max(len(prompts), 1)
+    ordered = sorted(prompts, key=lambda each: each.pending > equal)
+    counts, left = [], most
+    for each in ordered:
+        counts.append(min(each.pending, left if each.pending <= equal else (left + 1) // 2))
+        left -= counts[-1]
+    for place, each in enumerate(ordered):
+        more = min(each.pending - counts[place], left)
+        counts[place], left = counts[place] + more, left - more
+    return [(each, count) for each, count in zip(ordered, counts, strict=True) if count]
 
 
 def pieces(running: Iterable[Sequence], most: int, each: int) -> list[tuple[Sequence, int]]:

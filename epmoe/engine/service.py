@@ -112,8 +112,7 @@ class Service:
             engine.cache.pages.check(each.request.cached(engine.max_positions))
         tokens = sum(len(each.request.ids) for each in calls)
         with self.turn:
-            if self.failure is not None:
-                raise _stopped(self.failure)
+            self._check_alive()
             self._check_room(len(calls), tokens)
             for each in calls:
                 heapq.heappush(self.queue, (each.request.priority, self.submitted, each))
@@ -143,10 +142,11 @@ class Service:
 
         Raises:
             UserError: without `error`, where calls wait or run.
+            Stopped: without `error`, where there is no service any more.
         """
         with self.turn:
-            if error is None and (count := self._unfinished()):
-                raise UserError(f"{count} requests wait or run: let them come to their end, or abort them, before")
+            if error is None:
+                self._check_idle()
             self.stopping = True
             if error is not None:
                 self._fail(error)
@@ -295,8 +295,14 @@ class Service:
         travelling = (call for calls in self.leaving for call in calls)
         return [*(call for *_, call in self.queue), *travelling, *self.released.values()]
 
-    def _unfinished(self) -> int:
-        return sum(not each.ended for each in self._calls())
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise _stopped(self.failure)
+
+    def _check_idle(self) -> None:
+        self._check_alive()
+        if count := sum(not each.ended for each in self._calls()):
+            raise UserError(f"{count} requests wait or run: let them come to their end, or abort them, before")
 
     def _fail(self, error: BaseException) -> None:
         self.failure = self.failure or error
