@@ -51,9 +51,12 @@ class AsyncLLM:
         self.is_main = self.llm.ranks.is_main
         self.service = Service(self.llm.engine, config.serve)
         self.closed = False
-        self._tokenizer = self.llm.tokenizer  # read now: its errors are the constructor's
         atexit.register(self.close)  # comes before the LLM's own end
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self.close()  # it holds memory
+            raise
 
     async def generate(
         self, prompt: PromptLike, params: SamplingParams | None = None, *, priority: int = 0
@@ -78,7 +81,7 @@ class AsyncLLM:
             raise UserError(f"generate was called on rank {self.llm.ranks.rank}: requests come to rank 0 alone")
         loop, fresh = asyncio.get_running_loop(), asyncio.Event()
         request = await asyncio.to_thread(self.llm.request, prompt, params, priority)
-        delivery = Delivery(self._tokenizer, request, partial(loop.call_soon_threadsafe, fresh.set))
+        delivery = Delivery(self.llm.tokenizer, request, partial(loop.call_soon_threadsafe, fresh.set))
         self.service.submit(delivery.calls)
         try:
             completion = None

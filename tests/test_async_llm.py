@@ -1,6 +1,7 @@
 """AsyncLLM: asyncio callers on real models; every answer is, bit for bit, the one that it is alone; nobody hangs."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,44 @@ def test_every_way_of_leaving_ends_the_request(checkpoint: Path) -> None:
             assert llm.llm.engine.scheduler.added <= begin + 1
 
     serve(checkpoint, body)
+
+
+def test_callers_on_several_threads(checkpoint: Path, answers: LLM) -> None:
+    """Each with an event loop of its own, beside the one that has made it."""
+    params = SamplingParams(max_tokens=20)
+
+    async def body(llm: AsyncLLM) -> None:
+        def caller(number: int) -> list[Any]:
+            return [said(asyncio.run(whole(llm, f"{number} {i}", params))) for i in range(3)]
+
+        found = await asyncio.gather(*(asyncio.to_thread(caller, number) for number in range(5)))
+        for number, each in enumerate(found):
+            assert each == [said(answers.generate(f"{number} {i}", params)[0]) for i in range(3)]
+
+    serve(checkpoint, body)
+
+
+def test_a_loop_that_ends_harms_nobody(checkpoint: Path) -> None:
+    """Its requests end when they have news for it."""
+
+    async def body(llm: AsyncLLM) -> None:
+        def vanishes() -> None:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(anext(llm.generate("a", LONG)))
+            loop.close()
+
+        await asyncio.to_thread(vanishes)
+        assert len((await whole(llm, "b", SamplingParams(max_tokens=20))).ids) == 20
+        await becomes(lambda: pages_are_free(llm))
+
+    serve(checkpoint, body)
+
+
+def test_a_start_that_fails_is_told_and_holds_nothing(checkpoint: Path) -> None:
+    broken = mock.patch("epmoe.engine.engine.Engine.prepare", side_effect=RuntimeError("no such kernel"))
+    with broken, pytest.raises(RuntimeError, match="no such kernel"):
+        AsyncLLM(checkpoint, **ON_CPU)
+    assert [each.name for each in threading.enumerate() if each.name == "epmoe-engine"] == []
 
 
 def test_a_slow_reader_holds_up_nobody_and_loses_nothing(checkpoint: Path, answers: LLM) -> None:
