@@ -17,7 +17,7 @@ import atexit
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,27 +27,19 @@ from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
-from epmoe.config.schema import LLMConfig, ModelKeys
+from epmoe.config.schema import LLMConfig, ModelKeys, Serve
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
 from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, check, choices
+from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.models import Family
+from epmoe.ranks.control import Control
 from epmoe.ranks.local import Followers, Orders, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
-from epmoe.text.asked import (
-    Conversations,
-    Params,
-    PromptLike,
-    Prompts,
-    conversations,
-    digest,
-    each_of,
-    encoded,
-    several,
-)  # fmt: skip
+from epmoe.text.asked import Conversations, Params, PromptLike, Prompts, conversations, digest, each_of, encoded, listed
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.defaults import default_params
 from epmoe.text.output import Answer
@@ -91,6 +83,7 @@ class LLM:
     """
 
     followers: Followers | None = None  # the ranks that this one has started
+    control: Control | None = None  # how rank 0's orders reach the others, once one serves
 
     def __init__(self, checkpoint: str | Path = "", *, ranks: int = 1, **keys: Any) -> None:
         config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
@@ -323,6 +316,8 @@ class LLM:
                 match order:
                     case {"call": "close"}:
                         return
+                    case {"call": "serve", "step_tokens": tokens}:
+                        self.serve(Service(self.engine, Serve(step_tokens=tokens)))
                     case {"call": "update_weights", "table": table}:
                         self._update(table, None)
                     case {"call": "stream", "purpose": purpose}:
@@ -349,7 +344,7 @@ class LLM:
     def _asked(self, call: str, prompts: Prompts, params: Params) -> tuple[str, Callable[[], list[Request]]]:
         """What tells this call from others, the same on every rank, and what makes its requests on rank 0."""
         self._check_open(call)
-        given = several(prompts)
+        given = listed(prompts)
         each = each_of(call, params, len(given))
         default = self.defaults or SamplingParams()
         asked = [own.over(default) for own in each]
@@ -365,6 +360,22 @@ class LLM:
         requests = share(self.ranks, make)
         self.check(requests)
         return requests
+
+    def request(self, prompt: PromptLike, params: SamplingParams | None = None, priority: int = 0) -> Request:
+        """What `generate` would ask the engine for this one prompt; on rank 0, from any thread."""
+        requests = self._asked("generate", prompt, params)[1]()
+        if len(requests) != 1:
+            raise UserError(f"these are {len(requests)} prompts: ask for the answer of each alone")
+        return replace(requests[0], priority=priority)
+
+    def serve(self, service: Service) -> None:
+        """Let a service run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
+        self._check_open("serve")
+        tokens = service.step_tokens
+        with ordered(self.followers, "serve", step_tokens=tokens), told_when_full(self.ranks.device):
+            self.ranks.agree(lambda: {"serve.step_tokens": str(tokens)}, "start every rank with the same keys")
+            self.control = self.control or Control(self.ranks, self.config.runtime.timeout_s)
+            service.run(self.control)
 
     def close(self) -> None:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""

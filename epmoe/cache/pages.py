@@ -159,6 +159,11 @@ class Pages:
             return 0
         return min(self.full.available, SHARED * self.full.count - self.together)
 
+    @property
+    def unused(self) -> bool:
+        """Whether no sequence has a handle or a page; what is found again does not count."""
+        return not self.held and all(stock.available == stock.count for stock in self.stocks)
+
     def needs(self, tokens: int) -> int:
         """Pages of theirs of a sequence of that many positions."""
         return -(-tokens // self.size) if self.full else 0

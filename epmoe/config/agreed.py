@@ -26,6 +26,8 @@ OWN: Mapping[str, str] = {
     "prompts": "rank 0's, a path",
     "output": "rank 0's, a path",
     "resume": "rank 0's, which alone reads what is there",
+    "serve.queue_requests": "rank 0's, to which requests come",
+    "serve.queue_tokens": "rank 0's",
     "sampling.temperature": "rank 0's",
     "sampling.top_k": "rank 0's",
     "sampling.top_p": "rank 0's",

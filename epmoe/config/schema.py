@@ -3,6 +3,7 @@
 ModelKeys              which model runs, with which parts, on what: what all share
   LLMConfig            LLM(checkpoint, **keys): how it answers, too
     Config             epmoe.generate: the prompts and where answers go, too
+    ServeConfig        AsyncLLM(checkpoint, **keys): requests that come and go, too
   BenchConfig          epmoe.bench: what is measured, too (bench/options.py)
 Sampling and Length    also what one request may ask for (engine/request.py)
 """
@@ -84,6 +85,17 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """What requests that come and go may take."""
+
+    queue_requests: int = key(1024, "most requests that wait for their turn; one more is refused", Range(low=1))
+    queue_tokens: int = key(2_000_000, "most tokens of prompts that wait for their turn", Range(low=1))
+    step_tokens: int = key(
+        0, "most tokens of a step; 0: 512, or twice runtime.max_batch where that is more", Range(low=0)
+    )
+
+
+@dataclass(frozen=True)
 class ModelKeys:
     """Which model runs, with which parts, on what."""
 
@@ -124,6 +136,22 @@ class LLMConfig(Length, ModelKeys):
     sampling: Sampling = key(
         Sampling(), "how the next token is chosen; left out: generation_config.json's, else greedy"
     )
+
+
+@dataclass(frozen=True)
+class ServeConfig(LLMConfig):
+    """What `AsyncLLM(checkpoint, **keys)` takes."""
+
+    subject: ClassVar[str] = "an AsyncLLM"
+
+    serve: Serve = key(Serve(), "requests that come and go")
+
+    def check(self) -> None:
+        if 0 < self.serve.step_tokens <= self.runtime.max_batch:
+            raise UserError(
+                f"serve.step_tokens={self.serve.step_tokens} leaves no prompt a place beside "
+                f"runtime.max_batch={self.runtime.max_batch} answers: take more, or a smaller max_batch"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from enum import IntEnum
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from epmoe.config.keys import accept_all, keys_of, respelled
 from epmoe.config.schema import SPELLINGS, Length, Sampling
@@ -81,6 +81,7 @@ class Request:
     ids: tuple[int, ...]
     params: SamplingParams
     choice: tuple[int, int] | None = None  # the prompt's index and which of its n answers; None: it asks for one
+    priority: int = 0  # among those that wait the lower goes first, of equal ones the earlier
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.settled())
@@ -93,6 +94,15 @@ class Request:
     def cached(self, max_positions: int) -> int:
         """Positions of the cache that it can need: all but the last token, which is never fed back."""
         return max(self.length(max_positions) - 1, len(self.ids))
+
+    def to_json(self) -> list[Any]:
+        """What `of_json` makes the same request of, without the prompt's index: values that JSON can hold."""
+        return [self.ids, asdict(self.params), self.priority]
+
+    @staticmethod
+    def of_json(value: Sequence[Any]) -> "Request":
+        ids, params, priority = value
+        return Request(tuple(ids), SamplingParams(**params), priority=priority)
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -118,7 +128,7 @@ def choices(requests: Sequence[Request]) -> list[Request]:
             continue
         for choice in range(params.n):
             own = replace(params, n=1, seed=choice_seed(seed, choice))
-            found.append(Request(request.ids, own, (index, choice)))
+            found.append(replace(request, params=own, choice=(index, choice)))
     return found
 
 
@@ -202,6 +212,19 @@ class Workload:
             levels=frozenset(each.level for each in params),
             logprobs=frozenset(bool(each.logprobs) for each in params),
             penalties=any(each.repetition_penalty != 1 for each in params),
+        )
+
+    @classmethod
+    def unknown(cls, rows: int, step_tokens: int, max_positions: int) -> "Workload":
+        """Of any requests, so many of them and so many tokens of prompts in a step."""
+        return cls(
+            sequences=rows,
+            prompt_tokens=min(step_tokens, max_positions - 1),
+            prefill_tokens=step_tokens,
+            longer_prompts=rows,
+            levels=frozenset(Level),
+            logprobs=frozenset((False, True)),
+            penalties=True,
         )
 
     def variants(self) -> list[Variant]:

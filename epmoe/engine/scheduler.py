@@ -107,7 +107,8 @@ class Scheduler:
     ) -> None:
         self.pages, self.max_positions, self.eos_ids = pages, max_positions, frozenset(eos_ids)
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
-        self.waiting: deque[Sequence] = deque()
+        self.step_tokens = 0  # of a step at most, rows and pieces of prompts together; 0: no other bound
+        self.waiting: deque[Sequence] = deque()  # by priority, then by arrival; who was put back stands in front
         self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
         self.put_back = 0  # times that a sequence was, so far
@@ -126,7 +127,10 @@ class Scheduler:
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
         sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids=stop_ids)
-        self.waiting.append(sequence)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
         self.added += 1
         return sequence.id
 
@@ -143,17 +147,31 @@ class Scheduler:
         steps come after it.
         """
         work, left = Work([], [], []), self.prefill_chunk
+        shares = self._shares()
         for sequence in tuple(self.running):
             if sequence.handle < 0:
                 break  # put back just now, as are all that are younger
             if sequence.decodes and self._grow(sequence, 1):
                 work.rows.append(sequence)
             elif sequence.pending > 0:
-                left -= self._add_piece(work, sequence, left)
-        while left and self.waiting and len(self.running) < self.max_batch and self._begin(self.waiting[0]):
+                left -= self._add_piece(work, sequence, min(left, shares.get(sequence, left)))
+        while left and self.waiting and len(self.running) < self.max_batch:
+            share = min(left, shares.get(self.waiting[0], left))
+            if not share or not self._begin(self.waiting[0]):
+                break
             work.begun.append(self.running[-1])
-            left -= self._add_piece(work, self.running[-1], left)
+            left -= self._add_piece(work, self.running[-1], share)
         return work
+
+    def _shares(self) -> dict[Sequence, int]:
+        """What each prompt may have of a step of `step_tokens`, if it is bounded; those that may begin have a share."""
+        if not self.step_tokens:
+            return {}
+        begin = [sequence for sequence, _ in zip(self.waiting, range(self.max_batch - len(self.running)), strict=False)]
+        prompts = [sequence for sequence in (*self.running, *begin) if sequence.pending]
+        rows = sum(sequence.decodes for sequence in self.running)
+        most = max(min(self.prefill_chunk, self.step_tokens - rows), 1)
+        return dict.fromkeys(prompts, 0) | dict(shares(sorted(prompts, key=lambda each: each.request.priority), most))
 
     def launched(self, work: Work) -> None:
         """The step was launched: what its prompts have written may be found by steps after it."""
@@ -248,6 +266,24 @@ class Scheduler:
     def find(self, id: int) -> Sequence | None:
         """The request of that id, if it waits or runs."""
         return next((each for each in (*self.running, *self.waiting) if each.id == id), None)
+
+
+def shares(prompts: list[Sequence], most: int) -> list[Piece]:
+    """(sequence, how many tokens of its prompt), `most` together, so that nobody waits for the whole of a long prompt.
+
+    Those that fit an equal share are in, whole. Each of the others gets half of what those before it leave, and the
+    first ones what remains: so many equal prompts still end one after the other, not all at the end.
+    """
+    equal = most // max(len(prompts), 1)
+    ordered = sorted(prompts, key=lambda each: each.pending > equal)
+    counts, left = [], most
+    for each in ordered:
+        counts.append(min(each.pending, left if each.pending <= equal else (left + 1) // 2))
+        left -= counts[-1]
+    for place, each in enumerate(ordered):
+        more = min(each.pending - counts[place], left)
+        counts[place], left = counts[place] + more, left - more
+    return [(each, count) for each, count in zip(ordered, counts, strict=True) if count]
 
 
 def pieces(running: Iterable[Sequence], most: int, each: int) -> list[Piece]:

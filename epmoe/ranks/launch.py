@@ -142,6 +142,13 @@ def rank_device(device: str, launch: Launch) -> torch.device:
     return torch.device(kind, index)
 
 
+def use_on_this_thread(device: torch.device) -> None:
+    """Let the calling thread have the rank's device and number of CPU threads, both of which torch keeps by thread."""
+    if device.type != "cpu":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def wake(device: torch.device) -> None:
     """Let an accelerator and its library of products start up while the host goes on; who needs them waits for them."""
 

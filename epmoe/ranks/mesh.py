@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import WeakSet
 
 import torch
@@ -180,17 +180,22 @@ def start(
         for holder in (*ranks.at_end, *ranks.until_end):
             holder.close()
         watch.finish()
-    except UserError as error:
-        watch.fail("mistake", str(error), 2)
     except (Exception, SystemExit) as error:
-        if isinstance(error, BrokenPipeError) and stdout_closed():
-            watch.fail("closed", "", 0)
-        if is_full(error):
-            watch.fail("mistake", str(full(error)), 2)
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        watch.fail("error", line, 1, traceback.format_exc())
+        fail(watch, error)
     dist.destroy_process_group()
     watch.close()
+
+
+def fail(watch: Watch, error: BaseException) -> NoReturn:
+    """End every rank because of what this one has raised, on any thread; called where it is caught."""
+    if isinstance(error, UserError):
+        watch.fail("mistake", str(error), 2)
+    if isinstance(error, BrokenPipeError) and stdout_closed():
+        watch.fail("closed", "", 0)
+    if is_full(error):
+        watch.fail("mistake", str(full(error)), 2)
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    watch.fail("error", line, 1, traceback.format_exc())
 
 
 def _grouped(met: Ranks, store: dist.Store, timeout_s: float) -> Ranks:

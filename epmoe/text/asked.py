@@ -23,7 +23,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 
 
-def several(prompts: Prompts) -> list[PromptLike]:
+def listed(prompts: Prompts) -> list[PromptLike]:
     """One prompt as a list of one; raises UserError for what is neither one nor several."""
     if not isinstance(prompts, str | Mapping | list | tuple):
         raise UserError(f"{shown(prompts)} is no prompt: give text, messages, a list of token ids, or a list of these")

@@ -14,7 +14,7 @@ the date. They wait for the requests, so standard input must end within runtime.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,14 @@ def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
     shared: dict[str, Any] = {}
     if ranks.is_main:
         try:
-            shared["requests"] = [[each.ids, asdict(each.params)] for each in make()]
+            shared["requests"] = [each.to_json() for each in make()]
         except UserError as error:
             shared["error"] = str(error)
     ranks.meet()  # standard input, or another node's download, may have taken its time
     shared = ranks.broadcast_json(shared)
     if "error" in shared:
         raise UserError(shared["error"])
-    return [Request(tuple(ids), SamplingParams(**params)) for ids, params in shared["requests"]]
+    return [Request.of_json(each) for each in shared["requests"]]
 
 
 def read(config: Config, default: SamplingParams | None = None) -> list[Prompt]:

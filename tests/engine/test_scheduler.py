@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, SamplingParams
-from epmoe.engine.scheduler import Scheduler, Sequence, Work
+from epmoe.engine.scheduler import Scheduler, Sequence, Work, shares
 from epmoe.errors import UserError
 
 
@@ -212,3 +212,85 @@ def test_all_come_to_their_end(size: int, pages: int, chunk: int, batch: int, pr
     stocks = tested.pages.stocks
     assert not tested.pages.held and not any(any(stock.users) for stock in stocks)
     assert all(stock.available == pages for stock in stocks)
+
+
+# Where a step's tokens are bounded
+
+
+def prompts(*lengths: int) -> list[Sequence]:
+    return [Sequence(id, Request((0,) * each, SamplingParams()), 10**6, 0.0) for id, each in enumerate(lengths)]
+
+
+def shared(most: int, *lengths: int) -> dict[int, int]:
+    return {sequence.id: count for sequence, count in shares(prompts(*lengths), most)}
+
+
+def test_nobody_waits_for_the_whole_of_a_long_prompt() -> None:
+    assert shared(100, 16000) == {0: 100}
+    assert shared(100, 16000, 20) == {0: 80, 1: 20}
+    assert shared(100, 16000, 600) == {0: 75, 1: 25}
+    assert shared(100, 16000, 16000, 600) == {0: 62, 1: 25, 2: 13}
+    assert shared(100, 16000, *[10] * 9) == {0: 10, **dict.fromkeys(range(1, 10), 10)}
+    assert shared(2, 5, 5, 5) == {0: 1, 1: 1}
+    assert shared(1, 5, 5) == {0: 1} and shared(7) == {}
+
+
+def test_all_of_a_step_is_given_and_no_more() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        lengths, most = [rng.randrange(1, 200) for _ in range(rng.randrange(1, 30))], rng.randrange(1, 300)
+        found = shared(most, *lengths)
+        assert sum(found.values()) == min(most, sum(lengths))
+        assert all(0 < count <= lengths[id] for id, count in found.items())
+
+
+def test_equal_prompts_end_one_after_the_other() -> None:
+    """Their first tokens come about when they would with one prompt at a time: 40 of 1000, in steps of 500."""
+    waiting, ends, step = prompts(*[1000] * 40), [], 0
+    while waiting:
+        step += 1
+        for sequence, count in shares(waiting, 500):
+            sequence.cached += count
+        ends += [step for sequence in waiting if not sequence.pending]
+        waiting = [sequence for sequence in waiting if sequence.pending]
+    assert step == 80 and sum(ends) / 40 < 1.1 * sum(range(2, 81, 2)) / 40
+
+
+def test_the_lower_priority_goes_first_and_equal_ones_by_arrival() -> None:
+    """Of those that wait, and of the prompts of a step whose tokens are bounded."""
+    tested = scheduler(100, chunk=50, batch=7)
+    for number, priority in enumerate((5, 0, 5, -1, 0, 7)):
+        tested.add(Request((number,) * 10, SamplingParams(max_new_tokens=3), priority=priority), 0.0)
+    assert [each.id for each in tested.waiting] == [3, 1, 4, 0, 2, 5]
+    run = Run(tested)
+    assert run.step() == ["3+10", "1+10", "4+10", "0+10", "2+10"]
+    tested.add(Request((9,) * 10, SamplingParams(max_new_tokens=3), priority=-2), 0.0)
+    tested.step_tokens = 20  # five rows, and fifteen tokens of two prompts
+    assert run.step() == ["3", "1", "4", "0", "2", "6+10", "5+5"]
+
+
+def test_a_bounded_step_has_a_share_for_who_comes_beside_a_long_prompt() -> None:
+    """And no more than its bound, rows included; a prompt that waits begins at once."""
+    tested = scheduler(200, size=16, chunk=100)
+    tested.step_tokens = 20
+    tested.add(asked(1000, 3), 0.0)
+    run = Run(tested)
+    assert run.step() == ["0+20"]
+    tested.add(asked(6, 9, first=5000), 0.0)
+    assert run.step() == ["0+14", "1+6"]
+    assert run.step() == ["1", "0+19"]
+
+
+def test_random_bounded_steps_keep_to_their_bound() -> None:
+    rng = random.Random(3)
+    tested = scheduler(60, chunk=30)
+    run, tested.step_tokens = Run(tested), 12
+    for number in range(40):
+        tested.add(asked(rng.randrange(1, 60), rng.randrange(1, 20), first=1000 * number), 0.0)
+    steps = 0
+    while tested.busy:
+        run.step()
+        steps += 1
+        tokens = len(run.work.rows) + sum(count for _, count in run.work.pieces)
+        assert tokens <= 12 or (len(run.work.rows) >= 12 and tokens == len(run.work.rows) + 1)
+        assert steps < 5000

@@ -32,6 +32,7 @@ FLOORS = (
     {"weights"},
     {"text"},
     {"llm"},
+    {"async_llm"},
     {"__init__"},
     {"bench", "demo", "follow", "generate", "serve"},
 )

@@ -1,0 +1,325 @@
+"""Service: what a server needs above `Engine.add`, `step` and `abort`: a bounded queue, and one loop on all ranks.
+
+    any thread of rank 0:   submit ─▶ queue, by priority                     abort
+                                        │                                      │
+    each rank's turn:       rank 0's orders (epmoe/ranks/control.py): add these, end those ─▶ engine.step ─▶ events
+                                                                                                               │
+    rank 0 alone:           a call's listener makes text of its tokens ◀───────────────────────────────────────┘
+
+All ranks make the same choices since they obey the same orders; rank 0's clock and its callers decide only what those
+are. Where a listener finds a stop string the call has its answer at once, and the end is an order: the tokens that come
+before it is obeyed mean nothing.
+
+A request's fault is that request's: whose logits are not finite ends with the reason "error", whose listener fails has
+failed, and all others go on.
+"""
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from epmoe.config.schema import Serve
+from epmoe.engine.engine import Engine
+from epmoe.engine.request import Event, Request, Result, Token, TokenLogprobs, Workload, check
+from epmoe.errors import UserError
+from epmoe.ranks.control import Control, Orders
+
+STEP_TOKENS = 512  # of prompts they take gpt-oss-20b 9.3 ms on an H200, in one graph; 2048 take 27.4 ms
+
+
+class QueueFull(UserError):
+    """So many wait already that this one is refused; nothing is wrong with it, and it may come again (HTTP 429)."""
+
+
+class Stopped(RuntimeError):
+    """The service has ended before the answer: it was closed, or a part of it has failed."""
+
+
+class Listener(Protocol):
+    """What rank 0 does with a call's tokens, on the engine's thread: none of it may wait."""
+
+    def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """A token that does not end the text by itself; True where the answer ends with it, by a stop string."""
+        ...
+
+    def finish(self, result: Result) -> None:
+        """The answer is complete; called once, or `fail` is."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no answer."""
+        ...
+
+
+@dataclass(eq=False)
+class Call:
+    """A request on rank 0, from `Service.submit` until its end."""
+
+    request: Request
+    listener: Listener
+    submitted_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float = 0.0  # since then
+    id: int = -1  # the engine's, once it has it
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ended: bool = False  # its listener knows
+
+    def result(self, reason: str) -> Result:
+        """What has come so far."""
+        return self.timed(Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs)))
+
+    def timed(self, result: Result) -> Result:
+        """The same with times since it was submitted."""
+        total_s = time.perf_counter() - self.submitted_s
+        first_s = (self.first_token_s or total_s) if result.ids else 0.0
+        return replace(result, first_token_s=first_s, total_s=total_s)
+
+
+class Service:
+    """Every rank makes one over its engine and calls `run`; calls are submitted on rank 0 alone, from any thread."""
+
+    def __init__(self, engine: Engine, bounds: Serve) -> None:
+        self.engine, self.bounds = engine, bounds
+        self.step_tokens = bounds.step_tokens or max(STEP_TOKENS, 2 * engine.max_batch)
+        self.turn = threading.Condition()  # for all that follows
+        self.queue: list[tuple[int, int, Call]] = []  # a heap: priority, number, call
+        self.queued_tokens = self.submitted = 0
+        self.ending: list[tuple[Call, str]] = []  # whose end is to be ordered, and why
+        self.released: dict[int, Call] = {}  # by the engine's id: it has them
+        self.leaving: deque[list[Call]] = deque()  # released in orders that travel, oldest first
+        self.running = threading.Event()  # the loop takes turns
+        self.stopping = False
+        self.failure: BaseException | None = None
+
+    # Rank 0's callers, on any thread
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Let these wait for their turn, all or none.
+
+        Raises:
+            UserError: a request that the model or the whole cache cannot hold.
+            QueueFull: too many wait already. An empty queue takes anything.
+            Stopped: there is no service any more.
+        """
+        engine = self.engine
+        check([each.request for each in calls], engine.vocab, engine.max_positions)
+        for each in calls:
+            engine.cache.pages.check(each.request.cached(engine.max_positions))
+        tokens = sum(len(each.request.ids) for each in calls)
+        with self.turn:
+            self._check_alive()
+            self._check_room(len(calls), tokens)
+            for each in calls:
+                heapq.heappush(self.queue, (each.request.priority, self.submitted, each))
+                self.submitted += 1
+            self.queued_tokens += tokens
+            self.turn.notify()
+
+    def _check_room(self, requests: int, tokens: int) -> None:
+        waiting, bounds = len(self.queue), self.bounds
+        remedy = "come again when some have their answers"
+        if waiting and waiting + requests > bounds.queue_requests:
+            raise QueueFull(f"{waiting} requests wait already (serve.queue_requests={bounds.queue_requests}): {remedy}")
+        if waiting and self.queued_tokens + tokens > bounds.queue_tokens:
+            raise QueueFull(
+                f"prompts of {self.queued_tokens} tokens wait already, and this one has {tokens} "
+                f"(serve.queue_tokens={bounds.queue_tokens}): {remedy}"
+            )
+
+    def abort(self, call: Call) -> None:
+        """End it within a step; its listener hears nothing more. One that has ended is left alone."""
+        with self.turn:
+            if not call.ended:
+                self._end(call, "abort")
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Let `run` return on every rank. With `error` all calls fail, and those to come; else they wait for `run`.
+
+        Raises:
+            UserError: without `error`, where calls wait or run.
+            Stopped: without `error`, where there is no service any more.
+        """
+        with self.turn:
+            if error is None:
+                self._check_idle()
+            self.stopping = True
+            if error is not None:
+                self._fail(error)
+            self.turn.notify()
+
+    def fail(self, error: BaseException) -> None:
+        """The loop is no more: all calls fail, and those to come."""
+        with self.turn:
+            self._fail(error)
+
+    # The engine's thread, on every rank
+
+    def run(self, control: Control) -> None:
+        """Prepare for whatever may come, then take turns until rank 0 stops; a collective.
+
+        Raises:
+            NoArrival: a step did not end in time.
+            RuntimeError: another rank is gone.
+        """
+        engine = self.engine
+        tokens = min(self.step_tokens, engine.prefill_chunk)
+        engine.prepare(Workload.unknown(engine.max_batch, tokens, engine.max_positions))
+        engine.scheduler.step_tokens = self.step_tokens
+        self.running.set()
+        try:
+            while self._turn(control):
+                pass
+            control.settle()
+        finally:
+            self.running.clear()
+            engine.scheduler.step_tokens = 0
+            engine.clear()
+        with self.turn:  # what is left has ended for its callers
+            self.stopping = False
+            self.ending.clear()
+            self.leaving.clear()
+            self.released.clear()
+
+    def _turn(self, control: Control) -> bool:
+        """Obey this turn's orders and step; False: they say that there is no more."""
+        orders = control.turn(self._decide(control) if control.leads else None)
+        with self.turn:
+            ids = [self.engine.add(Request.of_json(value)) for value in orders.get("add", ())]
+            if ids and control.leads:
+                self._take_over(ids)
+            for id, reason in orders.get("end", ()):
+                self.engine.abort(id, reason)
+                self.released.pop(id, None)
+        if "stop" in orders:
+            return False
+        if self.engine.busy:
+            events = self.engine.step()
+            self.engine.failed.clear()  # each has ended with "error": that is all that is said of it
+            if control.leads:
+                self._tell(events)
+        return True
+
+    # Rank 0's side of a turn
+
+    def _decide(self, control: Control) -> Orders:
+        """The next orders; with nothing to do they come `beat_s` later, or when there is something."""
+        with self.turn:
+            if not (self.engine.busy or control.travelling or self._has_news()):
+                self.turn.wait(control.beat_s)
+            orders: dict[str, Any] = {}
+            if calls := self._release():
+                orders["add"] = [each.request.to_json() for each in calls]
+                self.leaving.append(calls)
+            now = [(call, reason) for call, reason in self.ending if call.id >= 0]
+            if now:
+                orders["end"] = [[call.id, reason] for call, reason in now]
+                self.ending = [(call, reason) for call, reason in self.ending if call.id < 0]
+            if self.stopping:
+                orders["stop"] = True
+            return orders
+
+    def _has_news(self) -> bool:
+        return bool(self.queue or self.ending or self.stopping)
+
+    def _release(self) -> list[Call]:
+        """Those of the queue that the engine is to have, as many as may soon run: until then others may go before."""
+        found: list[Call] = []
+        if self.stopping:
+            return found
+        waiting = self.engine.scheduler.waiting  # for pages: who comes later waits here, unless they go before
+        taken = len(self.released) + sum(map(len, self.leaving))
+        while self.queue and (not waiting or self.queue[0][0] < waiting[-1].request.priority):
+            if not waiting and taken + len(found) >= self.engine.max_batch:
+                break
+            found.append(self._pop())
+        return found
+
+    def _pop(self) -> Call:
+        call = heapq.heappop(self.queue)[2]
+        self.queued_tokens -= len(call.request.ids)
+        return call
+
+    def _take_over(self, ids: Sequence[int]) -> None:
+        """The engine has given the calls whose orders have come these ids."""
+        for call, id in zip(self.leaving.popleft(), ids, strict=True):
+            call.id = id
+            self.released[id] = call
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        with self.turn:
+            for event in events:
+                call = self.released.get(event.id)
+                if call is None:
+                    continue
+                if not call.ended:
+                    try:
+                        self._hear(call, event)
+                    except Exception as error:  # a listener's, and so this call's alone
+                        self._end(call, "error")
+                        _fail(call, error)
+                if not isinstance(event, Token):
+                    del self.released[event.id]
+
+    def _hear(self, call: Call, event: Event) -> None:
+        if not call.first_token_s:
+            call.first_token_s = time.perf_counter() - call.submitted_s
+        if not isinstance(event, Token):
+            call.ended = True
+            call.listener.finish(call.timed(event.result))
+            return
+        call.ids.append(event.token)
+        if event.logprobs is not None:
+            call.logprobs.append(event.logprobs)
+        if call.listener.token(event.token, event.logprobs):
+            self._end(call, "stop")
+            call.listener.finish(call.result("stop"))
+
+    def _end(self, call: Call, reason: str) -> None:
+        """It is over for whoever submitted it, and is to be for the engine."""
+        call.ended = True
+        place = next((each for each in self.queue if each[2] is call), None)
+        if place is None:
+            self.ending.append((call, reason))
+            self.turn.notify()
+            return
+        self.queue.remove(place)
+        heapq.heapify(self.queue)
+        self.queued_tokens -= len(call.request.ids)
+
+    def _calls(self) -> list[Call]:
+        travelling = (call for calls in self.leaving for call in calls)
+        return [*(call for *_, call in self.queue), *travelling, *self.released.values()]
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise _stopped(self.failure)
+
+    def _check_idle(self) -> None:
+        self._check_alive()
+        if count := sum(not each.ended for each in self._calls()):
+            raise UserError(f"{count} requests wait or run: let them come to their end, or abort them, before")
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = self.failure or error
+        calls = [each for each in self._calls() if not each.ended]
+        self.queue.clear()
+        self.queued_tokens = 0
+        for each in calls:
+            _fail(each, _stopped(self.failure))
+
+
+def _fail(call: Call, error: BaseException) -> None:
+    call.ended = True
+    with suppress(Exception):  # whoever was to hear of it has gone
+        call.listener.fail(error)
+
+
+def _stopped(error: BaseException) -> Stopped:
+    if isinstance(error, Stopped):
+        return Stopped(*error.args)
+    return Stopped(f"the engine has failed ({type(error).__name__}: {error}), and all requests with it")

@@ -1,0 +1,81 @@
+"""Requests at random times for tests of AsyncLLM: few kinds of them, many of each, so that each is soon known alone.
+
+python tests/helpers/storm.py alone FILE      what each kind is alone on one rank, into a file
+"""
+
+import asyncio
+import pickle
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from epmoe import LLM, AsyncLLM, SamplingParams
+from epmoe.text.completion import Completion
+
+PREFIX = "It was a fine morning, and the king said to his men: "
+CPU: dict[str, Any] = {"device": "cpu", "max_batch": 12}
+SERVE = {"step_tokens": 64}
+
+
+def kinds() -> list[tuple[str, SamplingParams]]:
+    rng = random.Random(7)
+    return [
+        (
+            PREFIX[: rng.choice([5, 30, len(PREFIX)])] + rng.choice(["", "we", "let us go", "no"]),
+            SamplingParams(
+                max_tokens=rng.choice([1, 4, 9, 20]),
+                temperature=(temperature := rng.choice([0.0, 1.0])),
+                n=2 if temperature and number % 4 == 0 else 1,
+                seed=number,
+                logprobs=number % 3,
+                top_p=rng.choice([1.0, 0.8]),
+                stop=("e",) if number % 5 == 0 else (),
+                repetition_penalty=1.2 if number % 7 == 0 else 1.0,
+            ),
+        )
+        for number in range(16)
+    ]
+
+
+def said(answer: Completion) -> list[Any]:
+    return [(each.text, each.messages, each.ids, each.finish_reason, each.logprobs) for each in answer.outputs]
+
+
+def alone(file: str) -> None:
+    with LLM(runtime=CPU) as llm:
+        found = [said(llm.generate(*each)[0]) for each in kinds()]
+    Path(file).write_bytes(pickle.dumps(found))
+
+
+async def one(llm: AsyncLLM, known: list[Any], rng: random.Random, seconds: float) -> bool:
+    """Whether it came to its end, as known; some leave before."""
+    number = rng.randrange(len(known))
+    await asyncio.sleep(rng.uniform(0, seconds))
+    leaves_after = rng.choice([None, None, None, 1, 2, 5])
+    pieces = 0
+    async for event in llm.generate(*kinds()[number], priority=rng.choice([0, 0, 0, -1, 2])):
+        if isinstance(event, Completion):
+            assert said(event) == known[number], (said(event), known[number])
+            return True
+        pieces += 1
+        if pieces == leaves_after:
+            break
+    return False
+
+
+async def storm(llm: AsyncLLM, file: str, count: int, seconds: float = 3.0, seed: int = 0) -> int:
+    """So many requests within so many seconds; how many came to their end. Nothing of them is left afterwards."""
+    known = pickle.loads(Path(file).read_bytes())
+    done = await asyncio.gather(*(one(llm, known, random.Random(f"{seed} {i}"), seconds) for i in range(count)))
+    pages, until = llm.llm.cache.pages, time.monotonic() + 20
+    while not pages.unused or llm.service.released:
+        assert time.monotonic() < until, "pages are lost"
+        await asyncio.sleep(0.01)
+    assert count / 5 < sum(done) < count
+    return sum(done)
+
+
+if __name__ == "__main__":
+    alone(sys.argv[2])
