@@ -15,7 +15,7 @@ is named, and ends the run.
 
 import atexit
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, fields, replace
 from functools import cached_property
@@ -45,7 +45,7 @@ from epmoe.text.defaults import default_params
 from epmoe.text.output import Answer
 from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
-from epmoe.text.variables import with_tools
+from epmoe.text.variables import Tools, with_tools
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
@@ -149,10 +149,8 @@ class LLM:
             progress=run.progress and bool(self.source.files),
         )
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
-        chunk = resolve_chunk(run.prefill_chunk, self.ranks.device)
-        settings = CacheSettings(
-            DTYPES[self.report.dtype], run.page, run.max_batch, run.cache_tokens, chunk, run.prefix_cache
-        )
+        dtype, chunk = DTYPES[self.report.dtype], resolve_chunk(run.prefill_chunk, self.ranks.device)
+        settings = CacheSettings(dtype, run.page, run.max_batch, run.cache_tokens, chunk, run.prefix_cache)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         engine = EngineConfig(
             # Rank 0's: another node's copy of the checkpoint may have no generation_config.json.
@@ -195,12 +193,7 @@ class LLM:
         """
         return self._answer("generate", prompts, params)
 
-    def chat(
-        self,
-        messages: Conversations,
-        params: Params = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[Completion]:
+    def chat(self, messages: Conversations, params: Params = None, tools: Tools = None) -> list[Completion]:
         """Answer one conversation or several: `generate` of {"messages": …, "tools": tools}. A collective.
 
         Args:

@@ -18,6 +18,7 @@ from epmoe.errors import UserError
 from epmoe.text.chat import ChatTemplate
 
 Variables = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None  # objects as OpenAI's
 
 NAMED = ("reasoning_effort", "tools")  # those with keys of their own
 
