@@ -16,6 +16,7 @@ from epmoe.text.completion import Completion
 
 PREFIX = "It was a fine morning, and the king said to his men: "
 CPU: dict[str, Any] = {"device": "cpu", "max_batch": 12}
+TIGHT = {**CPU, "cache_tokens": 120, "page": 4}  # twelve at a time want several times as much
 SERVE = {"step_tokens": 64}
 
 
@@ -25,7 +26,7 @@ def kinds() -> list[tuple[str, SamplingParams]]:
         (
             PREFIX[: rng.choice([5, 30, len(PREFIX)])] + rng.choice(["", "we", "let us go", "no"]),
             SamplingParams(
-                max_tokens=rng.choice([1, 4, 9, 20]),
+                max_tokens=rng.choice([1, 4, 9, 20, 60]),
                 temperature=(temperature := rng.choice([0.0, 1.0])),
                 n=2 if temperature and number % 4 == 0 else 1,
                 seed=number,

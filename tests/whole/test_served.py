@@ -17,15 +17,16 @@ HELPERS = str(Path(__file__).resolve().parents[1] / "helpers")
 BEGIN = f"""
 import asyncio, os, signal, sys, time
 sys.path.append({HELPERS!r})
-from storm import CPU, SERVE, alone, storm
+from storm import CPU, SERVE, TIGHT, alone, storm
 from epmoe import AsyncLLM, SamplingParams
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 """
 
 ITS_OWN_RANKS = """
 async def main(ranks):
-    async with AsyncLLM(ranks=ranks, runtime=CPU, serve=SERVE) as llm:
-        print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1])), flush=True)
+    async with AsyncLLM(ranks=ranks, runtime=TIGHT, serve=SERVE) as llm:
+        print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
+        assert llm.llm.engine.scheduler.put_back > 0
 
 for ranks in map(int, sys.argv[3].split(",")):
     asyncio.run(main(ranks))
@@ -76,7 +77,7 @@ def run(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_answer_is_the_one_that_it_is_alone(ranks: int, known: Path, tmp_path: Path) -> None:
-    """200 and more: random times, priorities, shared prefixes, stop strings, several answers, some leave."""
+    """200 and more: random times, priorities, shared prefixes, stop strings, several answers, put-backs; some leave."""
     code, out, errors = run(tmp_path, ITS_OWN_RANKS, 220, known, ranks)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
