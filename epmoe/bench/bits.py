@@ -34,7 +34,7 @@ class BitsConfig(ModelKeys):
     """What one run of `epmoe.bench bits` does."""
 
     subject: ClassVar[str] = "a comparison of bits"
-    ignored: ClassVar[tuple[str, ...]] = ("runtime.max_batch", "runtime.prefill_chunk")
+    ignored: ClassVar[tuple[str, ...]] = ("runtime.max_batch", "runtime.prefill_chunk", "runtime.prefix_cache")
     usage: ClassVar[str] = """\
 Run the same prompts alone, in batches, in chunks and in another order, and compare every bit.
 
@@ -68,6 +68,7 @@ class Way:
     abort: bool = False  # another prompt comes first and is put away while the others run
     others: int = 0  # prompts beside these, which are not compared
     again: bool = False  # the first half of what was answered is part of the prompt, and only the rest is compared
+    found: bool = False  # what the way before has left in the cache is found
 
 
 def ways(prompts: int, company: int) -> list[Way]:
@@ -84,6 +85,7 @@ def ways(prompts: int, company: int) -> list[Way]:
         Way("prompts in chunks of 1000", prompts, chunk=1000),
         Way(f"among {company}", company, chunk=2000, others=max(0, company - prompts)),
         Way("half of the answer computed again", prompts, again=True),
+        Way("prompts found in the cache", prompts, found=True),
     ]
 
 
@@ -132,6 +134,8 @@ def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
     config = replace(
         llm.engine.config, max_batch=way.batch, prefill_chunk=way.chunk, graphs=way.graphs and llm.engine.config.graphs
     )
+    if not way.found:
+        llm.cache.pages.forget()
     engine = Engine(llm.model, llm.cache, llm.ranks, config)
     ordered = list(asked)[::-1] if way.reverse else list(asked)
     ordered += others(way.others, llm.architecture.vocab)
@@ -176,7 +180,8 @@ def bits() -> None:
             results = run(llm, way, continued(asked, first, half) if way.again else asked)
             first = first or results
             tokens, same = compare(results, [rest(each, half) for each in first])
-            rows.append({**asdict(way), "tokens": tokens, "bits": same})
+            cached = sum(each.cached_tokens for each in results)
+            rows.append({**asdict(way), "tokens": tokens, "bits": same, "cached_tokens": cached})
         if ranks.is_main:
             print(table(rows, config.prompts))
             print(json.dumps({"bench": "bits", "model": source.path.name, "ranks": ranks.size, "rows": rows}))

@@ -41,7 +41,8 @@ def bench() -> None:
     config = parse(sys.argv[1:], BenchConfig)
     with join(config) as ranks:
         chunk = resolve_chunk(config.runtime.prefill_chunk, ranks.device)
-        runtime = replace(config.runtime, prefill_chunk=chunk, max_batch=most_sequences(config))
+        # Prompts are run again and again: what they begin with must not be found.
+        runtime = replace(config.runtime, prefill_chunk=chunk, max_batch=most_sequences(config), prefix_cache=False)
         config = replace(config, runtime=runtime)
         config.check_steps(chunk)
         if config.compare:

@@ -58,7 +58,7 @@ class BenchConfig(ModelKeys, Measurement):
     """What one run of `epmoe.bench` does. It makes its own prompts, and runs as many at a time as it measures."""
 
     subject: ClassVar[str] = "a benchmark"
-    ignored: ClassVar[tuple[str, ...]] = ("runtime.max_batch",)
+    ignored: ClassVar[tuple[str, ...]] = ("runtime.max_batch", "runtime.prefix_cache")
     usage: ClassVar[str] = """\
 Measure decoding, prefill and first tokens of a model, against what this machine's memory and arithmetic allow.
 

@@ -38,6 +38,7 @@ def test_the_command(ranks: int) -> None:
     found = command(*keys, ranks=ranks)
     assert found["ranks"] == ranks and found["model"] == "random-tiny"
     assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in ways(12, 30)}
+    assert [row["cached_tokens"] > 0 for row in found["rows"]] == [way.found or way.abort for way in ways(12, 30)]
 
 
 def test_requests_are_greedy_and_sampled_and_of_every_length() -> None:
