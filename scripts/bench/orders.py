@@ -3,9 +3,10 @@
 
     torchrun --nproc-per-node 4 scripts/bench/orders.py [--rows 8] [--steps 400]
 
-On the CPU. Steps with and without take turns, so that other work on the machine meets both alike. `turn` is what the
-main thread of a rank spends in `Control.turn`, the median over steps of the slowest and of the fastest rank; `alone` is
-a turn with nothing to compute between, so that the message has not come yet. Ends in a line of JSON.
+On the CPU. Steps with and without take turns, so that other work on the machine meets both alike; `more` is the median
+of a step with less its neighbour without, on rank 0, and `error` that median's standard error. `turn` is what the main
+thread of a rank spends in `Control.turn`, the median over steps of the slowest and of the fastest rank; `alone` is a
+turn with nothing to compute between, so that the message has not come yet. Ends in a line of JSON.
 """
 
 import argparse
@@ -52,9 +53,13 @@ def measure(llm: LLM, rows: int, steps: int) -> dict[str, float]:
         control.turn({} if control.leads else None)
         taken_us["alone"].append(microseconds(begin))
     control.settle()
+    more = [one - other for one, other in zip(taken_us["with"], taken_us["without"], strict=True)]
+    first, _, third = statistics.quantiles(more)
+    error = 1.25 * (third - first) / 1.35 / len(more) ** 0.5  # of a median, as if they were normal
     medians = {name: llm.ranks.gather([round(statistics.median(each))]) for name, each in taken_us.items()}
     found = {f"{name}_us": max(values)[0] for name, values in medians.items()}
-    return {"ranks": llm.ranks.size, "rows": rows, "steps": steps, **found, "turn_fastest_us": min(medians["turn"])[0]}
+    found |= {"turn_fastest_us": min(medians["turn"])[0], "more_us": round(statistics.median(more))}
+    return {"ranks": llm.ranks.size, "rows": rows, "steps": steps, **found, "error_us": round(error)}
 
 
 def microseconds(begin: float) -> int:
