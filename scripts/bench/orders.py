@@ -12,7 +12,11 @@ turn with nothing to compute between, so that the message has not come yet. Ends
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.llm import LLM

@@ -69,6 +69,7 @@ runpy.run_path(file, run_name="__main__")
         "bench/experts",
         "bench/load",
         "bench/moe",
+        "bench/orders",
         "bench/router",
         "bench/start",
         "bench/tune",
