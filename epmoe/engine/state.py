@@ -3,6 +3,8 @@
 Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from epmoe.batch import SequenceState
@@ -24,6 +26,7 @@ class State:
         token_S, position_S = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
         self.sequences = SequenceState(token_S, position_S, seen_SV=None)
         self.params_S = SamplingTensors.of([SamplingParams()] * count, device)
+        self.told: dict[int, tuple[Any, ...]] = {}  # what it holds of each handle
 
     def keep_seen(self) -> None:
         """Keep what was seen from now on. Graphs must be captured after this, or they don't write it."""
@@ -35,8 +38,11 @@ class State:
     def admit(self, handle: int, ids: tuple[int, ...], params: SamplingParams) -> None:
         """Take over a request's parameters."""
         device = self.ranks.device
-        self.params_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
-        self.params_S.seed_B[handle] = params.seed
+        told = (*params.row(), params.seed)
+        if self.told.get(handle) != told:  # most requests have their forerunner's
+            self.told[handle] = told
+            self.params_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
+            self.params_S.seed_B[handle] = params.seed
         if params.repetition_penalty != 1:
             seen_SV = self.sequences.seen_SV
             assert seen_SV is not None, "State.keep_seen was not called"

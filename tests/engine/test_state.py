@@ -11,6 +11,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
+from epmoe.engine.request import SamplingParams
 from epmoe.engine.state import State
 from epmoe.kernels import sequence_state as decode_triton
 from epmoe.layers import sequence_state
@@ -90,3 +91,13 @@ def test_compiles_without_spills(arch: int) -> None:
 @pytest.mark.parametrize(("count", "seen"), CASES)
 def test_kernels_on_a_gpu(count: int, seen: bool) -> None:
     compare(count, seen, "cuda")
+
+
+def test_parameters_are_told_when_they_change() -> None:
+    """A handle's next request may have others, or the same."""
+    made = state(seen=False)
+    kinds = [SamplingParams(temperature=1.0, seed=3), SamplingParams(temperature=1.0, seed=3), SamplingParams(seed=4)]
+    for params in (*kinds, kinds[0]):
+        made.admit(7, (1, 2), params.settled())
+        assert made.params_S.value_BP[7].tolist() == list(params.row())
+        assert int(made.params_S.seed_B[7]) == params.seed
