@@ -157,10 +157,13 @@ class Scheduler:
                 left -= self._add_piece(work, sequence, min(left, shares.get(sequence, left)))
         while left and self.waiting and len(self.running) < self.max_batch:
             share = min(left, shares.get(self.waiting[0], left))
-            if not share or not self._begin(self.waiting[0]):
+            first = not (work.rows or work.pieces)  # else nobody would begin, for ever
+            if not (share or first) or not self._begin(self.waiting[0]):
                 break
             work.begun.append(self.running[-1])
-            left -= self._add_piece(work, self.running[-1], share)
+            left -= self._add_piece(work, self.running[-1], max(share, 1))
+            if not share:
+                break
         return work
 
     def _shares(self) -> dict[Sequence, int]:

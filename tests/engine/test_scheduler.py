@@ -294,3 +294,22 @@ def test_random_bounded_steps_keep_to_their_bound() -> None:
         tokens = len(run.work.rows) + sum(count for _, count in run.work.pieces)
         assert tokens <= 12 or (len(run.work.rows) >= 12 and tokens == len(run.work.rows) + 1)
         assert steps < 5000
+
+
+def test_who_was_put_back_begins_though_all_others_go_first() -> None:
+    """It stands in front of those that wait, and has no share of a step beside so many of lower numbers."""
+    tested = scheduler(200, size=16, chunk=100, batch=12)
+    tested.step_tokens = 20
+    tested.add(Request((1,) * 100, SamplingParams(max_new_tokens=3, ignore_eos=True), priority=5), 0.0)
+    run = Run(tested)
+    assert run.step() == ["0+20"]
+    for number in range(11):
+        tested.add(asked(100, 3, first=1000 * number), 0.0)
+    tested._put_back(tested.running[0])
+    assert tested._shares()[tested.waiting[0]] == 0
+    for _ in range(200):
+        run.step()
+        assert len(run.work.rows) + sum(count for _, count in run.work.pieces) <= 20
+        if not tested.busy:
+            break
+    assert not tested.busy
