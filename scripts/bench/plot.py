@@ -21,11 +21,16 @@ Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path, help="written; its name ends in .svg or .png")
-    parser.add_argument("logs", type=Path, nargs="+", help="output of epmoe.bench")
-    options = parser.parse_args()
+    options = asked(__doc__, "output of epmoe.bench")
     draw(group(read("scripts/bench/plot.py", options.picture, options.logs, "model")), options.picture)
+
+
+def asked(what: str | None, logs: str) -> argparse.Namespace:
+    """The command line of a script that draws `picture` from `logs`, which its help says."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path, help="written; its name ends in .svg or .png")
+    parser.add_argument("logs", type=Path, nargs="+", help=logs)
+    return parser.parse_args()
 
 
 def read(script: str, picture: Path, logs: Sequence[Path], bench: str) -> list[Record]:

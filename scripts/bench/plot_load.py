@@ -9,14 +9,13 @@ number of ranks and kind of load; where runs at the same load repeat, the last o
 LLM.generate over requests of the same lengths. Needs matplotlib (`pip install 'epmoe[bench]'`).
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from scripts.bench.plot import Record, plotter, read, save
+from scripts.bench.plot import Record, asked, plotter, read, save
 
 LEVEL = {"poisson": "rate", "concurrent": "users"}  # the key that says how much comes
 AXES = {"poisson": "requests a second", "concurrent": "requests at a time"}
@@ -26,10 +25,7 @@ Row = tuple[str, int, str]  # model, ranks, kind of load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path, help="written; its name ends in .svg or .png")
-    parser.add_argument("logs", type=Path, nargs="+", help="output of epmoe.bench load=…")
-    options = parser.parse_args()
+    options = asked(__doc__, "output of epmoe.bench load=…")
     draw(group(read("scripts/bench/plot_load.py", options.picture, options.logs, "load")), options.picture)
 
 
