@@ -68,15 +68,13 @@ def add_norm(
 def add_norm_linear(
     x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `norm.add_norm_linear`; one launch for few tokens, else a product after the norm.
-
-    Of another dtype than the kernels' own (`native`) the product is the library's, with its orders of summation.
-    """
+    """As `norm.add_norm_linear`, for the kernels' own dtype; one launch for few tokens, else a product after the norm."""
     tokens, hidden = x_TH.shape
-    if 0 < tokens * linear.out_features <= MOST_AGAIN and columns(hidden) <= MOST_COLUMNS and native(x_TH):
+    assert native(x_TH), x_TH.dtype
+    if 0 < tokens * linear.out_features <= MOST_AGAIN and columns(hidden) <= MOST_COLUMNS:
         return _few(x_TH, rows_TKH, weight_H, eps, linear)
     sum_TH, norm_TH = add_norm(x_TH, rows_TKH, weight_H, eps)
-    return sum_TH, norm_TH, product(norm_TH, linear) if native(x_TH) else linear(norm_TH)
+    return sum_TH, norm_TH, product(norm_TH, linear)
 
 
 def _few(

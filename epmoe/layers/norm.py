@@ -17,6 +17,7 @@ Letters: T tokens · K rows a token · H hidden · E outputs of a linear layer.
 import torch
 from torch import nn
 
+from epmoe import kernels
 from epmoe.layers import linear as dense
 from epmoe.layers.twin import twin
 
@@ -76,4 +77,7 @@ class AddNorm(nn.Module):
         self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `forward` gives, and `linear` of the norm."""
-        return twin("norm", x_TH).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)
+        if kernels.native(x_TH):
+            return twin("norm", x_TH).add_norm_linear(x_TH, rows_TKH, self.weight, self.eps, linear)
+        x_TH, norm_TH = self(x_TH, rows_TKH)
+        return x_TH, norm_TH, twin("linear", x_TH).linear(norm_TH, linear)

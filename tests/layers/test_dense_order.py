@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from epmoe.layers.norm import AddNorm
 from epmoe.layers.twin import twin
 
 MOST = 300
@@ -30,10 +31,11 @@ def linear(inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Produc
 
 def router(inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Product:
     """With the norm before it, whose own bits are part of what is compared."""
-    made, ones_H = layer(inputs, outputs, dtype, device), torch.ones(inputs, dtype=dtype, device=device)
+    made, norm = layer(inputs, outputs, dtype, device), AddNorm(inputs, 1e-5).to(device, dtype)
+    torch.nn.init.ones_(norm.weight)
 
     def product(x_TH: torch.Tensor) -> torch.Tensor:
-        return torch.cat(twin("norm", x_TH).add_norm_linear(x_TH, x_TH[:, None], ones_H, 1e-5, made), 1)
+        return torch.cat(norm.with_linear(x_TH, x_TH[:, None], made), 1).detach()
 
     return product
 
