@@ -116,9 +116,10 @@ class Messages:
     def _continue(self, prompt: Sequence[int], start: int) -> None:
         """Come to the state in which the prompt ends: its last <|start|> began that."""
         self.silent = True
-        begin = max((place for place, id in enumerate(prompt) if id == start), default=0)
+        begin = len(prompt) - 1 - prompt[::-1].index(start) if start in prompt else 0
         for id in prompt[begin:]:
-            self.feed(id)
+            if self.header is not None or id in self.controls:  # a prompt may be long, and its text changes nothing
+                self.feed(id)
         self.silent = False
         header = self.drafts[-1].header if self.open and self.drafts[-1].body else None
         self.drafts, self.pieces, self.open = [], [], False

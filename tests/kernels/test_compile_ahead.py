@@ -214,6 +214,7 @@ def test_a_model_compiles_nothing_after_its_rehearsal(checkpoint: Path, tmp_path
                 with found.named():
                     steps(model, cache)
                 found.wait(120)
+            assert [job.future and job.future.exception() for job in found.jobs.values()] == [None] * len(found.jobs)
             assert len(found.made) == len(found.jobs) >= 15 and not gpu.launched
             patch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
             with zeroed():  # for what no kernel fills here
