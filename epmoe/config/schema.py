@@ -94,6 +94,14 @@ class Serve:
         0, "most tokens of a step; 0: 512, or twice runtime.max_batch where that is more", Range(low=0)
     )
 
+    def check(self, max_batch: int) -> None:
+        """Raises UserError for steps in which so many answers leave no prompt a place."""
+        if 0 < self.step_tokens <= max_batch:
+            raise UserError(
+                f"serve.step_tokens={self.step_tokens} leaves no prompt a place beside "
+                f"runtime.max_batch={max_batch} answers: take more, or a smaller max_batch"
+            )
+
 
 @dataclass(frozen=True)
 class ModelKeys:
@@ -147,11 +155,7 @@ class ServeConfig(LLMConfig):
     serve: Serve = key(Serve(), "requests that come and go")
 
     def check(self) -> None:
-        if 0 < self.serve.step_tokens <= self.runtime.max_batch:
-            raise UserError(
-                f"serve.step_tokens={self.serve.step_tokens} leaves no prompt a place beside "
-                f"runtime.max_batch={self.runtime.max_batch} answers: take more, or a smaller max_batch"
-            )
+        self.serve.check(self.runtime.max_batch)
 
 
 @dataclass(frozen=True)

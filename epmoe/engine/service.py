@@ -167,8 +167,7 @@ class Service:
             RuntimeError: another rank is gone.
         """
         engine = self.engine
-        tokens = min(self.step_tokens, engine.prefill_chunk)
-        engine.prepare(Workload.unknown(engine.max_batch, tokens, engine.max_positions))
+        self.prepare()
         engine.scheduler.step_tokens = self.step_tokens
         self.running.set()
         try:
@@ -184,6 +183,11 @@ class Service:
             self.ending.clear()
             self.leaving.clear()
             self.released.clear()
+
+    def prepare(self) -> None:
+        """Compile and capture what any request may need, as `run` does at its beginning; a collective."""
+        engine, tokens = self.engine, min(self.step_tokens, self.engine.prefill_chunk)
+        engine.prepare(Workload.unknown(engine.max_batch, tokens, engine.max_positions))
 
     def _turn(self, control: Control) -> bool:
         """Obey this turn's orders and step; False: they say that there is no more."""
