@@ -70,6 +70,9 @@ class Sampling:
     )
     n: int = key(1, "answers for each prompt, each with a seed of its own", Range(1, 1024))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
+    prompt_logprobs: int | None = key(
+        None, "those of the prompt's tokens, and of the n likeliest in their places; left out: not", Range(0, 100)
+    )
     stop: tuple[str, ...] = key((), "end the answer at this text or special token; again for several, empty for none")
     stop_token_ids: tuple[int, ...] = key((), "end at these token ids", Numbers(Range(low=0), empty=True))
     ignore_eos: bool = key(False, "go on after the end-of-text token")

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from epmoe.config.schema import Serve
 from epmoe.engine.engine import Engine
-from epmoe.engine.request import Event, Request, Result, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs, Workload, check
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control, Orders
 
@@ -67,11 +67,13 @@ class Call:
     id: int = -1  # the engine's, once it has it
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = ()
     ended: bool = False  # its listener knows
 
     def result(self, reason: str) -> Result:
         """What has come so far."""
-        return self.timed(Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs)))
+        found = Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs), prompt_logprobs=self.prompt_logprobs)
+        return self.timed(found)
 
     def timed(self, result: Result) -> Result:
         """The same with times since it was submitted."""
@@ -277,6 +279,7 @@ class Service:
             call.listener.finish(call.timed(event.result))
             return
         call.ids.append(event.token)
+        call.prompt_logprobs = call.prompt_logprobs or event.prompt_logprobs
         if event.logprobs is not None:
             call.logprobs.append(event.logprobs)
         if call.listener.token(event.token, event.logprobs):
