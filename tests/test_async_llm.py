@@ -46,6 +46,20 @@ def pages_are_free(llm: AsyncLLM) -> bool:
     return llm.llm.cache.pages.unused
 
 
+PROMPT = "a prompt of some length, which shares its beginning"
+
+
+async def scores(llm: AsyncLLM, wanted: list[Completion]) -> None:
+    many = [
+        whole(llm, PROMPT[: 10 + 7 * number], SamplingParams(max_tokens=5, prompt_logprobs=number))
+        for number in range(6)
+    ]
+    found = await asyncio.gather(*many, whole(llm, PROMPT))
+    assert [each.prompt_logprobs for each in found] == [each.prompt_logprobs for each in wanted]
+    (stopped,) = [await whole(llm, PROMPT, SamplingParams(prompt_logprobs=1, stop=(found[-1].text[:1],)))]
+    assert stopped.finish_reason == "stop" and len(stopped.prompt_logprobs) == len(stopped.prompt_ids)
+
+
 async def becomes(true: Any, within_s: float = 20) -> None:
     until = time.monotonic() + within_s
     while not true():
@@ -64,6 +78,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(checkpoint: Path) -> Iterator[LLM]:
     with LLM(checkpoint, **ON_CPU) as made:
         yield made
+
+
+def test_log_probabilities_of_prompts(checkpoint: Path, answers: LLM) -> None:
+    """In steps of few tokens beside each other, with a cache that has their beginnings: as one after the other."""
+    wanted = [
+        answers.generate(PROMPT[: 10 + 7 * number], SamplingParams(max_tokens=5, prompt_logprobs=number))[0]
+        for number in range(6)
+    ]
+    wanted += answers.generate(PROMPT)
+    serve(checkpoint, lambda llm: scores(llm, wanted), serve={"step_tokens": 9})
 
 
 def serve(checkpoint: Path, body: Any, **keys: Any) -> None:

@@ -75,6 +75,24 @@ def test_n_answers_of_a_prompt(llm: LLM) -> None:
     assert len(llm.generate({"prompt": "a", "n": 2, "max_tokens": 3}, params)[0].outputs) == 2
 
 
+def test_log_probabilities_of_a_prompt(llm: LLM) -> None:
+    """Of n answers the first one has them; a prompt's object and the configuration may ask for them."""
+    (alone,) = llm.generate(PROMPTS[0], replace(WARM, prompt_logprobs=2))
+    assert len(alone.prompt_logprobs) == len(alone.prompt_ids) > 2 and alone.prompt_logprobs[0] is None
+    assert all(each is not None and len(each.top) == 2 and each.chosen < 0 for each in alone.prompt_logprobs[1:])
+    (three,) = llm.generate(PROMPTS[0], replace(WARM, prompt_logprobs=2, n=3))
+    assert three.prompt_logprobs == alone.prompt_logprobs
+    assert [bool(each.prompt_logprobs) for each in three.outputs] == [True, False, False]
+    (other,) = llm.generate({"prompt": PROMPTS[0], "prompt_logprobs": 1})
+    assert [each and each.top[0] for each in other.prompt_logprobs] == [
+        each and each.top[0] for each in alone.prompt_logprobs
+    ]
+    (nothing,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=0, prompt_logprobs=2))
+    assert (nothing.ids, nothing.text, nothing.finish_reason) == ((), "", "length")
+    assert nothing.prompt_logprobs == alone.prompt_logprobs
+    assert llm.generate(PROMPTS[0])[0].prompt_logprobs == ()
+
+
 def test_generation_config_says_what_requests_leave_out(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, max_position=64)
     file = tmp_path / "generation_config.json"

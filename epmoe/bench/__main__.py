@@ -27,7 +27,7 @@ from epmoe.ranks.command import main
 
 def chosen(argv: Sequence[str]) -> Callable[[], None]:
     """Which benchmark the words of the command line ask for."""
-    if any(word.startswith("load=") for word in argv):
+    if argv[:1] == ["load"] or any(word.startswith("load=") for word in argv):
         return load
     return {"bits": bits, "start": start}.get(argv[0] if argv else "", bench)
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from epmoe.bench.lengths import FORMS, Lengths, read_lengths
 from epmoe.config.keys import Names, Numbers, Range, key
-from epmoe.config.schema import ModelKeys
+from epmoe.config.schema import ModelKeys, Serve
 from epmoe.errors import UserError
 
 
@@ -99,10 +99,11 @@ class Traffic(Size):
         "poisson", "requests come at random times, or when others have ended", Names(("poisson", "concurrent"))
     )
     rate: float = key(1.0, "of poisson: requests a second, on average", Range(above=0, high=1e6))
-    users: int = key(64, "of concurrent: requests under way at a time", Range(above=0))
+    users: int = key(64, "of concurrent: conversations at a time, each with one request under way", Range(above=0))
     requests: int = key(256, "how many come", Range(above=0))
     prompt_tokens: str = key("128", f"random tokens of a prompt: {FORMS}")
     answer_tokens: str = key("128", "new tokens of a request, likewise")
+    turns: int = key(1, "requests of a conversation: a prompt is all that was said, and new tokens", Range(above=0))
     seed: int = key(0, "of times, lengths and ids", Range(low=0))
 
 
@@ -111,7 +112,8 @@ class LoadConfig(ModelKeys, Traffic):
     """What one run of `epmoe.bench load=…` does."""
 
     subject: ClassVar[str] = "a benchmark of load"
-    ignored: ClassVar[tuple[str, ...]] = ("runtime.profile",)
+    # Nobody is refused: what a queue that grows does to those in it is what is measured.
+    ignored: ClassVar[tuple[str, ...]] = ("runtime.profile", "serve.queue_requests", "serve.queue_tokens")
     usage: ClassVar[str] = """\
 Let requests come and go, and measure what their users wait for.
 
@@ -120,8 +122,11 @@ Let requests come and go, and measure what their users wait for.
 
 The table goes to standard output and ends in one line of JSON, which scripts/bench/plot_load.py draws."""
 
+    serve: Serve = key(Serve(), "requests that come and go")
+
     def check(self) -> None:
         check_size(self.size, self.checkpoint)
+        self.serve.check(self.max_batch)
         for name in ("prompt_tokens", "answer_tokens"):
             read_lengths(name, getattr(self, name))
 
@@ -138,7 +143,8 @@ The table goes to standard output and ends in one line of JSON, which scripts/be
     @property
     def max_batch(self) -> int:
         """Sequences that can run at a time."""
-        return min(self.runtime.max_batch, self.requests, self.users if self.load == "concurrent" else self.requests)
+        conversations = -(-self.requests // self.turns)
+        return min(self.runtime.max_batch, conversations, self.users if self.load == "concurrent" else conversations)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ OWN: Mapping[str, str] = {
     "sampling.seed": "rank 0's",
     "sampling.n": "rank 0's",
     "sampling.logprobs": "rank 0's",
+    "sampling.prompt_logprobs": "rank 0's",
     "sampling.stop": "rank 0's",
     "sampling.stop_token_ids": "rank 0's",
     "sampling.ignore_eos": "rank 0's",

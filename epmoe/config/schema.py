@@ -70,6 +70,9 @@ class Sampling:
     )
     n: int = key(1, "answers for each prompt, each with a seed of its own", Range(1, 1024))
     logprobs: int = key(0, "write log-probabilities of the n likeliest tokens to `output`", Range(0, 100))
+    prompt_logprobs: int | None = key(
+        None, "those of the prompt's tokens, and of the n likeliest in their places; left out: not", Range(0, 100)
+    )
     stop: tuple[str, ...] = key((), "end the answer at this text or special token; again for several, empty for none")
     stop_token_ids: tuple[int, ...] = key((), "end at these token ids", Numbers(Range(low=0), empty=True))
     ignore_eos: bool = key(False, "go on after the end-of-text token")
@@ -93,6 +96,14 @@ class Serve:
     step_tokens: int = key(
         0, "most tokens of a step; 0: 512, or twice runtime.max_batch where that is more", Range(low=0)
     )
+
+    def check(self, max_batch: int) -> None:
+        """Raises UserError for steps in which so many answers leave no prompt a place."""
+        if 0 < self.step_tokens <= max_batch:
+            raise UserError(
+                f"serve.step_tokens={self.step_tokens} leaves no prompt a place beside "
+                f"runtime.max_batch={max_batch} answers: take more, or a smaller max_batch"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,11 +158,7 @@ class ServeConfig(LLMConfig):
     serve: Serve = key(Serve(), "requests that come and go")
 
     def check(self) -> None:
-        if 0 < self.serve.step_tokens <= self.runtime.max_batch:
-            raise UserError(
-                f"serve.step_tokens={self.serve.step_tokens} leaves no prompt a place beside "
-                f"runtime.max_batch={self.runtime.max_batch} answers: take more, or a smaller max_batch"
-            )
+        self.serve.check(self.runtime.max_batch)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class EngineConfig:
     `eos_ids` end a text, unless a request ignores them. `prefill_chunk` is the most prompt tokens of a step, of all
     sequences together, 0 what `resolve_chunk` says; `max_batch` the most sequences at a time. With `graphs` steps are
     CUDA graphs; the tokens are the same without. `timeout_s` is how long the host waits for a step. With
-    `progress` standard error shows what is prepared.
+    `progress` standard error shows what is prepared. Logits of prompts' tokens, where their log-probabilities are asked
+    for, are made of `score_rows` rows at a time, at most: with 201,088 ids 0.8 MB each, and several times that to sort.
     """
 
     eos_ids: Sequence[int] = ()
@@ -49,6 +50,7 @@ class EngineConfig:
     graphs: bool = False
     timeout_s: float = 60.0
     progress: bool = False
+    score_rows: int = 64
 
 
 def resolve_chunk(wanted: int, device: torch.device) -> int:
@@ -81,7 +83,7 @@ class Engine:
         )
         with torch.inference_mode():
             self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.max_batch))[-1]
-            self.runner = Runner(model, cache, ranks, self.max_batch, self.most_tokens)
+            self.runner = Runner(model, cache, ranks, self.max_batch, self.most_tokens, config.score_rows)
         self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
@@ -118,7 +120,7 @@ class Engine:
         most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else rows)
         mosts = {most, most - found} if at_once else {most}
         totals = sorted({size for each in mosts for size in self._totals(each, load.sequences, at_once=at_once)})
-        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture else 0)
+        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
         kinds = self.graphs.missing(load.variants(), rows, totals, mixed=not at_once)
         if prefills or kinds:
             if self.graphs.capture:
@@ -249,13 +251,18 @@ class Engine:
             if sequence.finished:
                 continue  # it ended while this step was under way
             now = time.perf_counter()
-            if token == self.vocab:  # no token: its logits are not finite
+            if token == self.vocab or not sequence.finite:  # no token: its logits are not finite, or its prompt's
                 self.failed[sequence.id] = sequence
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, "error", now)))
                 continue
+            if sequence.length == sequence.end:  # it asks for its prompt's log-probabilities alone
+                events.append(Finished(sequence.id, self.scheduler.finish(sequence, "length", now)))
+                continue
             reason = self.scheduler.append(sequence, token, logprobs, now)
             if reason not in ("eos", "stop"):
-                events.append(Token(sequence.id, token, sequence.logprobs[-1] if logprobs is not None else None))
+                prompt = sequence.told_of_prompt() if len(sequence.ids) == 1 else ()
+                own = sequence.logprobs[-1] if logprobs is not None else None
+                events.append(Token(sequence.id, token, own, prompt))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
         return events

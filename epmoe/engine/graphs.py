@@ -3,7 +3,7 @@
     rows alone             decode, one graph                       a batch is filled up to the next bucket of rows
     prompts alone          prompts, and a graph of the head        … of tokens, up to MOST_TOKENS
     both                   mixed, and a graph of the head          … likewise
-    more tokens            the model's call as it is, then a head
+    more tokens            the model's call as it is, then a head; so, too, where a prompt is to be scored
 
 What fills a step up belongs to the cache's spare sequence or to nobody. No bit depends on any of this.
 
@@ -133,7 +133,8 @@ class Graphs:
     def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
         part = "mixed" if ragged.rows else "prompts"
-        sizes = [kind.size for kind in self.graphs if kind.part == part and self.holds(kind, ragged)]
+        kinds = () if ragged.scored else self.graphs
+        sizes = [kind.size for kind in kinds if kind.part == part and self.holds(kind, ragged)]
         self.static.order_step(ragged)
         if sizes:
             self._run(Kind(part, min(sizes), None))

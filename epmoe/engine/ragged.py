@@ -2,16 +2,19 @@
 
     tokens   [ row 0 · row 1 · … | piece 0 · … | piece 1 · … ]
     outputs  the rows, and the last tokens of those prompts that end here: their next ids are chosen
+    scored   the tokens after which the prompt goes on, where the next one's log-probability is wanted
 
 Letters: T tokens of a step · B rows · P pieces · O outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from epmoe.batch import Span
 from epmoe.engine import scheduler
 from epmoe.engine.scheduler import Piece
+
+Score = tuple[scheduler.Sequence, range]  # places of the prompt's tokens whose log-probabilities come
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Ragged:
     outputs: list[int]  # tokens
     ended: list[scheduler.Sequence]  # the outputs' sequences
     nexts: list[int]  # the outputs' next positions
+    scored: list[int] = field(default_factory=list)  # tokens
+    scores: list[Score] = field(default_factory=list)  # whose they are
 
     @classmethod
     def of(cls, rows: Sequence[scheduler.Sequence], work: Sequence[Piece]) -> "Ragged":
@@ -48,6 +53,12 @@ class Ragged:
         self.given.extend(sequence.prompt[cached : cached + count])
         self.positions.extend(range(cached, cached + count))
         self.spans.append((begin, begin + count, cached, sequence.handle))
+        last = min(cached + count, sequence.scored + sequence.unscored)
+        if last > sequence.scored:
+            assert cached <= sequence.scored, "what is to be scored was found"
+            places = range(sequence.scored + 1, last + 1)
+            self.scored.extend(begin + place - 1 - cached for place in places)
+            self.scores.append((sequence, places))
         if count == sequence.pending:
             self.outputs.append(begin + count - 1)
             self.ended.append(sequence)

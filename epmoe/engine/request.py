@@ -25,8 +25,10 @@ class SamplingParams(Sampling, Length):
     """How one request's tokens are chosen and when it ends: the keys of the group `sampling`, and max_new_tokens.
 
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
-    most likely tokens with each chosen one (0: none), `n` for so many answers. None is left out, for `over` or
-    `settled` to fill. `max_tokens` is another spelling of max_new_tokens, to make one with.
+    most likely tokens with each chosen one (0: none), `prompt_logprobs` for that many with each token of the prompt
+    (0: for its own alone; None: not), `n` for so many answers. None is left out, for `over` or `settled` to fill.
+    `max_tokens` is another spelling of max_new_tokens, to make one with; 0 new tokens may be asked for with
+    prompt_logprobs alone.
 
     Raises:
         UserError: a value of the wrong type or out of range; max_tokens and max_new_tokens that differ.
@@ -36,8 +38,12 @@ class SamplingParams(Sampling, Length):
 
     def __post_init__(self, max_tokens: int | None) -> None:
         given = {"max_tokens": max_tokens, "max_new_tokens": self.max_new_tokens}
-        object.__setattr__(self, "max_new_tokens", respelled(given, SPELLINGS)["max_new_tokens"])
+        length = respelled(given, SPELLINGS)["max_new_tokens"]
+        none = type(length) is int and length == 0 and self.prompt_logprobs is not None
+        object.__setattr__(self, "max_new_tokens", None if none else length)
         accept_all(self)
+        if none:
+            object.__setattr__(self, "max_new_tokens", 0)
 
     def over(self, base: "SamplingParams") -> "SamplingParams":
         """The same, and what is left out is `base`'s."""
@@ -45,7 +51,8 @@ class SamplingParams(Sampling, Length):
 
     def settled(self) -> "SamplingParams":
         """The same, and what is left out has the value that holds where nobody says another."""
-        missing, keys = self._left_out(), keys_of(SamplingParams)
+        keys = keys_of(SamplingParams)
+        missing = [name for name in self._left_out() if keys[name].otherwise is not None]
         return replace(self, **{name: keys[name].otherwise for name in missing}) if missing else self
 
     def _left_out(self) -> list[str]:
@@ -68,10 +75,16 @@ class SamplingParams(Sampling, Length):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log of the model's probability of the chosen token, and the most likely (id, log-probability) pairs."""
+    """Natural log of the model's probability of the chosen token, and the most likely (id, log-probability) pairs.
+
+    Of a token of a prompt: of the one that stands there.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...]
+
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]  # one for each token of a prompt, whose first has none
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,10 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def choices(requests: Sequence[Request]) -> list[Request]:
-    """Each request n times, for one answer each; what asks for one is itself."""
+    """Each request n times, for one answer each; what asks for one is itself.
+
+    The first of n has the prompt's log-probabilities.
+    """
     found: list[Request] = []
     for index, request in enumerate(requests):
         params, seed = request.params, request.params.seed
@@ -127,7 +143,8 @@ def choices(requests: Sequence[Request]) -> list[Request]:
             found.append(request)
             continue
         for choice in range(params.n):
-            own = replace(params, n=1, seed=choice_seed(seed, choice))
+            prompt = params.prompt_logprobs if choice == 0 else None  # they are the same for all
+            own = replace(params, n=1, seed=choice_seed(seed, choice), prompt_logprobs=prompt)
             found.append(replace(request, params=own, choice=(index, choice)))
     return found
 
@@ -142,6 +159,7 @@ class Result:
     total_s: float
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
     cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
+    prompt_logprobs: PromptLogprobs = ()  # when asked for
 
 
 # Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself
@@ -157,6 +175,7 @@ class Token:
     id: int  # of the request
     token: int
     logprobs: TokenLogprobs | None  # when asked for
+    prompt_logprobs: PromptLogprobs = ()  # when asked for, with the first token
 
 
 @dataclass(frozen=True)
@@ -194,6 +213,7 @@ class Workload:
     levels: frozenset[Level]
     logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
     penalties: bool  # a repetition penalty, which needs the ids seen
+    prompt_logprobs: bool = False  # of some; their steps are no graphs
 
     @classmethod
     def of(cls, requests: Sequence[Request], max_batch: int, max_positions: int = 0) -> "Workload":
@@ -212,6 +232,7 @@ class Workload:
             levels=frozenset(each.level for each in params),
             logprobs=frozenset(bool(each.logprobs) for each in params),
             penalties=any(each.repetition_penalty != 1 for each in params),
+            prompt_logprobs=any(each.prompt_logprobs is not None for each in params),
         )
 
     @classmethod
@@ -225,6 +246,7 @@ class Workload:
             levels=frozenset(Level),
             logprobs=frozenset((False, True)),
             penalties=True,
+            prompt_logprobs=True,
         )
 
     def variants(self) -> list[Variant]:

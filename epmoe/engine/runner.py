@@ -10,10 +10,11 @@ import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
-from epmoe.engine.ragged import Ragged
+from epmoe.engine.ragged import Ragged, Score
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
 from epmoe.engine.scheduler import Piece
+from epmoe.engine.scores import deliver, scored
 from epmoe.engine.state import State
 from epmoe.engine.step import StaticStep
 from epmoe.models import Model
@@ -21,14 +22,21 @@ from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, to_device
 
 Sequences = Sequence[scheduler.Sequence]
+Prompts = tuple[Sequence[Score], Sequence[torch.Tensor]]
 Landed = tuple[scheduler.Sequence, int, TokenLogprobs | None]
 
 
 class Flight:
-    """New ids of some sequences on their way to the host, with the log-probabilities that were asked for."""
+    """New ids of some sequences on their way to the host, with the log-probabilities that were asked for.
 
-    def __init__(self, sequences: Sequences, id_B: torch.Tensor, logits_BV: torch.Tensor | None) -> None:
-        self.sequences = sequences
+    Args:
+        prompts: `scores` of prompts' tokens, and what `scores.scored` has found of them.
+    """
+
+    def __init__(
+        self, sequences: Sequences, id_B: torch.Tensor, logits_BV: torch.Tensor | None, prompts: Prompts
+    ) -> None:
+        self.sequences, (self.scores, found) = sequences, prompts
         self.asked = [row for row, each in enumerate(sequences) if each.request.params.logprobs]
         tensors = [id_B]
         if self.asked:
@@ -37,17 +45,22 @@ class Flight:
             top = max(sequences[row].request.params.logprobs for row in self.asked)
             chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
             tensors += top_logprobs(logits_BV[row_O], chosen_O, top)
-        self.arrival = Arrival(tensors)
+        self.arrival = Arrival([*tensors, *found])
         for sequence in sequences:
             sequence.launched += 1
+        for sequence, places in self.scores:
+            sequence.scored += len(places)
 
     def land(self, timeout_s: float) -> Iterator[Landed]:
-        """Each sequence's new id and its log-probabilities.
+        """Each sequence's new id and its log-probabilities, once sequences have those of their prompts.
 
         Raises:
             NoArrival: the step did not end in time.
         """
         id_B, *found = self.arrival.wait(timeout_s)
+        if self.scores:
+            deliver(self.scores, found[-3:])
+            del found[-3:]
         logprobs = dict(zip(self.asked, to_logprobs(*found), strict=True)) if found else {}
         for row, (sequence, token) in enumerate(zip(self.sequences, id_B.tolist(), strict=True)):
             yield sequence, token, logprobs.get(row)
@@ -66,10 +79,11 @@ class Runner:
     Args:
         rows: the most sequences of a step.
         tokens: the most tokens of a step that is a graph.
+        score_rows: logits of prompts' tokens are made of so many rows at a time, at most.
     """
 
-    def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int) -> None:
-        self.model, self.cache, self.ranks = model, cache, ranks
+    def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int, score_rows: int) -> None:
+        self.model, self.cache, self.ranks, self.score_rows = model, cache, ranks, score_rows
         self.state = State(cache, model.config.vocab, ranks)
         self.static = StaticStep(model, cache, self.state, rows, tokens)
 
@@ -92,10 +106,14 @@ class Runner:
         id_O = launcher.ragged(ragged, _variant(ragged.ended) if ragged.ended else None)
         for sequence, tokens in work:
             sequence.cached += tokens
-        return self._flight(ragged.ended, id_O) if ragged.ended else None
+        if not ragged.scores:
+            return self._flight(ragged.ended, id_O) if ragged.ended else None
+        found = scored(self.model, self.static.take_scored(), ragged.scores, self.score_rows)
+        return self._flight(ragged.ended, id_O, (ragged.scores, found))
 
-    def _flight(self, sequences: Sequences, id_O: torch.Tensor) -> Flight:
-        return Flight(sequences, id_O, self.static.logits_MV if _variant(sequences).logits else None)
+    def _flight(self, sequences: Sequences, id_O: torch.Tensor, prompts: Prompts = ((), ())) -> Flight:
+        logits = bool(sequences) and _variant(sequences).logits
+        return Flight(sequences, id_O, self.static.logits_MV if logits else None, prompts)
 
 
 def _variant(sequences: Sequences) -> Variant:

@@ -107,6 +107,8 @@ def top_logprobs(
     max_B1 = logits_BV.amax(1, keepdim=True)
     total_B1 = _weights(logits_BV).sum(1, keepdim=True)
     logprob_BV = logits_BV - max_B1 - torch.log(total_B1.double() / UNIT)
+    if not top:
+        return logprob_BV.gather(1, id_B[:, None])[:, 0], id_B.new_empty(len(id_B), 0), logprob_BV[:, :0]
     id_BQ = logits_BV.sort(dim=1, descending=True, stable=True).indices[:, :top]
     return logprob_BV.gather(1, id_B[:, None])[:, 0], id_BQ, logprob_BV.gather(1, id_BQ)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from epmoe.cache.pages import Pages, extend
-from epmoe.engine.request import Request, Result, TokenLogprobs
+from epmoe.engine.request import PromptLogprobs, Request, Result, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -37,6 +37,9 @@ class Sequence:
     launched: int = 0  # new tokens whose step was launched
     ids: list[int] = field(default_factory=list)  # new tokens that have come
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scored: int = 0  # tokens of the prompt after each of which the next one's log-probability was launched
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # that have come
+    finite: bool = True  # whether all logits are, of which these are made
     first_token_s: float = 0.0  # since it was added
     finished: bool = False
     stop_ids: Set[int] = frozenset()  # that end it besides the end of text
@@ -48,6 +51,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens of the prompt that the model has not seen yet."""
         return len(self.prompt) - self.cached
+
+    @property
+    def unscored(self) -> int:
+        """How many more of its first tokens are to be scored; the last one's is the first new token's."""
+        return 0 if self.request.params.prompt_logprobs is None else len(self.request.ids) - 1 - self.scored
 
     @property
     def computed(self) -> int:
@@ -74,9 +82,14 @@ class Sequence:
         own = len(self.request.ids)
         return (*self.request.ids[begin:end], *self.ids[max(begin - own, 0) : max(end - own, 0)])
 
+    def told_of_prompt(self) -> PromptLogprobs:
+        """What has come of the log-probabilities of its prompt's tokens, if they are asked for."""
+        return () if self.request.params.prompt_logprobs is None else (None, *self.prompt_logprobs)
+
     def result(self, reason: str, now: float) -> Result:
         times = self.first_token_s, now - self.added_s
-        return Result(tuple(self.ids), reason, *times, tuple(self.logprobs), self.found or 0)
+        logprobs = tuple(self.logprobs)
+        return Result(tuple(self.ids), reason, *times, logprobs, self.found or 0, self.told_of_prompt())
 
 
 Piece = tuple[Sequence, int]  # of a prompt: how many of its tokens
@@ -136,9 +149,7 @@ class Scheduler:
 
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""
-        sequence, count = Sequence(-1, request, 0, 0.0), (len(request.ids) - 1) // self.pages.size
-        self._name(sequence, count)
-        return self.pages.longest(sequence.keys[:count]) * self.pages.size
+        return self.pages.longest(self._wanted(Sequence(-1, request, 0, 0.0))) * self.pages.size
 
     def schedule(self) -> Work:
         """What the next step is to have; whoever is in it has its pages.
@@ -213,8 +224,7 @@ class Scheduler:
         if self.running and soon > self.pages.left:
             return False
         sequence.prompt = (*sequence.request.ids, *sequence.ids)
-        self._name(sequence, count := (len(sequence.prompt) - 1) // self.pages.size)  # a token at least is computed
-        sequence.handle, sequence.cached = self.pages.admit(sequence.keys[:count])
+        sequence.handle, sequence.cached = self.pages.admit(self._wanted(sequence))
         if self.running and soon + self._needs_soon(sequence) > self.pages.left:
             self.pages.release(sequence.handle)
             sequence.handle, sequence.cached = -1, 0
@@ -223,6 +233,12 @@ class Scheduler:
             sequence.found = sequence.cached
         self.running.append(self.waiting.popleft())
         return True
+
+    def _wanted(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the first pages that it need not compute: a token at least is, and those that are to be scored."""
+        most = sequence.scored if sequence.unscored else len(sequence.prompt) - 1
+        self._name(sequence, count := most // self.pages.size)
+        return sequence.keys[:count]
 
     def _needs_soon(self, sequence: Sequence) -> int:
         """Pages that it lacks for its prompt, and for a page of tokens more."""

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from epmoe.config.schema import Serve
 from epmoe.engine.engine import Engine
-from epmoe.engine.request import Event, Request, Result, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs, Workload, check
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control, Orders
 
@@ -67,11 +67,13 @@ class Call:
     id: int = -1  # the engine's, once it has it
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = ()
     ended: bool = False  # its listener knows
 
     def result(self, reason: str) -> Result:
         """What has come so far."""
-        return self.timed(Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs)))
+        found = Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs), prompt_logprobs=self.prompt_logprobs)
+        return self.timed(found)
 
     def timed(self, result: Result) -> Result:
         """The same with times since it was submitted."""
@@ -167,8 +169,7 @@ class Service:
             RuntimeError: another rank is gone.
         """
         engine = self.engine
-        tokens = min(self.step_tokens, engine.prefill_chunk)
-        engine.prepare(Workload.unknown(engine.max_batch, tokens, engine.max_positions))
+        self.prepare()
         engine.scheduler.step_tokens = self.step_tokens
         self.running.set()
         try:
@@ -184,6 +185,11 @@ class Service:
             self.ending.clear()
             self.leaving.clear()
             self.released.clear()
+
+    def prepare(self) -> None:
+        """Compile and capture what any request may need, as `run` does at its beginning; a collective."""
+        engine, tokens = self.engine, min(self.step_tokens, self.engine.prefill_chunk)
+        engine.prepare(Workload.unknown(engine.max_batch, tokens, engine.max_positions))
 
     def _turn(self, control: Control) -> bool:
         """Obey this turn's orders and step; False: they say that there is no more."""
@@ -273,6 +279,7 @@ class Service:
             call.listener.finish(call.timed(event.result))
             return
         call.ids.append(event.token)
+        call.prompt_logprobs = call.prompt_logprobs or event.prompt_logprobs
         if event.logprobs is not None:
             call.logprobs.append(event.logprobs)
         if call.listener.token(event.token, event.logprobs):

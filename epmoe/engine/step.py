@@ -15,7 +15,7 @@ CUDA graph (epmoe/engine/graphs.py):
     head(count, variant)     the rest of it: the vocabulary, the sampler
 
 Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
-H hidden · V vocabulary.
+H hidden · V vocabulary · S tokens of prompts that are to be scored.
 """
 
 import torch
@@ -66,6 +66,7 @@ class StaticStep:
         self.span_M4, self.rows_1 = self.places[:-1].view(rows, 4), self.places[-1:]
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
+        self.scored_SH: torch.Tensor | None = None  # what `run` leaves of the tokens that are to be scored
         self.id_M = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits_MV: torch.Tensor | None = None
 
@@ -116,38 +117,44 @@ class StaticStep:
         No size in it depends on anything but `tokens`, and on whether there may be `rows` beside the prompts.
         """
         most = self.most(tokens, rows=rows)
-        self._keep(
-            Step(
-                token_T=self.state.tokens(self.given_T[:tokens]),
-                position_T=self.position_T[:tokens],
-                sequence_B=self.row_M[: most if rows else 0],
-                rows_1=self.rows_1,
-                spans=None,
-                span_P4=self.span_M4[:most],
-                output_O=self.output_M[:most],
-            )
+        step = Step(
+            token_T=self.state.tokens(self.given_T[:tokens]),
+            position_T=self.position_T[:tokens],
+            sequence_B=self.row_M[: most if rows else 0],
+            rows_1=self.rows_1,
+            spans=None,
+            span_P4=self.span_M4[:most],
+            output_O=self.output_M[:most],
         )
+        self._keep(self.model.hidden(step, self.cache))
 
     def run(self, ragged: Ragged) -> None:
         """What `body` does, for a step of any size, whose sizes the host knows. A collective."""
-        device = self.id_M.device
-        self._keep(
-            Step(
-                token_T=self.state.tokens(to_device(ragged.given, torch.int64, device)),
-                position_T=to_device(ragged.positions, torch.int64, device),
-                sequence_B=to_device(ragged.rows, torch.int64, device),
-                spans=tuple(ragged.spans),
-                output_O=to_device(ragged.outputs, torch.int64, device),
-            )
+        device, outputs = self.id_M.device, len(ragged.outputs)
+        step = Step(
+            token_T=self.state.tokens(to_device(ragged.given, torch.int64, device)),
+            position_T=to_device(ragged.positions, torch.int64, device),
+            sequence_B=to_device(ragged.rows, torch.int64, device),
+            spans=tuple(ragged.spans),
+            output_O=to_device([*ragged.outputs, *ragged.scored], torch.int64, device),
         )
+        norm_XH = self.model.hidden(step, self.cache)
+        self._keep(norm_XH[:outputs])
+        if ragged.scored:
+            self.scored_SH = norm_XH[outputs:]
 
     def head(self, count: int, variant: Variant) -> None:
         """The next ids of the first `count` outputs. A collective."""
         assert self.norm_MH is not None, "no body ran"
         self._choose(self.norm_MH[:count], self.ended_M[:count], self.next_M[:count], variant)
 
-    def _keep(self, step: Step) -> None:
-        norm_OH = self.model.hidden(step, self.cache)
+    def take_scored(self) -> torch.Tensor:
+        """[S, H], what `run` has left of them; it is kept no longer."""
+        assert self.scored_SH is not None, "no step with such tokens ran"
+        scored_SH, self.scored_SH = self.scored_SH, None
+        return scored_SH
+
+    def _keep(self, norm_OH: torch.Tensor) -> None:
         if self.norm_MH is None:
             self.norm_MH = norm_OH.new_zeros(len(self.id_M), norm_OH.shape[1])
         self.norm_MH[: len(norm_OH)] = norm_OH

@@ -76,7 +76,8 @@ class Warm:
             if not length:
                 pages.release(handle)
                 break
-            request = Request((0,) * length, SamplingParams(max_new_tokens=1))
+            scores = 0 if load.prompt_logprobs else None
+            request = Request((0,) * length, SamplingParams(max_new_tokens=1, prompt_logprobs=scores))
             sequence = scheduler.Sequence(len(running), request, length + 1, 0.0, handle)
             self.runner.admit(sequence)
             running.append(sequence)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from epmoe.engine.request import Request, Result, TokenLogprobs
+from epmoe.engine.request import PromptLogprobs, Request, Result, TokenLogprobs
 from epmoe.text.harmony import Message
 from epmoe.text.output import Answer
 
@@ -22,6 +22,7 @@ class Choice:
     first_token_s: float
     total_s: float
     cached_tokens: int  # of the prompt, those that were in the cache and cost nothing
+    prompt_logprobs: PromptLogprobs  # of the first answer when asked for, else empty
 
     @classmethod
     def of(cls, request: Request, result: Result, answer: Answer) -> "Choice":
@@ -37,6 +38,7 @@ class Choice:
             first_token_s=result.first_token_s,
             total_s=result.total_s,
             cached_tokens=result.cached_tokens,
+            prompt_logprobs=result.prompt_logprobs,
         )
 
 
@@ -82,6 +84,11 @@ class Completion:
     @property
     def cached_tokens(self) -> int:
         return self.outputs[0].cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs:
+        """One for each of `prompt_ids`, given those before it: None for the first; empty if not asked for."""
+        return self.outputs[0].prompt_logprobs
 
 
 def completions(prompts: Sequence[Request], answers: Sequence[Choice]) -> list[Completion]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from epmoe.engine.request import Request, Result
+from epmoe.engine.request import Request, Result, TokenLogprobs
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import let_go
@@ -157,8 +157,14 @@ class Output:
             "total_s": round(result.total_s, 6),
         }
         if params.logprobs:
-            line["logprobs"] = [{"logprob": each.chosen, "top": each.top} for each in result.logprobs]
+            line["logprobs"] = [_plain(each) for each in result.logprobs]
+        if params.prompt_logprobs is not None:
+            line["prompt_logprobs"] = [None if each is None else _plain(each) for each in result.prompt_logprobs]
         return line
+
+
+def _plain(found: TokenLogprobs) -> dict[str, Any]:
+    return {"logprob": found.chosen, "top": found.top}
 
 
 def standard_output(ranks: Ranks) -> TextIO | None:

@@ -15,11 +15,11 @@ def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ran
     values = ranks.gather([bytes_read, peak_bytes(ranks.device)])
     tokens = sum(len(result.ids) for result in results)
     seconds = max(result.total_s for result in results)
-    first = min(result.first_token_s for result in results)
+    first = min((result.first_token_s for result in results if result.ids), default=None)
+    came = "" if first is None else f"first token after {first:.3f} s ({ready_s + first:.2f} s from the start); "
     each = "each " if len(values) > 1 else ""
     return (
-        f"epmoe: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, "
-        f"first token after {first:.3f} s ({ready_s + first:.2f} s from the start); "
+        f"epmoe: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, {came}"
         f"{len(values)} rank{'s' if len(values) > 1 else ''}, {each}read {_span([read for read, _ in values])} "
         f"and used {_span([used for _, used in values])} of memory at the peak{_known(before)}"
     )
@@ -34,7 +34,7 @@ def cut(requests: Sequence[Request], results: Sequence[Result], reasons: Sequenc
     lengths = [
         (len(result.ids), limit)
         for result, limit, reason in zip(results, limits, reasons, strict=True)
-        if reason == "length"
+        if reason == "length" and limit  # 0: no answer was asked for
     ]
     by = {limit for length, limit in lengths if length == limit}
     few = sum(length == limit for length, limit in lengths)

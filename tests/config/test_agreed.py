@@ -20,7 +20,9 @@ MEASURED = {
     "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",
     "flops", "compare",
 }  # fmt: skip
-LOAD = {"size", "load", "rate", "users", "requests", "prompt_tokens", "answer_tokens", "seed"}
+LOAD = {
+    "size", "load", "rate", "users", "requests", "prompt_tokens", "answer_tokens", "turns", "seed", "serve.step_tokens",
+}  # fmt: skip
 START = {"size", "ranks", "sequences", "prompt_tokens", "repeat"}
 
 

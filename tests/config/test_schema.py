@@ -58,6 +58,7 @@ def test_a_request_and_the_configuration_share_every_declaration() -> None:
         "seed",
         "n",
         "logprobs",
+        "prompt_logprobs",
     }
     assert all(isinstance(asked[name].allowed, Range) for name in numbers)
 
@@ -78,6 +79,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "n": ([1, 1024], [0, 1025]),
     "logprobs": ([0, 100], [-1, 101]),
+    "prompt_logprobs": ([0, 100], [-1, 101]),
     "max_new_tokens": ([1, 2**63 - 1], [0, -1]),
 }
 

@@ -116,6 +116,23 @@ def test_an_end_by_the_listener_cuts_what_came_after() -> None:
             assert isinstance(heard.ends[0], Result) and len(heard.ends[0].logprobs) == count
 
 
+def test_a_prompts_log_probabilities_come_with_the_first_token() -> None:
+    """Also where the listener ends the answer, there or later, and where no token is asked for."""
+    ids, _ = expected(Request((3, 4, 5), SamplingParams(max_new_tokens=9, ignore_eos=True)))
+    with Served() as served:
+        for stop, new in ((0, 9), (1, 9), (3, 9), (0, 0)):
+            params = SamplingParams(max_new_tokens=new, ignore_eos=True, prompt_logprobs=1)
+            _, heard = served.submit(Request((3, 4, 5), params), Heard(stop=stop))
+            assert heard.outcome() == (ids[: stop or new], "stop" if stop else "length")
+            (result,) = heard.ends
+            assert isinstance(result, Result) and result.prompt_logprobs[0] is None
+            for place in (1, 2):
+                raw = logits_of([3, 4, 5][:place]).double().log_softmax(0)
+                one = result.prompt_logprobs[place]
+                assert one is not None and one.chosen == pytest.approx(raw[3 + place].item(), abs=1e-9)
+                assert one.top[0][0] == int(raw.argmax()) and len(one.top) == 1
+
+
 def test_a_requests_fault_is_its_own() -> None:
     """A listener that fails, logits that are none, a request that cannot be: all others go on."""
     good = some_requests(10, seed=5)

@@ -116,7 +116,8 @@ class FakeModel:
         at = len(handles)
         for begin, end, cached, handle in spans:
             assert at == begin < end and cached == positions[begin]
-            last[end - 1] = cache.feed(handle, tokens[begin:end], positions[begin:end])
+            whole = cache.feed(handle, tokens[begin:end], positions[begin:end])
+            last |= {token: whole[: positions[token] + 1] for token in range(begin, end)}
             at = end
         assert at == len(tokens)
         self.outputs = [last[row] for row in (sorted(last) if step.output_O is None else step.output_O.tolist())]

@@ -169,6 +169,16 @@ def test_record_of_a_request(tokenizer: Tokenizer) -> None:
     }
 
 
+def test_record_of_a_prompts_log_probabilities(tokenizer: Tokenizer) -> None:
+    found = (None, TokenLogprobs(-0.5, ((97, -0.25),)))
+    for asked in (1, None):
+        out = Output(tokenizer, [Request((1, 2), SamplingParams(prompt_logprobs=asked))], io.StringIO())
+        out.on_finish(0, (result := Result((97,), "length", 0.1, 0.2, (), prompt_logprobs=found if asked else ())))
+        line = json.loads(json.dumps(out.record(0, result)))
+        wanted = [None, {"logprob": -0.5, "top": [[97, -0.25]]}] if asked else None
+        assert line.get("prompt_logprobs") == wanted and "logprobs" not in line
+
+
 class Gone(io.StringIO):
     """A pipe whose reader has gone."""
 

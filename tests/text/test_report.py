@@ -21,6 +21,16 @@ def test_one_rank() -> None:
     assert NUMBERS.fullmatch(closing_line(results, 3.0, 1_234_500_000, Ranks(0, 1, 0, 1, torch.device("cpu"))))
 
 
+def test_no_answers() -> None:
+    """Of requests for their prompts' log-probabilities alone."""
+    none, one = Result((), "length", 0.0, 0.5, ()), Result((1, 2, 3, 4, 5), "length", 0.1, 0.4, ())
+    line = closing_line([none], 3.0, 1_000_000, Ranks(0, 1, 0, 1, torch.device("cpu")))
+    assert line.startswith("epmoe: 0 tokens in 0.50 s, 0.0 tokens/s, 1 rank, read 1.0 MB")
+    assert NUMBERS.fullmatch(closing_line([none, one], 3.0, 1_234_500_000, Ranks(0, 1, 0, 1, torch.device("cpu"))))
+    asked = Request((1, 2), SamplingParams(max_new_tokens=0, prompt_logprobs=0))
+    assert cut([asked], [none], ["length"]) == ""
+
+
 @pytest.mark.parametrize(
     ("values", "says"), [((2_000_000, 2_000_000), "read 2.0 MB"), ((3_000_000, 1_000_000), "read 1.0 to 3.0 MB")]
 )

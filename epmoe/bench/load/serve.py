@@ -1,59 +1,61 @@
-"""The loop of a server without its network: add what has come, step, note when each token came."""
+"""A server without its network: rank 0's callers beside the service's loop, which all ranks run."""
 
+import statistics
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from epmoe.bench.load.arrivals import Arrivals
-from epmoe.engine.request import Finished, Request, Token
+from epmoe.bench.load.callers import LOOK_S, Callers, Served
+from epmoe.engine.request import Request
+from epmoe.engine.service import Service
 from epmoe.llm import LLM
-from epmoe.text.output import Answer
+from epmoe.ranks.control import Control, Orders
+from epmoe.ranks.mesh import Ranks
 
 
-@dataclass
-class Served:
-    """What became of a request; seconds since the beginning."""
+class Timed(Control):
+    """Knows what its turns have taken."""
 
-    due_s: float
-    token_s: list[float] = field(default_factory=list)  # when each token of the answer came
+    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
+        super().__init__(ranks, timeout_s)
+        self.ranks, self.taken_us = ranks, list[int]()
 
-    @property
-    def first_s(self) -> float:
-        """From the time when it was due, so what it waited until the engine took it is in it."""
-        return self.token_s[0] - self.due_s
+    def turn(self, orders: Orders | None = None) -> Orders:
+        begin = time.perf_counter()
+        due = super().turn(orders)
+        self.taken_us.append(round(1e6 * (time.perf_counter() - begin)))
+        return due
 
-    @property
-    def between_s(self) -> list[float]:
-        """Times between two tokens."""
-        return [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
+    def cost_us(self) -> float:
+        """What a turn takes when all ranks are there: of each, the rank counts that came last; then the median.
+
+        A collective.
+        """
+        by_rank = self.ranks.gather(self.taken_us)
+        return statistics.median(map(min, zip(*by_rank, strict=True))) if self.taken_us else 0.0
 
 
-def serve(llm: LLM, requests: Sequence[Request], arrivals: Arrivals) -> list[Served]:
-    """Run all requests, each added when it comes, and make the text of each answer; a collective.
+def serve(
+    llm: LLM, service: Service, conversations: Sequence[Sequence[Request]], at_s: Sequence[float] | None, users: int
+) -> list[Served]:
+    """Hold these conversations (`Callers`); what became of each request, on rank 0. A collective.
 
     Raises:
-        NotFinite: a UserError: the model's numbers are none for some prompts.
+        UserError: the model's numbers are none for some prompt.
     """
-    engine, begin = llm.engine, time.perf_counter()
-    served: list[Served] = []
-    running: dict[int, tuple[Served, Answer]] = {}  # by the engine's id
-
-    def clock() -> float:
-        return time.perf_counter() - begin
-
-    while running or len(served) < len(requests):
-        for due_s in arrivals.come(len(running), clock):
-            request = requests[len(served)]
-            served.append(Served(due_s))
-            running[engine.add(request)] = served[-1], Answer(llm.tokenizer, request)
-        events = engine.step() if running else []
-        now = clock()
-        for event in events:
-            if isinstance(event, Token):
-                one, answer = running[event.id]
-                one.token_s.append(now)
-                answer.feed(event.token)
-            elif isinstance(event, Finished):
-                running.pop(event.id)[1].finish(event.result)
-    engine.check_finite()
-    return served
+    if not llm.ranks.is_main:
+        llm.serve(service)
+        return []
+    callers = Callers(service, llm.tokenizer, conversations, at_s, users)
+    thread = threading.Thread(target=callers.run, name="epmoe-callers", daemon=True)
+    thread.start()
+    try:
+        llm.serve(service)
+    except BaseException as error:
+        service.fail(error)
+        raise
+    finally:
+        thread.join(2 * LOOK_S)  # it has stopped the service, or is told that there is none
+    if callers.error is not None:
+        raise callers.error
+    return callers.served

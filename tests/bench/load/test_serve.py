@@ -1,71 +1,99 @@
-"""The loop: every request is answered as `generate` answers it, whenever it comes; times are in order."""
+"""The service under load: every request is answered as `generate` answers it, whenever it comes; times are in order."""
 
-from collections.abc import Callable
+import sys
+from typing import Any
 
 import pytest
 from spawn import run_ranks
 
 from epmoe.bench.lengths import read_lengths
-from epmoe.bench.load.arrivals import Arrivals, Concurrent, Poisson, Told
-from epmoe.bench.load.schedule import requests_of, schedule
-from epmoe.bench.load.serve import Served, serve
+from epmoe.bench.load.callers import Served
+from epmoe.bench.load.schedule import Traffic, conversations_of, schedule
+from epmoe.bench.load.serve import Timed, serve
 from epmoe.config.compose import from_keys
+from epmoe.config.schema import Serve
 from epmoe.engine.request import Finished
+from epmoe.engine.service import Service
+from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
 
-DUE = schedule(14, 30.0, read_lengths("a", "uniform:1:40"), read_lengths("b", "uniform:1:9"), 2)
+TRAFFIC = Traffic(14, 1, read_lengths("a", "uniform:1:40"), read_lengths("b", "uniform:1:9"))
+TURNS = Traffic(14, 3, read_lengths("a", "uniform:9:25"), read_lengths("b", "uniform:1:9"))
+BOUNDS = Serve(queue_requests=sys.maxsize, step_tokens=32)
 
 
-def served(ranks: Ranks, kind: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[Served]]:
-    """The ids of the answers, those of one `generate`, and the times."""
-    llm = LLM.opened(from_keys({"checkpoint": "", "runtime": {"device": "cpu", "max_batch": 5}}), ranks)
-    requests = requests_of(DUE, llm.architecture.vocab, 0)
-    llm.load([request.cached(llm.architecture.max_positions) for request in requests])
-    expected = [result.ids for result in llm.engine.generate(requests)]
-    answers: dict[int, tuple[int, ...]] = {}
-    step = llm.engine.step
+def loaded(ranks: Ranks, **keys: Any) -> LLM:
+    llm = LLM.opened(from_keys({"checkpoint": "", "runtime": {"device": "cpu", "max_batch": 5, **keys}}), ranks)
+    llm.load()
+    return llm
 
-    def recorded() -> list[object]:
+
+def served(ranks: Ranks, kind: str, traffic: Traffic) -> tuple[dict[int, Any], list[Served], float, int]:
+    """By a request's id its prompt and answer; what its caller saw; a turn's cost; what is wrong."""
+    llm = loaded(ranks)
+    due = schedule(traffic, 40.0, 2)
+    conversations = conversations_of(due, llm.architecture.vocab, 0)
+    answers: dict[int, Any] = {}
+    step, add = llm.engine.step, llm.engine.add
+
+    def stepped() -> list[Any]:
         events = step()
-        answers.update({event.id: event.result.ids for event in events if isinstance(event, Finished)})
+        for event in events:
+            if isinstance(event, Finished):
+                answers[event.id] = (*answers[event.id], event.result.ids)
         return list(events)
 
-    llm.engine.step = recorded  # type: ignore[method-assign, assignment]
-    arrivals: Arrivals = Concurrent(len(requests), 3)
-    if kind == "poisson":
-        arrivals = Poisson([due.at_s for due in DUE], Told(ranks, 60))
-    found = serve(llm, requests, arrivals)
-    assert not llm.engine.busy
-    return [answers[id] for id in sorted(answers)], expected, found
+    def added(request: Any) -> int:
+        id = add(request)
+        answers[id] = request.ids, request.params
+        return id
+
+    llm.engine.step, llm.engine.add = stepped, added  # type: ignore[method-assign]
+    llm.control = control = Timed(ranks, 60)
+    at_s = [each.at_s for each in due] if kind == "poisson" else None
+    found = serve(llm, Service(llm.engine, BOUNDS), conversations, at_s, 3)
+    llm.engine.step, llm.engine.add = step, add  # type: ignore[method-assign]
+    assert not llm.engine.busy and llm.cache.pages.unused
+    cost_us = control.cost_us()
+    wrong = sum(llm.generate([list(ids)], params)[0].ids != said for ids, params, said in answers.values())
+    return answers, found, cost_us, wrong
 
 
 @pytest.mark.parametrize("kind", ["poisson", "concurrent"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_request_is_answered(ranks: int, kind: str) -> None:
-    for answers, expected, found in run_ranks(served, ranks, kind):
-        assert answers == expected
-        assert [len(each.token_s) for each in found] == [due.answer_tokens for due in DUE]
-        assert all(each.first_s > 0 and min(each.between_s, default=1) >= 0 for each in found)
-        due_s = [each.due_s for each in found]
-        assert due_s == sorted(due_s) and (kind == "concurrent" or due_s == [due.at_s for due in DUE])
+@pytest.mark.parametrize("traffic", [TRAFFIC, TURNS], ids=["single", "turns"])
+def test_every_request_is_answered(ranks: int, kind: str, traffic: Traffic) -> None:
+    by_rank = run_ranks(served, ranks, kind, traffic)
+    lengths = sorted(length for each in schedule(traffic, 40.0, 2) for length in each.turns)
+    for answers, found, cost_us, wrong in by_rank:
+        assert answers == by_rank[0][0] and wrong == 0 and 0 < cost_us < 1e6
+        assert bool(found) == (found is by_rank[0][1])  # rank 0 alone hears of it
+    answers, found, *_ = by_rank[0]
+    assert len(answers) == 14 and sorted(len(each.token_s) for each in found) == sorted(each for _, each in lengths)
+    assert sorted(each.prompt_tokens for each in found) == sorted(len(ids) for ids, *_ in answers.values())
+    assert all(each.first_s > 0 and min(each.between_s, default=1) >= 0 for each in found)
+    assert not any(each.cached_tokens for each in found if each.turn == 0)
+    assert all(each.cached_tokens < each.prompt_tokens - 8 for each in found if each.turn)  # 9 are new at least
+    assert (max(each.cached_tokens for each in found) >= 32) == (traffic is TURNS)
 
 
-class Never:
-    """Arrivals of which none comes before the last one has ended."""
-
-    def __init__(self) -> None:
-        self.left = 3
-
-    def come(self, running: int, clock: Callable[[], float]) -> list[float]:
-        if running or not self.left:
-            return []
-        self.left -= 1
-        return [clock()]
-
-
-def test_one_after_the_other() -> None:
+def test_numbers_that_are_none_are_told() -> None:
+    """Of the request alone the service would say "error"; a benchmark has nothing to measure then."""
     with LLM("", runtime={"device": "cpu"}) as llm:
-        found = serve(llm, requests_of(DUE[:3], llm.architecture.vocab, 1), Never())
-    ends = [each.token_s[-1] for each in found]
-    assert all(end <= after.due_s for end, after in zip(ends, found[1:], strict=False)) and len(found) == 3
+        conversations = conversations_of(schedule(TRAFFIC, None, 0), llm.architecture.vocab, 1)
+        llm.model.get_parameter("norm.weight").fill_(float("nan"))  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="logits of a request are not finite"):
+            serve(llm, Service(llm.engine, BOUNDS), conversations, None, 2)
+        assert not llm.engine.busy
+
+
+def test_an_engine_that_fails_ends_the_callers() -> None:
+    def broken() -> list[Any]:
+        raise RuntimeError("the device is gone")
+
+    with LLM("", runtime={"device": "cpu"}) as llm:
+        llm.engine.step = broken  # type: ignore[method-assign]
+        conversations = conversations_of(schedule(TRAFFIC, None, 0), llm.architecture.vocab, 1)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            serve(llm, Service(llm.engine, BOUNDS), conversations, None, 2)
