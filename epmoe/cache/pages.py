@@ -181,6 +181,10 @@ class Pages:
                 "raise runtime.cache_tokens, or lower max_new_tokens"
             )
 
+    def may_follow(self, key: bytes) -> bool:
+        """Whether pages after the one of this key may be of use to a prompt that has it."""
+        return self.full is None or key in self.full.found
+
     def longest(self, keys: Sequence[bytes]) -> int:
         """How many of these pages, from the first on, are there, as far as the token after them sees them."""
         longest, runs = 0, [0] * len(self.stocks)  # how many in a row, up to here
@@ -193,23 +197,28 @@ class Pages:
             longest = count if all(map(int.__ge__, runs, seen)) else longest
         return longest
 
-    def admit(self, keys: Sequence[bytes] = ()) -> tuple[int, int]:
-        """A sequence's handle, and how many of its first positions are there: whole pages of these keys, its prompt's.
+    def admit(self, keys: Sequence[bytes] = (), whole: int = 0) -> tuple[int, int]:
+        """A sequence's handle, and how many of its first positions are there, in whole pages.
 
         In each stock it holds those that the next token sees.
 
+        Args:
+            keys: of its prompt's pages, up to one that is not there at least.
+            whole: how many pages the prompt fills, where that is more.
         Raises:
             CacheFull: no handle is free.
         """
         if not self.free_handles:
             raise CacheFull(f"{self.sequences} sequences are there already")
         if self.full:
-            keys = keys[: SHARED * self.full.count - self.together]
+            room = SHARED * self.full.count - self.together
+            keys, whole = keys[:room], min(whole, room)
+        whole = max(whole, len(keys))
         handle, count = self.free_handles.pop(), self.longest(keys)
         known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
         self.held[handle], self.learnt[handle] = [], count
         for stock in self.stocks:
-            own = Held(lasting=self._seen_from(stock, {count, known, len(keys)}))
+            own = Held(lasting=self._seen_from(stock, {count, known, whole}))
             self.held[handle].append(own)
             self._skip(own, stock.first_seen(count * self.size) // self.size)
             for key in keys[own.first : count]:

@@ -130,8 +130,10 @@ class Engine:
     def _totals(self, most: int, prompts: int, *, at_once: bool) -> list[int]:
         """Buckets of steps of up to so many tokens and prompts; `at_once`: of just as many."""
         sizes, room = token_buckets(self.most_tokens), self.runner.static.most
-        enough = [size for size in sizes if size >= most and room(size, rows=False) >= prompts]
-        return enough[:1] if at_once else [size for size in sizes if size <= min(enough, default=self.most_tokens)]
+        enough = next((size for size in sizes if size >= most and room(size, rows=False) >= prompts), None)
+        if at_once:
+            return [] if enough is None else [enough]
+        return [size for size in sizes if size <= (enough or self.most_tokens)]
 
     def _rehearse(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
         """Compile the kernels of `_warm_up`. Only of what can be captured, and so reads nothing on the host."""

@@ -12,8 +12,9 @@ Letters: B rows of a step · T tokens of a step · O outputs.
 
 import sys
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,15 +44,16 @@ def buckets(most: int) -> list[int]:
     return [*_sizes(1, most, STEPS), most]
 
 
-def token_buckets(most: int) -> list[int]:
+@cache
+def token_buckets(most: int) -> tuple[int, ...]:
     """Numbers of tokens for steps of up to `most`: 16, 32, 64, 128, 192 … 512, 640 … 1024, 1280 …
 
     >>> token_buckets(100), token_buckets(64), token_buckets(5)
-    ([16, 32, 64, 128], [16, 32, 64], [16])
+    ((16, 32, 64, 128), (16, 32, 64), (16,))
     """
     found = _sizes(16, most, TOKEN_STEPS)
     last = found[-1] + next(step for limit, step in TOKEN_STEPS if found[-1] < limit) if found else 16
-    return [*found, last]
+    return (*found, last)
 
 
 def _sizes(size: int, most: int, steps: Sequence[tuple[int, int]]) -> list[int]:
@@ -113,6 +115,7 @@ class Graphs:
         self.buckets = buckets(len(static.id_M))
         self.ready: set[Kind] = set()
         self.graphs: dict[Kind, Graph] = {}
+        self.bodies: dict[str, list[int]] = {"prompts": [], "mixed": []}  # sizes of those that are graphs, ascending
         self.rows: list[int] = []  # what the device's sequence_M holds
         if self.capture:
             ranks.at_end.add(self)
@@ -133,11 +136,10 @@ class Graphs:
     def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
         part = "mixed" if ragged.rows else "prompts"
-        kinds = () if ragged.scored else self.graphs
-        sizes = [kind.size for kind in kinds if kind.part == part and self.holds(kind, ragged)]
+        size = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None)
         self.static.order_step(ragged)
-        if sizes:
-            self._run(Kind(part, min(sizes), None))
+        if size is not None:
+            self._run(Kind(part, size, None))
         else:
             self.static.run(ragged)
         if variant is not None:
@@ -145,10 +147,11 @@ class Graphs:
             self._run(Kind("head", count, variant))
         return self.static.id_M[: len(ragged.outputs)]
 
-    def holds(self, kind: Kind, ragged: Ragged) -> bool:
-        """Whether a body has room for a step."""
-        most = self.static.most(kind.size, rows=kind.part == "mixed")
-        return len(ragged.given) <= kind.size and max(len(ragged.spans), len(ragged.outputs)) <= most
+    def holds(self, part: str, size: int, ragged: Ragged) -> bool:
+        """Whether a body has room for a step; none leaves what is to be scored."""
+        most = self.static.most(size, rows=part == "mixed")
+        room = len(ragged.given) <= size and max(len(ragged.spans), len(ragged.outputs)) <= most
+        return room and not ragged.scored
 
     def missing(self, variants: Iterable[Variant], most: int, totals: Sequence[int], *, mixed: bool) -> list[Kind]:
         """The parts that a load needs and that were not run before, the largest first: the others fit its memory.
@@ -180,6 +183,8 @@ class Graphs:
                 continue
             if self.capture:
                 self.graphs[kind] = self.capture(part)
+                if kind.variant is None:
+                    insort(self.bodies[kind.part], kind.size)
             else:
                 part()
             self.ready.add(kind)
@@ -210,6 +215,8 @@ class Graphs:
         for graph in self.graphs.values():
             graph.reset()
         self.graphs.clear()
+        for sizes in self.bodies.values():
+            sizes.clear()
         self.ready.clear()
         if self.capture:
             self.capture.new_pool()

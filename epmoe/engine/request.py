@@ -1,7 +1,8 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import InitVar, asdict, dataclass, replace
 from enum import IntEnum
 from itertools import product
@@ -47,13 +48,20 @@ class SamplingParams(Sampling, Length):
 
     def over(self, base: "SamplingParams") -> "SamplingParams":
         """The same, and what is left out is `base`'s."""
-        return replace(self, **{name: getattr(base, name) for name in self._left_out()})
+        return self._filled({name: getattr(base, name) for name in self._left_out()})
 
     def settled(self) -> "SamplingParams":
         """The same, and what is left out has the value that holds where nobody says another."""
         keys = keys_of(SamplingParams)
         missing = [name for name in self._left_out() if keys[name].otherwise is not None]
-        return replace(self, **{name: keys[name].otherwise for name in missing}) if missing else self
+        return self._filled({name: keys[name].otherwise for name in missing})
+
+    def _filled(self, values: Mapping[str, Any]) -> "SamplingParams":
+        """With values that need no look any more: a request's first token waits for this."""
+        found = copy(self) if values else self
+        for name, value in values.items():
+            object.__setattr__(found, name, value)
+        return found
 
     def _left_out(self) -> list[str]:
         return [name for name, value in vars(self).items() if value is None]

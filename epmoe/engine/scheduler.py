@@ -149,7 +149,7 @@ class Scheduler:
 
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""
-        return self.pages.longest(self._wanted(Sequence(-1, request, 0, 0.0))) * self.pages.size
+        return self.pages.longest(self._wanted(Sequence(-1, request, 0, 0.0))[0]) * self.pages.size
 
     def schedule(self) -> Work:
         """What the next step is to have; whoever is in it has its pages.
@@ -224,7 +224,7 @@ class Scheduler:
         if self.running and soon > self.pages.left:
             return False
         sequence.prompt = (*sequence.request.ids, *sequence.ids)
-        sequence.handle, sequence.cached = self.pages.admit(self._wanted(sequence))
+        sequence.handle, sequence.cached = self.pages.admit(*self._wanted(sequence))
         if self.running and soon + self._needs_soon(sequence) > self.pages.left:
             self.pages.release(sequence.handle)
             sequence.handle, sequence.cached = -1, 0
@@ -234,11 +234,17 @@ class Scheduler:
         self.running.append(self.waiting.popleft())
         return True
 
-    def _wanted(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the first pages that it need not compute: a token at least is, and those that are to be scored."""
-        most = sequence.scored if sequence.unscored else len(sequence.prompt) - 1
-        self._name(sequence, count := most // self.pages.size)
-        return sequence.keys[:count]
+    def _wanted(self, sequence: Sequence) -> tuple[list[bytes], int]:
+        """Keys of the first pages that it need not compute, up to one that is not there, and how many these pages are.
+
+        A token at least is computed, and those that are to be scored. Keys of pages that are not there have time until
+        the step was launched.
+        """
+        count = (sequence.scored if sequence.unscored else len(sequence.prompt) - 1) // self.pages.size
+        keys = sequence.keys
+        while self.pages.prefix_cache and len(keys) < count and (not keys or self.pages.may_follow(keys[-1])):
+            self._name(sequence, len(keys) + 1)
+        return keys[:count], count
 
     def _needs_soon(self, sequence: Sequence) -> int:
         """Pages that it lacks for its prompt, and for a page of tokens more."""

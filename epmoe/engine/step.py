@@ -26,7 +26,7 @@ from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Variant
 from epmoe.engine.state import State
 from epmoe.models import Model
-from epmoe.ranks.transfer import begin_with, staging, to_device
+from epmoe.ranks.transfer import staging, to_device
 
 
 def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
@@ -56,14 +56,13 @@ class StaticStep:
         device, ranks = state.ranks.device, state.ranks
         self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
 
-        # What the host orders lies in two buffers, so that a step takes two copies; each part begins at 16 bytes.
+        # What the host orders lies in one buffer, so that a step takes one copy; each part begins at 16 bytes.
         even = rows + rows % 2
-        self.order = torch.zeros(2 * tokens + 4 * even, dtype=torch.int64, device=device)
-        self.parts = [tokens] * 2 + [even] * 4
-        self.given_T, self.position_T, *of_M = self.order.split(self.parts)
+        self.parts = [tokens] * 2 + [even] * 4 + [2 * rows + 1]
+        self.order = torch.zeros(sum(self.parts), dtype=torch.int64, device=device)
+        self.given_T, self.position_T, *of_M, places = self.order.split(self.parts)
         self.row_M, self.output_M, self.ended_M, self.next_M = (each[:rows] for each in of_M)
-        self.places = torch.zeros(4 * rows + 1, dtype=torch.int32, device=device)
-        self.span_M4, self.rows_1 = self.places[:-1].view(rows, 4), self.places[-1:]
+        self.span_M4, self.rows_1 = places[:-1].view(torch.int32).view(rows, 4), places[-1:].view(torch.int32)[:1]
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
         self.scored_SH: torch.Tensor | None = None  # what `run` leaves of the tokens that are to be scored
@@ -95,21 +94,20 @@ class StaticStep:
 
     def order_step(self, ragged: Ragged) -> None:
         """Tell `body` and `head` what to do. What is beyond its tokens and outputs is nobody's."""
-        order = staging(self.order)
-        given_T, position_T, row_M, output_M, ended_M, next_M = order.split(self.parts)
-        if len(ragged.given) <= len(given_T):  # else `run` takes them
-            begin_with(given_T, ragged.given)
-            begin_with(position_T, ragged.positions)
-        begin_with(row_M, ragged.rows)
-        begin_with(output_M, ragged.outputs)
-        ended_M.fill_(self.state.spare)
-        begin_with(ended_M, [each.handle for each in ragged.ended])
-        begin_with(next_M, ragged.nexts)
-        self.order.copy_(order, non_blocking=True)
-        places = staging(self.places)
-        begin_with(places, [number for span in ragged.spans for number in span])
-        places[-1] = len(ragged.rows)
-        self.places.copy_(places, non_blocking=True)
+        host = staging(self.order)
+        parts = (each.numpy() for each in host.split(self.parts))
+        given_T, position_T, row_M, output_M, ended_M, next_M, places = parts
+        if (tokens := len(ragged.given)) <= len(given_T):  # else `run` takes them
+            given_T[:tokens], position_T[:tokens] = ragged.given, ragged.positions
+        row_M[: len(ragged.rows)] = ragged.rows
+        outputs = len(ragged.outputs)
+        ended_M[outputs:] = self.state.spare
+        ended_M[:outputs] = [each.handle for each in ragged.ended]
+        output_M[:outputs], next_M[:outputs] = ragged.outputs, ragged.nexts
+        places = places.view("int32")
+        places[: 4 * len(ragged.spans)] = [number for span in ragged.spans for number in span]
+        places[-2] = len(ragged.rows)
+        self.order.copy_(host, non_blocking=True)
 
     def body(self, tokens: int, *, rows: bool) -> None:
         """A step of so many tokens up to the last norm, as `order_step` has said. A collective.

@@ -68,7 +68,7 @@ def add_norm(
 def add_norm_linear(
     x_TH: torch.Tensor, rows_TKH: torch.Tensor, weight_H: torch.Tensor, eps: float, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `norm.add_norm_linear`, for the kernels' own dtype; one launch for few tokens, else a product after the norm."""
+    """As `norm.add_norm_linear`, for the kernels' dtype; one launch for few tokens, else a product after the norm."""
     tokens, hidden = x_TH.shape
     assert native(x_TH), x_TH.dtype
     if 0 < tokens * linear.out_features <= MOST_AGAIN and columns(hidden) <= MOST_COLUMNS:

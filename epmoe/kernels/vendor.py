@@ -22,6 +22,7 @@ FEW = Tile(64, 32, 128, 4, 4)  # up to 64 rows
 MANY = Tile(64, 64, 128, 4, 4)
 MOST = 4096
 RESULTS = 100_000
+LARGER = 4096.0
 
 
 class Product(NamedTuple):
@@ -89,8 +90,7 @@ def _rehearsed(kind: Product) -> tuple[int, ...]:
 def compared(kind: Product) -> tuple[int, ...]:
     """The numbers of rows at which every bit agrees, ascending.
 
-    Of some thousand columns, another order of summation shows in about one of a thousand results in bf16; so RESULTS
-    are compared, where `most` rows have so many. Takes memory for three times `most` rows of the result while it runs.
+    RESULTS of them, where `most` rows have so many. Takes memory for three times `most` rows of the result meanwhile.
     """
     x_TH, weight_NH, bias_N, wanted_TN = _operands_and_result(kind)
     most, outputs = wanted_TN.shape
@@ -114,8 +114,23 @@ def _operands_and_result(kind: Product) -> tuple[torch.Tensor, torch.Tensor, tor
         return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
 
     x_TH, weight_NH, bias_N = draw(most, columns), draw(outputs, columns) / 16, draw(outputs) if bias else None
+    show_order(x_TH, weight_NH)
     wanted_TN = torch.empty(most, outputs, dtype=dtype, device=device)
     return x_TH, weight_NH, bias_N, tiled(x_TH, weight_NH, bias_N, MANY, wanted_TN)
+
+
+def show_order(x_TH: torch.Tensor, weight_NH: torch.Tensor) -> None:
+    """Change operands so that their products tell in which order they were summed.
+
+    Half of the columns get large terms that cancel each other, in pairs. What a sum loses of the small ones beside them
+    is seen in a good part of all results; of random terms another order shows in one of thousands, rounded to bf16.
+    """
+    columns = x_TH.shape[1]
+    random = torch.Generator().manual_seed(columns)
+    one_P, other_P = torch.randperm(columns, generator=random)[: columns // 4 * 2].to(x_TH.device).chunk(2)
+    x_TH[:, one_P] *= LARGER
+    x_TH[:, other_P] = x_TH[:, one_P]
+    weight_NH[:, other_P] = -weight_NH[:, one_P]
 
 
 def multiply(
