@@ -114,18 +114,25 @@ class Engine:
             self.runner.static.keep_logits()
         if self.ranks.device.type == "cpu":
             return
-        # At once: the first step has all prompts, and no other has any.
-        at_once = at_once and load.prefill_tokens <= self.prefill_chunk
         rows = min(self.max_batch, load.sequences)
-        most = min(self.prefill_chunk, load.prefill_tokens) + (0 if at_once else rows)
-        mosts = {most, most - found} if at_once else {most}
-        totals = sorted({size for each in mosts for size in self._totals(each, load.sequences, at_once=at_once)})
+        bodies = self._bodies(load, rows, found if at_once else None)
         prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
-        kinds = self.graphs.missing(load.variants(), rows, totals, mixed=not at_once)
+        kinds = self.graphs.missing(load.variants(), rows, bodies)
         if prefills or kinds:
             if self.graphs.capture:
                 self._rehearse(load, prefills, kinds)
             self._warm_up(load, prefills, kinds)
+
+    def _bodies(self, load: Workload, rows: int, found: int | None) -> list[Kind]:
+        """Steps with prompts that such a load leads to; with `found`, see `prepare`, the first step alone has any."""
+        alone, prompts = min(self.prefill_chunk, load.prefill_tokens), load.sequences
+        if found is not None and load.prefill_tokens <= self.prefill_chunk:
+            sizes = {size for most in (alone, alone - found) for size in self._totals(most, prompts, at_once=True)}
+            return [Kind("prompts", size, None) for size in sorted(sizes)]
+        beside = alone if load.beside_tokens is None else min(alone, load.beside_tokens)
+        mosts = {"prompts": alone, "mixed": beside + rows}
+        bodies = [(size, part) for part, most in mosts.items() for size in self._totals(most, prompts, at_once=False)]
+        return [Kind(part, size, None) for size, part in sorted(bodies)]
 
     def _totals(self, most: int, prompts: int, *, at_once: bool) -> list[int]:
         """Buckets of steps of up to so many tokens and prompts; `at_once`: of just as many."""

@@ -153,19 +153,18 @@ class Graphs:
         room = len(ragged.given) <= size and max(len(ragged.spans), len(ragged.outputs)) <= most
         return room and not ragged.scored
 
-    def missing(self, variants: Iterable[Variant], most: int, totals: Sequence[int], *, mixed: bool) -> list[Kind]:
+    def missing(self, variants: Iterable[Variant], most: int, bodies: Sequence[Kind]) -> list[Kind]:
         """The parts that a load needs and that were not run before, the largest first: the others fit its memory.
 
         Args:
             most: rows at a time.
-            totals: of tokens of steps with prompts, in buckets; those that are not captured run as they are.
-            mixed: prompts come while other sequences decode.
+            bodies: of steps with prompts, the smallest first; what is no graph runs as it is.
         """
         sizes = [size for size in self.buckets if size <= self.bucket(most)]
         wanted = [Kind("decode", size, variant) for variant in sorted(variants) for size in sizes]
         if self.capture:
             wanted += [Kind("head", size, variant) for _, size, variant in wanted]
-            wanted += [Kind(part, size, None) for size in totals for part in ("prompts", "mixed")[: 1 + mixed]]
+            wanted += bodies
         return [kind for kind in reversed(wanted) if kind not in self.ready]
 
     def prepare(self, new: Sequence[Kind]) -> None:

@@ -222,6 +222,7 @@ class Workload:
     logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
     penalties: bool  # a repetition penalty, which needs the ids seen
     prompt_logprobs: bool = False  # of some; their steps are no graphs
+    beside_tokens: int | None = None  # as prefill_tokens, of a step in which others decode; None: no fewer
 
     @classmethod
     def of(cls, requests: Sequence[Request], max_batch: int, max_positions: int = 0) -> "Workload":
@@ -244,17 +245,18 @@ class Workload:
         )
 
     @classmethod
-    def unknown(cls, rows: int, step_tokens: int, max_positions: int) -> "Workload":
-        """Of any requests, so many of them and so many tokens of prompts in a step."""
+    def unknown(cls, rows: int, alone: int, beside: int, max_positions: int) -> "Workload":
+        """Of any requests, so many of them; so many tokens of prompts in a step alone, and beside rows."""
         return cls(
             sequences=rows,
-            prompt_tokens=min(step_tokens, max_positions - 1),
-            prefill_tokens=step_tokens,
+            prompt_tokens=min(alone, max_positions - 1),
+            prefill_tokens=alone,
             longer_prompts=rows,
             levels=frozenset(Level),
             logprobs=frozenset((False, True)),
             penalties=True,
             prompt_logprobs=True,
+            beside_tokens=beside,
         )
 
     def variants(self) -> list[Variant]:

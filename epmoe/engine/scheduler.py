@@ -120,7 +120,8 @@ class Scheduler:
     ) -> None:
         self.pages, self.max_positions, self.eos_ids = pages, max_positions, frozenset(eos_ids)
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
-        self.step_tokens = 0  # of a step at most, rows and pieces of prompts together; 0: no other bound
+        # Of a step at most, rows and pieces of prompts together, and of one without rows; 0: no other bound.
+        self.step_tokens = self.alone_tokens = 0
         self.waiting: deque[Sequence] = deque()  # by priority, then by arrival; who was put back stands in front
         self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
@@ -178,13 +179,14 @@ class Scheduler:
         return work
 
     def _shares(self) -> dict[Sequence, int]:
-        """What each prompt may have of a step of `step_tokens`, if it is bounded; those that may begin have a share."""
+        """What each prompt may have of a bounded step; those that may begin have a share."""
         if not self.step_tokens:
             return {}
         begin = [sequence for sequence, _ in zip(self.waiting, range(self.max_batch - len(self.running)), strict=False)]
         prompts = [sequence for sequence in (*self.running, *begin) if sequence.pending]
         rows = sum(sequence.decodes for sequence in self.running)
-        most = max(min(self.prefill_chunk, self.step_tokens - rows), 1)
+        bound = self.step_tokens - rows if rows else max(self.alone_tokens, self.step_tokens)
+        most = max(min(self.prefill_chunk, bound), 1)
         return dict.fromkeys(prompts, 0) | dict(shares(sorted(prompts, key=lambda each: each.request.priority), most))
 
     def launched(self, work: Work) -> None:

@@ -281,6 +281,17 @@ def test_a_bounded_step_has_a_share_for_who_comes_beside_a_long_prompt() -> None
     assert run.step() == ["1", "0+19"]
 
 
+def test_a_step_without_rows_may_be_larger() -> None:
+    """It holds up nobody's next token."""
+    tested = scheduler(400, size=16, chunk=100)
+    tested.step_tokens, tested.alone_tokens = 20, 60
+    tested.add(asked(130, 4), 0.0)
+    run = Run(tested)
+    assert [run.step() for _ in range(3)] == [["0+60"], ["0+60"], ["0+10"]]
+    tested.add(asked(50, 3, first=5000), 0.0)
+    assert [run.step() for _ in range(2)] == [["0", "1+19"], ["0", "1+19"]]
+
+
 def test_random_bounded_steps_keep_to_their_bound() -> None:
     rng = random.Random(3)
     tested = scheduler(60, chunk=30)

@@ -154,7 +154,7 @@ def table(record: Record) -> str:
         heading(record),
         f"{record['requests']} requests, {come}, {turns}prompts of {record['prompt_tokens']} random tokens, answers of "
         f"{record['answer_tokens']}, seed {record['seed']}; at most {record['runtime']['max_batch']} run at a time, "
-        f"a step has {record['serve']['step_tokens']} tokens at most",
+        f"a step of answers has {record['serve']['step_tokens']} tokens at most",
         f"load {record['load_s']:.2f} s, then ready in {record['ready_s']:.2f} s",
         "",
     ]

@@ -45,7 +45,7 @@ def test_the_command(ranks: int, kind: list[str]) -> None:
     assert ("20 a second at random times" in told, "3 at a time" in told) == (poisson, not poisson)
     assert ((record["message_us"] or 0) > 0) == ("rank 0's orders" in told) == (ranks > 1)
     assert (record["hit_rate"], record["put_back"], record["later_turns"]) == (0, 0, None)
-    assert record["serve"] == {"step_tokens": 512} and "the prefix cache had 0.0 % of the prompts' tokens;" in told
+    assert record["serve"] == {"step_tokens": 448} and "the prefix cache had 0.0 % of the prompts' tokens;" in told
     (row,) = (line for line in lines if line.startswith("| first token"))
     assert (
         row
@@ -66,7 +66,7 @@ def test_turns(kind: list[str]) -> None:
     assert record["later_turns"]["first_token_ms"]["p50"] > 0
     told = "\n".join(lines)
     assert "| first token, later turns |" in told and f"{100 * found / asked:.1f} % of later turns'" in told
-    assert "3 of a conversation" in told and "a step has 40 tokens at most" in told
+    assert "3 of a conversation" in told and "a step of answers has 40 tokens at most" in told
 
 
 def test_a_model_without_a_tokenizer() -> None:
