@@ -111,7 +111,9 @@ def product_kernel(
     after_previous(PDL)
     next_may_begin(PDL)
     sum_RM, runs_RM = tl.zeros([R, M], tl.float32), tl.zeros([R, M], tl.float32)
-    for k in range(0, H, K):
+    # Twice at least: of a loop that runs once the compiler makes a product that begins with the bias, and so rounds
+    # otherwise.
+    for k in range(0, H if H > K else K + 1, K):
         real_K = k + k_K < H
         w_RK = tl.load(weight_RK + k, real_R[:, None] & real_K[None, :], other=0)
         t_MK = tl.load(x_MK + k, real_M[:, None] & real_K[None, :], other=0)

@@ -42,7 +42,9 @@ def compile_kernel(
     each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
     "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
-    loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions}`.
+    loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions, and
+    "biased": products whose sum begins with what the kernel adds afterwards, which the compiler makes of a product that
+    begins with zero, and which rounds otherwise}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -73,6 +75,7 @@ def compile_kernel(
     factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
     cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
+    cost["biased"] = _biased(compiled.asm.get("ttir", ""))
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
@@ -90,6 +93,11 @@ def table(compiled: Sequence[tuple[str, int, str]]) -> list[str]:
     head = "".join(f"{f'sm_{arch}':>16}" for arch in archs) + "   kernel and constants"
     rows = ["".join(f"{costs.get(arch, '-'):>16}" for arch in archs) + f"   {what}" for what, costs in found.items()]
     return [head, *sorted(rows, key=lambda row: row[16 * len(archs) :])]
+
+
+def _biased(ttir: str) -> int:
+    made = dict(re.findall(r"(%\w+) = (\S+)", ttir))
+    return sum(made.get(begin) == "tt.broadcast" for begin in re.findall(r"= tt\.dot %\w+, %\w+, (%\w+)", ttir))
 
 
 def _early(ptx: str) -> dict[str, int]:

@@ -99,10 +99,10 @@ WAYS = {
 TILES = {*WAYS, vendor.FEW, vendor.MANY, *vocabulary.TILES} - {None}
 
 
-def compiled(tile: Tile, run: int, arch: int, result: str = "*bf16") -> dict[str, int]:
+def compiled(tile: Tile, run: int, arch: int, result: str = "*bf16", hidden: int = 2880) -> dict[str, int]:
     signature = {**dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), "*bf16"), "out_ptr": result}
     signature |= dict.fromkeys(("tokens", "outputs", "stride"), "i32")
-    constants = {"H": 2880, "R": tile.rows, "M": tile.tokens, "K": tile.depth, "RUN": run, "PDL": arch >= 90}
+    constants = {"H": hidden, "R": tile.rows, "M": tile.tokens, "K": tile.depth, "RUN": run, "PDL": arch >= 90}
     cost = compile_kernel(product_kernel, signature, constants, tile.warps, tile.stages, arch, ("outputs", "stride"))
     assert cost["spills"] == 0 and cost["serialized"] == 0, cost
     assert cost["shared"] <= MOST_SHARED[arch] and cost["tensor"] <= MOST_TENSOR, cost
@@ -115,6 +115,14 @@ def compiled(tile: Tile, run: int, arch: int, result: str = "*bf16") -> dict[str
 def test_compiles_without_spills(tile: Tile, arch: int) -> None:
     cost = compiled(tile, 0, arch, "*fp32" if tile in vocabulary.TILES else "*bf16")
     assert arch != 90 or cost["wgmma"], "Hopper's tensor cores are not used"
+
+
+@pytest.mark.parametrize("hidden", [32, 96, 128, 136])
+@pytest.mark.parametrize("tile", [Tile(64, 16, 128, 4, 4), vendor.MANY], ids=str)
+def test_the_bias_comes_last_however_few_columns_there_are(tile: Tile, hidden: int) -> None:
+    """Where a step has all of them, too: few.py and the library add it then."""
+    assert compiled(tile, 0, 90, hidden=hidden)["biased"] == 0
+    assert compiled(tile, 128, 90, hidden=hidden)["biased"] == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
