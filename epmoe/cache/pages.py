@@ -18,6 +18,7 @@ before; the new owner's come after them.
 import hashlib
 import sys
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,8 +64,9 @@ class Stock:
         self.keys: list[bytes | None] = [None] * count
         self.found: dict[bytes, int] = {}  # key → page
         # Pages with a key that nobody uses, the least recently used first; `passed` go before all others.
-        self.passed: dict[int, None] = {}
-        self.idle: dict[int, None] = {}
+        # (The first key of a plain dict is found in a time that grows with the keys that stood before it.)
+        self.passed: OrderedDict[int, None] = OrderedDict()
+        self.idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
