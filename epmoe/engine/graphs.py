@@ -88,10 +88,12 @@ Job = TypeVar("Job")
 
 def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) -> Iterator[Job]:
     """The jobs, one by one, behind a progress bar on rank 0's terminal."""
-    from tqdm import tqdm
+    if rehearsing() or not (jobs and progress and ranks.is_main and on_terminal()):
+        yield from jobs
+        return
+    from tqdm import tqdm  # only here: it starts a thread, which stays
 
-    hidden = rehearsing() or not (jobs and progress and ranks.is_main and on_terminal())
-    yield from tqdm(jobs, desc=f"epmoe: {what}", disable=hidden, leave=False)
+    yield from tqdm(jobs, desc=f"epmoe: {what}", leave=False)
 
 
 class Kind(NamedTuple):

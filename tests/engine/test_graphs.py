@@ -376,7 +376,7 @@ def test_lost_rank_is_named_while_graphs_run(number: Signals, tmp_path: Path) ->
         while len(started[0].stdout) < 20:
             assert time.monotonic() < deadline and started[0].process.is_alive(), started[0].stderr
             time.sleep(0.05)
-        assert "decode steps captured" in started[0].stderr
+        assert "kinds of step captured" in started[0].stderr
         begin = time.monotonic()
         started[1].signal(number)
         assert started[0].wait(25) == 1
