@@ -27,6 +27,8 @@ from epmoe.errors import UserError
 from epmoe.ranks.memory import is_full
 from epmoe.ranks.transfer import to_device
 
+Changes = tuple[Sequence[int], Sequence[int]]  # places in `Cache.entries`, and the pages that stand there now
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -90,9 +92,9 @@ class Cache:
         self.pages = Pages(config.pages, page, config.sequences, most=most, prefix_cache=config.prefix_cache)
         # A multiple of 4 columns: kernels are compiled anew for addresses that 16 does not divide.
         columns = -(-most // (4 * page)) * 4
-        self.table = torch.zeros(
-            len(config.pages), config.sequences + 1, columns, dtype=torch.int32, device=self.device
-        )
+        shape = len(config.pages), config.sequences + 1, columns
+        self.entries = torch.zeros(math.prod(shape) + 1, dtype=torch.int32, device=self.device)
+        self.table = self.entries[:-1].view(shape)
         self.pools = {
             window: PagedRows(window, count, page, table)
             for (window, count), table in zip(config.pages.items(), self.table, strict=True)
@@ -133,13 +135,28 @@ class Cache:
         self.write()
         return count
 
-    def write(self) -> None:
-        """Make known to the device which pages sequences have come to hold: one copy, where there are any."""
-        if changed := self.pages.told():
-            _, handles, columns = self.table.shape
-            places = [(stock * handles + handle) * columns + place for stock, handle, place in changed]
-            place_X, page_X = to_device([places, list(changed.values())], torch.int64, self.device)
-            self.table.view(-1).index_copy_(0, place_X, page_X.int())
+    def write(self, leave: int = 0) -> Changes:
+        """Make known to the device which pages sequences have come to hold: one copy, where there are any.
+
+        Up to so many as `leave` are left to who asks, and to `set`.
+        """
+        changed = self.pages.told()
+        _, handles, columns = self.table.shape
+        places = [(stock * handles + handle) * columns + place for stock, handle, place in changed]
+        changes = places, list(changed.values())
+        if len(changed) <= leave:
+            return changes
+        self.set(*to_device(changes, torch.int64, self.device))
+        return [], []
+
+    @property
+    def nobody(self) -> int:
+        """A place whose page means nothing."""
+        return len(self.entries) - 1
+
+    def set(self, place_X: torch.Tensor, page_X: torch.Tensor) -> None:
+        """The pages of these places in `entries`: int64 [X] each."""
+        self.entries.index_copy_(0, place_X, page_X.int())
 
     def release(self, handle: int) -> None:
         """Give a sequence's pages and its handle back."""

@@ -87,6 +87,7 @@ class Engine:
         self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
+        self.landed: Flight | None = None  # the last one
         self.first = 0  # id of the first request of this run: messages number prompts from it
         self.failed: dict[int, scheduler.Sequence] = {}  # by id, until `clear`: their logits were not finite
 
@@ -255,6 +256,7 @@ class Engine:
 
     def _land(self, flight: Flight) -> list[Event]:
         """What a step has brought, when it has ended."""
+        self.landed = flight  # let go of beside a later step: to give pinned memory back takes a while
         events: list[Event] = []
         for sequence, token, logprobs in flight.land(self.config.timeout_s):
             if sequence.finished:

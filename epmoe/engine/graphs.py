@@ -138,12 +138,15 @@ class Graphs:
     def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
         """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
         part = "mixed" if ragged.rows else "prompts"
-        size = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None)
-        self.static.order_step(ragged)
+        size, static = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None), self.static
         if size is not None:
+            room = static.changes(size, static.most(size, rows=part == "mixed"))
+            static.order_step(ragged, static.cache.write(leave=room))
             self._run(Kind(part, size, None))
         else:
-            self.static.run(ragged)
+            static.cache.write()
+            static.order_step(ragged)
+            static.run(ragged)
         if variant is not None:
             count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
             self._run(Kind("head", count, variant))

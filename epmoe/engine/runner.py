@@ -99,8 +99,8 @@ class Runner:
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
-        self.cache.write()
         if not work:
+            self.cache.write()
             return self._flight(rows, launcher.decode([each.handle for each in rows], _variant(rows))) if rows else None
         ragged = Ragged.of(rows, work)
         id_O = launcher.ragged(ragged, _variant(ragged.ended) if ragged.ended else None)

@@ -21,12 +21,12 @@ H hidden · V vocabulary · S tokens of prompts that are to be scored.
 import torch
 
 from epmoe.batch import Step
-from epmoe.cache.cache import Cache
+from epmoe.cache.cache import Cache, Changes
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Variant
 from epmoe.engine.state import State
 from epmoe.models import Model
-from epmoe.ranks.transfer import staging, to_device
+from epmoe.ranks.transfer import Stage, to_device
 
 
 def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, int] | None:
@@ -58,11 +58,12 @@ class StaticStep:
 
         # What the host orders lies in one buffer, so that a step takes one copy; each part begins at 16 bytes.
         even = rows + rows % 2
-        self.parts = [tokens] * 2 + [even] * 4 + [2 * rows + 1]
+        self.parts = [tokens] * 2 + [even] * 4 + [2 * even] + [2] + [self.changes(tokens, rows)] * 2
         self.order = torch.zeros(sum(self.parts), dtype=torch.int64, device=device)
-        self.given_T, self.position_T, *of_M, places = self.order.split(self.parts)
+        self.given_T, self.position_T, *of_M, spans, one, self.place_U, self.page_U = self.order.split(self.parts)
         self.row_M, self.output_M, self.ended_M, self.next_M = (each[:rows] for each in of_M)
-        self.span_M4, self.rows_1 = places[:-1].view(torch.int32).view(rows, 4), places[-1:].view(torch.int32)[:1]
+        self.span_M4, self.rows_1 = spans.view(torch.int32).view(-1, 4)[:rows], one.view(torch.int32)[:1]
+        self.stage = Stage(self.order)
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
         self.scored_SH: torch.Tensor | None = None  # what `run` leaves of the tokens that are to be scored
@@ -92,11 +93,19 @@ class StaticStep:
         every = rows or tokens == len(self.given_T)
         return min(tokens, len(self.row_M), len(self.row_M) if every else max(8, tokens // 4))
 
-    def order_step(self, ragged: Ragged) -> None:
-        """Tell `body` and `head` what to do. What is beyond its tokens and outputs is nobody's."""
-        host = staging(self.order)
-        parts = (each.numpy() for each in host.split(self.parts))
-        given_T, position_T, row_M, output_M, ended_M, next_M, places = parts
+    def changes(self, tokens: int, pieces: int) -> int:
+        """Pages that a `body` has room for, which its step's sequences have come to hold; prefixes may bring more."""
+        stocks, page = len(self.cache.pages.stocks), self.cache.pages.size
+        return stocks * (tokens // page + pieces)
+
+    def order_step(self, ragged: Ragged, changes: Changes = ((), ())) -> None:
+        """Tell `body` and `head` what to do. What is beyond its tokens and outputs is nobody's.
+
+        Args:
+            changes: of the cache's pages, for a `body` that has room for them.
+        """
+        parts = (each.numpy() for each in self.stage.begin().split(self.parts))
+        given_T, position_T, row_M, output_M, ended_M, next_M, spans, one, place_U, page_U = parts
         if (tokens := len(ragged.given)) <= len(given_T):  # else `run` takes them
             given_T[:tokens], position_T[:tokens] = ragged.given, ragged.positions
         row_M[: len(ragged.rows)] = ragged.rows
@@ -104,10 +113,11 @@ class StaticStep:
         ended_M[outputs:] = self.state.spare
         ended_M[:outputs] = [each.handle for each in ragged.ended]
         output_M[:outputs], next_M[:outputs] = ragged.outputs, ragged.nexts
-        places = places.view("int32")
-        places[: 4 * len(ragged.spans)] = [number for span in ragged.spans for number in span]
-        places[-2] = len(ragged.rows)
-        self.order.copy_(host, non_blocking=True)
+        spans.view("int32")[: 4 * len(ragged.spans)] = [number for span in ragged.spans for number in span]
+        one.view("int32")[0] = len(ragged.rows)
+        place_U[:] = self.cache.nobody
+        place_U[: len(changes[0])], page_U[: len(changes[1])] = changes
+        self.stage.send()
 
     def body(self, tokens: int, *, rows: bool) -> None:
         """A step of so many tokens up to the last norm, as `order_step` has said. A collective.
@@ -115,6 +125,8 @@ class StaticStep:
         No size in it depends on anything but `tokens`, and on whether there may be `rows` beside the prompts.
         """
         most = self.most(tokens, rows=rows)
+        room = self.changes(tokens, most)
+        self.cache.set(self.place_U[:room], self.page_U[:room])
         step = Step(
             token_T=self.state.tokens(self.given_T[:tokens]),
             position_T=self.position_T[:tokens],

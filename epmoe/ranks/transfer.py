@@ -6,6 +6,7 @@ watchdog, and a host that waited in the driver could not say what it waited for.
 
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,34 @@ def overwrite(buffer: torch.Tensor, values: Sequence[int]) -> None:
 def staging(buffer: torch.Tensor) -> torch.Tensor:
     """Zeros on the host, of a buffer's size and dtype, that can be copied there without a wait."""
     return torch.zeros(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.device.type not in ("cpu", "meta"))
+
+
+class Stage:
+    """A buffer on the device, and memory on the host from which it is filled, again and again, without a wait.
+
+    Pinned memory that is taken for one copy and given back costs the host an event each time, and a step waits for it.
+    """
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.free: deque[tuple[torch.Tensor, torch.Event | None]] = deque()  # with the end of the last copy out of it
+
+    def begin(self) -> torch.Tensor:
+        """Zeros on the host, of the buffer's size and dtype."""
+        if self.free and ((event := self.free[0][1]) is None or event.query()):
+            self.host, self.event = self.free.popleft()
+            return self.host.zero_()
+        accelerated = self.buffer.device.type not in ("cpu", "meta")
+        self.event = torch.Event(self.buffer.device) if accelerated else None
+        self.host = staging(self.buffer)
+        return self.host
+
+    def send(self) -> None:
+        """What they hold now is in the buffer, for all later work on the stream."""
+        self.buffer.copy_(self.host, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+        self.free.append((self.host, self.event))
 
 
 class Arrival:

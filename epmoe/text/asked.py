@@ -90,9 +90,10 @@ def encoded(
             text = Prompt.of(origin, content, each) if is_object else Prompt(origin, content, each)
             ids, each = encode(text, tokenizer, config.chat, config.system, given), text.params
         else:
-            ids = [int(id) for id in prompt if type(id) is int]
-            if len(ids) != len(prompt) or min(ids, default=0) < 0:
+            given_ids: Sequence[Any] = prompt
+            if not set(map(type, given_ids)) <= {int} or min(given_ids, default=0) < 0:
                 raise UserError(f"{origin} is no text, no messages and no list of token ids: give one of them")
+            ids = list(given_ids)
         found.append(Request(tuple(ids), decided(origin, each, draw=True)))
     return found
 

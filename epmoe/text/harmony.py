@@ -117,7 +117,8 @@ class Messages:
         """Come to the state in which the prompt ends: its last <|start|> began that."""
         self.silent = True
         begin = len(prompt) - 1 - prompt[::-1].index(start) if start in prompt else 0
-        for id in prompt[begin:]:
+        rest = () if self.controls.isdisjoint(prompt) else prompt[begin:]
+        for id in rest:
             if self.header is not None or id in self.controls:  # a prompt may be long, and its text changes nothing
                 self.feed(id)
         self.silent = False

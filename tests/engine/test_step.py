@@ -52,7 +52,7 @@ class Served:
             self.cache.pages.release(sequence.handle)
             sequence.handle, sequence.cached = self.cache.pages.admit(self.keys)
             assert sequence.cached == len(self.keys) * 4
-        assert self.cache.grow(sequence.handle, sequence.computed, sequence.computed + count) == count
+        assert self.cache.pages.grow(sequence.handle, sequence.computed, sequence.computed + count) == count
 
     def step(self, rows: list[int], work: list[tuple[int, int]], tokens: int | None, alone: bool) -> torch.Tensor:
         """Logits of the outputs; filled up to `tokens`, or as the host knows it (None). `alone`: prompts as such."""
@@ -60,11 +60,15 @@ class Served:
             self.grow(self.sequences[at], n)
         ragged = Ragged.of([self.sequences[row] for row in rows], [(self.sequences[at], n) for at, n in work])
         count = len(ragged.outputs)
-        self.static.order_step(ragged)
         if tokens is None:
+            self.cache.write()
+            self.static.order_step(ragged)
             self.static.run(ragged)
         else:
-            self.static.body(tokens, rows=bool(rows) or not alone)
+            mixed = bool(rows) or not alone
+            room = self.static.changes(tokens, self.static.most(tokens, rows=mixed))
+            self.static.order_step(ragged, self.cache.write(leave=room))
+            self.static.body(tokens, rows=mixed)
             count = min(count + 2, 7)
         self.static.head(count, GREEDY)
         for at, n in work:

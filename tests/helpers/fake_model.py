@@ -29,13 +29,14 @@ class FakeCache:
         config = CacheConfig(more.pop("windows", (None, 6)), 1, 1, tokens, sequences, page, **more)
         most = tokens // page * page
         self.pages = Pages(config.pages, page, sequences, most=most, prefix_cache=config.prefix_cache)
-        self.spare, self.device = sequences, torch.device("cpu")
+        self.spare, self.nobody, self.device = sequences, -1, torch.device("cpu")
         self.table: dict[tuple[int, int, int], int] = {}  # the device's
         self.rows: list[dict[int, tuple[int, ...]]] = [{} for _ in self.pages.stocks]
         self.fed = 0  # tokens so far
 
-    def write(self) -> None:
+    def write(self, leave: int = 0) -> tuple[tuple[()], tuple[()]]:
         self.table |= self.pages.told()
+        return (), ()
 
     def grow(self, handle: int, begin: int, end: int) -> int:
         count = self.pages.grow(handle, begin, end)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from epmoe.ranks.transfer import Arrival, NoArrival
+from epmoe.ranks.transfer import Arrival, NoArrival, Stage
 
 
 def test_a_wait_has_a_bound() -> None:
@@ -21,6 +21,36 @@ def test_a_wait_has_a_bound() -> None:
     with pytest.raises(NoArrival, match=r"within 0\.2 s \(runtime\.timeout_s\)"):
         arrival.wait(0.2)
     assert 0.2 <= time.monotonic() - begin < 2
+
+
+def fill(stage: Stage, number: int) -> torch.Tensor:
+    host = stage.begin()
+    assert not host.any()
+    host[:3] = number
+    stage.send()
+    return host
+
+
+def test_a_stage_uses_its_memory_again() -> None:
+    stage = Stage(torch.full((5,), 9))
+    places = {fill(stage, number).data_ptr() for number in range(1, 5)}
+    assert stage.buffer.tolist() == [4, 4, 4, 0, 0] and len(places) == 1
+
+
+@pytest.mark.gpu
+def test_a_stage_waits_for_no_copy() -> None:
+    """It takes other memory while one is still to come, and each is what it was when it was sent."""
+    stage, found = Stage(torch.full((5,), 9, device="cuda")), []
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    torch.cuda._sleep(1_000_000_000)
+    places = set()
+    for number in range(1, 5):
+        places.add(fill(stage, number).data_ptr())
+        found.append(stage.buffer.clone())
+    assert time.monotonic() - begin < 0.3 and len(places) == 4
+    assert [each.tolist()[:4] for each in found] == [[number] * 3 + [0] for number in range(1, 5)]
+    assert fill(stage, 5).data_ptr() in places
 
 
 @pytest.mark.gpu
