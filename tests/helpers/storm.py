@@ -1,9 +1,13 @@
 """Requests at random times for tests of AsyncLLM: few kinds of them, many of each, so that each is soon known alone.
 
 python tests/helpers/storm.py alone FILE      what each kind is alone on one rank, into a file
+
+EPMOE_STORM says where, if not the embedded model on a CPU: {"checkpoint": …, "device": …, "cache_tokens": …}
 """
 
 import asyncio
+import json
+import os
 import pickle
 import random
 import sys
@@ -15,8 +19,9 @@ from epmoe import LLM, AsyncLLM, SamplingParams
 from epmoe.text.completion import Completion
 
 PREFIX = "It was a fine morning, and the king said to his men: "
-CPU: dict[str, Any] = {"device": "cpu", "max_batch": 12}
-TIGHT = {**CPU, "cache_tokens": 120, "page": 4}  # twelve at a time want several times as much
+WHERE = {"checkpoint": "", "device": "cpu", "cache_tokens": 120, **json.loads(os.environ.get("EPMOE_STORM", "{}"))}
+PLACE: dict[str, Any] = {"device": WHERE["device"], "max_batch": 12}
+TIGHT = {**PLACE, "cache_tokens": WHERE["cache_tokens"], "page": 4}  # twelve at a time want several times as much
 SERVE = {"step_tokens": 64}
 
 
@@ -45,7 +50,7 @@ def said(answer: Completion) -> list[Any]:
 
 
 def alone(file: str) -> None:
-    with LLM(runtime=CPU) as llm:
+    with LLM(WHERE["checkpoint"], runtime=PLACE) as llm:
         found = [said(llm.generate(*each)[0]) for each in kinds()]
     Path(file).write_bytes(pickle.dumps(found))
 

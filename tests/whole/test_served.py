@@ -13,18 +13,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from epmoe.weights.synthetic import make_checkpoint
+
 HELPERS = str(Path(__file__).resolve().parents[1] / "helpers")
 BEGIN = f"""
 import asyncio, os, signal, sys, time
 sys.path.append({HELPERS!r})
-from storm import CPU, SERVE, TIGHT, alone, storm
+from storm import PLACE, SERVE, TIGHT, WHERE, alone, storm
 from epmoe import AsyncLLM, SamplingParams
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 """
 
 ITS_OWN_RANKS = """
 async def main(ranks):
-    async with AsyncLLM(ranks=ranks, runtime=TIGHT, serve=SERVE) as llm:
+    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE) as llm:
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
         assert llm.llm.engine.scheduler.put_back > 0
 
@@ -35,7 +37,7 @@ for ranks in map(int, sys.argv[3].split(",")):
 TORCHRUN = """
 async def main():
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    async with AsyncLLM(runtime=CPU, serve=SERVE) as llm:
+    async with AsyncLLM(runtime=PLACE, serve=SERVE) as llm:
         if llm.is_main:
             print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1])), flush=True)
             return
@@ -75,10 +77,27 @@ def run(
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(1, 220), (2, 120), (4, 90)])
+STORMS = [(1, 220), (2, 120), (4, 90), *(pytest.param(ranks, 500, marks=pytest.mark.slow) for ranks in (1, 2, 4))]
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(("ranks", "count"), STORMS)
 def test_every_answer_is_the_one_that_it_is_alone(ranks: int, count: int, known: Path, tmp_path: Path) -> None:
     """Requests at random times: priorities, shared prefixes, stop strings, several answers, put-backs; some leave."""
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, limit_s=600)
+    assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of gpt-oss-20b's shapes."""
+    place = make_checkpoint(tmp_path / "20b", "20b", layers=2)
+    where = {"checkpoint": str(place), "device": "cuda", "cache_tokens": 400}
+    monkeypatch.setenv("EPMOE_STORM", json.dumps(where))
+    file = tmp_path / "known"
+    subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -177,7 +196,7 @@ def test_idle_ranks_stay_for_longer_than_their_timeout(tmp_path: Path) -> None:
 
 
 FORGETFUL = """
-llm = AsyncLLM(ranks=2, runtime=CPU)
+llm = AsyncLLM(ranks=2, runtime=PLACE)
 async def main():
     async for event in llm.generate("The king", LONG):
         print("begun", flush=True)
@@ -197,7 +216,7 @@ import psutil
 
 async def main(minutes):
     end, rounds = time.monotonic() + 60 * minutes, []
-    async with AsyncLLM(ranks=2, runtime=CPU, serve=SERVE) as llm:
+    async with AsyncLLM(ranks=2, runtime=PLACE, serve=SERVE) as llm:
         mine = psutil.Process()
         ranks = [mine, *(each for each in mine.children() if "epmoe.follow" in each.cmdline())]
         while time.monotonic() < end:
