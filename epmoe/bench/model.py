@@ -69,10 +69,12 @@ def measure(config: BenchConfig, ranks: Ranks) -> tuple[Checkpoint, Floor, Recor
     llm.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(config.lengths[1]))
     ready_s = time.perf_counter() - begin
 
+    # First tokens come first: a GPU that has just run at its limit of power is slower for a while.
+    first = [measure_first(llm, tokens, config.samples) for tokens in config.first]
     measured: Record = {
         "decode": [measure_decode(llm.engine, ranks, batch, config) for batch in batches],
         "prefill": measure_prefill(llm.engine, ranks, config),
-        "first": [measure_first(llm, tokens, config.samples) for tokens in config.first],
+        "first": first,
         "mixed": measure_mixed(llm, config.mixed, config.prompt_tokens, config.samples) if config.mixed else None,
     }
     with profiled(config.runtime.profile, ranks):
