@@ -109,6 +109,30 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
     run_batches("triton", case, "cuda", dtype, counts)
 
 
+def test_all_tiles_add_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where half of the columns' groups have large terms that cancel in pairs, another order would show in most rows."""
+    case = Case("order", tokens=600, hidden=2880, intermediate=2880, experts=4, top_k=2)
+    weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
+    assert isinstance(weights.gate_up, Mxfp4Matrix)
+    blocks_LNG16, scales_LNG = weights.gate_up.blocks_LNG16, weights.gate_up.scales_LNG
+    groups = scales_LNG.shape[2]
+    one_P, other_P = torch.randperm(groups, generator=torch.Generator().manual_seed(0))[: groups // 4 * 2].chunk(2)
+    blocks_LNG16[:, :, other_P] = blocks_LNG16[:, :, one_P] ^ 0x88  # the same values with other signs
+    scales_LNG[:, :, other_P] = scales_LNG[:, :, one_P]
+    experts = TritonExperts.pack(weights, case.activation)
+    x_TH, _ = random_input(case, torch.bfloat16, "cuda")
+    x_TGV = x_TH.view(case.tokens, groups, -1)
+    x_TGV[:, one_P] *= 4096
+    x_TGV[:, other_P] = x_TGV[:, one_P]
+    dispatch = dispatched(case, torch.randn(case.tokens, case.experts, device="cuda"))
+    found = []
+    for _, tile in table(torch.bfloat16, generation(torch.device("cuda", 0))):
+        monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), tile),)})
+        found.append(gate_up(x_TH, experts.gate_up, experts.gate_up_bias_LN, dispatch, case.activation))
+    assert found[0].isfinite().all() and found[0].any(1).all()
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 # Both products of gpt-oss, whose columns end with one pair; columns that end with half a pair, and whole runs alone,
 # with scales that need the wide decoding, one of them NaN; weight rows of which 192 and 224 are left for the last tile
 # of 256, and columns that end within a run. A case compiles four kernels, seconds each.
