@@ -110,7 +110,7 @@ def test_bits_do_not_follow_the_batch(dtype: torch.dtype) -> None:
 
 
 def test_all_tiles_add_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where half of the columns' groups have large terms that cancel in pairs, another order would show in most rows."""
+    """Half of the groups of columns have large terms that cancel in pairs: another order would show in most rows."""
     case = Case("order", tokens=600, hidden=2880, intermediate=2880, experts=4, top_k=2)
     weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
     assert isinstance(weights.gate_up, Mxfp4Matrix)
