@@ -23,6 +23,7 @@ import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
+from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.diagnose import NotFinite, locate
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
@@ -108,8 +109,8 @@ class Engine:
             at_once: the first step finds all its requests, and room for each of them.
             found: of their prompts' tokens, those that it need not compute then.
         """
-        if load.penalties and self.runner.keep_seen():
-            self.graphs.close()  # they don't write what was seen
+        if self.runner.state.keep(load.kept):
+            self.graphs.close()  # they neither write nor read what is new
         if True in load.logprobs:
             self.runner.static.keep_logits()
         if self.ranks.device.type == "cpu":
@@ -153,14 +154,20 @@ class Engine:
         self.warm.run(load, prefills, self.config.timeout_s)
         self.graphs.prepare(kinds)
 
+    def check(self, requests: Sequence[Request], first: int = 0) -> None:
+        """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on."""
+        check(requests, self.vocab, self.max_positions, first)
+        for number, each in enumerate(requests, first + 1):
+            check_adjustments(each.params, self.scheduler.ends(each), number)
+
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.
 
         Raises:
             UserError: see `check`; a request that the whole cache cannot hold.
         """
-        check([request], self.vocab, self.max_positions, self.scheduler.added - self.first)
-        assert request.params.repetition_penalty == 1 or self.runner.state.sequences.seen_SV is not None, "not prepared"
+        self.check([request], self.scheduler.added - self.first)
+        assert request.params.kept <= self.runner.state.kept, "not prepared"
         return self.scheduler.add(request, time.perf_counter())
 
     @torch.inference_mode()
@@ -174,7 +181,7 @@ class Engine:
         """
         work = self.scheduler.schedule()
         for sequence in work.begun:
-            self.runner.admit(sequence)
+            self.runner.admit(sequence, self.scheduler.ends(sequence.request))
         launched = self.runner.launch(work.rows, work.pieces, self.graphs)
         self.scheduler.launched(work)
         if launched:
@@ -211,7 +218,7 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
-        check(requests, self.vocab, self.max_positions)
+        self.check(requests)
         self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}

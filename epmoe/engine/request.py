@@ -12,13 +12,16 @@ from epmoe.config.keys import accept_all, keys_of, respelled
 from epmoe.config.schema import SPELLINGS, Length, Sampling
 from epmoe.errors import UserError
 
+ALL_KEPT = frozenset(("seen", "count", "listed", "allowed"))
+MOST_LISTED = 1024  # token ids of one request that logit_bias and min_tokens name
+
 
 class Level(IntEnum):
     """How much work a row's parameters ask for; a batch takes the highest of its rows, which changes no row's bits."""
 
     GREEDY = 0  # the largest logit
     SAMPLE = 1  # temperature and min-p: no order needed
-    FILTER = 2  # all: repetition penalty, top-k and top-p, which sort the vocabulary
+    FILTER = 2  # all: top-k and top-p, which sort the vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class SamplingParams(Sampling, Length):
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
     most likely tokens with each chosen one (0: none), `prompt_logprobs` for that many with each token of the prompt
     (0: for its own alone; None: not), `n` for so many answers. None is left out, for `over` or `settled` to fill.
+    `logit_bias` may be a mapping, too; engine/adjust.py says what it and the penalties do.
     `max_tokens` is another spelling of max_new_tokens, to make one with; 0 new tokens may be asked for with
     prompt_logprobs alone.
 
@@ -69,16 +73,32 @@ class SamplingParams(Sampling, Length):
     @property
     def level(self) -> Level:
         """The least level at which a batch with this row may be chosen."""
-        temperature, top_k, top_p, _, repetition_penalty = self.row()
-        warm = temperature > 0
-        if repetition_penalty != 1 or (warm and (top_k or top_p < 1)):
-            return Level.FILTER
-        return Level.SAMPLE if warm else Level.GREEDY
+        temperature, top_k, top_p, _ = self.row()
+        if temperature > 0:
+            return Level.FILTER if top_k or top_p < 1 else Level.SAMPLE
+        return Level.GREEDY
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """What the device must keep of its sequence, by the names in `adjust.Adjustments`; none: its logits stay."""
+        wanted = {
+            "seen": self.repetition_penalty not in (None, 1),
+            "count": self.frequency_penalty or self.presence_penalty,
+            "listed": self.logit_bias or self.min_tokens,
+            "allowed": self.allowed_token_ids is not None,
+        }
+        return frozenset(name for name, each in wanted.items() if each)
 
     def row(self) -> tuple[float, ...]:
         """What `SamplingTensors.value_BP` holds of these: settled."""
         values = vars(self.settled())
-        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
+        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, frequency and presence: settled."""
+        repetition = self.settled().repetition_penalty
+        assert repetition is not None, "settled"
+        return repetition, self.frequency_penalty, self.presence_penalty
 
 
 @dataclass(frozen=True)
@@ -202,12 +222,14 @@ class Variant(NamedTuple):
 
     level: Level
     logits: bool  # keep them for log-probabilities
+    adjusted: bool = False  # before the choice: penalties, biases, masks
 
     @classmethod
     def of(cls, params: Iterable[SamplingParams]) -> "Variant":
         """The least that serves rows of such parameters."""
         rows = list(params)
-        return cls(max(each.level for each in rows), any(each.logprobs for each in rows))
+        adjusted = any(each.kept for each in rows)
+        return cls(max(each.level for each in rows), any(each.logprobs for each in rows), adjusted)
 
 
 @dataclass(frozen=True)
@@ -220,7 +242,8 @@ class Workload:
     longer_prompts: int  # those of them with more than one token
     levels: frozenset[Level]
     logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
-    penalties: bool  # a repetition penalty, which needs the ids seen
+    kept: frozenset[str]  # `SamplingParams.kept` of all
+    adjusted: frozenset[bool]  # whether logits are adjusted: of some, of none, or both
     prompt_logprobs: bool = False  # of some; their steps are no graphs
     beside_tokens: int | None = None  # as prefill_tokens, of a step in which others decode; None: no fewer
 
@@ -240,7 +263,8 @@ class Workload:
             longer_prompts=sum(length > 1 for length in lengths),
             levels=frozenset(each.level for each in params),
             logprobs=frozenset(bool(each.logprobs) for each in params),
-            penalties=any(each.repetition_penalty != 1 for each in params),
+            kept=frozenset[str]().union(*(each.kept for each in params)),
+            adjusted=frozenset(bool(each.kept) for each in params),
             prompt_logprobs=any(each.prompt_logprobs is not None for each in params),
         )
 
@@ -254,14 +278,15 @@ class Workload:
             longer_prompts=rows,
             levels=frozenset(Level),
             logprobs=frozenset((False, True)),
-            penalties=True,
+            kept=ALL_KEPT,
+            adjusted=frozenset((False, True)),
             prompt_logprobs=True,
             beside_tokens=beside,
         )
 
     def variants(self) -> list[Variant]:
         """All that a decode step of such requests can be."""
-        return [Variant(*each) for each in product(self.levels, self.logprobs)]
+        return [Variant(*each) for each in product(self.levels, self.logprobs, self.adjusted)]
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int, first: int = 0) -> None:
@@ -282,8 +307,23 @@ def check(requests: Sequence[Request], vocab: int, max_positions: int, first: in
                 f"prompt {number} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
             )
-        if max(request.params.stop_token_ids, default=0) >= vocab:
+        _check_params(request.params, number, vocab)
+
+
+def _check_params(params: SamplingParams, number: int, vocab: int) -> None:
+    named = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": [id for id, _ in params.logit_bias],
+        "allowed_token_ids": params.allowed_token_ids or (),
+    }
+    for name, ids in named.items():
+        if max(ids, default=0) >= vocab:
             raise UserError(
-                f"prompt {number} has stop_token_ids={max(request.params.stop_token_ids)} and the model's vocab_size "
-                f"is {vocab}: give ids from 0 to {vocab - 1}"
+                f"prompt {number} has {name}={max(ids)} and the model's vocab_size is {vocab}: "
+                f"give ids from 0 to {vocab - 1}"
             )
+    if params.min_tokens > (params.max_new_tokens or 0):
+        raise UserError(
+            f"prompt {number} has min_tokens={params.min_tokens} and max_new_tokens={params.max_new_tokens}: "
+            "ask for fewer, or allow more"
+        )

@@ -148,6 +148,11 @@ class Scheduler:
         self.added += 1
         return sequence.id
 
+    def ends(self, request: Request) -> frozenset[int]:
+        """Ids that end its answer."""
+        eos_ids = frozenset[int]() if request.params.ignore_eos else self.eos_ids
+        return eos_ids.union(request.params.stop_token_ids)
+
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""
         return self.pages.longest(self._wanted(Sequence(-1, request, 0, 0.0))[0]) * self.pages.size

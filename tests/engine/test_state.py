@@ -25,7 +25,7 @@ def state(seen: bool) -> State:
     made.sequences.token_S.copy_(torch.arange(100, 101 + SEQUENCES))
     made.sequences.position_S.copy_(torch.arange(7, 8 + SEQUENCES))
     if seen:
-        made.keep_seen()
+        made.keep(frozenset(("seen", "count")))
     return made
 
 
@@ -66,10 +66,13 @@ def test_the_state_after_a_token() -> None:
     made = state(seen=True)
     id_B, sequence_B = torch.tensor([3, VOCAB, 9, 4]), torch.tensor([5, 0, SEQUENCES, SEQUENCES])
     sequence_state.advance(id_B, sequence_B, torch.tensor([11, 1, 1, 2]), made.sequences, VOCAB)
-    token_S, position_S, seen_SV = made.sequences
+    token_S, position_S, seen_SV, count_SV = made.sequences
     assert token_S[[5, 0, SEQUENCES, 1]].tolist() == [3, VOCAB - 1, 0, 101]
     assert position_S[[5, 0, SEQUENCES, 1]].tolist() == [11, 1, 0, 8]
-    assert seen_SV is not None
+    assert seen_SV is not None and count_SV is not None
+    assert count_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3]]
+    sequence_state.advance(id_B[:1], sequence_B[:1], torch.tensor([12]), made.sequences, VOCAB)
+    assert count_SV.sum() == 3 and count_SV[5, 3] == 2
     assert seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
 
 
@@ -83,7 +86,8 @@ def test_tokens_that_the_device_knows() -> None:
 def test_compiles_without_spills(arch: int) -> None:
     for kernel in (decode_triton.take_kernel, decode_triton.advance_kernel):
         types = {name: "i32" if name in ("rows", "spare", "vocab") else "*i64" for name in kernel.arg_names}
-        signature = {name: "*u8" if name == "seen_ptr" else kind for name, kind in types.items() if name != "B"}
+        types |= {name: kind for name, kind in {"seen_ptr": "*u8", "count_ptr": "*i32"}.items() if name in types}
+        signature = {name: kind for name, kind in types.items() if name != "B"}
         assert compile_kernel(kernel, signature, {"B": decode_triton.ROWS}, arch=arch)["spills"] == 0
 
 
