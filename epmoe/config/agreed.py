@@ -38,6 +38,7 @@ OWN: Mapping[str, str] = {
     "sampling.logit_bias": "rank 0's",
     "sampling.allowed_token_ids": "rank 0's",
     "sampling.min_tokens": "rank 0's",
+    "sampling.grammar": "rank 0's",
     "sampling.seed": "rank 0's",
     "sampling.n": "rank 0's",
     "sampling.logprobs": "rank 0's",

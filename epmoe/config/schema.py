@@ -66,6 +66,7 @@ class Sampling:
     logit_bias: Biases = key((), "added to logits", ByToken(Range(-100, 100)))
     allowed_token_ids: tuple[int, ...] | None = key(None, "the only ids; left out: all", Numbers(Range(low=0)))
     min_tokens: int = key(0, "neither the end of the text nor stop_token_ids before so many tokens", Range(low=0))
+    grammar: str | None = key(None, "what the answer must obey, as text/grammar.py writes it, or in Lark's notation")
     # A command can be run again, so it has a seed without being told; an LLM draws one for each request.
     seed: int | None = key(
         None,

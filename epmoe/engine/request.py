@@ -1,9 +1,9 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import InitVar, asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from enum import IntEnum
 from itertools import product
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class SamplingParams(Sampling, Length):
             "seen": self.repetition_penalty not in (None, 1),
             "count": self.frequency_penalty or self.presence_penalty,
             "listed": self.logit_bias or self.min_tokens,
-            "allowed": self.allowed_token_ids is not None,
+            "allowed": self.allowed_token_ids is not None or self.grammar,
         }
         return frozenset(name for name, each in wanted.items() if each)
 
@@ -115,6 +115,24 @@ class TokenLogprobs:
 PromptLogprobs = tuple[TokenLogprobs | None, ...]  # one for each token of a prompt, whose first has none
 
 
+class Variant(NamedTuple):
+    """What a decode step's rows ask for beyond their next ids; each is another sequence of kernels."""
+
+    level: Level
+    logits: bool  # keep them for log-probabilities
+    adjusted: bool = False  # before the choice: penalties, biases, masks
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Variant":
+        """What one row asks for."""
+        return cls(params.level, params.logprobs > 0, bool(params.kept))
+
+    @classmethod
+    def joined(cls, rows: "Sequence[Variant]") -> "Variant":
+        """The least that serves all of them."""
+        return cls(max(each.level for each in rows), any(each.logits for each in rows), any(each[2] for each in rows))
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt's token ids and how to go on. Its parameters are settled: the engine finds a value for each."""
@@ -123,9 +141,11 @@ class Request:
     params: SamplingParams
     choice: tuple[int, int] | None = None  # the prompt's index and which of its n answers; None: it asks for one
     priority: int = 0  # among those that wait the lower goes first, of equal ones the earlier
+    variant: Variant = field(init=False, compare=False, repr=False)  # of its params; each step asks
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.settled())
+        object.__setattr__(self, "variant", Variant.of(self.params))
 
     def length(self, max_positions: int) -> int:
         """Most tokens of prompt and output: max_new_tokens may ask for more than the model's positions allow."""
@@ -217,21 +237,6 @@ class Finished:
 Event = Token | Finished
 
 
-class Variant(NamedTuple):
-    """What a decode step's rows ask for beyond their next ids; each is another sequence of kernels."""
-
-    level: Level
-    logits: bool  # keep them for log-probabilities
-    adjusted: bool = False  # before the choice: penalties, biases, masks
-
-    @classmethod
-    def of(cls, params: Iterable[SamplingParams]) -> "Variant":
-        """The least that serves rows of such parameters."""
-        rows = list(params)
-        adjusted = any(each.kept for each in rows)
-        return cls(max(each.level for each in rows), any(each.logprobs for each in rows), adjusted)
-
-
 @dataclass(frozen=True)
 class Workload:
     """Sizes and kinds of the requests to come: what `Engine.prepare` makes ready for."""
@@ -244,6 +249,7 @@ class Workload:
     logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
     kept: frozenset[str]  # `SamplingParams.kept` of all
     adjusted: frozenset[bool]  # whether logits are adjusted: of some, of none, or both
+    grammars: bool  # of some
     prompt_logprobs: bool = False  # of some; their steps are no graphs
     beside_tokens: int | None = None  # as prefill_tokens, of a step in which others decode; None: no fewer
 
@@ -265,6 +271,7 @@ class Workload:
             logprobs=frozenset(bool(each.logprobs) for each in params),
             kept=frozenset[str]().union(*(each.kept for each in params)),
             adjusted=frozenset(bool(each.kept) for each in params),
+            grammars=any(each.grammar for each in params),
             prompt_logprobs=any(each.prompt_logprobs is not None for each in params),
         )
 
@@ -280,6 +287,7 @@ class Workload:
             logprobs=frozenset((False, True)),
             kept=ALL_KEPT,
             adjusted=frozenset((False, True)),
+            grammars=True,
             prompt_logprobs=True,
             beside_tokens=beside,
         )
@@ -321,6 +329,12 @@ def _check_params(params: SamplingParams, number: int, vocab: int) -> None:
             raise UserError(
                 f"prompt {number} has {name}={max(ids)} and the model's vocab_size is {vocab}: "
                 f"give ids from 0 to {vocab - 1}"
+            )
+    for name in ("min_tokens", "allowed_token_ids"):
+        if params.grammar and (value := getattr(params, name)):
+            raise UserError(
+                f"prompt {number} has {name}={value} and a grammar, which together may allow no token: "
+                "leave one of them out"
             )
     if params.min_tokens > (params.max_new_tokens or 0):
         raise UserError(

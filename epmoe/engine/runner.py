@@ -10,6 +10,7 @@ import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
+from epmoe.engine.matcher import Grammars
 from epmoe.engine.ragged import Ragged, Score
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
@@ -19,7 +20,7 @@ from epmoe.engine.state import State
 from epmoe.engine.step import StaticStep
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
-from epmoe.ranks.transfer import Arrival, to_device
+from epmoe.ranks.transfer import Arrival, staging, to_device
 
 Sequences = Sequence[scheduler.Sequence]
 Prompts = tuple[Sequence[Score], Sequence[torch.Tensor]]
@@ -82,6 +83,11 @@ class Started(NamedTuple):
     scores: Sequence[Score]
     id_B: torch.Tensor | None  # the ids, where it is launched whole
 
+    @property
+    def restricted(self) -> list[scheduler.Sequence]:
+        """Those that need the masks of their grammars before its head."""
+        return [each for each in self.sequences if each.matcher] if self.variant and self.variant.adjusted else []
+
 
 class Runner:
     """A model, its cache and what the device knows of each sequence. Its methods are collectives of the expert group.
@@ -95,6 +101,7 @@ class Runner:
     def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int, score_rows: int) -> None:
         self.model, self.cache, self.ranks, self.score_rows = model, cache, ranks, score_rows
         self.state = State(cache, model.config.vocab, ranks)
+        self.masks_MW: torch.Tensor | None = None  # on the host
         self.static = StaticStep(model, cache, self.state, rows, tokens)
 
     def admit(self, sequence: scheduler.Sequence, ends: Iterable[int] = ()) -> None:
@@ -116,7 +123,7 @@ class Runner:
             return None
         ragged = Ragged.of(rows, work) if work else None
         sequences, scores = (ragged.ended, ragged.scores) if ragged else (rows, ())
-        variant = Variant.of(each.request.params for each in sequences) if sequences else None
+        variant = Variant.joined([each.request.variant for each in sequences]) if sequences else None
         id_B = None
         if ragged:
             launcher.ragged(ragged)
@@ -132,6 +139,15 @@ class Runner:
         for sequence, places in scores:
             sequence.scored += len(places)
         return started if sequences or scores else None
+
+    def mask(self, sequences: Sequences, grammars: Grammars) -> None:
+        """Let their next tokens be what their grammars allow; nobody's masks may be under way still."""
+        words = self.state.allowed_SW
+        assert words is not None, "State.keep was not called"
+        if self.masks_MW is None:
+            self.masks_MW = staging(words[: len(self.static.id_M)])
+        grammars.fill([each.matcher for each in sequences if each.matcher], self.masks_MW)
+        self.state.mask([each.handle for each in sequences], self.masks_MW[: len(sequences)])
 
     def finish(self, started: Started, launcher: Launcher) -> Flight:
         """Launch the rest of a step, after which no other one has begun."""

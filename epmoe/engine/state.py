@@ -116,6 +116,14 @@ class State:
             self.masked.add(handle)
             self.allowed_SW[handle] = to_device(packed(ids, self.vocab).tolist(), torch.int32, self.ranks.device)
 
+    def mask(self, handles: Sequence[int], word_GW: torch.Tensor) -> None:
+        """Allow these sequences what these words on the host, pinned ones, allow; for their next tokens."""
+        assert self.allowed_SW is not None
+        self.masked.update(handles)
+        device = self.ranks.device
+        handle_G = to_device(handles, torch.int64, device)
+        self.allowed_SW.index_copy_(0, handle_G, word_GW.to(device, non_blocking=True))
+
     def adjustments(self, sequence_B: torch.Tensor) -> Adjustments:
         """Of the rows' sequences."""
         _, _, seen_SV, count_SV = self.sequences

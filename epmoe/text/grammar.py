@@ -26,7 +26,7 @@ from epmoe.text.tokenizer import Tokenizer
 Body = Mapping[str, Any]  # an entry of llguidance's list of grammars
 # Between the parts of a JSON: nothing, a space, or a line break and some of them. Bounded, so that a bounded schema has
 # no answer without an end.
-SPACE = r"( |\n[ \t]{0,32})?"
+SPACE = r"( |\n( {0,16}|\t{0,8}))?"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NOBODYS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}  # an added token
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -180,12 +180,13 @@ class _Harmony:
         yield f'commentary: {channel} "commentary" {message} free'
         yield f'free: TEXT {self._token("end")} {self._token("start")} "assistant"'
         yield "TEXT: /(.|\\n)*/"
-        constrain = f' | " "? {self._token("constrain")} "json"' if self._token("constrain") else ""
-        yield f'kind: (" json"{constrain})?'
+        constrain = f'" "? {self._token("constrain")} "json"' if self._token("constrain") else '""'
         if self.final:
-            kind = "kind" if self.body and "json_schema" in self.body else ""
+            # Without <|constrain|> readers take `final json` for a recipient.
+            kind = f"({constrain})?" if self.body and "json_schema" in self.body else ""
             yield f'final: {channel} "final" {kind} {message} final_body'
             yield f"final_body: {'TEXT' if self.body is None else '@body'} {self._token('return')}"
+        yield f'kind: (" json" | {constrain})?'
         for number, each in enumerate(self.calls):
             to = json.dumps(f" to=functions.{each.name}")
             headers = f'{channel} "commentary" {to} kind | {to} {channel} "commentary" kind'

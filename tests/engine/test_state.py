@@ -3,6 +3,7 @@
 Letters: B rows of a step · S handles of the cache · V vocabulary.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
+from epmoe.engine.adjust import ALWAYS, unpacked
 from epmoe.engine.request import SamplingParams
 from epmoe.engine.state import State
 from epmoe.kernels import sequence_state as decode_triton
@@ -105,3 +107,29 @@ def test_parameters_are_told_when_they_change() -> None:
         made.admit(7, (1, 2), params.settled())
         assert made.params_S.value_BP[7].tolist() == list(params.row())
         assert int(made.params_S.seed_B[7]) == params.seed
+
+
+def test_what_a_sequence_asks_for_is_kept_until_its_handle_is_anothers() -> None:
+    """Biases, early ends, allowed ids and counts; after a put-back the answer so far is counted again."""
+    made = state(seen=True)
+    made.keep(frozenset(("listed", "allowed")))
+    asked = SamplingParams(
+        logit_bias=((4, 2.5),), min_tokens=3, allowed_token_ids=(1, 33), frequency_penalty=1.0, repetition_penalty=1.5
+    ).settled()
+    made.admit(7, (9, 8, 6, 6), asked, said=(6, 6), ends=(2,))
+    found = made.adjustments(torch.tensor([7, 3]))
+    assert found.listed is not None and found.allowed_BW is not None and found.count_BV is not None
+    assert [each[0, :3].tolist() for each in found.listed] == [[4, 2, 0], [2.5, -math.inf, 0.0], [ALWAYS, 5, 0]]
+    assert found.count_BV.nonzero().tolist() == [[0, 6]] and found.count_BV[0, 6] == 2
+    assert unpacked(found.allowed_BW, VOCAB)[0].nonzero()[:, 0].tolist() == [1, 33]
+    assert unpacked(found.allowed_BW, VOCAB)[1].all() and found.seen_BV is not None
+    assert found.seen_BV.nonzero().tolist() == [[0, 6], [0, 8], [0, 9]]
+    assert found.penalty_B3.tolist() == [[1.5, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    made.mask([7, 3], torch.tensor([[5, 0], [0, 1]], dtype=torch.int32))
+    masked = made.adjustments(torch.tensor([3, 7])).allowed_BW
+    assert masked is not None and masked.tolist() == [[0, 1], [5, 0]]
+    for handle in (7, 3):
+        made.admit(handle, (9,), SamplingParams().settled())
+    bare = made.adjustments(torch.tensor([7, 3]))
+    assert bare.listed is not None and bare.allowed_BW is not None
+    assert not any(each[0].any() for each in bare.listed) and (bare.allowed_BW == -1).all()

@@ -39,6 +39,7 @@ def kinds() -> list[tuple[str, SamplingParams]]:
                 logit_bias=((number, 4.0), (66, -100.0)) if number % 5 == 2 else (),
                 allowed_token_ids=tuple(range(3, 1500)) if number % 5 == 4 else None,
                 min_tokens=1 if number % 8 == 3 else 0,
+                grammar={6: "start: /[a-z ]{3,20}[.!]/", 13: "start: /([A-Z][a-z]+, ){1,4}/"}.get(number),
             ),
         )
         for number in range(16)

@@ -179,6 +179,18 @@ def test_without_harmony_the_answer_is_the_body(tmp_path: Path) -> None:
         answer(tokenizer, (), None, TOOLS, "required")
 
 
+def test_a_vocabulary_without_some_control_tokens(tmp_path: Path) -> None:
+    """Neither <|constrain|> nor <|call|> nor <|return|>: the end of the text is the answer's."""
+    names = ("<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    controls = {name: 256 + place for place, name in enumerate(names)}
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", controls=controls)
+    grammars = Grammars(vocabulary(tokenizer, VOCAB, [256]))
+    grammar = answer(tokenizer, tokenizer.encode(BEGUN, special=False), of_schema(SCHEMA), TOOLS)
+    for text in (THINK + FINAL + '{"a":5}', '<|channel|>commentary to=functions.rain json<|message|>{"town":""}'):
+        assert whole(tokenizer, grammars, grammar, text)
+    assert not whole(tokenizer, grammars, grammar, THINK)
+
+
 def test_no_grammar_where_anything_is_right(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(BEGUN, special=False)
     assert answer(tokenizer, ids) is answer(tokenizer, ids, None, TOOLS, "none") is answer(tokenizer) is None
