@@ -66,7 +66,8 @@ class SequenceState(NamedTuple):
 
     token_S: torch.Tensor  # int64, its last token
     position_S: torch.Tensor  # int64, that token's position
-    seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a penalty
+    seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a repetition penalty
+    count_SV: torch.Tensor | None = None  # int32, how often the output has an id; kept where one has another penalty
 
 
 def _middle(tokens: int) -> int:

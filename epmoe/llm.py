@@ -42,6 +42,7 @@ from epmoe.ranks.mesh import Ranks, start
 from epmoe.text.asked import Conversations, Params, PromptLike, Prompts, conversations, digest, each_of, encoded, listed
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.defaults import default_params
+from epmoe.text.grammar import vocabulary
 from epmoe.text.output import Answer
 from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
@@ -142,24 +143,24 @@ class LLM:
             UserError: see `epmoe.weights.load.load` and `epmoe.cache.fit.fit_cache`.
         """
         config, run = self.config, self.config.runtime
-        self.model, self.report = load(
-            self.source,
-            self.ranks,
-            Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype),
-            progress=run.progress and bool(self.source.files),
-        )
+        parts = Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype)
+        progress = run.progress and bool(self.source.files)
+        self.model, self.report = load(self.source, self.ranks, parts, progress=progress)
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         dtype, chunk = DTYPES[self.report.dtype], resolve_chunk(run.prefill_chunk, self.ranks.device)
         settings = CacheSettings(dtype, run.page, run.max_batch, run.cache_tokens, chunk, run.prefix_cache)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
+        eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
+        known = self.source.tokenizer_file
+        words = (lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None
         engine = EngineConfig(
-            # Rank 0's: another node's copy of the checkpoint may have no generation_config.json.
-            eos_ids=self.ranks.broadcast_json(eos_ids(self.source)),
+            eos_ids=eos,
             prefill_chunk=chunk,
             max_batch=run.max_batch,
             graphs=resolve_graphs(run.graphs, self.ranks, self.report.waits),
             timeout_s=run.timeout_s,
             progress=run.progress,
+            vocabulary=words,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from epmoe.config.keys import Key, Names, Numbers, build, groups_of, keys_of, known_instead, respelled, scalar
+from epmoe.config.keys import ByToken, Key, Names, Numbers, build, groups_of, keys_of, known_instead, respelled, scalar
 from epmoe.config.schema import SPELLINGS, Config, LLMConfig, ModelKeys
 from epmoe.errors import UserError
 
@@ -256,6 +256,6 @@ def _help_line(each: Key, default: Any) -> str:
     values = ""
     if isinstance(each.allowed, Names):
         values = ": " + ", ".join([*each.allowed.known(), *(["package.module:Class"] if each.allowed.open else [])])
-    elif isinstance(each.allowed, Numbers):
+    elif isinstance(each.allowed, Numbers | ByToken):
         values = f" ({each.wanted()})"
     return f"  {f'{each.name}={each.spelled(default)}':<32} {each.about}{values}"

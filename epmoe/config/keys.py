@@ -22,6 +22,7 @@ from epmoe.errors import UserError
 
 Schema = TypeVar("Schema")
 Variables = tuple[tuple[str, Any], ...]  # names and JSON values: a mapping that nobody changes
+Biases = tuple[tuple[int, float], ...]  # token ids and numbers: likewise, the lowest id first
 
 CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what a tensor can hold; no infinity
@@ -107,7 +108,23 @@ class Numbers:
         return f"{self.form}: {many}" if self.form else many
 
 
-def key(default: Any, about: str, allowed: Range | Names | Numbers | None = None, otherwise: Any = None) -> Any:
+@dataclass(frozen=True)
+class ByToken:
+    """A number in a range for some token ids, on the command line ID:NUMBER with `,` between."""
+
+    each: Range
+
+    def holds(self, values: Biases) -> bool:
+        ids = [id for id, _ in values]
+        return len({*ids}) == len(ids) and all(id >= 0 and self.each.holds(value, float) for id, value in values)
+
+    def words(self) -> str:
+        return f"ID:NUMBER,… of token ids, {self.each.words('numbers')}, or none"
+
+
+def key(
+    default: Any, about: str, allowed: Range | Names | Numbers | ByToken | None = None, otherwise: Any = None
+) -> Any:
     """A key of a schema: its default, what it means and which values of its type it takes (None: all).
 
     A group's key has an instance of the group as its default. Where the default is None, nothing, `otherwise` is what
@@ -121,7 +138,7 @@ class Key:
     """One key under its full name, such as sampling.seed.
 
     `kind` is the type of its value, None aside, which `optional` allows: bool, int, float, str, tuple[str, ...],
-    tuple[int, ...], a tuple of so many ints, or Variables, whose names are the user's own.
+    tuple[int, ...], a tuple of so many ints, Biases, or Variables, whose names are the user's own.
     """
 
     name: str
@@ -129,7 +146,7 @@ class Key:
     optional: bool
     default: Any
     about: str
-    allowed: Range | Names | Numbers | None
+    allowed: Range | Names | Numbers | ByToken | None
     otherwise: Any = None
 
     @property
@@ -162,18 +179,19 @@ class Key:
         word = word.strip()
         if self.optional and not word:
             return None
-        if "," in word and not isinstance(self.allowed, Numbers):
+        if "," in word and not isinstance(self.allowed, Numbers | ByToken):
             raise UserError(f"{self.name}={word!r} holds several values: it takes {self.wanted()}")
         try:
             value = self._parsed(word)
         except ValueError:
             raise self._refused(word) from None
-        if isinstance(self.allowed, Numbers) and not self._fits(value):
+        if isinstance(self.allowed, Numbers | ByToken) and not self._fits(value):
             raise self._refused(word)
         return self.accept(value)
 
     def accept(self, value: Any) -> Any:
-        """`value` as the key's type: a whole number as a float, a list or one text as a tuple, where the key has those.
+        """`value` as the key's type: a whole number as a float, a list or one text as a tuple, where the key has those;
+        a mapping of token ids, which JSON spells as texts, as pairs.
 
         Raises:
             UserError: it is of another type, no known name or out of range.
@@ -184,12 +202,16 @@ class Key:
             value = tuple(value.items())
         if self.collects and isinstance(value, str):
             value = (value,)
+        if isinstance(self.allowed, ByToken) and isinstance(value, Mapping):
+            value = [(_id(id), each) for id, each in value.items()]
         if not self._fits(value):
             raise self._refused(value)
         if isinstance(self.allowed, Names) and not self.allowed.holds(value):
             raise UserError(f"{self.name}={value!r} is unknown{known_instead(value, self.allowed.known())}")
         if isinstance(self.allowed, Range) and not self.allowed.holds(value, self.kind):
             raise UserError(f"{self.name}={value} is out of range: it takes {self.wanted()}")
+        if isinstance(self.allowed, ByToken):
+            return tuple(sorted((id, float(each)) for id, each in value))
         if get_origin(self.kind) is tuple:
             return tuple(value)
         return float(value) if self.kind is float else value
@@ -201,6 +223,8 @@ class Key:
                 words = self.allowed.words()
             case Numbers():
                 words = self.allowed.words(self._count)
+            case ByToken():
+                words = self.allowed.words()
             case Range():
                 words = self.allowed.words(TYPES[self.kind])
             case None:
@@ -211,6 +235,8 @@ class Key:
         """`value` as the command line spells it; nothing for None."""
         if value is None:
             return ""
+        if isinstance(self.allowed, ByToken):
+            return ",".join(f"{id}:{each}" for id, each in value)
         if isinstance(value, tuple):
             return (self.allowed.between if isinstance(self.allowed, Numbers) else ",").join(map(str, value))
         return str(value).lower() if isinstance(value, bool) else str(value)
@@ -224,6 +250,9 @@ class Key:
         """A word as a value of the key's kind; ValueError when it is none."""
         if self.kind is bool:
             return {"true": True, "false": False}.get(word.lower(), word)
+        if isinstance(self.allowed, ByToken):
+            pairs = [part.split(":") for part in word.split(",")] if word else []
+            return tuple((int(id), float(value)) for id, value in pairs)
         if isinstance(self.allowed, Numbers):
             parts = word.split(self.allowed.between) if word or not self.allowed.empty else []
             return tuple(int(part) for part in parts)
@@ -239,6 +268,9 @@ class Key:
             fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
             least = 0 if self.allowed.empty else 1
             return fits and len(value) == (self._count or max(len(value), least)) and self.allowed.holds(value)
+        if isinstance(self.allowed, ByToken):
+            pairs = isinstance(value, list | tuple) and all(isinstance(each, list | tuple) for each in value)
+            return pairs and all(_is_pair(*each) for each in value) and self.allowed.holds(value)
         if self.kind is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
         return type(value) is self.kind
@@ -332,6 +364,16 @@ def scalar(name: str, word: str) -> Any:
         if word.lstrip().startswith(("[", "{", '"')):
             raise UserError(f"{name}={word!r} begins like JSON and is none ({error}): mend it, or quote it") from error
         return word
+
+
+def _id(name: Any) -> Any:
+    """A token id as JSON spells the name of a field; anything else as it is, to be refused."""
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
+
+
+def _is_pair(*pair: Any) -> bool:
+    """Whether it is a whole number and any number."""
+    return len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)
 
 
 def _is_json(value: Any) -> bool:

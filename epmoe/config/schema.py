@@ -11,7 +11,7 @@ Sampling and Length    also what one request may ask for (engine/request.py)
 from dataclasses import dataclass
 from typing import ClassVar
 
-from epmoe.config.keys import Names, Numbers, Range, Variables, key
+from epmoe.config.keys import Biases, ByToken, Names, Numbers, Range, Variables, key
 from epmoe.errors import UserError
 
 SPELLINGS = {"max_tokens": "max_new_tokens"}  # vLLM's and OpenAI's → ours
@@ -61,6 +61,12 @@ class Sampling:
     repetition_penalty: float | None = key(
         None, "above 1: tokens seen before become less likely", Range(1e-6, 1e6), otherwise=1.0
     )
+    frequency_penalty: float = key(0.0, "off a token's logit each time that the answer has it already", Range(-2, 2))
+    presence_penalty: float = key(0.0, "off a token's logit once the answer has it", Range(-2, 2))
+    logit_bias: Biases = key((), "added to logits", ByToken(Range(-100, 100)))
+    allowed_token_ids: tuple[int, ...] | None = key(None, "the only ids; left out: all", Numbers(Range(low=0)))
+    min_tokens: int = key(0, "neither the end of the text nor stop_token_ids before so many tokens", Range(low=0))
+    grammar: str | None = key(None, "what the answer must obey, as text/grammar.py writes it, or in Lark's notation")
     # A command can be run again, so it has a seed without being told; an LLM draws one for each request.
     seed: int | None = key(
         None,

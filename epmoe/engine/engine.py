@@ -16,19 +16,25 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from llguidance import LLTokenizer
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
+from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.diagnose import NotFinite, locate
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
+from epmoe.engine.matcher import Grammars, Matcher
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.warm import Prefill, Warm
+from epmoe.errors import UserError, warn
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 
@@ -42,6 +48,7 @@ class EngineConfig:
     CUDA graphs; the tokens are the same without. `timeout_s` is how long the host waits for a step. With
     `progress` standard error shows what is prepared. Logits of prompts' tokens, where their log-probabilities are asked
     for, are made of `score_rows` rows at a time, at most: with 201,088 ids 0.8 MB each, and several times that to sort.
+    `vocabulary` makes what grammars must know of the ids; without it there are none.
     """
 
     eos_ids: Sequence[int] = ()
@@ -51,6 +58,7 @@ class EngineConfig:
     timeout_s: float = 60.0
     progress: bool = False
     score_rows: int = 64
+    vocabulary: Callable[[], LLTokenizer] | None = None
 
 
 def resolve_chunk(wanted: int, device: torch.device) -> int:
@@ -91,6 +99,14 @@ class Engine:
         self.first = 0  # id of the first request of this run: messages number prompts from it
         self.failed: dict[int, scheduler.Sequence] = {}  # by id, until `clear`: their logits were not finite
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars; raises UserError where there can be none."""
+        if self.config.vocabulary is None or not self.config.eos_ids:
+            what = "tokenizer" if self.config.vocabulary is None else "end-of-text id (eos_token_id)"
+            raise UserError(f"a grammar needs the checkpoint's {what}, which it lacks: ask without a grammar")
+        return Grammars(self.config.vocabulary(), self.ranks.size // self.ranks.nodes)
+
     def prepare_for(self, requests: Sequence[Request]) -> None:
         """As `prepare`, for these requests, all of which are added before the first step. A collective."""
         pages = self.cache.pages
@@ -109,8 +125,11 @@ class Engine:
             at_once: the first step finds all its requests, and room for each of them.
             found: of their prompts' tokens, those that it need not compute then.
         """
-        if load.penalties and self.runner.keep_seen():
-            self.graphs.close()  # they don't write what was seen
+        if self.runner.state.keep(load.kept):
+            self.graphs.close()  # they neither write nor read what is new
+        if load.grammars:
+            with suppress(UserError):  # for the request to be told
+                _ = self.grammars  # it takes its time
         if True in load.logprobs:
             self.runner.static.keep_logits()
         if self.ranks.device.type == "cpu":
@@ -154,15 +173,31 @@ class Engine:
         self.warm.run(load, prefills, self.config.timeout_s)
         self.graphs.prepare(kinds)
 
+    def check(self, requests: Sequence[Request], first: int = 0) -> None:
+        """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on."""
+        check(requests, self.vocab, self.max_positions, first)
+        for number, each in enumerate(requests, first + 1):
+            check_adjustments(each.params, self.scheduler.ends(each), number)
+            if each.params.grammar:
+                self.matcher(each.params.grammar, number)
+
+    def matcher(self, grammar: str, number: int) -> Matcher:
+        """At the beginning of an answer to prompt `number`; raises UserError with it for what is no grammar."""
+        try:
+            return self.grammars.matcher(grammar)
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from None
+
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.
 
         Raises:
             UserError: see `check`; a request that the whole cache cannot hold.
         """
-        check([request], self.vocab, self.max_positions, self.scheduler.added - self.first)
-        assert request.params.repetition_penalty == 1 or self.runner.state.sequences.seen_SV is not None, "not prepared"
-        return self.scheduler.add(request, time.perf_counter())
+        self.check([request], self.scheduler.added - self.first)
+        assert request.params.kept <= self.runner.state.kept, "not prepared"
+        matcher = self.grammars.matcher(request.params.grammar) if request.params.grammar else None
+        return self.scheduler.add(request, time.perf_counter(), matcher)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -175,12 +210,13 @@ class Engine:
         """
         work = self.scheduler.schedule()
         for sequence in work.begun:
-            self.runner.admit(sequence)
-        launched = self.runner.launch(work.rows, work.pieces, self.graphs)
+            self.runner.admit(sequence, self.scheduler.ends(sequence.request))
+        started = self.runner.begin(work.rows, work.pieces, self.graphs)
+        events = self._restrict(started.restricted) if started else []
+        launched = started and self.runner.finish(started, self.graphs)
         self.scheduler.launched(work)
         if launched:
             self.flights.append(launched)
-        events: list[Event] = []
         while len(self.flights) > (launched is not None):  # the newest stays in the air while the host reads the others
             events += self._land(self.flights.popleft())
         return events
@@ -212,7 +248,7 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
-        check(requests, self.vocab, self.max_positions)
+        self.check(requests)
         self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}
@@ -254,6 +290,24 @@ class Engine:
         where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
         raise NotFinite(prompts, sequence.length - 1, where)
 
+    def _restrict(self, sequences: Sequence[scheduler.Sequence]) -> list[Event]:
+        """Masks for these, whose step runs up to its head meanwhile; what has come of the steps before it.
+
+        Each mask follows from the tokens before it, so those must have come. A request whose grammar has become too
+        complex ends here with the reason "error", alone.
+        """
+        events: list[Event] = []
+        while sequences and self.flights:
+            events += self._land(self.flights.popleft())
+        going = [each for each in sequences if not each.finished]
+        if going:
+            self.runner.mask(going, self.grammars)
+        for sequence in going:
+            if sequence.matcher and (failure := sequence.matcher.failure):
+                warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
+                events.append(Finished(sequence.id, self.scheduler.finish(sequence, "error", time.perf_counter())))
+        return events
+
     def _land(self, flight: Flight) -> list[Event]:
         """What a step has brought, when it has ended."""
         self.landed = flight  # let go of beside a later step: to give pinned memory back takes a while
@@ -270,6 +324,8 @@ class Engine:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, "length", now)))
                 continue
             reason = self.scheduler.append(sequence, token, logprobs, now)
+            if sequence.matcher and not reason:
+                sequence.matcher.take(token)
             if reason not in ("eos", "stop"):
                 prompt = sequence.told_of_prompt() if len(sequence.ids) == 1 else ()
                 own = sequence.logprobs[-1] if logprobs is not None else None

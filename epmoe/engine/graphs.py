@@ -1,6 +1,8 @@
 """CUDA graphs of a step's parts, one for each size and variant; without graphs the same parts are called.
 
     rows alone             decode, one graph                       a batch is filled up to the next bucket of rows
+    … whose logits are     rows, and a graph of the head           … likewise
+      adjusted
     prompts alone          prompts, and a graph of the head        … of tokens, up to MOST_TOKENS
     both                   mixed, and a graph of the head          … likewise
     more tokens            the model's call as it is, then a head; so, too, where a prompt is to be scored
@@ -97,7 +99,8 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
 
 
 class Kind(NamedTuple):
-    """A part of a step: "decode" of so many rows, "prompts" or "mixed" of so many tokens, "head" of so many outputs."""
+    """A part of a step: "decode" or "rows" of so many rows, "prompts" or "mixed" of so many tokens, "head" of so many
+    outputs."""
 
     part: str
     size: int
@@ -118,7 +121,7 @@ class Graphs:
         self.ready: set[Kind] = set()
         self.graphs: dict[Kind, Graph] = {}
         self.bodies: dict[str, list[int]] = {"prompts": [], "mixed": []}  # sizes of those that are graphs, ascending
-        self.rows: list[int] = []  # what the device's sequence_M holds
+        self.handles: list[int] = []  # what the device's sequence_M holds
         if self.capture:
             ranks.at_end.add(self)
 
@@ -127,16 +130,24 @@ class Graphs:
 
     def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
         """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites."""
-        rows = self.bucket(len(handles))
-        padded = [*handles, *[self.static.state.spare] * (rows - len(handles))]
-        if padded != self.rows[:rows]:
-            self.rows = padded
-            overwrite(self.static.sequence_M, padded)
-        self._run(Kind("decode", rows, variant))
+        self._run(Kind("decode", self._take_rows(handles), variant))
         return self.static.id_M[: len(handles)]
 
-    def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor:
-        """Start a step with prompts; the ids [O] of its outputs, chosen as `variant` says. None: it has no outputs."""
+    def rows(self, handles: Sequence[int]) -> None:
+        """Start a step of these sequences alone, up to its head."""
+        self._run(Kind("rows", self._take_rows(handles), None))
+
+    def _take_rows(self, handles: Sequence[int]) -> int:
+        """Let `sequence_M` begin with them, filled up to a bucket, whose size it returns."""
+        rows = self.bucket(len(handles))
+        padded = [*handles, *[self.static.state.spare] * (rows - len(handles))]
+        if padded != self.handles[:rows]:
+            self.handles = padded
+            overwrite(self.static.sequence_M, padded)
+        return rows
+
+    def ragged(self, ragged: Ragged) -> None:
+        """Start a step with prompts, up to its head."""
         part = "mixed" if ragged.rows else "prompts"
         size, static = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None), self.static
         if size is not None:
@@ -147,10 +158,11 @@ class Graphs:
             static.cache.write()
             static.order_step(ragged)
             static.run(ragged)
-        if variant is not None:
-            count = self.bucket(len(ragged.outputs)) if self.capture else len(ragged.outputs)
-            self._run(Kind("head", count, variant))
-        return self.static.id_M[: len(ragged.outputs)]
+
+    def head(self, outputs: int, variant: Variant) -> torch.Tensor:
+        """Choose the ids [O] of the step that was started, as `decode` gives them."""
+        self._run(Kind("head", self.bucket(outputs) if self.capture else outputs, variant))
+        return self.static.id_M[:outputs]
 
     def holds(self, part: str, size: int, ragged: Ragged) -> bool:
         """Whether a body has room for a step; none leaves what is to be scored."""
@@ -166,10 +178,12 @@ class Graphs:
             bodies: of steps with prompts, the smallest first; what is no graph runs as it is.
         """
         sizes = [size for size in self.buckets if size <= self.bucket(most)]
-        wanted = [Kind("decode", size, variant) for variant in sorted(variants) for size in sizes]
-        if self.capture:
-            wanted += [Kind("head", size, variant) for _, size, variant in wanted]
-            wanted += bodies
+        kinds = [(size, variant) for variant in sorted(variants) for size in sizes]
+        adjusted = [each for each in kinds if each[1].adjusted]
+        wanted = [Kind("decode", *each) for each in kinds if not each[1].adjusted]
+        wanted += [Kind("head", *each) for each in (kinds if self.capture else adjusted)]
+        wanted += [Kind("rows", size, None) for size in sizes if adjusted]
+        wanted += bodies if self.capture else []
         return [kind for kind in reversed(wanted) if kind not in self.ready]
 
     def prepare(self, new: Sequence[Kind]) -> None:
@@ -187,7 +201,7 @@ class Graphs:
                 continue
             if self.capture:
                 self.graphs[kind] = self.capture(part)
-                if kind.variant is None:
+                if kind.part in self.bodies:
                     insort(self.bodies[kind.part], kind.size)
             else:
                 part()
@@ -199,11 +213,13 @@ class Graphs:
 
     def _forget(self) -> None:
         """Let the buffers hold spare rows and nobody's tokens."""
-        self.rows = [self.static.state.spare] * len(self.static.sequence_M)
+        self.handles = [self.static.state.spare] * len(self.static.sequence_M)
         self.static.sequence_M.fill_(self.static.state.spare)
         self.static.order_step(Ragged.of([], []))
 
     def _part(self, kind: Kind) -> Callable[[], None]:
+        if kind.part == "rows":
+            return partial(self.static.rows, kind.size)
         if kind.variant is None:
             return partial(self.static.body, kind.size, rows=kind.part == "mixed")
         return partial(self.static.decode if kind.part == "decode" else self.static.head, kind.size, kind.variant)

@@ -1,9 +1,9 @@
 """What is asked of the engine and what comes of it. Plain values: no tensors, no ranks."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import InitVar, asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from enum import IntEnum
 from itertools import product
 from typing import Any, NamedTuple
@@ -12,13 +12,16 @@ from epmoe.config.keys import accept_all, keys_of, respelled
 from epmoe.config.schema import SPELLINGS, Length, Sampling
 from epmoe.errors import UserError
 
+ALL_KEPT = frozenset(("seen", "count", "listed", "allowed"))
+MOST_LISTED = 1024  # token ids of one request that logit_bias and min_tokens name
+
 
 class Level(IntEnum):
     """How much work a row's parameters ask for; a batch takes the highest of its rows, which changes no row's bits."""
 
     GREEDY = 0  # the largest logit
     SAMPLE = 1  # temperature and min-p: no order needed
-    FILTER = 2  # all: repetition penalty, top-k and top-p, which sort the vocabulary
+    FILTER = 2  # all: top-k and top-p, which sort the vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class SamplingParams(Sampling, Length):
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
     most likely tokens with each chosen one (0: none), `prompt_logprobs` for that many with each token of the prompt
     (0: for its own alone; None: not), `n` for so many answers. None is left out, for `over` or `settled` to fill.
+    `logit_bias` may be a mapping, too; engine/adjust.py says what it and the penalties do.
     `max_tokens` is another spelling of max_new_tokens, to make one with; 0 new tokens may be asked for with
     prompt_logprobs alone.
 
@@ -69,16 +73,32 @@ class SamplingParams(Sampling, Length):
     @property
     def level(self) -> Level:
         """The least level at which a batch with this row may be chosen."""
-        temperature, top_k, top_p, _, repetition_penalty = self.row()
-        warm = temperature > 0
-        if repetition_penalty != 1 or (warm and (top_k or top_p < 1)):
-            return Level.FILTER
-        return Level.SAMPLE if warm else Level.GREEDY
+        temperature, top_k, top_p, _ = self.row()
+        if temperature > 0:
+            return Level.FILTER if top_k or top_p < 1 else Level.SAMPLE
+        return Level.GREEDY
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """What the device must keep of its sequence, by the names in `adjust.Adjustments`; none: its logits stay."""
+        wanted = {
+            "seen": self.repetition_penalty not in (None, 1),
+            "count": self.frequency_penalty or self.presence_penalty,
+            "listed": self.logit_bias or self.min_tokens,
+            "allowed": self.allowed_token_ids is not None or self.grammar,
+        }
+        return frozenset(name for name, each in wanted.items() if each)
 
     def row(self) -> tuple[float, ...]:
         """What `SamplingTensors.value_BP` holds of these: settled."""
         values = vars(self.settled())
-        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
+        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, frequency and presence: settled."""
+        repetition = self.settled().repetition_penalty
+        assert repetition is not None, "settled"
+        return repetition, self.frequency_penalty, self.presence_penalty
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,24 @@ class TokenLogprobs:
 PromptLogprobs = tuple[TokenLogprobs | None, ...]  # one for each token of a prompt, whose first has none
 
 
+class Variant(NamedTuple):
+    """What a decode step's rows ask for beyond their next ids; each is another sequence of kernels."""
+
+    level: Level
+    logits: bool  # keep them for log-probabilities
+    adjusted: bool = False  # before the choice: penalties, biases, masks
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Variant":
+        """What one row asks for."""
+        return cls(params.level, params.logprobs > 0, bool(params.kept))
+
+    @classmethod
+    def joined(cls, rows: "Sequence[Variant]") -> "Variant":
+        """The least that serves all of them."""
+        return cls(max(each.level for each in rows), any(each.logits for each in rows), any(each[2] for each in rows))
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt's token ids and how to go on. Its parameters are settled: the engine finds a value for each."""
@@ -103,9 +141,11 @@ class Request:
     params: SamplingParams
     choice: tuple[int, int] | None = None  # the prompt's index and which of its n answers; None: it asks for one
     priority: int = 0  # among those that wait the lower goes first, of equal ones the earlier
+    variant: Variant = field(init=False, compare=False, repr=False)  # of its params; each step asks
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.settled())
+        object.__setattr__(self, "variant", Variant.of(self.params))
 
     def length(self, max_positions: int) -> int:
         """Most tokens of prompt and output: max_new_tokens may ask for more than the model's positions allow."""
@@ -197,19 +237,6 @@ class Finished:
 Event = Token | Finished
 
 
-class Variant(NamedTuple):
-    """What a decode step's rows ask for beyond their next ids; each is another sequence of kernels."""
-
-    level: Level
-    logits: bool  # keep them for log-probabilities
-
-    @classmethod
-    def of(cls, params: Iterable[SamplingParams]) -> "Variant":
-        """The least that serves rows of such parameters."""
-        rows = list(params)
-        return cls(max(each.level for each in rows), any(each.logprobs for each in rows))
-
-
 @dataclass(frozen=True)
 class Workload:
     """Sizes and kinds of the requests to come: what `Engine.prepare` makes ready for."""
@@ -220,7 +247,9 @@ class Workload:
     longer_prompts: int  # those of them with more than one token
     levels: frozenset[Level]
     logprobs: frozenset[bool]  # whether log-probabilities are asked for: of some, of none, or both
-    penalties: bool  # a repetition penalty, which needs the ids seen
+    kept: frozenset[str]  # `SamplingParams.kept` of all
+    adjusted: frozenset[bool]  # whether logits are adjusted: of some, of none, or both
+    grammars: bool  # of some
     prompt_logprobs: bool = False  # of some; their steps are no graphs
     beside_tokens: int | None = None  # as prefill_tokens, of a step in which others decode; None: no fewer
 
@@ -240,7 +269,9 @@ class Workload:
             longer_prompts=sum(length > 1 for length in lengths),
             levels=frozenset(each.level for each in params),
             logprobs=frozenset(bool(each.logprobs) for each in params),
-            penalties=any(each.repetition_penalty != 1 for each in params),
+            kept=frozenset[str]().union(*(each.kept for each in params)),
+            adjusted=frozenset(bool(each.kept) for each in params),
+            grammars=any(each.grammar for each in params),
             prompt_logprobs=any(each.prompt_logprobs is not None for each in params),
         )
 
@@ -254,14 +285,16 @@ class Workload:
             longer_prompts=rows,
             levels=frozenset(Level),
             logprobs=frozenset((False, True)),
-            penalties=True,
+            kept=ALL_KEPT,
+            adjusted=frozenset((False, True)),
+            grammars=True,
             prompt_logprobs=True,
             beside_tokens=beside,
         )
 
     def variants(self) -> list[Variant]:
         """All that a decode step of such requests can be."""
-        return [Variant(*each) for each in product(self.levels, self.logprobs)]
+        return [Variant(*each) for each in product(self.levels, self.logprobs, self.adjusted)]
 
 
 def check(requests: Sequence[Request], vocab: int, max_positions: int, first: int = 0) -> None:
@@ -282,8 +315,29 @@ def check(requests: Sequence[Request], vocab: int, max_positions: int, first: in
                 f"prompt {number} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
             )
-        if max(request.params.stop_token_ids, default=0) >= vocab:
+        _check_params(request.params, number, vocab)
+
+
+def _check_params(params: SamplingParams, number: int, vocab: int) -> None:
+    named = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": [id for id, _ in params.logit_bias],
+        "allowed_token_ids": params.allowed_token_ids or (),
+    }
+    for name, ids in named.items():
+        if max(ids, default=0) >= vocab:
             raise UserError(
-                f"prompt {number} has stop_token_ids={max(request.params.stop_token_ids)} and the model's vocab_size "
-                f"is {vocab}: give ids from 0 to {vocab - 1}"
+                f"prompt {number} has {name}={max(ids)} and the model's vocab_size is {vocab}: "
+                f"give ids from 0 to {vocab - 1}"
             )
+    for name in ("min_tokens", "allowed_token_ids"):
+        if params.grammar and (value := getattr(params, name)):
+            raise UserError(
+                f"prompt {number} has {name}={value} and a grammar, which together may allow no token: "
+                "leave one of them out"
+            )
+    if params.min_tokens > (params.max_new_tokens or 0):
+        raise UserError(
+            f"prompt {number} has min_tokens={params.min_tokens} and max_new_tokens={params.max_new_tokens}: "
+            "ask for fewer, or allow more"
+        )

@@ -3,13 +3,14 @@
 Letters: B sequences whose ids come · O of them whose log-probabilities are wanted · V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
+from epmoe.engine.matcher import Grammars
 from epmoe.engine.ragged import Ragged, Score
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
@@ -19,7 +20,7 @@ from epmoe.engine.state import State
 from epmoe.engine.step import StaticStep
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
-from epmoe.ranks.transfer import Arrival, to_device
+from epmoe.ranks.transfer import Arrival, staging, to_device
 
 Sequences = Sequence[scheduler.Sequence]
 Prompts = tuple[Sequence[Score], Sequence[torch.Tensor]]
@@ -46,10 +47,6 @@ class Flight:
             chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
             tensors += top_logprobs(logits_BV[row_O], chosen_O, top)
         self.arrival = Arrival([*tensors, *found])
-        for sequence in sequences:
-            sequence.launched += 1
-        for sequence, places in self.scores:
-            sequence.scored += len(places)
 
     def land(self, timeout_s: float) -> Iterator[Landed]:
         """Each sequence's new id and its log-probabilities, once sequences have those of their prompts.
@@ -67,10 +64,29 @@ class Flight:
 
 
 class Launcher(Protocol):
-    """Starts the parts of a step, as graphs or not; both give the new ids, on the device until the next step."""
+    """Starts the parts of a step, as graphs or not: a decode, or what leads to a head and then that.
+
+    `decode` and `head` give the new ids, on the device until the next step.
+    """
 
     def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor: ...
-    def ragged(self, ragged: Ragged, variant: Variant | None) -> torch.Tensor: ...
+    def rows(self, handles: Sequence[int]) -> None: ...
+    def ragged(self, ragged: Ragged) -> None: ...
+    def head(self, outputs: int, variant: Variant) -> torch.Tensor: ...
+
+
+class Started(NamedTuple):
+    """A step that has begun."""
+
+    sequences: Sequences  # whose next ids it is to choose
+    variant: Variant | None  # how; None: there are none
+    scores: Sequence[Score]
+    id_B: torch.Tensor | None  # the ids, where it is launched whole
+
+    @property
+    def restricted(self) -> list[scheduler.Sequence]:
+        """Those that need the masks of their grammars before its head."""
+        return [each for each in self.sequences if each.matcher] if self.variant and self.variant.adjusted else []
 
 
 class Runner:
@@ -85,36 +101,59 @@ class Runner:
     def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int, score_rows: int) -> None:
         self.model, self.cache, self.ranks, self.score_rows = model, cache, ranks, score_rows
         self.state = State(cache, model.config.vocab, ranks)
+        self.masks_MW: torch.Tensor | None = None  # on the host
         self.static = StaticStep(model, cache, self.state, rows, tokens)
 
-    def keep_seen(self) -> bool:
-        """Keep the ids of each sequence from now on; whether that is new."""
-        new = self.state.sequences.seen_SV is None
-        self.state.keep_seen()
-        return new
+    def admit(self, sequence: scheduler.Sequence, ends: Iterable[int] = ()) -> None:
+        """Tell the device of a sequence that begins: its parameters, and its ids where they count.
 
-    def admit(self, sequence: scheduler.Sequence) -> None:
-        """Tell the device of a sequence that begins: its parameters, and its ids where they count."""
-        self.state.admit(sequence.handle, sequence.prompt, sequence.request.params)
+        `ends` are those that end its answer.
+        """
+        self.state.admit(sequence.handle, sequence.prompt, sequence.request.params, sequence.ids, ends)
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
+        started = self.begin(rows, work, launcher)
+        return started and self.finish(started, launcher)
+
+    def begin(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Started | None:
+        """Launch such a step up to its head, or whole where nothing adjusts its logits. None: nothing comes of it."""
         if not work:
-            self.cache.write()
-            return self._flight(rows, launcher.decode([each.handle for each in rows], _variant(rows))) if rows else None
-        ragged = Ragged.of(rows, work)
-        id_O = launcher.ragged(ragged, _variant(ragged.ended) if ragged.ended else None)
+            self.cache.write()  # else the launcher does, with what the step has to know
+        if not (rows or work):
+            return None
+        ragged = Ragged.of(rows, work) if work else None
+        sequences, scores = (ragged.ended, ragged.scores) if ragged else (rows, ())
+        variant = Variant.joined([each.request.variant for each in sequences]) if sequences else None
+        id_B = None
+        if ragged:
+            launcher.ragged(ragged)
+        elif variant and variant.adjusted:
+            launcher.rows([each.handle for each in rows])
+        elif variant:
+            id_B = launcher.decode([each.handle for each in rows], variant)
+        started = Started(sequences, variant, scores, id_B)
         for sequence, tokens in work:
             sequence.cached += tokens
-        if not ragged.scores:
-            return self._flight(ragged.ended, id_O) if ragged.ended else None
-        found = scored(self.model, self.static.take_scored(), ragged.scores, self.score_rows)
-        return self._flight(ragged.ended, id_O, (ragged.scores, found))
+        for sequence in sequences:
+            sequence.launched += 1
+        for sequence, places in scores:
+            sequence.scored += len(places)
+        return started if sequences or scores else None
 
-    def _flight(self, sequences: Sequences, id_O: torch.Tensor, prompts: Prompts = ((), ())) -> Flight:
-        logits = bool(sequences) and _variant(sequences).logits
-        return Flight(sequences, id_O, self.static.logits_MV if logits else None, prompts)
+    def mask(self, sequences: Sequences, grammars: Grammars) -> None:
+        """Let their next tokens be what their grammars allow; nobody's masks may be under way still."""
+        words = self.state.allowed_SW
+        assert words is not None, "State.keep was not called"
+        if self.masks_MW is None:
+            self.masks_MW = staging(words[: len(self.static.id_M)])
+        grammars.fill([each.matcher for each in sequences if each.matcher], self.masks_MW)
+        self.state.mask([each.handle for each in sequences], self.masks_MW[: len(sequences)])
 
-
-def _variant(sequences: Sequences) -> Variant:
-    return Variant.of(sequence.request.params for sequence in sequences)
+    def finish(self, started: Started, launcher: Launcher) -> Flight:
+        """Launch the rest of a step, after which no other one has begun."""
+        sequences, variant, scores, id_B = started
+        if id_B is None:
+            id_B = launcher.head(len(sequences), variant) if variant else self.static.id_M[:0]
+        found = scored(self.model, self.static.take_scored(), scores, self.score_rows) if scores else ()
+        return Flight(sequences, id_B, self.static.logits_MV if variant and variant.logits else None, (scores, found))

@@ -1,8 +1,9 @@
 """Sampler: logits → the next token's id, the same on every rank, in every batch and for every split of the vocabulary.
 
-Filters run in the order of transformers: repetition penalty → temperature → top-k → top-p → min-p. What is left is
-sampled by the Gumbel trick, argmax(score + noise), whose noise is a hash of (seed, position, token id): there is no
-generator state, so a token does not depend on the batch, the row, the rank or the order of requests.
+The order: adjustments of the raw logits (adjust.py: penalties → biases → masks), then transformers' filters
+(temperature → top-k → top-p → min-p). What is left is sampled by the Gumbel trick, argmax(score + noise), whose noise
+is a hash of (seed, position, token id): there is no generator state, so a token does not depend on the batch, the row,
+the rank or the order of requests.
 
 Sums over the vocabulary (the normaliser, the cumulated probability of top-p) are sums of integers, probabilities in
 units of 2^-40 of the largest one. Integer sums are exact in any order, so no kernel, thread count or batch shape and no
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from epmoe.engine.adjust import Adjustments, adjust
 from epmoe.engine.request import Level, SamplingParams, TokenLogprobs
 from epmoe.layers.greedy import finite_rows
 from epmoe.layers.twin import twin
@@ -34,7 +36,7 @@ FILTER_ROWS = 32
 class SamplingTensors:
     """The parameters of B rows as tensors."""
 
-    value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, repetition penalty
+    value_BP: torch.Tensor  # float64: temperature, top-k, top-p, min-p
     seed_B: Any  # an int64 tensor; Any since a seed may be left out, which a request's is not
 
     @staticmethod
@@ -47,7 +49,7 @@ class SamplingTensors:
         return SamplingTensors(self.value_BP[rows], self.seed_B[rows])
 
     def columns(self) -> tuple[torch.Tensor, ...]:
-        """Five float64 [B, 1]."""
+        """Four float64 [B, 1]."""
         return self.value_BP.split(1, dim=1)
 
 
@@ -55,7 +57,7 @@ def sample(
     logits_BV: torch.Tensor,
     params: SamplingTensors,
     position_B: torch.Tensor,
-    seen_BV: torch.Tensor | None,
+    adjustments: Adjustments | None,
     level: Level,
 ) -> torch.Tensor:
     """Choose one token a row: int64 [B] on the logits' device. A row that is not finite yields V, which is no token.
@@ -64,17 +66,17 @@ def sample(
 
     Args:
         position_B: the index that the chosen token will have in its sequence.
-        seen_BV: bool, marks the ids of prompt and output so far; without it no row is penalised.
+        adjustments: of the logits; None: they stay as they are. What is not finite is told by the raw ones.
         level: at least that of every row.
     """
     assert logits_BV.dtype == torch.float32
-    if level == Level.GREEDY:
+    if level == Level.GREEDY and adjustments is None:
         greedy = twin("greedy", logits_BV)
         id_B: torch.Tensor = greedy.join_largest(greedy.largest(logits_BV, 0), logits_BV.shape[1])
         return id_B
     chunks = [slice(begin, begin + FILTER_ROWS) for begin in range(0, len(logits_BV), FILTER_ROWS)]
     chosen = [
-        _sample(logits_BV[rows], params[rows], position_B[rows], None if seen_BV is None else seen_BV[rows], level)
+        _sample(logits_BV[rows], params[rows], position_B[rows], adjustments and adjustments[rows], level)
         for rows in chunks
     ]
     return torch.where(finite_rows(logits_BV), torch.cat(chosen), logits_BV.shape[1])
@@ -84,11 +86,13 @@ def _sample(
     scores_BV: torch.Tensor,
     params: SamplingTensors,
     position_B: torch.Tensor,
-    seen_BV: torch.Tensor | None,
+    adjustments: Adjustments | None,
     level: Level,
 ) -> torch.Tensor:
-    if level == Level.FILTER and seen_BV is not None:
-        scores_BV = _penalise(scores_BV, params, seen_BV)
+    if adjustments is not None:
+        scores_BV = adjust(scores_BV, adjustments, position_B)
+    if level == Level.GREEDY:
+        return scores_BV.argmax(1)
     token_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
     noisy_BV = _filter(scores_BV, params, level) + gumbel(params.seed_B, position_B, token_V)
     warm_B = params.value_BP[:, 0] > 0
@@ -155,13 +159,6 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
 
 
-def _penalise(logits_BV: torch.Tensor, params: SamplingTensors, seen_BV: torch.Tensor) -> torch.Tensor:
-    """Divide seen tokens' logits by the penalty, multiply the negative ones (Keskar et al. 2019, as transformers)."""
-    penalty_B1 = params.columns()[4].float()
-    penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-    return torch.where(seen_BV, penalised_BV, logits_BV)
-
-
 def _weights(scores_BV: torch.Tensor) -> torch.Tensor:
     """int64 [B, V]: probabilities relative to the row's largest, in units of 1 / UNIT."""
     return ((scores_BV - scores_BV.amax(1, keepdim=True)).exp() * UNIT).round().long()
@@ -175,7 +172,7 @@ def _filter(scores_BV: torch.Tensor, params: SamplingTensors, level: Level) -> t
     min_p times as likely as the most likely one, which always stays. A greedy row (temperature 0) keeps its scores.
     """
     vocab = scores_BV.shape[1]
-    temperature_B1, top_k_B1, top_p_B1, min_p_B1, _ = params.columns()
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1 = params.columns()
     scores_BV = scores_BV / torch.where(temperature_B1 > 0, temperature_B1, 1.0)  # float64, since the column is
     keep_BV = (scores_BV - scores_BV.amax(1, keepdim=True)).exp() >= min_p_B1
     if level == Level.FILTER:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from epmoe.cache.pages import Pages, extend
+from epmoe.engine.matcher import Matcher
 from epmoe.engine.request import PromptLogprobs, Request, Result, TokenLogprobs
 
 
@@ -43,6 +44,7 @@ class Sequence:
     first_token_s: float = 0.0  # since it was added
     finished: bool = False
     stop_ids: Set[int] = frozenset()  # that end it besides the end of text
+    matcher: Matcher | None = None  # where it stands in its grammar, once `ids` have come
 
     def __post_init__(self) -> None:
         self.prompt = self.request.ids
@@ -132,21 +134,27 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, now: float) -> int:
-        """Let a request wait for its turn; returns its id.
+    def add(self, request: Request, now: float, matcher: Matcher | None = None) -> int:
+        """Let a request, with the matcher of its grammar, wait for its turn; returns its id.
 
         Raises:
             UserError: the whole cache could not hold it at its longest.
         """
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
-        sequence = Sequence(self.added, request, request.length(self.max_positions), now, stop_ids=stop_ids)
+        end = request.length(self.max_positions)
+        sequence = Sequence(self.added, request, end, now, stop_ids=stop_ids, matcher=matcher)
         place = len(self.waiting)
         while place and self.waiting[place - 1].request.priority > request.priority:
             place -= 1
         self.waiting.insert(place, sequence)
         self.added += 1
         return sequence.id
+
+    def ends(self, request: Request) -> frozenset[int]:
+        """Ids that end its answer."""
+        eos_ids = frozenset[int]() if request.params.ignore_eos else self.eos_ids
+        return eos_ids.union(request.params.stop_token_ids)
 
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from epmoe.config.schema import Serve
 from epmoe.engine.engine import Engine
-from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs, Workload, check
+from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs, Workload
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control, Orders
 
@@ -112,7 +112,7 @@ class Service:
             Stopped: there is no service any more.
         """
         engine = self.engine
-        check([each.request for each in calls], engine.vocab, engine.max_positions)
+        engine.check([each.request for each in calls])
         for each in calls:
             engine.cache.pages.check(each.request.cached(engine.max_positions))
         tokens = sum(len(each.request.ids) for each in calls)

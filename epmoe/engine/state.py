@@ -1,15 +1,17 @@
-"""What the device knows of every sequence: its last token and position, its sampling parameters, the ids seen.
+"""What the device knows of every sequence: its last token and position, its parameters, what adjusts its logits.
 
-Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary.
+Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary · K, W as in adjust.py.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from epmoe.batch import SequenceState
 from epmoe.cache.cache import Cache
-from epmoe.engine.request import Level, SamplingParams
+from epmoe.engine.adjust import Adjustments, Entry, Listed, entries, packed, words
+from epmoe.engine.request import MOST_LISTED, Level, SamplingParams, Variant
 from epmoe.engine.sampler import SamplingTensors, sample
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
@@ -26,35 +28,113 @@ class State:
         token_S, position_S = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
         self.sequences = SequenceState(token_S, position_S, seen_SV=None)
         self.params_S = SamplingTensors.of([SamplingParams()] * count, device)
-        self.told: dict[int, tuple[Any, ...]] = {}  # what it holds of each handle
+        self.told: dict[int, tuple[Any, ...]] = {}  # what these and `penalty_S3` hold of each handle
+        self.kept = frozenset[str]()  # what is kept besides, for adjustments
+        self.penalty_S3 = torch.tensor([[1.0, 0.0, 0.0]] * count, device=device)
+        self.listed: Listed | None = None
+        self.allowed_SW: torch.Tensor | None = None
+        self.lists: set[int] = set()  # handles with entries in `listed`
+        self.masked: set[int] = set()  # handles some of whose bits in `allowed_SW` are not set
 
-    def keep_seen(self) -> None:
-        """Keep what was seen from now on. Graphs must be captured after this, or they don't write it."""
-        if self.sequences.seen_SV is None:
-            shape = (len(self.sequences.token_S), self.vocab)
-            seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.ranks.device)
-            self.sequences = self.sequences._replace(seen_SV=seen_SV)
+    def keep(self, wanted: frozenset[str]) -> bool:
+        """Keep these from now on (`SamplingParams.kept`); whether that is new: a graph that was captured does without.
 
-    def admit(self, handle: int, ids: tuple[int, ...], params: SamplingParams) -> None:
-        """Take over a request's parameters."""
+        Of 201,088 ids and 64 sequences 52 MB for "count", 13 for "seen", less than 2 for each of the others.
+        """
+        count, device = len(self.sequences.token_S), self.ranks.device
+        new = wanted - self.kept
+        if "seen" in new:
+            self.sequences = self.sequences._replace(
+                seen_SV=torch.zeros(count, self.vocab, dtype=torch.bool, device=device)
+            )
+        if "count" in new:
+            self.sequences = self.sequences._replace(
+                count_SV=torch.zeros(count, self.vocab, dtype=torch.int32, device=device)
+            )
+        if "listed" in new:
+            kinds = (torch.int64, torch.float32, torch.int64)
+            self.listed = Listed(*(torch.zeros(count, MOST_LISTED, dtype=kind, device=device) for kind in kinds))
+        if "allowed" in new:
+            self.allowed_SW = torch.full((count, words(self.vocab)), -1, dtype=torch.int32, device=device)
+        self.kept |= new
+        return bool(new)
+
+    def admit(
+        self,
+        handle: int,
+        ids: tuple[int, ...],
+        params: SamplingParams,
+        said: Sequence[int] = (),
+        ends: Iterable[int] = (),
+    ) -> None:
+        """Take over a request's parameters.
+
+        Args:
+            ids: of prompt and answer so far.
+            said: the answer so far, of one that was put back.
+            ends: ids that end the answer.
+        """
         device = self.ranks.device
-        told = (*params.row(), params.seed)
+        told = (*params.row(), *params.penalties(), params.seed)
         if self.told.get(handle) != told:  # most requests have their forerunner's
             self.told[handle] = told
             self.params_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
             self.params_S.seed_B[handle] = params.seed
-        if params.repetition_penalty != 1:
-            seen_SV = self.sequences.seen_SV
-            assert seen_SV is not None, "State.keep_seen was not called"
+            self.penalty_S3[handle] = to_device(params.penalties(), torch.float64, device).float()
+        kept = params.kept
+        assert kept <= self.kept, "State.keep was not called"
+        seen_SV, count_SV = self.sequences.seen_SV, self.sequences.count_SV
+        if "seen" in kept and seen_SV is not None:
             seen_SV[handle] = False
             seen_SV[handle].index_fill_(0, to_device(ids, torch.int64, device), True)
+        if "count" in kept and count_SV is not None:
+            count_SV[handle] = 0
+            ones = torch.ones(len(said), dtype=torch.int32, device=device)
+            count_SV[handle].index_add_(0, to_device(said, torch.int64, device), ones)
+        if self.listed is not None and ("listed" in kept or handle in self.lists):
+            self._list(handle, entries(params, len(ids) - len(said), ends))
+        if self.allowed_SW is not None and ("allowed" in kept or handle in self.masked):
+            self._allow(handle, params.allowed_token_ids)
+
+    def _list(self, handle: int, found: Sequence[Entry]) -> None:
+        """Make these the entries of a sequence."""
+        assert self.listed is not None
+        (self.lists.add if found else self.lists.discard)(handle)
+        kinds = (torch.int64, torch.float64, torch.int64)
+        columns = zip(*found, strict=True) if found else ((), (), ())
+        for tensor_SK, column, kind in zip(self.listed, columns, kinds, strict=True):
+            tensor_SK[handle].zero_()
+            tensor_SK[handle, : len(found)] = to_device(column, kind, self.ranks.device)
+
+    def _allow(self, handle: int, ids: Sequence[int] | None) -> None:
+        """Let a sequence's token be one of these; None: any."""
+        assert self.allowed_SW is not None
+        if ids is None:
+            self.masked.discard(handle)
+            self.allowed_SW[handle] = -1
+        else:
+            self.masked.add(handle)
+            self.allowed_SW[handle] = to_device(packed(ids, self.vocab).tolist(), torch.int32, self.ranks.device)
+
+    def mask(self, handles: Sequence[int], word_GW: torch.Tensor) -> None:
+        """Allow these sequences what these words on the host, pinned ones, allow; for their next tokens."""
+        assert self.allowed_SW is not None
+        self.masked.update(handles)
+        device = self.ranks.device
+        handle_G = to_device(handles, torch.int64, device)
+        self.allowed_SW.index_copy_(0, handle_G, word_GW.to(device, non_blocking=True))
+
+    def adjustments(self, sequence_B: torch.Tensor) -> Adjustments:
+        """Of the rows' sequences."""
+        _, _, seen_SV, count_SV = self.sequences
+        return Adjustments(self.penalty_S3, seen_SV, count_SV, self.listed, self.allowed_SW)[sequence_B]
 
     def sample(
         self,
         logits_BV: torch.Tensor,
         sequence_B: torch.Tensor,
         position_B: torch.Tensor,
-        level: Level,
+        variant: Variant,
         part: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """The next ids [B], at `position_B` of the sequences, and the state after them; a collective.
@@ -64,15 +144,14 @@ class State:
         gets an id that the model can take until then.
         """
         with named("sample"):
-            if level == Level.GREEDY:
+            if variant.level == Level.GREEDY and not variant.adjusted:
                 greedy = twin("greedy", logits_BV)
                 key_SB = greedy.largest(logits_BV, part[0] if part else 0)
                 id_B = greedy.join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
             else:
                 assert part is None
-                seen_SV = self.sequences.seen_SV
-                seen_BV = None if seen_SV is None or level < Level.FILTER else seen_SV[sequence_B]
-                id_B = sample(logits_BV, self.params_S[sequence_B], position_B, seen_BV, level)
+                adjustments = self.adjustments(sequence_B) if variant.adjusted else None
+                id_B = sample(logits_BV, self.params_S[sequence_B], position_B, adjustments, variant.level)
             if part is None:
                 self.ranks.broadcast(id_B)
         state = twin("sequence_state", self.sequences.token_S)
@@ -87,7 +166,7 @@ class State:
 
     def last(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The last token of each row's sequence, its position and the position after it: int64 [B] each."""
-        token_S, position_S, _ = self.sequences
+        token_S, position_S, *_ = self.sequences
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         found = twin("sequence_state", token_S).take(sequence_B, token_S, position_S)
         return found

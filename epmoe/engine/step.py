@@ -10,9 +10,10 @@ A step that only decodes needs nothing from the host but the handles of its rows
 one's tokens are known there. All of it lies in buffers that stay where they are, so that each function here can be a
 CUDA graph (epmoe/engine/graphs.py):
 
-    decode(rows, variant)    a step of rows alone, whole
+    decode(rows, variant)    a step of rows alone, whole; where no row's logits are adjusted
+    rows(rows)               it up to the last norm
     body(tokens, rows)       a step with prompts, up to the last norm
-    head(count, variant)     the rest of it: the vocabulary, the sampler
+    head(count, variant)     the rest of these: the vocabulary, the sampler
 
 Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
 H hidden · V vocabulary · S tokens of prompts that are to be scored.
@@ -83,6 +84,13 @@ class StaticStep:
         token_B, position_B, next_B = self.state.last(sequence_B)
         norm_BH = self.model.hidden(Step(token_B, position_B, sequence_B), self.cache)
         self._choose(norm_BH, sequence_B, next_B, variant)
+
+    def rows(self, rows: int) -> None:
+        """The same up to the last norm, for a head of as many outputs, which may have to wait. A collective."""
+        sequence_B = self.sequence_M[:rows]
+        token_B, position_B, next_B = self.state.last(sequence_B)
+        self._keep(self.model.hidden(Step(token_B, position_B, sequence_B), self.cache))
+        self.ended_M[:rows], self.next_M[:rows] = sequence_B, next_B
 
     def most(self, tokens: int, *, rows: bool) -> int:
         """Pieces of prompts, and outputs, that a `body` of so many tokens has room for.
@@ -170,9 +178,9 @@ class StaticStep:
         self.norm_MH[: len(norm_OH)] = norm_OH
 
     def _choose(self, norm_OH: torch.Tensor, sequence_O: torch.Tensor, next_O: torch.Tensor, variant: Variant) -> None:
-        part = None if variant.logits or variant.level > Level.GREEDY else self.part
+        part = None if variant.logits or variant.adjusted or variant.level > Level.GREEDY else self.part
         logits_OV = self.model.logits(norm_OH, part)
-        self.id_M[: len(norm_OH)] = self.state.sample(logits_OV, sequence_O, next_O, variant.level, part)
+        self.id_M[: len(norm_OH)] = self.state.sample(logits_OV, sequence_O, next_O, variant, part)
         if variant.logits:
             assert self.logits_MV is not None, "StaticStep.keep_logits was not called"
             self.logits_MV[: len(norm_OH)] = logits_OV

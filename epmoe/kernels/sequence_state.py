@@ -36,7 +36,7 @@ def advance(
     """As `layers.sequence_state.advance`; the spare sequence is the last one."""
     spare = len(state.token_S) - 1
     seen = None if state.seen_SV is None else state.seen_SV.view(torch.uint8)
-    states = (state.token_S, state.position_S, seen)
+    states = (state.token_S, state.position_S, seen, state.count_SV)
     grid = (triton.cdiv(len(id_B), ROWS),)
     advance_kernel[grid](id_B, sequence_B, position_B, *states, len(id_B), spare, vocab, B=ROWS)
 
@@ -69,6 +69,7 @@ def advance_kernel(
     token_S_ptr,  # out int64 [S]
     position_S_ptr,  # out int64 [S]
     seen_ptr,  # out uint8 [S, V], or None
+    count_ptr,  # out int32 [S, V], or None
     rows,
     spare,
     vocab,
@@ -82,5 +83,8 @@ def advance_kernel(
     if seen_ptr is not None:
         tl.store(seen_ptr + sequence_B * vocab + token_B, tl.full([B], 1, tl.uint8), real_B)
     used_B = sequence_B != spare
+    if count_ptr is not None:  # of a row's own sequence: nobody else writes there
+        count_ptr_B = count_ptr + sequence_B * vocab + token_B
+        tl.store(count_ptr_B, tl.load(count_ptr_B, real_B & used_B, other=0) + 1, real_B & used_B)
     tl.store(token_S_ptr + sequence_B, tl.where(used_B, token_B, 0), real_B)
     tl.store(position_S_ptr + sequence_B, tl.where(used_B, tl.load(position_ptr + b_B, real_B, other=0), 0), real_B)

@@ -21,11 +21,13 @@ def advance(
 ) -> None:
     """Make the ids, at `position_B`, their sequences' last tokens; V counts as V-1.
 
-    The spare sequence, the last of the state, stays at token 0 and position 0.
+    The spare sequence, the last of the state, stays at token 0 and position 0, and counts nothing.
     """
     token_B = id_B.clamp(max=vocab - 1)
     if state.seen_SV is not None:
         state.seen_SV[sequence_B, token_B] = True
     real_B = sequence_B != len(state.token_S) - 1
+    if state.count_SV is not None:
+        state.count_SV.index_put_((sequence_B, token_B), real_B.int(), accumulate=True)
     state.token_S[sequence_B] = torch.where(real_B, token_B, 0)
     state.position_S[sequence_B] = torch.where(real_B, position_B, 0)

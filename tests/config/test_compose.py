@@ -72,6 +72,7 @@ def test_text_keys_are_those_of_the_design() -> None:
     assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"} | {
         "reasoning_effort",
         "tools",
+        "sampling.grammar",
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from epmoe.bench.options import BenchConfig
 from epmoe.config.compose import parse
-from epmoe.config.keys import Names, Numbers, Range, Variables, keys_of
+from epmoe.config.keys import Biases, ByToken, Names, Numbers, Range, Variables, keys_of
 from epmoe.config.schema import Config, Length, LLMConfig, ModelKeys, Sampling, ServeConfig
 from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
@@ -35,6 +35,8 @@ def test_every_key_says_what_it_takes(schema: type) -> None:
             assert each.allowed is None or isinstance(each.allowed, Names)
         elif each.kind is bool or each.kind in (tuple[str, ...], Variables):
             assert each.allowed is None
+        elif each.kind == Biases:
+            assert isinstance(each.allowed, ByToken)
         else:
             assert isinstance(each.allowed, Numbers)
 
@@ -55,6 +57,9 @@ def test_a_request_and_the_configuration_share_every_declaration() -> None:
         "top_p",
         "min_p",
         "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "min_tokens",
         "seed",
         "n",
         "logprobs",
@@ -76,6 +81,9 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "min_p": ([0, 1], [-1e-9, 1.0000001, float("nan")]),
     "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),
     "repetition_penalty": ([1e-6, 0.5, 1e6], [0, 0.0, -1, 0.9e-6, 1e7, float("inf"), float("nan")]),
+    "frequency_penalty": ([-2, 0, 2.0], [-2.01, 2.01, float("nan")]),
+    "presence_penalty": ([-2, 0, 2.0], [-2.01, 2.01, float("inf")]),
+    "min_tokens": ([0, 2**63 - 1], [-1]),
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "n": ([1, 1024], [0, 1025]),
     "logprobs": ([0, 100], [-1, 101]),
@@ -122,6 +130,31 @@ def test_stop_token_ids_are_ids_or_none_at_all() -> None:
     for value in (-1, [-1], "1", [1.0], [True], None, [[1]]):
         with pytest.raises(UserError, match=r"^stop_token_ids=.* is not whole numbers, at least 0"):
             SamplingParams(stop_token_ids=value)  # type: ignore[arg-type]
+
+
+def test_allowed_token_ids_are_ids_or_left_out() -> None:
+    assert parse(["sampling.allowed_token_ids=3,1"]).sampling.allowed_token_ids == (3, 1)
+    assert parse(["sampling.allowed_token_ids="]).sampling.allowed_token_ids is None
+    assert SamplingParams(allowed_token_ids=[7]).allowed_token_ids == (7,)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^allowed_token_ids=\[\] is not whole numbers, at least 0"):
+        SamplingParams(allowed_token_ids=[])  # type: ignore[arg-type]
+
+
+def test_biases_by_token() -> None:
+    """As OpenAI's JSON has them, as Python, as pairs, on the command line; one form comes out, which goes in again."""
+    wanted = ((0, -100.0), (17, 2.5))
+    for given in ({"17": 2.5, "0": -100}, {17: 2.5, 0: -100.0}, [[17, 2.5], [0, -100]], wanted):
+        assert SamplingParams(logit_bias=given).logit_bias == wanted  # type: ignore[arg-type]
+    for word, found in {"17:2.5,0:-100": wanted, "17:2.5, 0:-1e2": wanted, "": ()}.items():
+        assert parse([f"sampling.logit_bias={word}"]).sampling.logit_bias == found
+    key = keys_of(SamplingParams)["logit_bias"]
+    assert key.read(key.spelled(wanted)) == wanted
+    for wrong in ("17", "a:1", "1:x", "1:2:3", "1:101", "1:nan", "-1:0", "1:0,1:0", ","):
+        with pytest.raises(UserError, match=r"^sampling\.logit_bias=.* is not ID:NUMBER,… of token ids, numbers from"):
+            parse([f"sampling.logit_bias={wrong}"])
+    for value in ({"a": 1}, {1: True}, {1: "2"}, {-1: 1}, {"1": 1, 1: 1}, 3, None, [1], [(1, 2, 3)], {1: -100.5}):
+        with pytest.raises(UserError, match=r"^logit_bias=.* is not ID:NUMBER,… of token ids, numbers"):
+            SamplingParams(logit_bias=value)  # type: ignore[arg-type]
 
 
 def test_schemas_are_frozen() -> None:

@@ -100,7 +100,8 @@ def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ..
             step = make_step([(handle, new, cached)], every=False)
             logits = engine.model.logits(engine.model.hidden(step, cache), None)
         seen[0, ids] = True
-        token = int(sample(logits, [params], [len(ids)], seen))
+        ends = [*params.stop_token_ids, *(() if params.ignore_eos else EOS)]
+        token = int(sample(logits, [params], [len(ids)], seen, [ids[len(request.ids) :]], [ends]))
         cached, new = len(ids), [token]
         ids.append(token)
         reason = "length" if len(ids) == request.length(engine.max_positions) else ""
@@ -218,8 +219,7 @@ def crowd() -> list[Request]:
 def large() -> list[Request]:
     """Steps that run as halves (models/decoder.py, Limits), and some just below."""
     lengths = [6001, 4096, 4000, 30, 9000, 4095, 1, 2, 2047, 5000, 17]
-    ids = [tuple((7 * index) % 300 for index in range(count)) for count in lengths]
-    return [Request(each, SamplingParams(max_new_tokens=3)) for each in ids]
+    return [Request(tuple(7 * i % 300 for i in range(n)), SamplingParams(max_new_tokens=3)) for n in lengths]
 
 
 COMPILES = {
@@ -277,21 +277,25 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         # prefills of prepare left their handles, and read rows that nobody wrote.
         engine.runner.state.sequences.token_S.zero_()
         engine.runner.state.sequences.position_S.zero_()
-        variants = sorted({kind.variant for kind in engine.graphs.ready if kind.variant})
+        graphs, variants = engine.graphs, sorted({kind.variant for kind in engine.graphs.ready if kind.variant})
         row, *prompts = (  # a sequence's second token, a piece of a prompt, a whole one
             scheduler.Sequence(n, Request((3,) * (1, 9, 5)[n], SamplingParams()), 30, 0.0, handles[n]) for n in range(3)
         )
         ragged = Ragged.of([row], [(prompts[0], 8), (prompts[1], 5)])
-        assert any(kind.part == "mixed" and kind.size >= 14 for kind in engine.graphs.ready)
+        assert any(kind.part == "mixed" and kind.size >= 14 for kind in graphs.ready)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            arrivals = [Arrival([engine.graphs.decode(handles[:n], v)]) for v in variants for n in (3, 2, 1)]
-            arrivals += [Arrival([engine.graphs.ragged(ragged, v)]) for v in variants]
+            plain = [(v, n) for v in variants for n in (3, 2, 1) if not v.adjusted]
+            arrivals = [Arrival([graphs.decode(handles[:n], v)]) for v, n in plain]
+            for v in variants:
+                graphs.rows(handles)
+                arrivals.append(Arrival([graphs.head(3, v)]))
+                graphs.ragged(ragged)
+                arrivals.append(Arrival([graphs.head(2, v)]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for arrival in arrivals:
-            assert int(arrival.wait(10)[0].max()) < engine.vocab
+        assert all(int(arrival.wait(10)[0].max()) < engine.vocab for arrival in arrivals)
 
 
 def run(mine: Ranks, checkpoint: str, graphs: bool) -> list[Any]:
@@ -329,14 +333,8 @@ def test_graphs_hold_the_process_groups_collectives(checkpoint: str) -> None:
 
 def run_large(mine: Ranks, checkpoint: str) -> list[Any]:
     """Prompts that are fed in halves, then graphs, then both again: the two ways of combining take turns."""
-    rng = random.Random(5)
-    asked = [
-        Request(
-            tuple(rng.randrange(300) for _ in range(length)),
-            SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=1),
-        )
-        for length in (5000, 1, 700, 4200)
-    ]
+    rng, params = random.Random(5), SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=1)
+    asked = [Request(tuple(rng.randrange(300) for _ in range(n)), params) for n in (5000, 1, 700, 4200)]
     engine = build(mine, checkpoint, asked, graphs=True, prefill_chunk=0)
     assert engine.prefill_chunk > Limits().halves_from
     return [outcome(engine.generate(asked)) for _ in range(3)]

@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import log_probabilities, sample
+from sampling import adjustments, log_probabilities, sample
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from epmoe.engine import sampler
+from epmoe.engine.adjust import Adjustments, Listed
 from epmoe.engine.request import Level, SamplingParams
 from epmoe.errors import UserError
 
@@ -183,7 +183,8 @@ def test_levels_are_the_least_that_serve() -> None:
         "FILTER",
         "FILTER",
         "SAMPLE",
-        *["FILTER"] * 2,
+        "GREEDY",
+        "FILTER",
     ]
     rows = logits(len(MIXED), 777).bfloat16().float()  # with equal logits
     seen = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3)) < 0.3
@@ -192,7 +193,10 @@ def test_levels_are_the_least_that_serve() -> None:
         for level in sampler.Level:
             if level >= params.level:
                 knobs, one = sampler.SamplingTensors.of([params], rows.device), slice(b, b + 1)
-                assert sampler.sample(rows[one], knobs, torch.tensor([9]), seen[one], level) == found[b]
+                asked = adjustments([params.settled()], rows[one], seen[one])
+                assert sampler.sample(rows[one], knobs, torch.tensor([9]), asked, level) == found[b]
+                if not params.kept:
+                    assert sampler.sample(rows[one], knobs, torch.tensor([9]), None, level) == found[b]
 
 
 def test_more_rows_than_are_filtered_at_a_time() -> None:
@@ -248,7 +252,7 @@ CASES = {
 def test_filters_keep_what_transformers_keeps(case: str) -> None:
     """Random float32 logits have no ties, where the two define top-k differently."""
     params = CASES[case]
-    temperature, top_k, top_p, min_p, _ = params.row()
+    temperature, top_k, top_p, min_p = params.row()
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(int(top_k)))
@@ -261,15 +265,6 @@ def test_filters_keep_what_transformers_keeps(case: str) -> None:
         # transformers' float64 copy: its float32 cumulated sums move the border by a token now and then
         expected = warpers(torch.zeros(1, 1, dtype=torch.long), row.double())[0].isfinite()
         assert torch.equal(kept(row[0], params), expected)
-
-
-def test_penalty_as_transformers() -> None:
-    rows = logits(3, 200)
-    ids = torch.randint(0, 200, (3, 40), generator=torch.Generator().manual_seed(5))
-    seen = torch.zeros(3, 200, dtype=torch.bool).scatter_(1, ids, True)
-    knobs = sampler.SamplingTensors.of([SamplingParams(repetition_penalty=1.7)] * 3, rows.device)
-    found = sampler._penalise(rows, knobs, seen)
-    assert torch.equal(found, RepetitionPenaltyLogitsProcessor(1.7)(ids, rows))
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
@@ -325,8 +320,13 @@ def test_the_sampler_never_looks_at_values(level: Level) -> None:
     """On the meta device there are none: whatever would wait for a GPU fails here."""
     meta = torch.device("meta")
     params = sampler.SamplingTensors(
-        torch.empty(40, 5, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
+        torch.empty(40, 4, dtype=torch.float64, device=meta), torch.empty(40, dtype=torch.int64, device=meta)
     )
-    seen = torch.empty(40, 300, dtype=torch.bool, device=meta)
-    position = torch.empty(40, dtype=torch.int64, device=meta)
-    assert sampler.sample(torch.empty(40, 300, device=meta), params, position, seen, level).shape == (40,)
+    position, rows = torch.empty(40, dtype=torch.int64, device=meta), torch.empty(40, 300, device=meta)
+    on_host = adjustments([SamplingParams().settled()] * 40, torch.empty(40, 300), torch.zeros(40, 300).bool())
+    assert on_host.listed and on_host.seen_BV is not None
+    held = (on_host.penalty_B3, on_host.seen_BV, on_host.count_BV, on_host.allowed_BW)
+    penalties, seen, count, allowed = (each.to(meta) for each in held if each is not None)
+    asked = Adjustments(penalties, seen, count, Listed(*(each.to(meta) for each in on_host.listed)), allowed)
+    for each in (None, asked):
+        assert sampler.sample(rows, params, position, each, level).shape == (40,)

@@ -145,8 +145,8 @@ def test_steps_of_others_have_the_same_outputs() -> None:
     launcher.graphs[kind := Kind("prompts", 16, None)] = None
     launcher.bodies["prompts"].append(16)
     launcher._run, launcher.static.run = ran.append, lambda ragged: ran.append("run")
-    launcher.ragged(Ragged.of([], [(one, 2)]), None)
-    launcher.ragged(ragged, None)
+    launcher.ragged(Ragged.of([], [(one, 2)]))
+    launcher.ragged(ragged)
     assert ran == [kind, "run"]
 
 

@@ -3,6 +3,7 @@
 Letters: B rows of a step · S handles of the cache · V vocabulary.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
+from epmoe.engine.adjust import ALWAYS, unpacked
 from epmoe.engine.request import SamplingParams
 from epmoe.engine.state import State
 from epmoe.kernels import sequence_state as decode_triton
@@ -25,7 +27,7 @@ def state(seen: bool) -> State:
     made.sequences.token_S.copy_(torch.arange(100, 101 + SEQUENCES))
     made.sequences.position_S.copy_(torch.arange(7, 8 + SEQUENCES))
     if seen:
-        made.keep_seen()
+        made.keep(frozenset(("seen", "count")))
     return made
 
 
@@ -66,10 +68,13 @@ def test_the_state_after_a_token() -> None:
     made = state(seen=True)
     id_B, sequence_B = torch.tensor([3, VOCAB, 9, 4]), torch.tensor([5, 0, SEQUENCES, SEQUENCES])
     sequence_state.advance(id_B, sequence_B, torch.tensor([11, 1, 1, 2]), made.sequences, VOCAB)
-    token_S, position_S, seen_SV = made.sequences
+    token_S, position_S, seen_SV, count_SV = made.sequences
     assert token_S[[5, 0, SEQUENCES, 1]].tolist() == [3, VOCAB - 1, 0, 101]
     assert position_S[[5, 0, SEQUENCES, 1]].tolist() == [11, 1, 0, 8]
-    assert seen_SV is not None
+    assert seen_SV is not None and count_SV is not None
+    assert count_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3]]
+    sequence_state.advance(id_B[:1], sequence_B[:1], torch.tensor([12]), made.sequences, VOCAB)
+    assert count_SV.sum() == 3 and count_SV[5, 3] == 2
     assert seen_SV.nonzero().tolist() == [[0, VOCAB - 1], [5, 3], [SEQUENCES, 4], [SEQUENCES, 9]]
 
 
@@ -83,7 +88,8 @@ def test_tokens_that_the_device_knows() -> None:
 def test_compiles_without_spills(arch: int) -> None:
     for kernel in (decode_triton.take_kernel, decode_triton.advance_kernel):
         types = {name: "i32" if name in ("rows", "spare", "vocab") else "*i64" for name in kernel.arg_names}
-        signature = {name: "*u8" if name == "seen_ptr" else kind for name, kind in types.items() if name != "B"}
+        types |= {name: kind for name, kind in {"seen_ptr": "*u8", "count_ptr": "*i32"}.items() if name in types}
+        signature = {name: kind for name, kind in types.items() if name != "B"}
         assert compile_kernel(kernel, signature, {"B": decode_triton.ROWS}, arch=arch)["spills"] == 0
 
 
@@ -101,3 +107,29 @@ def test_parameters_are_told_when_they_change() -> None:
         made.admit(7, (1, 2), params.settled())
         assert made.params_S.value_BP[7].tolist() == list(params.row())
         assert int(made.params_S.seed_B[7]) == params.seed
+
+
+def test_what_a_sequence_asks_for_is_kept_until_its_handle_is_anothers() -> None:
+    """Biases, early ends, allowed ids and counts; after a put-back the answer so far is counted again."""
+    made = state(seen=True)
+    made.keep(frozenset(("listed", "allowed")))
+    asked = SamplingParams(
+        logit_bias=((4, 2.5),), min_tokens=3, allowed_token_ids=(1, 33), frequency_penalty=1.0, repetition_penalty=1.5
+    ).settled()
+    made.admit(7, (9, 8, 6, 6), asked, said=(6, 6), ends=(2,))
+    found = made.adjustments(torch.tensor([7, 3]))
+    assert found.listed is not None and found.allowed_BW is not None and found.count_BV is not None
+    assert [each[0, :3].tolist() for each in found.listed] == [[4, 2, 0], [2.5, -math.inf, 0.0], [ALWAYS, 5, 0]]
+    assert found.count_BV.nonzero().tolist() == [[0, 6]] and found.count_BV[0, 6] == 2
+    assert unpacked(found.allowed_BW, VOCAB)[0].nonzero()[:, 0].tolist() == [1, 33]
+    assert unpacked(found.allowed_BW, VOCAB)[1].all() and found.seen_BV is not None
+    assert found.seen_BV.nonzero().tolist() == [[0, 6], [0, 8], [0, 9]]
+    assert found.penalty_B3.tolist() == [[1.5, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    made.mask([7, 3], torch.tensor([[5, 0], [0, 1]], dtype=torch.int32))
+    masked = made.adjustments(torch.tensor([3, 7])).allowed_BW
+    assert masked is not None and masked.tolist() == [[0, 1], [5, 0]]
+    for handle in (7, 3):
+        made.admit(handle, (9,), SamplingParams().settled())
+    bare = made.adjustments(torch.tensor([7, 3]))
+    assert bare.listed is not None and bare.allowed_BW is not None
+    assert not any(each[0].any() for each in bare.listed) and (bare.allowed_BW == -1).all()

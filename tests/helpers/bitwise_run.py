@@ -47,14 +47,14 @@ class Recorder:
 
 def requests(vocab: int) -> list[Request]:
     """Greedy, sampled; prompts of one token, within and beyond the window, a prefill chunk and YaRN's original 64."""
-    rng = random.Random(8)
+    rng, allowed = random.Random(8), tuple(range(250))
     kinds: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 2},
         {"temperature": 1.5, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 3},
-        {"repetition_penalty": 1.5},
-        {"temperature": 1.0, "seed": 2**60},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.4, "logit_bias": {7: 2.0, 11: -100.0}},
+        {"temperature": 1.0, "seed": 2**60, "presence_penalty": 0.7, "allowed_token_ids": allowed, "min_tokens": 4},
     ]
     lengths = [90, 1, 5, 23, 12, 3]
     return [

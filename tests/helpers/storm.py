@@ -39,6 +39,12 @@ def kinds() -> list[tuple[str, SamplingParams]]:
                 top_p=rng.choice([1.0, 0.8]),
                 stop=("e",) if number % 5 == 0 else (),
                 repetition_penalty=1.2 if number % 7 == 0 else 1.0,
+                frequency_penalty=0.6 if number % 6 == 5 else 0.0,
+                presence_penalty=0.4 if number % 4 == 3 else 0.0,
+                logit_bias=((number, 4.0), (66, -100.0)) if number % 5 == 2 else (),
+                allowed_token_ids=tuple(range(3, 1500)) if number % 5 == 4 else None,
+                min_tokens=1 if number % 8 == 3 else 0,
+                grammar={6: "start: /[a-z ]{3,20}[.!]/", 13: "start: /([A-Z][a-z]+, ){1,4}/"}.get(number),
             ),
         )
         for number in range(16)

@@ -12,7 +12,7 @@ from launches import launches
 from loading import load_rank, rank_of
 
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.engine.request import Level, Variant
+from epmoe.engine.request import ALL_KEPT, Level, Variant
 from epmoe.engine.state import State
 from epmoe.engine.step import StaticStep
 from epmoe.kernels import symmetric as memory
@@ -47,8 +47,11 @@ def share(model: Any, size: int) -> None:
     exchange.symmetric = symmetric.SymmetricRows(torch.zeros(1 << 20, dtype=torch.uint8), group)
 
 
-def step(path: Path, rows: int, ranks: int) -> list[str]:
-    """The launches of a greedy decode step on one of the ranks, with the kernels that a GPU runs."""
+def step(path: Path, rows: int, ranks: int, kept: bool = False) -> tuple[list[str], list[str]]:
+    """The launches of a greedy decode step on one of the ranks, with the kernels that a GPU runs.
+
+    Whole, and the same step up to its head. `kept`: the device keeps all that requests may ask for, of others.
+    """
     model, _ = load_rank(path, 0, ranks, experts="triton", router="triton", dtype="float32", progress=False)
     if ranks > 1:
         share(model, ranks)
@@ -59,22 +62,28 @@ def step(path: Path, rows: int, ranks: int) -> list[str]:
     model.limits = replace(model.limits, vocab_chunk=config.vocab // 4)
     with switched(interpreted=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "two_shot", lambda flat, group: flat.neg_())
-        decode = StaticStep(model, cache, State(cache, config.vocab, rank_of(0, 1)), rows, 16)
+        state = State(cache, config.vocab, rank_of(0, 1))
+        state.keep(ALL_KEPT if kept else frozenset())
+        decode = StaticStep(model, cache, state, rows, 16)
         decode.sequence_M.copy_(torch.tensor([cache.admit(20) for _ in range(rows)]))
         with torch.inference_mode():
             decode.decode(rows, Variant(Level.GREEDY, False))
             with launches() as names:
                 decode.decode(rows, Variant(Level.GREEDY, False))
-    return names
+            decode.rows(rows)
+            with launches() as body:
+                decode.rows(rows)
+    return names, body
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int) -> None:
+@pytest.mark.parametrize(("rows", "ranks", "kept"), [(1, 1, False), (3, 1, True), (1, 2, True), (3, 2, False)])
+def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int, kept: bool) -> None:
     """Eight a layer with a window, nine with full attention (the cache is longer than one split), nine around them.
 
-    Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows.
+    A step whose rows want no penalty, bias or mask is the same where others' are kept. Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows.
     """
     window = layer("decode_kernel", ranks=ranks)
     full = layer("decode_kernel", "combine_kernel", ranks=ranks)
-    assert interpreted(step, tiny_checkpoint, rows, ranks) == [*BEFORE, *window, *full, *AFTER]
+    whole, body = interpreted(step, tiny_checkpoint, rows, ranks, kept)
+    assert whole == [*BEFORE, *window, *full, *AFTER]
+    assert body == [*BEFORE, *window, *full, AFTER[0], *["copy_"] * 3]  # the norms, sequences and positions for a head

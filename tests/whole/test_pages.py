@@ -4,7 +4,7 @@ On a fake model, whose cache checks what is read and written, and on a real one 
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -71,8 +71,18 @@ def test_a_small_cache_changes_no_token(case: str) -> None:
 
 def test_what_is_drawn_and_told_is_the_same_after_a_put_back() -> None:
     """Sampling goes by position, penalties by prompt and output; log-probabilities that have come are kept."""
-    params = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "logprobs": 3}
-    requests, small = alike(40, 2, **params), FakeCache(tokens=70)
+    params: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "logprobs": 3}
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+        {"logit_bias": ((3, 5.0), (EOS, 2.0)), "min_tokens": 1},
+        {"allowed_token_ids": (1, 2, 50, EOS), "temperature": 0.0, "frequency_penalty": 0.3},
+    ]
+    small = FakeCache(tokens=70)
+    requests = [
+        replace(each, params=replace(each.params, **kinds[number % 4]))
+        for number, each in enumerate(alike(40, 2, **params))
+    ]
     wanted = fake(FakeCache(), max_batch=1).generate(requests)
     tested = fake(small, prefill_chunk=16)
     found = tested.generate(requests)

@@ -1,0 +1,94 @@
+"""Grammars: which token may come next in an answer, by llguidance, the same on every rank.
+
+    grammar, a text        compiled once, then copied for each request
+      │ take(token)        a token has come
+      ▼
+    a mask, a bit an id    of each row of a step, before its head
+
+A grammar is llguidance's: its JSON form, or Lark (text/grammar.py writes them). How much it may cost is counted in its
+steps, never by a clock, so that ranks agree on what is too much.
+
+Letters: G rows with a grammar · W words of 32 bits, a bit an id.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from epmoe.errors import UserError
+
+MOST_CHARACTERS = 1 << 17  # of a grammar
+MOST_COMPILED = 32  # grammars that are remembered
+MOST_THREADS = 8
+# Symbols of a grammar, which take some 20 µs each to compile; states of its lexer, of 1 to 2 kB; and its fuel for a
+# mask, of which 14,000 take a millisecond. The rest is llguidance's own.
+LIMITS = LLParserLimits(max_grammar_size=20_000, max_lexer_states=50_000, step_lexer_fuel=100_000, verbose_errors=False)
+
+
+class Matcher:
+    """Where an answer stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+
+    @property
+    def failure(self) -> str:
+        """Why it can say nothing any more: the grammar is too complex from here on; else ""."""
+        return _line(self.matcher.get_error()) if self.matcher.is_error() else ""
+
+    def take(self, token: int) -> None:
+        """A token that the last mask allowed. Once the grammar has come to its end nothing changes any more."""
+        if not self.matcher.is_stopped():
+            self.matcher.consume_token(token)
+
+
+class Grammars:
+    """Compiles grammars over a vocabulary. Its methods may be called on any thread, and wait for nothing.
+
+    Args:
+        vocabulary: the bytes of each id, which ids are special, and which end a text.
+        ranks: processes that share this machine's processors.
+    """
+
+    def __init__(self, vocabulary: LLTokenizer, ranks: int = 1) -> None:
+        self.vocabulary = vocabulary
+        self.executor = LLExecutor(max(1, min((os.cpu_count() or 1) // ranks, MOST_THREADS)))
+        self._compiled: Callable[[str], LLMatcher] = lru_cache(MOST_COMPILED)(self._compile)
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of an answer.
+
+        Raises:
+            UserError: it is no grammar, or too large a one.
+        """
+        return Matcher(self._compiled(grammar).deep_copy())
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if len(grammar) > MOST_CHARACTERS:
+            raise UserError(f"the grammar has {len(grammar)} characters, and may have {MOST_CHARACTERS}: shorten it")
+        made = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LIMITS)
+        if not made.is_error():
+            made.compute_bitmask()  # the copies have what that has found
+        if made.is_error():
+            raise UserError(f"the grammar is refused ({_line(made.get_error())}): mend it")
+        return made
+
+    def fill(self, matchers: Sequence[Matcher], words_GW: Any) -> None:
+        """Write the masks of these, row by row, into int32 memory on the host; without the interpreter's lock.
+
+        At a grammar's end the mask has the ids that end a text, and no others. Of one that fails it means nothing.
+
+        Args:
+            words_GW: a tensor of at least as many rows, which lie one after the other.
+        """
+        assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= len(matchers)
+        rows = [(each.matcher, row) for row, each in enumerate(matchers)]
+        self.executor.unsafe_compute_mask_ptr(rows, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+
+
+def _line(message: str) -> str:
+    """The first line of what llguidance says, or of it so much."""
+    return " ".join(message.split("\n", 1)[0].split())[:200]

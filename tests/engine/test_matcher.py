@@ -1,0 +1,136 @@
+"""Masks of grammars: what may come next, bounds on what a grammar may cost, failures that are told."""
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from fake_model import EOS, VOCAB
+from fake_words import text, vocabulary
+
+from epmoe.engine.adjust import unpacked, words
+from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher
+from epmoe.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(vocabulary())
+
+
+def masks(grammars: Grammars, matchers: list[Matcher], rows: int = 0) -> list[list[int]]:
+    word_GW = torch.full((rows or len(matchers), words(VOCAB)), 7, dtype=torch.int32)
+    grammars.fill(matchers, word_GW)
+    assert (word_GW[len(matchers) :] == 7).all()
+    return [mask.nonzero()[:, 0].tolist() for mask in unpacked(word_GW[: len(matchers)], VOCAB)]
+
+
+def test_masks_follow_what_has_come(grammars: Grammars) -> None:
+    """Several at a time, each by its own tokens; at the end the end of the text alone, and for ever."""
+    matchers = [grammars.matcher('start: "ab" | "ac"'), grammars.matcher("start: /[0-9]{1,2}/")]
+    a, b, c, digits = 65, 66, 67, list(range(16, 26))
+    assert masks(grammars, matchers, rows=5) == [[a], digits]
+    matchers[0].take(a)
+    matchers[1].take(16)
+    assert masks(grammars, matchers) == [[b, c], [*digits, EOS]]
+    assert masks(grammars, matchers[1:]) == [[*digits, EOS]]  # the row is another one, the mask the same
+    for token in (c, EOS, EOS):
+        matchers[0].take(token)
+        assert masks(grammars, matchers[:1]) == [[EOS]] and not matchers[0].failure
+    assert masks(grammars, [grammars.matcher('start: "ab" | "ac"')]) == [[a]]  # a copy of its own
+
+
+WRONG = {
+    "start: (": r"^the grammar is refused \(.*Expected token '\)'.*\): mend it$",
+    "": "refused",
+    "{}": "missing field `grammars`",
+    json.dumps({"grammars": [{"json_schema": {"type": "array", "uniqueItems": True}}]}): "uniqueItems",
+    json.dumps({"grammars": [{"json_schema": {"$ref": "http://127.0.0.1:1/x.json"}}]}): "is not present in a registry",
+    json.dumps({"grammars": [{"json_schema": {"$ref": "file:///etc/hostname"}}]}): "is not present in a registry",
+    'start: "\u00e9"': "refused",  # no id spells it
+    "start: /"
+    + "a" * MOST_CHARACTERS
+    + "/": rf"has {MOST_CHARACTERS + 9} characters, and may have {MOST_CHARACTERS}: ",
+}
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_what_is_no_grammar_is_refused(grammars: Grammars, number: int) -> None:
+    grammar, message = [*WRONG.items()][number]
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(UserError, match=message):
+            grammars.matcher(grammar)
+
+
+def doubled(keyword: str, times: int) -> Any:
+    """Each definition has the next one twice."""
+    refs = {f"a{n}": {keyword: [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(times)}
+    return {"$ref": "#/$defs/a0", "$defs": {**refs, f"a{times}": {"type": "integer"}}}
+
+
+COSTLY: dict[str, Any] = {
+    "many properties": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(3000)}},
+    "a large enum": {"enum": [f"value {n}" for n in range(6000)]},
+    "nested repeats": {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+    "an expensive intersection": {"type": "string", "allOf": [{"pattern": f".*{c}.*"} for c in "abcdefghijklmn"]},
+    "allOf that doubles": doubled("allOf", 25),
+    "anyOf that doubles": doubled("anyOf", 25),
+    "cases that multiply": {
+        "allOf": [{"anyOf": [{"properties": {f"p{n}": {"const": v}}} for v in (1, 2)]} for n in range(14)]
+    },
+    "deep": json.loads('{"type":"array","items":' * 100 + "{}" + "}" * 100),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_what_a_grammar_may_cost_is_bounded(grammars: Grammars, case: str) -> None:
+    """Refused or not, it takes no ten seconds on a busy machine; unbounded, these would take hours, or all memory."""
+    begin = time.monotonic()
+    try:
+        matcher = grammars.matcher(json.dumps({"grammars": [{"json_schema": COSTLY[case]}]}))
+        for _ in range(5):
+            (allowed,) = masks(grammars, [matcher])
+            if not matcher.failure:
+                matcher.take(allowed[0])
+    except UserError as error:
+        assert "refused" in str(error)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_failure_later_is_told(grammars: Grammars) -> None:
+    """Nothing can follow: no id spells what has to come."""
+    matcher = grammars.matcher('start: "ab" "\u00e9"')
+    for token in (65, 66):
+        masks(grammars, [matcher])
+        assert not matcher.failure
+        matcher.take(token)
+    masks(grammars, [matcher])
+    assert matcher.failure and "\n" not in matcher.failure and len(matcher.failure) <= 200
+
+
+def test_threads_may_ask_at_the_same_time(grammars: Grammars) -> None:
+    """The one that serves fills masks while others submit requests with the same grammar, and with new ones."""
+    wanted, found, stop = "start: /[a-f]{1,30}/", list[str](), threading.Event()
+
+    def submit() -> None:
+        number = 0
+        while not stop.is_set():
+            grammars.matcher(wanted)
+            grammars.matcher(f"start: /[a-f]{{1,{number % 50 + 1}}}/")
+            number += 1
+
+    threads = [threading.Thread(target=submit) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        matcher, ids = grammars.matcher(wanted), list[int]()
+        for _ in range(10):
+            ids.append(masks(grammars, [matcher])[0][0])
+            matcher.take(ids[-1])
+        found.append(text(ids))
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert set(found) == {"a" * 10}
