@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from epmoe import AsyncLLM, SamplingParams
-from epmoe.engine.service import QueueFull, Stopped
+from epmoe.engine.call import QueueFull, Stopped
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.text.completion import Completion
