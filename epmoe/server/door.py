@@ -106,7 +106,7 @@ class Http:
             while not self.lost:
                 self.fresh.wait(self.limits.figures_s)
                 self.fresh.clear()
-                frames = self._frames()
+                frames = self.taken()
                 now = time.monotonic()
                 if now - told_s >= self.limits.figures_s and (load := figures()) is not None:
                     told_s = now
@@ -119,8 +119,8 @@ class Http:
         except OSError:  # it is gone, which the reader sees
             return
 
-    def _frames(self) -> list[Frame]:
-        """What is in the outbox; what came after another of one kind is one frame."""
+    def taken(self) -> list[Frame]:
+        """All of the outbox as frames: tokens and ends that stand together are one."""
         found: list[Frame] = []
         step = Step([], [], [])
         while self.outbox:

@@ -1,10 +1,11 @@
 """/v1/chat/completions: a conversation through the checkpoint's chat template, and its answer by channels."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
-from epmoe.engine.request import Request
+from epmoe.engine.request import Request, TokenLogprobs
 from epmoe.server.errors import ApiError, refused
 from epmoe.server.front import Front
 from epmoe.server.openai.fields import Sampled
@@ -88,11 +89,10 @@ class Chat:
     def piece(self, number: int, delivery: Delivery, piece: Piece) -> list[dict[str, Any]]:
         """What a piece of an answer adds: a chunk for each kind of text; the first one has the tokens."""
         deltas = [_delta(each) for each in self._spoken(delivery, piece.index).fresh()]
-        logprobs = None
-        if self.asked.logprobs and piece.ids:
-            logprobs = chat_logprobs(self.front.tokenizer, piece.ids, piece.logprobs, self.asked.top_logprobs or 0)
+        more = {"logprobs": self._logprobs(piece.ids, piece.logprobs), **self.asked.ids(piece.ids)}
+        if any(more.values()):
             deltas = deltas or [{}]
-        return [{"delta": each, "logprobs": None if at else logprobs} for at, each in enumerate(deltas)]
+        return [{"delta": each, **(more if not at else {"logprobs": None})} for at, each in enumerate(deltas)]
 
     def closing(self, reason: str, delivery: Delivery, index: int) -> dict[str, Any]:
         """The last of an answer in a stream."""
@@ -102,11 +102,14 @@ class Chat:
         """An answer at once."""
         spoken = self._spoken(delivery, choice.index)
         message = spoken.message()
-        logprobs = None
-        if self.asked.logprobs:
-            logprobs = chat_logprobs(self.front.tokenizer, choice.ids, choice.logprobs, self.asked.top_logprobs or 0)
+        logprobs = self._logprobs(choice.ids, choice.logprobs)
         reason = self._reason(choice.finish_reason, spoken)
-        return {"message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"message": message, "logprobs": logprobs, "finish_reason": reason, **self.asked.ids(choice.ids)}
+
+    def _logprobs(self, ids: Sequence[int], found: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if not (self.asked.logprobs and ids):
+            return None
+        return chat_logprobs(self.front.tokenizer, ids, found, self.asked.top_logprobs or 0)
 
     def _spoken(self, delivery: Delivery, index: int) -> Spoken:
         if index not in self.spoken:

@@ -57,11 +57,13 @@ class Completions:
         prompt, call = self.prompts[number], delivery.calls[0]
         ids = delivery.prompt.ids
         text = prompt if isinstance(prompt, str) else self.front.tokenizer.decode(ids)
-        return {"text": text, **self._logprobs((number, index), ids, prompt_logprobs(call, len(ids)))}
+        found = self._logprobs((number, index), ids, prompt_logprobs(call, len(ids)))
+        return {"text": text, "logprobs": found, **self.asked.ids(())}
 
     def piece(self, number: int, delivery: Delivery, piece: Piece) -> list[dict[str, Any]]:
         """What a piece of an answer adds."""
-        return [{"text": piece.text, **self._logprobs((number, piece.index), piece.ids, piece.logprobs)}]
+        found = self._logprobs((number, piece.index), piece.ids, piece.logprobs)
+        return [{"text": piece.text, "logprobs": found, **self.asked.ids(piece.ids)}]
 
     def closing(self, reason: str, delivery: Delivery, index: int) -> dict[str, Any]:
         """The last of an answer in a stream."""
@@ -71,18 +73,19 @@ class Completions:
         """An answer at once."""
         opening = self.opening(number, delivery, choice.index)
         text = choice.text if opening is None else opening["text"] + choice.text
-        logprobs = self._logprobs((number, choice.index), choice.ids, choice.logprobs)["logprobs"]
+        logprobs = self._logprobs((number, choice.index), choice.ids, choice.logprobs)
         if opening is not None and logprobs is not None:
             logprobs = {name: opening["logprobs"][name] + values for name, values in logprobs.items()}
-        return {"text": text, "logprobs": logprobs, "finish_reason": REASONS[choice.finish_reason]}
+        reason = REASONS[choice.finish_reason]
+        return {"text": text, "logprobs": logprobs, "finish_reason": reason, **self.asked.ids(choice.ids)}
 
-    def _logprobs(self, answer: tuple[int, int], ids: Sequence[int], found: Sequence[Any]) -> dict[str, Any]:
+    def _logprobs(self, answer: tuple[int, int], ids: Sequence[int], found: Sequence[Any]) -> dict[str, Any] | None:
         if self.asked.logprobs is None:
-            return {"logprobs": None}
+            return None
         before = self.offsets.get(answer, 0)
         made = completion_logprobs(self.front.tokenizer, ids, found, self.asked.logprobs, before)
         self.offsets[answer] = before + sum(map(len, made["tokens"]))
-        return {"logprobs": made}
+        return made
 
 
 def prompt_logprobs(call: Call, count: int) -> Sequence[Any]:

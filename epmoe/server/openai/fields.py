@@ -8,7 +8,7 @@
 A null counts as not given. docs/serving.md lists them all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -78,6 +78,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     priority: int = 0
+    return_token_ids: bool = False  # token_ids beside each text
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -96,6 +97,10 @@ class Sampled(msgspec.Struct, kw_only=True):
             del found["stop"]
         unset = {name: getattr(defaults, name) for name in (*names, "stop", "stop_token_ids") if name not in found}
         return SamplingParams(**{**unset, **found})
+
+    def ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """These ids of an answer, where they are asked for."""
+        return {"token_ids": list(ids)} if self.return_token_ids else {}
 
     @property
     def usage(self) -> StreamOptions:
