@@ -244,7 +244,7 @@ class Door:
             tell(f"epmoe: the HTTP process has ended ({why}): another one starts")
             self.http = Http(self.hello, self.listener, self.limits)
             if self.ready is not None:
-                self.http.say(self.ready)
+                self.http.say(self.ready, *([Drain()] if self.draining else []))
 
     def _too_often(self) -> bool:
         while time.monotonic() - self.begun[0] > self.limits.within_s:

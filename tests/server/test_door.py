@@ -25,8 +25,8 @@ WITHIN_S = 20
 def hello(tokenizer: Path) -> Hello:
     return Hello(
         model="m", release="0", created=0, vocab=352, max_positions=64, tokenizer_file=str(tokenizer), templates={},
-        special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()), queue_requests=8,
-        max_body=1000, header_s=5.0, api_key="", log="",
+        special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()),
+        most_requests=16, queue_requests=8, max_body=1000, header_s=5.0, api_key="", log="",
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ class Kept(Http):
         self.outbox = deque()
         self.kept: list[object] = []
 
-    def say(self, *what: object) -> None:  # type: ignore[override]
+    def say(self, *what: object) -> None:
         self.kept += what
 
 
