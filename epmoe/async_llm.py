@@ -18,8 +18,9 @@ from typing import Any, Self
 
 from epmoe.config.compose import from_keys
 from epmoe.config.schema import ServeConfig
+from epmoe.engine.call import Stopped
 from epmoe.engine.request import SamplingParams
-from epmoe.engine.service import Service, Stopped
+from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.launch import use_on_this_thread

@@ -151,6 +151,7 @@ CASES = [
         light_modules_stay_light,
         {
             "epmoe/__init__.py": "",
+            "epmoe/server/__main__.py": "",
             SCHEDULER: "import epmoe.batch",
             "epmoe/batch.py": "def f(): ...\nimport torch",
             "torch.py": "",
@@ -167,7 +168,13 @@ CASES = [
     Case(
         "light, and absent",
         light_modules_stay_light,
-        {"epmoe/__init__.py": "", HEART: "import torch", "torch.py": "", "epmoe/ranks/mesh.py": ""},
+        {
+            "epmoe/__init__.py": "",
+            "epmoe/server/__main__.py": "",
+            HEART: "import torch",
+            "torch.py": "",
+            "epmoe/ranks/mesh.py": "",
+        },
         {"import epmoe.engine.scheduler fails: ModuleNotFoundError: No module named 'epmoe.engine'"},
     ),
     Case(

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmoe.config.keys import ByToken, Key, Names, Numbers, build, groups_of, keys_of, known_instead, respelled, scalar
-from epmoe.config.schema import SPELLINGS, Config, LLMConfig, ModelKeys
+from epmoe.config.schema import SPELLINGS, Config, LLMConfig, ModelKeys, ServerConfig
 from epmoe.errors import UserError
 
 C = TypeVar("C", bound=ModelKeys)
@@ -140,7 +140,7 @@ def _from_files(schema: type[ModelKeys], chosen: Mapping[str, str]) -> dict[str,
         known = keys_of(schema)
         for name in found:
             # Such a file is for all commands: a key that only another one has means nothing here.
-            if name not in known and name not in keys_of(Config):
+            if name not in known and not _elsewhere(name):
                 raise UserError(f"unknown key {name!r}{known_instead(name, list(known))}")
         return {name: known[name].accept(value) for name, value in found.items() if name in known}
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError) as error:
@@ -178,11 +178,16 @@ def _known_key(name: str, schema: type[ModelKeys], given: str = "") -> Key:
     name = SPELLINGS.get(name, name)
     if name in keys:
         return keys[name]
-    if name in schema.ignored or name in keys_of(Config) or name in groups_of(Config) or _open_key(name, Config):
+    if name in schema.ignored or _elsewhere(name) or _open_key(name, Config):
         raise UserError(f"{name} means nothing to {schema.subject}; known: {', '.join(_top(schema))}")
     group = name.partition(".")[0]
     known = [each for each in keys if each.startswith(f"{group}.")] if group in groups else _top(schema)
     raise UserError(f"unknown key {(given or name)!r}{known_instead(name, known, [*keys, *groups])}")
+
+
+def _elsewhere(name: str) -> bool:
+    """Whether a command has such a key or group."""
+    return any(name in keys_of(each) or name in groups_of(each) for each in (Config, ServerConfig))
 
 
 def _split(argument: str, schema: type[ModelKeys]) -> tuple[str, str]:

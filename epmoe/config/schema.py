@@ -113,6 +113,20 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Server(Serve):
+    """Where requests come from, and what they may take."""
+
+    host: str = key("127.0.0.1", "address to listen at; 0.0.0.0 or ::: all of this machine's")
+    port: int = key(8000, "port to listen at; 0: any that is free", Range(0, 65535))
+    model: str = key("", "name of the model for clients; empty: the checkpoint's")
+    api_key_file: str = key("", "file with the key that clients must send; empty: EPMOE_API_KEY of the environment")
+    drain_s: float = key(20.0, "after SIGTERM answers may take so many seconds to their end", Range(0, 120))
+    max_body: int = key(8_000_000, "most bytes of a request's body", Range(1, 50_000_000))
+    header_s: float = key(30.0, "most seconds for a request's head, and for its body", Range(above=0, high=3600))
+    log: str = key("", "append a line of JSON for each request to this file, without any of its text")
+
+
+@dataclass(frozen=True)
 class ModelKeys:
     """Which model runs, with which parts, on what."""
 
@@ -165,6 +179,22 @@ class ServeConfig(LLMConfig):
 
     def check(self) -> None:
         self.serve.check(self.runtime.max_batch)
+
+
+@dataclass(frozen=True)
+class ServerConfig(ServeConfig):
+    """What `epmoe.serve` does."""
+
+    subject: ClassVar[str] = "a server"
+    usage: ClassVar[str] = """\
+Serve a mixture-of-experts checkpoint, whose experts are shared by all ranks, to clients of OpenAI's interface.
+
+  torchrun --nproc-per-node N -m epmoe.serve key=value ...
+  python -m epmoe.serve key=value ...                           on one rank
+
+docs/serving.md says which fields of a request are served."""
+
+    serve: Server = key(Server(), "where requests come from, and what they may take")
 
 
 @dataclass(frozen=True)

@@ -19,69 +19,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from epmoe.config.schema import Serve
+from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.engine import Engine
-from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs, Workload
+from epmoe.engine.request import Event, Request, Token, Workload
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control, Orders
 
 # Tokens of a step in which answers grow, and of one in which none does, if nobody says otherwise. gpt-oss-20b on one
 # H200: 63 rows and 385 tokens of a prompt take 9.9 ms, the rows alone 5.7, 2048 tokens of prompts alone 26 to 27.
 STEP_TOKENS, ALONE_TOKENS = 448, 2048
-
-
-class QueueFull(UserError):
-    """So many wait already that this one is refused; nothing is wrong with it, and it may come again (HTTP 429)."""
-
-
-class Stopped(RuntimeError):
-    """The service has ended before the answer: it was closed, or a part of it has failed."""
-
-
-class Listener(Protocol):
-    """What rank 0 does with a call's tokens, on the engine's thread: none of it may wait."""
-
-    def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
-        """A token that does not end the text by itself; True where the answer ends with it, by a stop string."""
-        ...
-
-    def finish(self, result: Result) -> None:
-        """The answer is complete; called once, or `fail` is."""
-        ...
-
-    def fail(self, error: BaseException) -> None:
-        """There will be no answer."""
-        ...
-
-
-@dataclass(eq=False)
-class Call:
-    """A request on rank 0, from `Service.submit` until its end."""
-
-    request: Request
-    listener: Listener
-    submitted_s: float = field(default_factory=time.perf_counter)
-    first_token_s: float = 0.0  # since then
-    id: int = -1  # the engine's, once it has it
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: PromptLogprobs = ()
-    ended: bool = False  # its listener knows
-
-    def result(self, reason: str) -> Result:
-        """What has come so far."""
-        found = Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs), prompt_logprobs=self.prompt_logprobs)
-        return self.timed(found)
-
-    def timed(self, result: Result) -> Result:
-        """The same with times since it was submitted."""
-        total_s = time.perf_counter() - self.submitted_s
-        first_s = (self.first_token_s or total_s) if result.ids else 0.0
-        return replace(result, first_token_s=first_s, total_s=total_s)
 
 
 class Service:
@@ -98,6 +47,7 @@ class Service:
         self.released: dict[int, Call] = {}  # by the engine's id: it has them
         self.leaving: deque[list[Call]] = deque()  # released in orders that travel, oldest first
         self.running = threading.Event()  # the loop takes turns
+        self.steps, self.step_s = 0, 0.0  # so far, and what they have taken together
         self.stopping = False
         self.failure: BaseException | None = None
 
@@ -208,7 +158,9 @@ class Service:
         if "stop" in orders:
             return False
         if self.engine.busy:
+            begin = time.perf_counter()
             events = self.engine.step()
+            self.steps, self.step_s = self.steps + 1, self.step_s + time.perf_counter() - begin
             self.engine.failed.clear()  # each has ended with "error": that is all that is said of it
             if control.leads:
                 self._tell(events)
@@ -268,27 +220,13 @@ class Service:
                     continue
                 if not call.ended:
                     try:
-                        self._hear(call, event)
+                        if call.hear(event):
+                            self._end(call, "stop")
                     except Exception as error:  # a listener's, and so this call's alone
                         self._end(call, "error")
-                        _fail(call, error)
+                        call.fail(error)
                 if not isinstance(event, Token):
                     del self.released[event.id]
-
-    def _hear(self, call: Call, event: Event) -> None:
-        if not call.first_token_s:
-            call.first_token_s = time.perf_counter() - call.submitted_s
-        if not isinstance(event, Token):
-            call.ended = True
-            call.listener.finish(call.timed(event.result))
-            return
-        call.ids.append(event.token)
-        call.prompt_logprobs = call.prompt_logprobs or event.prompt_logprobs
-        if event.logprobs is not None:
-            call.logprobs.append(event.logprobs)
-        if call.listener.token(event.token, event.logprobs):
-            self._end(call, "stop")
-            call.listener.finish(call.result("stop"))
 
     def _end(self, call: Call, reason: str) -> None:
         """It is over for whoever submitted it, and is to be for the engine."""
@@ -321,13 +259,7 @@ class Service:
         self.queue.clear()
         self.queued_tokens = 0
         for each in calls:
-            _fail(each, _stopped(self.failure))
-
-
-def _fail(call: Call, error: BaseException) -> None:
-    call.ended = True
-    with suppress(Exception):  # whoever was to hear of it has gone
-        call.listener.fail(error)
+            each.fail(_stopped(self.failure))
 
 
 def _stopped(error: BaseException) -> Stopped:

@@ -8,6 +8,8 @@ the signal's number to a file descriptor. There a small child process reads:
     signal ── number ──▶ guard ── number ──▶ the watch, which ends all ranks with one line
                            └── after GRACE_S: the line, if nobody has said it, and SIGKILL
 
+A command that brings its work to an end first says so (`patient`): the first signal then has that much longer.
+
 The child is forked before torch is imported, so it is small. It ends with its parent.
 """
 
@@ -24,7 +26,9 @@ from epmoe.ranks import launchers
 GRACE_S = 6.0  # more than a clean end takes: another rank than 0 waits 3 s for the verdict, a stream's flush 1 s
 LOOK_S = 10.0  # how often the child looks for a parent that has died and left its socket to another process
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+AGAIN_S = 1.0  # a terminal's signal and the launcher's that follows are one
 TOLD = 0  # no signal's number: the parent is about to say why it ends
+PATIENT = 128  # nor is this and all above: so many seconds more for the first signal
 
 ENDS: list[socket.socket] = []  # this process' end, once there is a guard: signals are the process' own, too
 
@@ -65,6 +69,13 @@ def told() -> None:
             each.send(bytes([TOLD]))
 
 
+def patient(seconds: float) -> None:
+    """The first signal asks this process to come to an end, which may take so many seconds, 127 at most."""
+    for each in ENDS:
+        with suppress(OSError):
+            each.send(bytes([PATIENT + min(127, int(seconds + 1))]))
+
+
 def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
     """The child's whole life. It keeps nothing of its parent's but standard error and the socket."""
     try:
@@ -72,7 +83,7 @@ def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         _close_all_but(2, there.fileno())
         there.setblocking(False)
-        first, silent, deadline = 0, False, 0.0
+        first, silent, patience, heard, deadline = 0, False, 0, 0.0, 0.0
         while True:
             select.select([there], [], [], max(0.0, deadline - time.monotonic()) if first else LOOK_S)
             numbers = _passed_on(there)
@@ -80,8 +91,13 @@ def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
                 break
             silent |= TOLD in numbers
             for each in numbers:
-                if each in SIGNALS and not first:
-                    first, deadline = each, time.monotonic() + GRACE_S
+                now = time.monotonic()
+                if each >= PATIENT:
+                    patience = each - PATIENT
+                elif each in SIGNALS and not first:
+                    first, heard, deadline = each, now, now + GRACE_S + patience
+                elif each in SIGNALS and now - heard > AGAIN_S:
+                    deadline = min(deadline, now + GRACE_S)
             if first and time.monotonic() >= deadline:
                 _end(parent, "" if silent else SIGNALS[signal.Signals(first)])
                 break

@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from epmoe.ranks import guard
 from epmoe.ranks.admission import Admission, Hello
+from epmoe.ranks.drain import Drain
 from epmoe.ranks.ending import last_words
 from epmoe.ranks.fault import KINDS, SETTLE_S, Fault
 from epmoe.ranks.launch import Launch, Patience
@@ -75,6 +76,7 @@ class Watch:
         self.inbox: deque[Fault | Meeting | None] = deque()  # from the main thread
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
         self.finishing = self.closing = False
+        self.drain: Drain | None = None  # whoever is asked to end before it must
         self.first_fault = self.first_arrival = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
@@ -200,9 +202,9 @@ class Watch:
         if not said:
             self.selector.unregister(source)  # the guard was killed
         for byte in said:
-            if byte in SIGNALS:
-                number = signal.Signals(byte)
-                self._fault(Fault(SIGNALS[number], self.rank, guard.SIGNALS[number], 128 + byte))
+            if byte in SIGNALS and not self._drains():
+                number, code = signal.Signals(byte), 128 + byte if self.drain is None else 0
+                self._fault(Fault(SIGNALS[number], self.rank, guard.SIGNALS[number], code))
         while self.inbox:
             message = self.inbox.popleft()
             if isinstance(message, Fault):
@@ -215,6 +217,14 @@ class Watch:
                     self._arrive(0, message)
                 else:
                     self._all("arrive", asdict(message))
+
+    def _drains(self) -> bool:
+        """Whether a signal only asks this run to come to an end; rank 0 does it, whichever rank was asked."""
+        if self.drain is None or not self.drain.asked():
+            return False
+        if self.rank != 0:
+            self._all("drain")
+        return True
 
     def _accept(self) -> None:
         peer = Peer(self.listener.accept()[0], -1)  # a stranger until its hello
@@ -235,9 +245,10 @@ class Watch:
         return self.finishing and self.all_finished.is_set()
 
     def _answer(self, peer: Peer, messages: list[list[Any]]) -> None:
-        answers: dict[str, Callable[..., None]] = {
+        answers: dict[str, Callable[..., object]] = {
             "hello": lambda token, hello: None,
             "beat": lambda: None,
+            "drain": lambda: self.drain and self.drain.asked(),
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
             "arrive": lambda meeting: self._arrive(peer.rank, Meeting(**meeting)),

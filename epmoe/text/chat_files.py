@@ -12,16 +12,18 @@ special_tokens_map.json                 wins over it for bos_token and the like,
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmoe.errors import UserError
 from epmoe.text.chat import DEFAULT, ChatTemplate
-from epmoe.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it brings torch, which text does without
+    from epmoe.weights.checkpoint import Checkpoint
 
 _STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def chat_of(checkpoint: Checkpoint) -> ChatTemplate | None:
+def chat_of(checkpoint: "Checkpoint") -> ChatTemplate | None:
     """The checkpoint's chat template, if it has one.
 
     Raises:
@@ -31,7 +33,7 @@ def chat_of(checkpoint: Checkpoint) -> ChatTemplate | None:
     return ChatTemplate(sources, special_tokens(checkpoint)) if sources else None
 
 
-def chat_sources(checkpoint: Checkpoint) -> dict[str, str]:
+def chat_sources(checkpoint: "Checkpoint") -> dict[str, str]:
     """The sources of the chat templates by name; empty if there is none."""
     path = checkpoint.path
     found = {}
@@ -69,7 +71,7 @@ def _listed(file: Path, value: Any) -> dict[str, str]:
     )
 
 
-def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+def special_tokens(checkpoint: "Checkpoint") -> dict[str, str]:
     """{bos_token: text, …}: what templates may use as variables."""
     config = checkpoint.tokenizer_config
     more = {} if "added_tokens_decoder" in config else checkpoint.json("special_tokens_map.json")

@@ -8,20 +8,22 @@ temperature is temperature 1.
 """
 
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmoe.config.keys import keys_of
 from epmoe.config.schema import LLMConfig
 from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
 from epmoe.streams import tell
-from epmoe.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it brings torch, which text does without
+    from epmoe.weights.checkpoint import Checkpoint
 
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 SEED_BITS = 53  # of a drawn seed: JSON's readers keep all of them
 
 
-def stored_params(checkpoint: Checkpoint) -> dict[str, Any]:
+def stored_params(checkpoint: "Checkpoint") -> dict[str, Any]:
     """What the checkpoint's generation_config.json says of sampling; a null is not said.
 
     Raises:
@@ -46,7 +48,7 @@ def stored_params(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def default_params(config: LLMConfig, checkpoint: Checkpoint) -> SamplingParams:
+def default_params(config: LLMConfig, checkpoint: "Checkpoint") -> SamplingParams:
     """What holds for what a request leaves out; says in one line on standard error what of it generation_config.json
     says.
 

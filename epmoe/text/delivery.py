@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from epmoe.engine.call import Call
 from epmoe.engine.request import Request, Result, TokenLogprobs, choices
-from epmoe.engine.service import Call
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.output import Answer
 from epmoe.text.tokenizer import Tokenizer

@@ -8,14 +8,16 @@ needs to tell them apart for certain takes the file.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from epmoe.engine.request import Request, Result, TokenLogprobs
 from epmoe.errors import UserError
-from epmoe.ranks.mesh import Ranks
 from epmoe.streams import let_go
 from epmoe.text.harmony import Message, Messages
 from epmoe.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it brings torch
+    from epmoe.ranks.mesh import Ranks
 
 
 class Answer:
@@ -167,7 +169,7 @@ def _plain(found: TokenLogprobs) -> dict[str, Any]:
     return {"logprob": found.chosen, "top": found.top}
 
 
-def standard_output(ranks: Ranks) -> TextIO | None:
+def standard_output(ranks: "Ranks") -> TextIO | None:
     """Standard output in UTF-8 on rank 0, None elsewhere and where it is closed."""
     if not ranks.is_main or sys.stdout is None:
         return None

@@ -16,20 +16,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmoe import strictjson
 from epmoe.config.keys import known_instead, respelled
 from epmoe.config.schema import SPELLINGS, Config
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.errors import UserError
-from epmoe.ranks.mesh import Ranks
 from epmoe.streams import tell
 from epmoe.text.defaults import decided
 from epmoe.text.instructions import rendered
 from epmoe.text.messages import Message, check_conversation
 from epmoe.text.tokenizer import Tokenizer
 from epmoe.text.variables import Variables, check_variables, configured, told
+
+if TYPE_CHECKING:  # it brings torch
+    from epmoe.ranks.mesh import Ranks
 
 # What the embedded model continues when nothing is asked.
 DEFAULT_PROMPT = "It was a fine morning, and"
@@ -89,7 +91,7 @@ class Prompt:
 
 
 def get_requests(
-    config: Config, tokenizer: Tokenizer, ranks: Ranks, default: SamplingParams | None = None
+    config: Config, tokenizer: Tokenizer, ranks: "Ranks", default: SamplingParams | None = None
 ) -> list[Request]:
     """All requests of this run, in order; a collective.
 
@@ -117,7 +119,7 @@ def get_requests(
     return share(ranks, found)
 
 
-def share(ranks: Ranks, make: Callable[[], list[Request]]) -> list[Request]:
+def share(ranks: "Ranks", make: Callable[[], list[Request]]) -> list[Request]:
     """What `make` gives on rank 0, on every rank; a collective.
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 
@@ -13,7 +14,9 @@ from epmoe.text.chat_files import chat_of, special_tokens
 from epmoe.text.markup import Markup
 from epmoe.text.panics import guarded, refused
 from epmoe.text.spelling import Spelling
-from epmoe.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it brings torch, which text does without
+    from epmoe.weights.checkpoint import Checkpoint
 
 
 class Tokenizer:
@@ -44,7 +47,7 @@ class Tokenizer:
             self.tokenizer.decode(list(range(self.tokenizer.get_vocab_size())), skip_special_tokens=False)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Tokenizer":
+    def of(cls, checkpoint: "Checkpoint") -> "Tokenizer":
         """The tokenizer of a checkpoint."""
         if checkpoint.tokenizer_file is None:
             raise UserError(f"checkpoint {checkpoint.path} has no tokenizer.json: download it beside the weights")
@@ -100,7 +103,7 @@ def _check_json(file: Path) -> None:
         raise UserError(f"{file} cannot be read as a tokenizer ({said}): download it again") from error
 
 
-def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+def eos_ids(checkpoint: "Checkpoint") -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, a number or a list, of generation_config.json, else of config.json, else the
     tokenizer's eos_token. Where none is named, one line says so.
     """

@@ -68,6 +68,11 @@ def shared_digests(model: Family) -> Mapping[str, str]:
     return {f"digest({name})": f"{value:016x}" for name, value in digests(tensors).items()}
 
 
+def fingerprint(source: Checkpoint, model: Family) -> str:
+    """16 hex digits of all that is digested here: of one checkpoint the same on every rank and at every start."""
+    return _hex([contents(source), expert_samples(source), shared_digests(model)], 16)
+
+
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """64 bits of each tensor's bits in their order, the same on every device; waits for the device once.
 
@@ -139,5 +144,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"digest {_hex(value)}"
 
 
-def _hex(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+def _hex(value: Any, digits: int = 8) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]

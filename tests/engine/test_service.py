@@ -14,9 +14,10 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.config.schema import Serve
+from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
-from epmoe.engine.service import Call, QueueFull, Service, Stopped
+from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control
 from epmoe.ranks.mesh import Ranks

@@ -31,6 +31,7 @@ FLOORS = (
     {"engine"},
     {"weights"},
     {"text"},
+    {"server"},
     {"llm"},
     {"async_llm"},
     {"__init__"},
@@ -42,6 +43,7 @@ PARAMETERS, FILE_LINES, FUNCTION_LINES = 6, 400, 50
 # Importing the module in a fresh interpreter must bring in none of these, nor anything within them.
 LIGHT = {
     "epmoe.engine.scheduler": ("torch",),  # host only
+    "epmoe.server.__main__": ("torch", "hydra", "pydantic"),  # it starts, and starts again, in half a second
     "epmoe.moe.router.reference": ("epmoe.ranks", "hydra"),  # a reader takes the heart out and plays with it
 }
 

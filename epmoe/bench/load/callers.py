@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from epmoe.bench.load.schedule import after
+from epmoe.engine.call import Call
 from epmoe.engine.request import Request, Result, TokenLogprobs
-from epmoe.engine.service import Call, Service
+from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.text.output import Answer
 from epmoe.text.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ import pytest
 
 from epmoe.bench.load.callers import Callers
 from epmoe.bench.weights import byte_tokenizer
+from epmoe.engine.call import Call, Stopped
 from epmoe.engine.request import Request, Result, SamplingParams
-from epmoe.engine.service import Call, Stopped
 from epmoe.errors import UserError
 
 TOKENIZER = byte_tokenizer(320)

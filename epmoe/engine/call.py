@@ -1,0 +1,86 @@
+"""Call: a request and who listens to its answer, on rank 0 or in the process that speaks HTTP. No torch."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs
+from epmoe.errors import UserError
+
+
+class QueueFull(UserError):
+    """So many wait already that this one is refused; nothing is wrong with it, and it may come again (HTTP 429)."""
+
+
+class Stopped(RuntimeError):
+    """The service has ended before the answer: it was closed, or a part of it has failed."""
+
+
+class Listener(Protocol):
+    """What rank 0 does with a call's tokens, on the engine's thread: none of it may wait."""
+
+    def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """A token that does not end the text by itself; True where the answer ends with it, by a stop string."""
+        ...
+
+    def finish(self, result: Result) -> None:
+        """The answer is complete; called once, or `fail` is."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no answer."""
+        ...
+
+
+@dataclass(eq=False)
+class Call:
+    """A request on rank 0, from `Service.submit` until its end."""
+
+    request: Request
+    listener: Listener
+    submitted_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float = 0.0  # since then
+    id: int = -1  # the engine's, once it has it
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = ()
+    ended: bool = False  # its listener knows
+
+    def hear(self, event: Event) -> bool:
+        """Take the next event and tell the listener. True: that has found a stop string, and knows that it has all.
+
+        Whoever calls it then sees to it that no more tokens are made.
+        """
+        if not self.first_token_s:
+            self.first_token_s = time.perf_counter() - self.submitted_s
+        if not isinstance(event, Token):
+            self.ended = True
+            self.listener.finish(self.timed(event.result))
+            return False
+        self.ids.append(event.token)
+        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
+        if event.logprobs is not None:
+            self.logprobs.append(event.logprobs)
+        if not self.listener.token(event.token, event.logprobs):
+            return False
+        self.ended = True
+        self.listener.finish(self.result("stop"))
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no answer."""
+        self.ended = True
+        with suppress(Exception):  # whoever was to hear of it has gone
+            self.listener.fail(error)
+
+    def result(self, reason: str) -> Result:
+        """What has come so far."""
+        found = Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs), prompt_logprobs=self.prompt_logprobs)
+        return self.timed(found)
+
+    def timed(self, result: Result) -> Result:
+        """The same with times since it was submitted."""
+        total_s = time.perf_counter() - self.submitted_s
+        first_s = (self.first_token_s or total_s) if result.ids else 0.0
+        return replace(result, first_token_s=first_s, total_s=total_s)

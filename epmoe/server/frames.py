@@ -1,0 +1,199 @@
+"""What rank 0 and its HTTP process say to each other: frames of 4 bytes of length, little endian, and msgpack.
+
+HTTP → rank 0   Up · Broken · Submit · Abort · Idle
+rank 0 → HTTP   Hello · Ready · Step · Refused · Load · Drain · Bye
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from epmoe.engine.request import PromptLogprobs, TokenLogprobs
+
+_LENGTH = struct.Struct("<I")
+MOST = 256 << 20  # bytes of a frame: log-probabilities of a long prompt, 100 for each token, take some 100 MB
+
+
+class Damaged(Exception):
+    """What came is no frame: the other end is not what it should be."""
+
+
+class Frame(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Any of the following."""
+
+
+class Hello(Frame, frozen=True):
+    """What the HTTP process needs to know, once."""
+
+    model: str  # its name for clients
+    release: str
+    created: int  # when the server began, seconds since 1970
+    vocab: int
+    max_positions: int
+    tokenizer_file: str
+    templates: dict[str, str]  # chat templates by name
+    special: dict[str, str]  # tokens that templates may use
+    chat: str
+    system: str | None
+    variables: dict[str, Any]  # of the chat template, for all prompts
+    defaults: dict[str, Any]  # SamplingParams, for what a request leaves out
+    most_requests: int  # that may be in flight
+    queue_requests: int
+    max_body: int
+    header_s: float
+    api_key: str
+    log: str
+
+
+class Ready(Frame, frozen=True):
+    """Requests may come."""
+
+    fingerprint: str  # of the weights and the release
+    room: int  # most positions of one request in the cache
+
+
+class NewToken(msgspec.Struct, array_like=True, frozen=True):
+    """A token of a call that goes on."""
+
+    call: int
+    token: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: PromptLogprobs
+
+
+class Ended(msgspec.Struct, array_like=True, frozen=True):
+    """The end of a call, with what no token has brought."""
+
+    call: int
+    reason: str
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: PromptLogprobs
+    cached_tokens: int
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True):
+    """There is no answer to a call."""
+
+    call: int
+    text: str
+
+
+class Step(Frame, frozen=True):
+    """What has come since the last one, in its order; after a step of the engine all of its tokens."""
+
+    tokens: list[NewToken]
+    ends: list[Ended]
+    failed: list[Failed]
+
+
+class Refused(Frame, frozen=True):
+    """These calls do not wait for their turn: one of KINDS."""
+
+    calls: list[int]
+    kind: str
+    text: str
+
+
+KINDS = ("mistake", "full", "stopped")  # of a refusal: UserError, QueueFull, Stopped
+
+
+class Load(Frame, frozen=True):
+    """Figures, once a second at most."""
+
+    queued: int
+    queued_tokens: int
+    running: int
+    waiting: int  # for pages
+    put_back: int
+    pages: int
+    pages_free: int
+    steps: int
+    step_s: float
+
+
+class Drain(Frame, frozen=True):
+    """No new requests; those in flight go on."""
+
+
+class Bye(Frame, frozen=True):
+    """No more frames come: finish what is being sent, and end."""
+
+
+class Up(Frame, frozen=True):
+    """The HTTP process answers."""
+
+
+class Broken(Frame, frozen=True):
+    """A user's mistake, found in the HTTP process: the run ends with it."""
+
+    text: str
+
+
+class Ask(msgspec.Struct, array_like=True, frozen=True):
+    """A prompt, with the number and the SamplingParams of each answer to it."""
+
+    ids: list[int]
+    priority: int
+    calls: list[tuple[int, dict[str, Any]]]
+
+
+class Submit(Frame, frozen=True):
+    """Let these wait for their turn, all or none."""
+
+    asks: list[Ask]
+
+
+class Abort(Frame, frozen=True):
+    """Nobody waits for these any more."""
+
+    calls: list[int]
+
+
+class Idle(Frame, frozen=True):
+    """After Drain: nothing is in flight any more."""
+
+
+FromHttp = Up | Broken | Submit | Abort | Idle
+FromRank0 = Hello | Ready | Step | Refused | Load | Drain | Bye
+_encoder = msgspec.msgpack.Encoder()
+
+
+def packed(frame: Frame) -> bytes:
+    """The frame's bytes; raises Damaged for one that is too long."""
+    data = _encoder.encode(frame)
+    if len(data) > MOST:
+        raise Damaged(f"a frame of {len(data)} bytes, and at most {MOST} go through")
+    return _LENGTH.pack(len(data)) + data
+
+
+class Frames:
+    """Bytes in any pieces → frames of one of the two unions above."""
+
+    def __init__(self, union: Any, most: int = MOST) -> None:
+        self.decoder = msgspec.msgpack.Decoder(union)
+        self.most = most
+        self.data = bytearray()
+
+    def feed(self, piece: bytes) -> Iterator[Any]:
+        """The frames that are complete now.
+
+        Raises:
+            Damaged: too long a frame, or one that is none.
+        """
+        self.data += piece
+        while len(self.data) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self.data)
+            if size > self.most:
+                raise Damaged(f"a frame of {size} bytes, and at most {self.most} may come")
+            end = _LENGTH.size + size
+            if len(self.data) < end:
+                return
+            body = bytes(memoryview(self.data)[_LENGTH.size : end])
+            del self.data[:end]
+            try:
+                yield self.decoder.decode(body)
+            except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+                raise Damaged(f"a frame that is none ({error})") from error

@@ -1,0 +1,143 @@
+"""The fields of a request: those that are served, those that change no answer, and those that are refused by name.
+
+    a field of the type        served
+    in ACCEPTED                taken, and changes nothing
+    in NEUTRAL                 taken with the value that changes nothing, else refused by name
+    any other                  refused by name: it might change the answer
+
+A null counts as not given. docs/serving.md lists them all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from epmoe.engine.request import SamplingParams
+from epmoe.server.errors import ApiError, refused
+
+# For the caller's own books, or how a service elsewhere goes about it.
+ACCEPTED = frozenset({
+    "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+    "request_id",
+})  # fmt: skip
+
+# Not served yet, or not at all → the values that ask for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "modalities": (["text"],),
+    "functions": ([],),
+    "function_call": ("none",),
+    "prediction": (),
+    "audio": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+
+Asked = TypeVar("Asked", bound="Sampled")
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream says beside the answer."""
+
+    include_usage: bool = False  # a last chunk with the whole usage
+    continuous_usage_stats: bool = False  # usage so far in each chunk
+    include_obfuscation: bool = False  # padding: there is none
+
+
+class Sampled(msgspec.Struct, kw_only=True):
+    """What all requests for an answer may say."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    priority: int = 0
+    return_token_ids: bool = False  # token_ids beside each text
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    def params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
+        """How tokens are chosen, `more` before all else, and `defaults` for what is left out.
+
+        Raises:
+            UserError: a value out of range.
+        """
+        names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
+        given = {name: getattr(self, name) for name in (*names, "stop", "stop_token_ids")}
+        if given["top_k"] == -1:  # vLLM's word for all
+            given["top_k"] = 0
+        found = {name: value for name, value in {**given, **more}.items() if value is not None}
+        if found.get("stop") == "":
+            del found["stop"]
+        unset = {name: getattr(defaults, name) for name in (*names, "stop", "stop_token_ids") if name not in found}
+        return SamplingParams(**{**unset, **found})
+
+    def ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """These ids of an answer, where they are asked for."""
+        return {"token_ids": list(ids)} if self.return_token_ids else {}
+
+    @property
+    def usage(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
+
+
+def decoded(body: bytes) -> dict[str, Any]:
+    """A request's body as an object, without its nulls.
+
+    Raises:
+        ApiError: it is no JSON object.
+    """
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body is a JSON {type(found).__name__}, and must be an object")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def typed(found: Mapping[str, Any], kind: type[Asked]) -> Asked:
+    """The request that a decoded body asks for.
+
+    Raises:
+        ApiError: a field of the wrong type, or one that is not served.
+    """
+    served = {name: value for name, value in found.items() if name in kind.__struct_fields__}
+    for name, value in found.items():
+        if name in served or name in ACCEPTED or value in NEUTRAL.get(name, ()):
+            continue
+        if name in NEUTRAL:
+            neutral = " or ".join(msgspec.json.encode(each).decode() for each in (*NEUTRAL[name], None))
+            raise refused(name, f"not served: leave it out, or give {neutral}")
+        raise refused(name, "no field that this server knows: leave it out")
+    try:
+        return msgspec.convert(served, kind)
+    except msgspec.ValidationError as error:
+        place = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else None
+        raise ApiError(400, str(error), param=place) from error

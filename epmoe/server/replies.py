@@ -1,0 +1,180 @@
+"""One request for an answer, from its prompts to the last byte, at once or as server-sent events.
+
+    requests (on a thread) ─▶ Line.submit ─▶ Delivery.take, whenever there is news ─▶ chunks, or one object at the end
+
+The status is sent when the first token or the first refusal is there, so that a full queue is a 429 in a stream, too. A
+client that goes away cancels all of it, and that aborts its calls.
+"""
+
+import asyncio
+import secrets
+import time
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from epmoe.engine.request import Request
+from epmoe.server import errors
+from epmoe.server.errors import ApiError
+from epmoe.server.front import Front
+from epmoe.server.openai.fields import Sampled
+from epmoe.server.openai.usage import usage
+from epmoe.server.watched import Watched
+from epmoe.text.completion import Choice, Completion
+from epmoe.text.delivery import Delivery, Piece
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Kind(Protocol):
+    """What an endpoint makes of an answer; `number` is the prompt's among those of the request."""
+
+    prefix: ClassVar[str]  # of an answer's id
+    whole: ClassVar[str]  # the `object` of an answer
+    part: ClassVar[str]  # of a chunk
+
+    def requests(self) -> list[Request]: ...
+    def opening(self, number: int, delivery: Delivery, index: int) -> dict[str, Any] | None: ...
+    def piece(self, number: int, delivery: Delivery, piece: Piece) -> list[dict[str, Any]]: ...
+    def closing(self, reason: str, delivery: Delivery, index: int) -> dict[str, Any]: ...
+    def choice(self, number: int, delivery: Delivery, choice: Choice) -> dict[str, Any]: ...
+
+
+class Reply:
+    """An ASGI application for one request."""
+
+    def __init__(self, front: Front, kind: Kind, asked: Sampled, watched: Watched) -> None:
+        self.front, self.kind, self.asked, self.watched = front, kind, asked, watched
+        self.id, self.created = f"{kind.prefix}{secrets.token_hex(12)}", int(time.time())
+        self.deliveries: list[Delivery] = []
+        self.begun: set[tuple[int, int]] = set()  # answers whose opening was given
+        self.ended: set[tuple[int, int]] = set()
+        self.streaming = False  # the status was sent
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._run(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.watched.gone = True
+                work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if not work.cancelled():
+                work.result()
+        finally:
+            gone.cancel()
+            work.cancel()
+
+    async def _run(self, send: Send) -> None:
+        requests = await asyncio.to_thread(self.kind.requests)
+        fresh = asyncio.Event()
+        self.deliveries = [Delivery(self.front.tokenizer, each, fresh.set) for each in requests]
+        self.watched.asked(self.deliveries)
+        self.front.line.submit([(each.prompt, each.calls) for each in self.deliveries])
+        try:
+            await self._answer(send, fresh)
+        except Exception as error:
+            if not self.streaming:
+                raise
+            if (told := errors.of(error)) is not error and told.status == 500:
+                traceback.print_exception(error)
+            self.watched.failed(told.status)
+            await self._event(send, told.body)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self.front.line.abort([call for each in self.deliveries for call in each.calls])
+            self.watched.said(self.deliveries)
+
+    async def _answer(self, send: Send, fresh: asyncio.Event) -> None:
+        """Until all answers have ended."""
+        completions: dict[int, Completion] = {}
+        while len(completions) < len(self.deliveries):
+            await fresh.wait()
+            fresh.clear()
+            for number, delivery in enumerate(self.deliveries):
+                if number in completions:
+                    continue
+                pieces, completion = delivery.take()
+                self.watched.came(number, pieces)
+                if completion is not None:
+                    completions[number] = completion
+                if any(part.result and part.result.finish_reason == "error" for part in delivery.parts):
+                    raise ApiError(500, "the model's numbers are none for this prompt")
+                if self.asked.stream:
+                    await self._stream(send, number, pieces)
+        if self.asked.stream:
+            await self._close(send)
+        else:
+            await self._whole(send, [completions[number] for number in sorted(completions)])
+
+    async def _stream(self, send: Send, number: int, pieces: list[Piece]) -> None:
+        """The chunks of what is new of one prompt's answers."""
+        delivery = self.deliveries[number]
+        by_index = {piece.index: piece for piece in pieces}
+        for index, part in enumerate(delivery.parts):
+            piece, key = by_index.get(index), (number, index)
+            if piece is None and (part.result is None or key in self.ended):
+                continue
+            if key not in self.begun:
+                self.begun.add(key)
+                if (opening := self.kind.opening(number, delivery, index)) is not None:
+                    await self._chunk(send, key, opening)
+            if piece is not None:
+                for choice in self.kind.piece(number, delivery, piece):
+                    await self._chunk(send, key, choice)
+            if part.result is not None and key not in self.ended:
+                self.ended.add(key)
+                await self._chunk(send, key, self.kind.closing(part.answer.finish_reason, delivery, index))
+
+    async def _chunk(self, send: Send, key: tuple[int, int], choice: dict[str, Any]) -> None:
+        made = {"index": self._index(*key), "finish_reason": None, **choice}
+        said = {**self.front.envelope(self.id, self.kind.part, self.created), "choices": [made]}
+        if self.asked.usage.continuous_usage_stats:
+            said["usage"] = self._usage()
+        await self._event(send, said)
+
+    async def _close(self, send: Send) -> None:
+        if self.asked.usage.include_usage:
+            said = {**self.front.envelope(self.id, self.kind.part, self.created), "choices": [], "usage": self._usage()}
+            await self._event(send, said)
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _event(self, send: Send, said: dict[str, Any]) -> None:
+        if not self.streaming:
+            headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            self.streaming = True
+        data = b"data: " + msgspec.json.encode(said) + b"\n\n"
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _whole(self, send: Send, completions: list[Completion]) -> None:
+        choices = [
+            {"index": self._index(number, choice.index), **self.kind.choice(number, self.deliveries[number], choice)}
+            for number, completion in enumerate(completions)
+            for choice in completion.outputs
+        ]
+        envelope = self.front.envelope(self.id, self.kind.whole, self.created)
+        data = msgspec.json.encode({**envelope, "choices": choices, "usage": self._usage()})
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+
+    def _index(self, number: int, index: int) -> int:
+        return number * len(self.deliveries[0].parts) + index
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(len(each.prompt.ids) for each in self.deliveries)
+        parts = [part for each in self.deliveries for part in each.parts]
+        cached = sum(each.parts[0].result.cached_tokens for each in self.deliveries if each.parts[0].result)
+        return usage(prompt, sum(part.given for part in parts), cached)
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

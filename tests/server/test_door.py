@@ -1,0 +1,172 @@
+"""The door, with the HTTP process as it is, and a service whose model is a fake."""
+
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from scripted import save_tokenizer
+
+from epmoe.engine.call import Call
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
+from epmoe.errors import UserError
+from epmoe.server.door import Door, Hearing, Http, Limits, listen
+from epmoe.server.frames import Ended, Hello, NewToken, Ready, Step
+
+WITHIN_S = 20
+
+
+def hello(tokenizer: Path) -> Hello:
+    return Hello(
+        model="m", release="0", created=0, vocab=352, max_positions=64, tokenizer_file=str(tokenizer), templates={},
+        special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()),
+        most_requests=16, queue_requests=8, max_body=1000, header_s=5.0, api_key="", log="",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("door") / "tokenizer.json"
+    save_tokenizer(file)
+    return file
+
+
+@contextmanager
+def a_door(tokenizer: Path, limits: Limits | None = None) -> Iterator[Door]:
+    with listen("127.0.0.1", 0) as listener:
+        door = Door(hello(tokenizer), listener, limits)
+        try:
+            yield door
+        finally:
+            door.close()
+
+
+def healthy(door: Door) -> str:
+    """What a client hears at once, or when the next process is there."""
+    with socket.create_connection(door.listener.getsockname(), timeout=WITHIN_S) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return client.recv(100).split(b"\r\n")[0].decode()
+
+
+def until(what: object, holds: object) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_a_killed_process_is_followed_by_another(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A client that connects between the two waits, and is answered."""
+    with a_door(tokenizer) as door:
+        first = door.http
+        assert healthy(door) == "HTTP/1.1 200 OK"
+        first.process.kill()
+        first.process.wait()
+        assert healthy(door) == "HTTP/1.1 200 OK"
+        assert door.http is not first and door.error is None
+    assert door.http.process.poll() is not None
+    assert "killed by signal 9): another one starts" in capfd.readouterr().err
+
+
+def test_but_not_for_ever(tokenizer: Path) -> None:
+    with a_door(tokenizer, Limits(restarts=2)) as door:
+        seen = set()
+
+        def killed() -> bool:
+            process = door.http.process
+            if process.pid not in seen and process.poll() is None:
+                seen.add(process.pid)
+                process.kill()
+            return door.error is not None
+
+        until("an end", killed)
+        assert len(seen) == 3 and isinstance(door.error, UserError) and "3 times" in str(door.error)
+        with pytest.raises(UserError, match="killed by signal 9"):
+            door.check()
+
+
+def test_a_mistake_is_the_runs(tmp_path: Path) -> None:
+    wrong = tmp_path / "tokenizer.json"
+    wrong.write_text("{}")
+    with listen("127.0.0.1", 0) as listener, pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        Door(hello(wrong), listener)
+
+
+def test_a_port_that_is_taken(tokenizer: Path) -> None:
+    with listen("127.0.0.1", 0) as one, pytest.raises(UserError, match=r"serve.port=\d+ .* choose another"):
+        listen("127.0.0.1", one.getsockname()[1])
+    with pytest.raises(UserError, match=r"serve.host=no\.such\.host"):
+        listen("no.such.host.invalid", 0)
+
+
+def test_a_process_that_reads_nothing_is_given_up(tokenizer: Path) -> None:
+    """The engine's thread never waits for it."""
+    with a_door(tokenizer, Limits(unsent=20_000)) as door:
+        door.ready = Ready("f", 64)
+        stopped = door.http
+        os.kill(stopped.process.pid, signal.SIGSTOP)
+        slowest = 0.0
+        begin = time.monotonic()
+        while not stopped.lost and time.monotonic() < begin + WITHIN_S:
+            now = time.perf_counter()
+            stopped.say(NewToken(0, 1, TokenLogprobs(0.0, ((1, 0.5),) * 20), ()))
+            slowest = max(slowest, time.perf_counter() - now)
+        assert stopped.lost and slowest < 1.0
+        until("another process", lambda: door.http is not stopped)
+        assert healthy(door) == "HTTP/1.1 200 OK"
+
+
+def test_a_fault_of_its_own_ends_in_a_line_and_no_wait(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The writer's: another process starts, again and again up to the bound."""
+    with a_door(tokenizer, Limits(restarts=1)) as door:
+        for _ in range(2):
+            http = door.http
+            http.say("no frame")  # type: ignore[arg-type]
+            until("its end", lambda http=http: door.error is not None or door.http is not http)
+        until("the door's end", lambda: door.error is not None)
+    assert "Traceback" in capfd.readouterr().err
+
+
+class Kept(Http):
+    """No process: what would be sent is kept."""
+
+    def __init__(self) -> None:
+        self.calls = {}
+        self.outbox = deque()
+        self.kept: list[object] = []
+
+    def say(self, *what: object) -> None:
+        self.kept += what
+
+
+def test_a_call_says_each_thing_once() -> None:
+    scores = (None, TokenLogprobs(-1.0, ()))
+    http = Kept()
+    hearing = Hearing(http, 7)
+    hearing.call = http.calls[7] = Call(Request((1, 2), SamplingParams()), hearing)
+    hearing.call.hear(Token(0, 5, None, scores))
+    hearing.call.hear(Token(0, 6, None))
+    hearing.call.hear(Finished(0, Result((5, 6, 1), "eos", 0.0, 0.0, (), 2, scores)))
+    assert http.kept == [
+        NewToken(7, 5, None, scores), NewToken(7, 6, None, ()), Ended(7, "eos", (1,), (), (), 2),
+    ]  # fmt: skip
+    assert not http.calls
+    http = Kept()
+    hearing = Hearing(http, 8)  # nothing but the prompt was asked for
+    hearing.call = Call(Request((1, 2), SamplingParams()), hearing)
+    hearing.call.hear(Finished(0, Result((), "length", 0.0, 0.0, (), 0, scores)))
+    assert http.kept == [Ended(8, "length", (), (), scores, 0)]
+
+
+def test_what_comes_together_is_one_frame() -> None:
+    http, tokens = Kept(), [NewToken(call, 5, None, ()) for call in range(4)]
+    end = Ended(0, "eos", (1,), (), (), 0)
+    http.outbox.extend([*tokens[:2], end, Ready("f", 1), *tokens[2:]])
+    assert http.taken() == [Step(tokens[:2], [end], []), Ready("f", 1), Step(tokens[2:], [], [])]
+    assert http.taken() == []

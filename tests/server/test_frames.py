@@ -1,0 +1,68 @@
+"""Frames: there and back in any pieces; what is none, or too long, is told at once."""
+
+import random
+
+import pytest
+
+from epmoe.engine.request import TokenLogprobs
+from epmoe.server.frames import (
+    Abort,
+    Ask,
+    Damaged,
+    Ended,
+    Failed,
+    Frame,
+    Frames,
+    FromHttp,
+    FromRank0,
+    Load,
+    NewToken,
+    Refused,
+    Step,
+    Submit,
+    Up,
+    packed,
+)  # fmt: skip
+
+LOGPROBS = TokenLogprobs(-0.5, ((3, -0.5), (7, -1.25)))
+FROM_0: list[Frame] = [
+    Step([NewToken(1, 5, LOGPROBS, (None, LOGPROBS)), NewToken(2, 6, None, ())], [], []),
+    Step([], [Ended(1, "eos", (9,), (LOGPROBS,), (), 16)], [Failed(2, "it failed")]),
+    Refused([1, 2], "full", "come again"),
+    Load(1, 2, 3, 4, 5, 6, 7, 8, 0.5),
+]
+FROM_HTTP: list[Frame] = [Up(), Submit([Ask([1, 2, 3], -1, [(7, {"seed": 2**53 - 1, "stop": ["a"]})])]), Abort([7])]
+
+
+@pytest.mark.parametrize(("union", "frames"), [(FromRank0, FROM_0), (FromHttp, FROM_HTTP)], ids=["rank 0", "HTTP"])
+def test_there_and_back_in_any_pieces(union: object, frames: list[Frame]) -> None:
+    data = b"".join(map(packed, frames))
+    rng = random.Random(0)
+    for most in (1, 3, 50, len(data)):
+        reader, found, place = Frames(union), list[object](), 0
+        while place < len(data):
+            size = rng.randint(1, most)
+            found += reader.feed(data[place : place + size])
+            place += size
+        assert found == frames and not reader.data
+
+
+def test_damage_is_an_error_and_nothing_else() -> None:
+    """One byte of many frames is another, and most of the time that is seen; nothing else than Damaged is raised."""
+    rng = random.Random(1)
+    seen = 0
+    for _ in range(2000):
+        data = bytearray(packed(rng.choice(FROM_HTTP)) + packed(rng.choice(FROM_HTTP)))
+        data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            list(Frames(FromHttp, most=1 << 20).feed(bytes(data)))
+        except Damaged:
+            seen += 1
+    assert seen > 500
+
+
+def test_bounds() -> None:
+    with pytest.raises(Damaged, match="at most 100 may come"):
+        list(Frames(FromHttp, most=100).feed((101).to_bytes(4, "little")))
+    with pytest.raises(Damaged):  # what only rank 0 says
+        list(Frames(FromHttp).feed(packed(FROM_0[0])))

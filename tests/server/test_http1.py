@@ -1,0 +1,65 @@
+"""Heads and bodies that do not come in time; what is no HTTP."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from served import Server, post, served
+
+HEADER_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with served(tmp_path_factory.mktemp("server"), f"serve.header_s={HEADER_S}") as one:
+        yield one
+
+
+def ends_after(connection: socket.socket) -> tuple[float, bytes]:
+    """Seconds until the server closes it, and what it said."""
+    begin, said = time.monotonic(), b""
+    with connection:
+        while piece := connection.recv(1 << 16):
+            said += piece
+    return time.monotonic() - begin, said
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost"], ids=["nothing", "half of it"])
+def test_a_head_that_does_not_come(server: Server, head: bytes) -> None:
+    seconds, said = ends_after(server.raw(head))
+    assert 0.5 * HEADER_S < seconds < HEADER_S + 5 and said == b""
+
+
+def test_the_next_head_of_an_open_connection(server: Server) -> None:
+    connection = server.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    seconds, said = ends_after(connection)
+    assert said.startswith(b"HTTP/1.1 200") and seconds < HEADER_S + 5
+
+
+def test_a_body_that_does_not_come(server: Server) -> None:
+    request = post("/v1/completions", {"prompt": "a"})
+    seconds, said = ends_after(server.raw(request[:-3]))
+    assert said.startswith(b"HTTP/1.1 408") and seconds < 2 * HEADER_S + 5
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("(serve.header_s)")
+
+
+def test_an_answer_may_take_longer(server: Server) -> None:
+    body = {"prompt": "It was", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with server.raw(post("/v1/completions", body)) as connection:
+        said, begin = b"", time.monotonic()
+        while b"[DONE]" not in said:
+            assert time.monotonic() < begin + 60
+            said += connection.recv(1 << 16)
+    assert said.count(b"data: ") > 100 and time.monotonic() - begin > HEADER_S
+
+
+def test_no_http(server: Server) -> None:
+    for wrong in (
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n",
+    ):
+        assert ends_after(server.raw(wrong))[1][:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431")
+    assert server.ask("/health")[0] == 200

@@ -1,0 +1,137 @@
+"""epmoe.serve as a command: on two ranks under torchrun, and how it ends, whoever is killed or told to."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from served import Server, post, served
+
+from epmoe import LLM, SamplingParams
+
+LONG = {"prompt": "It was a fine morning, and", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+class Begun:
+    """A stream of LONG whose first bytes are here."""
+
+    def __init__(self, server: Server, tokens: int = 400) -> None:
+        self.connection = server.raw(post("/v1/completions", {**LONG, "max_tokens": tokens}))
+        self.said = b""
+        while b"data: {" not in self.said:
+            self.said += self.connection.recv(1 << 16)
+
+    def rest(self) -> bytes:
+        with self.connection:
+            while piece := self.connection.recv(1 << 16):
+                self.said += piece
+                if b"data: [DONE]" in piece[-100:]:
+                    break
+        return self.said
+
+
+def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
+    """And end with 0 when the last of them is told to."""
+    prompts = ["It was a fine morning, and", "The captain of the guard"]
+    with LLM(runtime="cpu") as llm:
+        expected = llm.generate(prompts, SamplingParams(max_tokens=10, temperature=1.0, seed=3))
+    with served(tmp_path / "run", ranks=2) as server:
+        found = server.client().completions.create(
+            model=server.model, prompt=prompts, max_tokens=10, temperature=1, seed=3,
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        assert [tuple((each.model_extra or {})["token_ids"]) for each in found.choices] == [
+            each.ids for each in expected
+        ]
+    assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
+
+
+def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    with served(tmp_path / "run", ranks=2, settled=False) as server:
+        begun = Begun(server)
+        first, second = server.ranks()
+        http = server.http_process()
+        second.kill()
+        said = begun.rest()
+        assert b'"code":"service_unavailable"' in said and b"[DONE]" not in said
+        assert server.process.wait(30) == 1 and "epmoe: rank 1 ended without a word (killed?)" in server.stderr
+        gone, alive = psutil.wait_procs([first, http], timeout=10)
+        assert not alive and len(gone) == 2
+
+
+def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
+    """New requests are refused meanwhile; the exit code is 0."""
+    with served(tmp_path / "run", settled=False) as server:
+        begun = Begun(server, 150)
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while server.ask("/ready")[0] == 200:
+            assert time.monotonic() < deadline
+        status, answer, headers = server.ask("/v1/completions", {"prompt": "a"})
+        assert status == 503 and answer["error"]["code"] == "draining" and headers["retry-after"]
+        assert server.ask("/health")[0] == 200
+        said = begun.rest()
+        assert b"data: [DONE]" in said and b'"error"' not in said
+        assert server.process.wait(10) == 0
+
+
+def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    """One that would take longer hears why it ends."""
+    with served(tmp_path / "run", "serve.drain_s=0.5", settled=False) as server:
+        begun = Begun(server)
+        server.process.send_signal(signal.SIGINT)
+        said = begun.rest()
+        assert b"serve.drain_s" in said and b"[DONE]" not in said
+        assert server.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two ranks"])
+def test_a_second_signal_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
+    with served(tmp_path / "run", "serve.drain_s=60", ranks=ranks, settled=False) as server:
+        begun = Begun(server)
+        told = server.ranks()[-1] if ranks else server.process
+        begin = time.monotonic()
+        told.send_signal(signal.SIGTERM)
+        time.sleep(1.5)  # what comes sooner is the same signal by another way
+        told.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0 and time.monotonic() - begin < 8
+        assert b"service_unavailable" in begun.rest()
+
+
+def test_the_http_process_is_started_again(tmp_path: Path) -> None:
+    """Whoever waited for it has lost the connection, the ranks have ended the request, and others are served."""
+    with served(tmp_path / "run") as server:
+        begun = Begun(server)
+        old = server.http_process()
+        old.kill()
+        assert b"[DONE]" not in begun.rest()
+        begin = time.monotonic()
+        assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+        assert time.monotonic() - begin < 10
+        assert server.http_process().pid != old.pid
+        server.comes_to_rest()
+    assert server.stderr.count("another one starts") == 1
+
+
+MISTAKES = [
+    (["serve.port=70000"], "serve.port=70000 is out of range"),
+    (["serve.api_key_file=/no/such/file"], "serve.api_key_file=/no/such/file cannot be read"),
+    (["serve.log=/no/such/folder/log"], "/no/such/folder/log"),
+    (["prompt=x"], "prompt means nothing to a server"),
+    (["serve.hosts=x"], "serve.hosts"),
+    (["--help"], ""),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), MISTAKES, ids=[words[0] for words, _ in MISTAKES])
+def test_mistakes_are_one_line(words: list[str], says: str) -> None:
+    command = [sys.executable, "-m", "epmoe.serve", "runtime.device=cpu", "serve.port=0", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    if words == ["--help"]:
+        assert done.returncode == 0 and "serve.drain_s=20.0" in done.stdout and "OpenAI" in done.stdout
+        return
+    lines = [line for line in done.stderr.splitlines() if "device=cpu" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done.stderr
