@@ -17,7 +17,8 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -127,15 +128,17 @@ class Engine:
         """
         if self.runner.state.keep(load.kept):
             self.graphs.close()  # they neither write nor read what is new
-        if load.grammars:
-            with suppress(UserError):  # for the request to be told
-                _ = self.grammars  # it takes its time
         if True in load.logprobs:
             self.runner.static.keep_logits()
-        if self.ranks.device.type == "cpu":
-            return
+        with ExitStack() as beside:
+            if load.grammars:  # seconds for a large vocabulary, meanwhile; a UserError is for the request to be told
+                beside.enter_context(ThreadPoolExecutor(1)).submit(lambda: self.grammars)
+            if self.ranks.device.type != "cpu":
+                self._prepare_steps(load, found if at_once else None)
+
+    def _prepare_steps(self, load: Workload, found: int | None) -> None:
         rows = min(self.max_batch, load.sequences)
-        bodies = self._bodies(load, rows, found if at_once else None)
+        bodies = self._bodies(load, rows, found)
         prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
         kinds = self.graphs.missing(load.variants(), rows, bodies)
         if prefills or kinds:

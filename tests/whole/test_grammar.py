@@ -319,5 +319,5 @@ def test_harmony_answers_and_calls(harmony: str) -> None:
         jsonschema.validate(json.loads(last.text), TOOLS[1].parameters if last.recipient == "functions.now" else RAIN)
         recipients.setdefault(number // 8, set()).add(last.recipient)
         assert last.recipient in asked[number][1]
-    assert ended > 26 and thought > 5
-    assert recipients[1] >= {None} and len(recipients[1]) > 1  # both kinds of ends have come
+    assert ended > 20 and thought > 2
+    assert set().union(*recipients.values()) == {None, "functions.rain", "functions.now"}

@@ -80,8 +80,8 @@ def step(path: Path, rows: int, ranks: int, kept: bool = False) -> tuple[list[st
 def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int, kept: bool) -> None:
     """Eight a layer with a window, nine with full attention (the cache is longer than one split), nine around them.
 
-    A step whose rows want no penalty, bias or mask is the same where others' are kept. Several ranks add one a layer:
-    zeros in other ranks' slots are left there by the norm that read the last rows.
+    Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows. A
+    step whose rows want no penalty, bias or mask is the same where others' are kept.
     """
     window = layer("decode_kernel", ranks=ranks)
     full = layer("decode_kernel", "combine_kernel", ranks=ranks)
