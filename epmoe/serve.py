@@ -115,6 +115,7 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         header_s=config.serve.header_s,
         api_key=key,
         log=os.path.abspath(os.path.expanduser(config.serve.log)) if config.serve.log else "",
+        responses=config.serve.responses,
     )
 
 

@@ -33,6 +33,7 @@ OWN: Mapping[str, str] = {
     "serve.model": "rank 0's",
     "serve.api_key_file": "rank 0's, a path",
     "serve.drain_s": "rank 0's, which says when all are to end",
+    "serve.responses": "rank 0's",
     "serve.max_body": "rank 0's",
     "serve.header_s": "rank 0's",
     "serve.log": "rank 0's, a path",
