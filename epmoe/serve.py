@@ -79,9 +79,7 @@ def open_when_ready(door: Door, service: Service, llm: LLM, where: str) -> None:
     while not service.running.wait(LOOK_S):
         if service.failure is not None:
             return
-    pages = llm.cache.pages
-    room = min(pages.count * pages.size, pages.most) if pages.full else pages.most
-    door.open(service, Ready(made, room))
+    door.open(service, Ready(made, llm.cache.pages.room))
     streams.tell(f"epmoe: {door.hello.model} at {where}, ready in {time.perf_counter() - BEGAN:.1f} s")
 
 

@@ -26,6 +26,8 @@ OWN: Mapping[str, str] = {
     "prompts": "rank 0's, a path",
     "output": "rank 0's, a path",
     "resume": "rank 0's, which alone reads what is there",
+    "base_url": "a conversation's, which one process has",
+    "model": "a conversation's",
     "serve.queue_requests": "rank 0's, to which requests come",
     "serve.queue_tokens": "rank 0's",
     "serve.host": "rank 0's, which alone listens",

@@ -4,6 +4,7 @@ ModelKeys              which model runs, with which parts, on what: what all sha
   LLMConfig            LLM(checkpoint, **keys): how it answers, too
     Config             epmoe.generate: the prompts and where answers go, too
     ServeConfig        AsyncLLM(checkpoint, **keys): requests that come and go, too
+    ChatConfig           epmoe chat: where the model is, too
   BenchConfig          epmoe.bench: what is measured, too (bench/options.py)
 Sampling and Length    also what one request may ask for (engine/request.py)
 """
@@ -190,6 +191,31 @@ Serve a mixture-of-experts checkpoint, whose experts are shared by all ranks, to
 docs/serving.md says which fields of a request are served."""
 
     serve: Server = key(Server(), "where requests come from, and what they may take")
+
+
+@dataclass(frozen=True)
+class ChatConfig(LLMConfig):
+    """What `epmoe chat` does."""
+
+    subject: ClassVar[str] = "a chat"
+    usage: ClassVar[str] = """\
+Talk to a model in the terminal.
+
+  epmoe chat key=value ...                                      the model in this process
+  epmoe chat base_url=http://localhost:8000/v1 key=value ...    that of a running server
+
+Each line is a message; /help says what else there is. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+    base_url: str = key("", "a server of OpenAI's interface, which has the model; its key: EPMOE_API_KEY")
+    model: str = key("", "the model's name at base_url; empty: the first that it lists")
+
+    def check(self) -> None:
+        if self.base_url and self.checkpoint:
+            raise UserError(f"base_url={self.base_url} and checkpoint={self.checkpoint!r} exclude each other: give one")
+        if self.model and not self.base_url:
+            raise UserError(f"model={self.model} without base_url=: give checkpoint= for a model in this process")
+        if self.sampling.n > 1:
+            raise UserError(f"sampling.n={self.sampling.n}: a conversation goes on with one answer: leave it out")
 
 
 @dataclass(frozen=True)
