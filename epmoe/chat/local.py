@@ -37,7 +37,7 @@ class Local:
 
     async def _answer(self, messages: Sequence[Message], show: Show) -> str:
         loop, fresh = asyncio.get_running_loop(), asyncio.Event()
-        request = await asyncio.to_thread(self._request, messages)
+        request = await asyncio.to_thread(self.request, messages)
         delivery = Delivery(self.llm.llm.tokenizer, request, partial(loop.call_soon_threadsafe, fresh.set))
         (part,), (call,) = delivery.parts, delivery.calls
         spoken = Spoken(part.answer.parser)
@@ -56,8 +56,8 @@ class Local:
             self.llm.service.abort(call)
         return "tool_calls" if spoken.calls else REASONS.get(completion.finish_reason, completion.finish_reason)
 
-    def _request(self, messages: Sequence[Message]) -> Request:
-        """With all the room that there is, where nobody says how long an answer may become."""
+    def request(self, messages: Sequence[Message]) -> Request:
+        """What the engine is asked: with all the room that there is, where nobody says how long an answer may be."""
         llm = self.llm.llm
         request = llm.request(list(messages))
         if llm.defaults is None or llm.defaults.max_new_tokens is None:

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 ROLES = ("user", "assistant", "system", "developer")
 INSTRUCT = ("system", "developer")
-TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal", "reasoning_text": "text"}
+TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")  # types of parts
 
 
 def listed(given: Any) -> list[Item]:
@@ -115,10 +115,10 @@ class _Turns:
             last["tool_calls"] = [call]
 
     def _reason(self, place: str, item: Item) -> None:
-        parts = item.get("content") or item.get("summary") or []
-        if not parts and item.get("encrypted_content"):
+        given = item.get("content") or item.get("summary") or []
+        if not given and item.get("encrypted_content"):
             raise _wrong(f"{place}: encrypted reasoning is another server's: leave the item out")
-        text = _text(f"{place}.content", [{**each, "type": "text"} for each in parts if isinstance(each, dict)])
+        text = _text(f"{place}.content", given)
         self.reasoning += (BETWEEN_MESSAGES if self.reasoning and text else "") + text
 
     def _thought(self) -> Message:
@@ -135,10 +135,13 @@ def _text(place: str, content: Any) -> str:
     found = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(TEXTS[kind]) if kind in TEXTS else None
+        if not isinstance(kind, str):
+            raise _wrong(f"{place}[{number}] is no part with a type")
+        if kind not in TEXTS:
+            raise _wrong(f"{place}[{number}] is of type {kind!r}: only text is read")
+        text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
-            what = f"is of type {kind!r}: only text is read" if isinstance(kind, str) else "is no part with a type"
-            raise _wrong(f"{place}[{number}] {what if kind not in TEXTS else 'has no text'}")
+            raise _wrong(f"{place}[{number}] has no text")
         found.append(text)
     return "".join(found)
 

@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from epmoe.server.errors import ApiError
 from epmoe.server.openai.items import listed, messages
+from epmoe.text.messages import check_conversation
 
 USER: Any = {"role": "user", "content": "Rain?"}
 CALL: Any = {"type": "function_call", "call_id": "c1", "name": "rain", "arguments": "{}", "id": "fc_1", "status": "x"}
@@ -129,7 +132,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"type": "function_call_output", "call_id": "c"}, "needs call_id, output"),
     (OUTPUT, "'c1'"),
     ({"type": "reasoning", "summary": [], "encrypted_content": "x"}, "encrypted"),
-    ({"type": "reasoning", "content": [{"text": 3}]}, "no text"),
+    ({"type": "reasoning", "content": [{"type": "reasoning_text", "text": 3}]}, "no text"),
+    ({"type": "reasoning", "summary": 3}, "neither text"),
 ]
 
 
@@ -138,3 +142,30 @@ def test_an_item_that_is_not_served_is_named(item: Any, says: str) -> None:
     with pytest.raises(ApiError, match=r"input\[1\]") as caught:
         messages(None, [USER, item])
     assert caught.value.status == 400 and caught.value.param == "input" and says in str(caught.value)
+
+
+NAMES = ("type", "role", "content", "call_id", "name", "arguments", "output", "summary", "text", "refusal", "id")
+WORDS = (
+    "message", "reasoning", "function_call", "function_call_output", "user", "assistant", "developer", "input_text",
+    "output_text", "reasoning_text", "c1", "Rain?",
+)  # fmt: skip
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(NAMES), ANY, max_size=7) | st.sampled_from([USER, CALL, OUTPUT]), max_size=4
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_comes_is_a_conversation_or_refused(items: list[Any]) -> None:
+    try:
+        found = messages("Be brief.", items)
+    except ApiError as error:
+        assert error.status == 400 and error.param == "input"
+        return
+    check_conversation("x", found)
