@@ -130,6 +130,6 @@ class Said:
         if not content and not self.calls:
             return None
         made: Message = {"role": "assistant", "content": content}
-        if reasoning:
+        if reasoning and not (content and self.calls):  # templates know no message that has all three
             made["reasoning_content"] = reasoning
         return {**made, "tool_calls": self.calls} if self.calls else made

@@ -133,6 +133,8 @@ def test_an_answer_of_calls() -> None:
         ("c1", {"name": "rain", "arguments": "{}"}),
         ("c2", {"name": "sun", "arguments": "{}"}),
     ]
+    said.add(YES)
+    assert (said.message() or {}).keys() == {"role", "content", "tool_calls"}
 
 
 def test_bytes_that_are_no_text(talked: Talked, monkeypatch: pytest.MonkeyPatch) -> None:
