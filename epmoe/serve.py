@@ -79,9 +79,7 @@ def open_when_ready(door: Door, service: Service, llm: LLM, where: str) -> None:
     while not service.running.wait(LOOK_S):
         if service.failure is not None:
             return
-    pages = llm.cache.pages
-    room = min(pages.count * pages.size, pages.most) if pages.full else pages.most
-    door.open(service, Ready(made, room))
+    door.open(service, Ready(made, llm.cache.pages.room))
     streams.tell(f"epmoe: {door.hello.model} at {where}, ready in {time.perf_counter() - BEGAN:.1f} s")
 
 
@@ -115,6 +113,7 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         header_s=config.serve.header_s,
         api_key=key,
         log=os.path.abspath(os.path.expanduser(config.serve.log)) if config.serve.log else "",
+        responses=config.serve.responses,
     )
 
 

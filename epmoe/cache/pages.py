@@ -155,6 +155,11 @@ class Pages:
         return self.full.count if self.full else 0
 
     @property
+    def room(self) -> int:
+        """Most positions of one sequence."""
+        return min(self.count * self.size, self.most) if self.full else self.most
+
+    @property
     def left(self) -> int:
         """Pages of theirs that may be taken, or shared."""
         if self.full is None:
@@ -177,9 +182,8 @@ class Pages:
     def check(self, tokens: int) -> None:
         """Raises UserError for a sequence that would not fit into an empty cache either."""
         if self.needs(tokens) > self.count or tokens > self.most:
-            room = min(self.count * self.size, self.most) if self.full else self.most
             raise UserError(
-                f"a sequence of {tokens} tokens can never fit a cache of {room}: "
+                f"a sequence of {tokens} tokens can never fit a cache of {self.room}: "
                 "raise runtime.cache_tokens, or lower max_new_tokens"
             )
 

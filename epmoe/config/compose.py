@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from epmoe.config.keys import ByToken, Key, Names, Numbers, build, groups_of, keys_of, known_instead, respelled, scalar
-from epmoe.config.schema import SPELLINGS, Config, LLMConfig, ModelKeys, ServerConfig
+from epmoe.config.schema import SPELLINGS, ChatConfig, Config, LLMConfig, ModelKeys, ServerConfig
 from epmoe.errors import UserError
 
 C = TypeVar("C", bound=ModelKeys)
@@ -187,7 +187,7 @@ def _known_key(name: str, schema: type[ModelKeys], given: str = "") -> Key:
 
 def _elsewhere(name: str) -> bool:
     """Whether a command has such a key or group."""
-    return any(name in keys_of(each) or name in groups_of(each) for each in (Config, ServerConfig))
+    return any(name in keys_of(each) or name in groups_of(each) for each in (Config, ServerConfig, ChatConfig))
 
 
 def _split(argument: str, schema: type[ModelKeys]) -> tuple[str, str]:

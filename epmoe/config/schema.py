@@ -4,6 +4,7 @@ ModelKeys              which model runs, with which parts, on what: what all sha
   LLMConfig            LLM(checkpoint, **keys): how it answers, too
     Config             epmoe.generate: the prompts and where answers go, too
     ServeConfig        AsyncLLM(checkpoint, **keys): requests that come and go, too
+    ChatConfig           epmoe chat: where the model is, too
   BenchConfig          epmoe.bench: what is measured, too (bench/options.py)
 Sampling and Length    also what one request may ask for (engine/request.py)
 """
@@ -121,6 +122,7 @@ class Server(Serve):
     model: str = key("", "name of the model for clients; empty: the checkpoint's")
     api_key_file: str = key("", "file with the key that clients must send; empty: EPMOE_API_KEY of the environment")
     drain_s: float = key(20.0, "after SIGTERM answers may take so many seconds to their end", Range(0, 120))
+    responses: int = key(1000, "most answers of /v1/responses that are kept for a next turn; 0: none", Range(low=0))
     max_body: int = key(8_000_000, "most bytes of a request's body", Range(1, 50_000_000))
     header_s: float = key(30.0, "most seconds for a request's head, and for its body", Range(above=0, high=3600))
     log: str = key("", "append a line of JSON for each request to this file, without any of its text")
@@ -195,6 +197,31 @@ Serve a mixture-of-experts checkpoint, whose experts are shared by all ranks, to
 docs/serving.md says which fields of a request are served."""
 
     serve: Server = key(Server(), "where requests come from, and what they may take")
+
+
+@dataclass(frozen=True)
+class ChatConfig(LLMConfig):
+    """What `epmoe chat` does."""
+
+    subject: ClassVar[str] = "a chat"
+    usage: ClassVar[str] = """\
+Talk to a model in the terminal.
+
+  epmoe chat key=value ...                                      the model in this process
+  epmoe chat base_url=http://localhost:8000/v1 key=value ...    that of a running server
+
+Each line is a message; /help says what else there is. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+    base_url: str = key("", "a server of OpenAI's interface, which has the model; its key: EPMOE_API_KEY")
+    model: str = key("", "the model's name at base_url; empty: the first that it lists")
+
+    def check(self) -> None:
+        if self.base_url and self.checkpoint:
+            raise UserError(f"base_url={self.base_url} and checkpoint={self.checkpoint!r} exclude each other: give one")
+        if self.model and not self.base_url:
+            raise UserError(f"model={self.model} without base_url=: give checkpoint= for a model in this process")
+        if self.sampling.n > 1:
+            raise UserError(f"sampling.n={self.sampling.n}: a conversation goes on with one answer: leave it out")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from epmoe.server.openai.chat import Chat, ChatRequest
 from epmoe.server.openai.completions import CompletionRequest, Completions
 from epmoe.server.openai.fields import decoded, typed
 from epmoe.server.replies import Reply
+from epmoe.server.responses import Responses
 from epmoe.server.watched import Watched
 
 OPEN = frozenset(("/health", "/ready"))  # for probes, which have no key
@@ -43,6 +44,7 @@ class App:
         routes = [
             Route("/v1/completions", self.completions, methods=post),
             Route("/v1/chat/completions", self.chat, methods=post),
+            *Responses(self.front, self._body).routes,
             Route("/v1/models", self.models, methods=get),
             Route("/v1/models/{name:path}", self.model, methods=get),
             Route("/tokenize", self.tokenize, methods=post),

@@ -45,6 +45,7 @@ class Hello(Frame, frozen=True):
     header_s: float
     api_key: str
     log: str
+    responses: int  # that are kept
 
 
 class Ready(Frame, frozen=True):

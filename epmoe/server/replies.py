@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar, Protocol
 
@@ -44,16 +45,33 @@ class Kind(Protocol):
     def choice(self, number: int, delivery: Delivery, choice: Choice) -> dict[str, Any]: ...
 
 
-class Reply:
-    """An ASGI application for one request."""
+class Answering(ABC):
+    """An ASGI application for one request, up to the form of what is sent.
 
-    def __init__(self, front: Front, kind: Kind, asked: Sampled, watched: Watched) -> None:
-        self.front, self.kind, self.asked, self.watched = front, kind, asked, watched
-        self.id, self.created = f"{kind.prefix}{secrets.token_hex(12)}", int(time.time())
+    Args:
+        requests: makes what the engine is asked for, on a thread of its own.
+    """
+
+    def __init__(self, front: Front, requests: Callable[[], list[Request]], stream: bool, watched: Watched) -> None:
+        self.front, self.requests, self.stream, self.watched = front, requests, stream, watched
         self.deliveries: list[Delivery] = []
-        self.begun: set[tuple[int, int]] = set()  # answers whose opening was given
-        self.ended: set[tuple[int, int]] = set()
         self.streaming = False  # the status was sent
+
+    @abstractmethod
+    async def fresh(self, send: Send, number: int, pieces: list[Piece]) -> None:
+        """What is new of one prompt's answers, in a stream."""
+
+    @abstractmethod
+    async def close(self, send: Send) -> None:
+        """The end of a stream."""
+
+    @abstractmethod
+    async def whole(self, completions: list[Completion]) -> dict[str, Any]:
+        """All of it at once."""
+
+    @abstractmethod
+    async def fail(self, send: Send, error: ApiError) -> None:
+        """What a stream says that cannot go on."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self._run(send))
@@ -71,7 +89,7 @@ class Reply:
             work.cancel()
 
     async def _run(self, send: Send) -> None:
-        requests = await asyncio.to_thread(self.kind.requests)
+        requests = await asyncio.to_thread(self.requests)
         fresh = asyncio.Event()
         self.deliveries = [Delivery(self.front.tokenizer, each, fresh.set) for each in requests]
         self.watched.asked(self.deliveries)
@@ -84,7 +102,7 @@ class Reply:
             if (told := errors.of(error)) is not error and told.status == 500:
                 traceback.print_exception(error)
             self.watched.failed(told.status)
-            await self._event(send, told.body)
+            await self.fail(send, told)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.front.line.abort([call for each in self.deliveries for call in each.calls])
@@ -105,14 +123,36 @@ class Reply:
                     completions[number] = completion
                 if any(part.result and part.result.finish_reason == "error" for part in delivery.parts):
                     raise ApiError(500, "the model's numbers are none for this prompt")
-                if self.asked.stream:
-                    await self._stream(send, number, pieces)
-        if self.asked.stream:
-            await self._close(send)
-        else:
-            await self._whole(send, [completions[number] for number in sorted(completions)])
+                if self.stream:
+                    await self.fresh(send, number, pieces)
+        if self.stream:
+            await self.close(send)
+            return
+        data = msgspec.json.encode(await self.whole([completions[number] for number in sorted(completions)]))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
 
-    async def _stream(self, send: Send, number: int, pieces: list[Piece]) -> None:
+    async def event(self, send: Send, data: bytes) -> None:
+        """Send an event's lines."""
+        if not self.streaming:
+            headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            self.streaming = True
+        await send({"type": "http.response.body", "body": data + b"\n\n", "more_body": True})
+
+
+class Reply(Answering):
+    """Completions and chat: chunks of choices."""
+
+    def __init__(self, front: Front, kind: Kind, asked: Sampled, watched: Watched) -> None:
+        super().__init__(front, kind.requests, asked.stream, watched)
+        self.kind, self.asked = kind, asked
+        self.id, self.created = f"{kind.prefix}{secrets.token_hex(12)}", int(time.time())
+        self.begun: set[tuple[int, int]] = set()  # answers whose opening was given
+        self.ended: set[tuple[int, int]] = set()
+
+    async def fresh(self, send: Send, number: int, pieces: list[Piece]) -> None:
         """The chunks of what is new of one prompt's answers."""
         delivery = self.deliveries[number]
         by_index = {piece.index: piece for piece in pieces}
@@ -138,31 +178,26 @@ class Reply:
             said["usage"] = self._usage()
         await self._event(send, said)
 
-    async def _close(self, send: Send) -> None:
+    async def close(self, send: Send) -> None:
         if self.asked.usage.include_usage:
             said = {**self.front.envelope(self.id, self.kind.part, self.created), "choices": [], "usage": self._usage()}
             await self._event(send, said)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    async def _event(self, send: Send, said: dict[str, Any]) -> None:
-        if not self.streaming:
-            headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            self.streaming = True
-        data = b"data: " + msgspec.json.encode(said) + b"\n\n"
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def fail(self, send: Send, error: ApiError) -> None:
+        await self._event(send, error.body)
 
-    async def _whole(self, send: Send, completions: list[Completion]) -> None:
+    async def _event(self, send: Send, said: dict[str, Any]) -> None:
+        await self.event(send, b"data: " + msgspec.json.encode(said))
+
+    async def whole(self, completions: list[Completion]) -> dict[str, Any]:
         choices = [
             {"index": self._index(number, choice.index), **self.kind.choice(number, self.deliveries[number], choice)}
             for number, completion in enumerate(completions)
             for choice in completion.outputs
         ]
         envelope = self.front.envelope(self.id, self.kind.whole, self.created)
-        data = msgspec.json.encode({**envelope, "choices": choices, "usage": self._usage()})
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
+        return {**envelope, "choices": choices, "usage": self._usage()}
 
     def _index(self, number: int, index: int) -> int:
         return number * len(self.deliveries[0].parts) + index

@@ -43,6 +43,7 @@ class Draft:
         self.header = header
         self.body = body  # <|message|> began it, so that nothing but its end ends it
         self.pieces: list[str] = []
+        self.places: list[int] = []  # of its text's ids among those of the answer
         self.complete = False
 
     def message(self) -> Message:
@@ -75,6 +76,7 @@ class Messages:
         self.prompted = 0  # its first ids that are the prompt's
         self.pieces: list[str] = []  # text that was not returned yet
         self.silent = False  # the prompt is being read
+        self.fed = 0  # ids of the answer
         self.said_something = False
         if self.markup is None:
             self._begin(Header(), body=False)
@@ -100,6 +102,9 @@ class Messages:
             self._feed_control(token)
         else:
             self._feed_text(token)
+            if self.open:
+                self.drafts[-1].places.append(self.fed)
+        self.fed += 1
         return self._take()
 
     def finish(self, *, complete: bool) -> str:
@@ -123,7 +128,7 @@ class Messages:
                 self.feed(id)
         self.silent = False
         header = self.drafts[-1].header if self.open and self.drafts[-1].body else None
-        self.drafts, self.pieces, self.open = [], [], False
+        self.drafts, self.pieces, self.open, self.fed = [], [], False, 0
         if header is not None:
             self._begin(header, body=True)
         if self.header is not None:

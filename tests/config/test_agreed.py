@@ -8,7 +8,7 @@ from epmoe.bench.options import BenchConfig, LoadConfig, StartConfig
 from epmoe.config.agreed import OWN, agreed
 from epmoe.config.compose import parse
 from epmoe.config.keys import keys_of
-from epmoe.config.schema import Config, LLMConfig, ModelKeys, ServeConfig, ServerConfig
+from epmoe.config.schema import ChatConfig, Config, LLMConfig, ModelKeys, ServeConfig, ServerConfig
 
 # A new key stands here or in OWN: may a rank have a value of its own without another text, a hang or an abort?
 SHARED = {
@@ -32,6 +32,7 @@ START = {"size", "ranks", "sequences", "prompt_tokens", "repeat"}
         (ModelKeys, set()),
         (LLMConfig, set()),
         (Config, set()),
+        (ChatConfig, set()),
         (ServeConfig, {"serve.step_tokens"}),
         (ServerConfig, {"serve.step_tokens"}),
         (BenchConfig, MEASURED),
@@ -45,7 +46,7 @@ def test_every_key_is_decided(schema: type[ModelKeys], more: set[str]) -> None:
 
 
 def test_own_names_keys_that_exist() -> None:
-    assert set(OWN) <= {*keys_of(Config), *keys_of(ServerConfig)} and not set(OWN) & SHARED
+    assert set(OWN) <= {*keys_of(Config), *keys_of(ServerConfig), *keys_of(ChatConfig)} and not set(OWN) & SHARED
 
 
 def test_values_are_spelled_as_on_the_command_line() -> None:

@@ -10,11 +10,11 @@ import pytest
 from epmoe.bench.options import BenchConfig
 from epmoe.config.compose import parse
 from epmoe.config.keys import Biases, ByToken, Names, Numbers, Range, Variables, keys_of
-from epmoe.config.schema import Config, Length, LLMConfig, ModelKeys, Sampling, ServeConfig, ServerConfig
+from epmoe.config.schema import ChatConfig, Config, Length, LLMConfig, ModelKeys, Sampling, ServeConfig, ServerConfig
 from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
 
-SCHEMAS = (Config, LLMConfig, ServeConfig, ServerConfig, BenchConfig, ModelKeys, SamplingParams)
+SCHEMAS = (Config, LLMConfig, ServeConfig, ServerConfig, ChatConfig, BenchConfig, ModelKeys, SamplingParams)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

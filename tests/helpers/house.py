@@ -35,7 +35,8 @@ FLOORS = (
     {"llm"},
     {"async_llm"},
     {"__init__"},
-    {"bench", "demo", "follow", "generate", "serve"},
+    {"bench", "chat", "demo", "follow", "generate", "serve"},
+    {"__main__"},
 )
 
 PARAMETERS, FILE_LINES, FUNCTION_LINES = 6, 400, 50

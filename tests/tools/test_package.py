@@ -73,4 +73,6 @@ def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
     assert python("-c", "import epmoe.config.compose as c; print(c.conf_dir())") == f"{site}/epmoe/conf\n"
     assert yaml.safe_load(python("-m", "epmoe.generate", "--cfg", "job", "prompt=é, ${x}"))["prompt"] == "é, ${x}"
     assert len(python("-m", "epmoe.generate", "runtime=cpu", "max_new_tokens=8", "prompt=In the").split()) > 1
+    words = (f"{site}/bin/epmoe", "generate", "--cfg", "job", "--max-new-tokens", "8")
+    assert yaml.safe_load(python(*words))["max_new_tokens"] == 8
     assert list(folder.iterdir()) == []
