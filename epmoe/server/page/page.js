@@ -1,8 +1,8 @@
 // The page: a conversation over /v1/chat/completions, and what /metrics says meanwhile.
 //
-//   ask ─▶ messages ─▶ fetch ─▶ events ─▶ Answer (reasoning, content, calls) ─▶ its element, once a frame
+//   send ─▶ messages ─▶ fetch ─▶ events ─▶ Answer (reasoning, content, calls) ─▶ elements, once a frame
 //
-// What a model says becomes text nodes, never markup: the policy that the page comes with forbids the browser the rest.
+// What a model says becomes text, never markup: the policy that the page comes with forbids the browser the rest.
 
 const $ = (id) => document.getElementById(id);
 const [log, text, settings] = [$("log"), $("text"), $("settings")];
@@ -190,22 +190,24 @@ class Answer {
     const { prompt_tokens: prompt, prompt_tokens_details: details } = this.usage ?? {};
     if (prompt) found.push(`prompt ${prompt}, ${details?.cached_tokens ?? 0} from cache`);
     if (this.reason === "length") found.push("cut at its length");
-    if (this.reason === "stopped") found.push("stopped");
+    if (["stopped", "failed"].includes(this.reason)) found.push(this.reason);
     return found;
   }
 
-  /** Nothing more comes. */
-  end() {
+  /** Nothing more comes; `why` where the answer itself did not say so. */
+  end(why) {
     if (this.frame) cancelAnimationFrame(this.frame);
-    this.reason ||= "stopped";
+    this.reason ||= why;
     this.draw();
-    this.foot.append(button("Copy", (event) => copy(this.content || this.reasoning, event.target)));
+    const said = this.content || this.reasoning;
+    if (said) this.foot.append(button("Copy", (event) => copy(said, event.target)));
+    this.element.dataset.ended = this.reason;
   }
 
   get message() {
     const said = { role: "assistant", content: this.content };
     if (this.reasoning) said.reasoning_content = this.reasoning;
-    if (this.calls.length) said.tool_calls = this.calls.map(({ id, type, function: made }) => ({ id, type, function: made }));
+    if (this.calls.length) said.tool_calls = this.calls;
     return said;
   }
 }
@@ -244,7 +246,8 @@ class Refused extends Error {}
 function wrong(error, status) {
   const { message, type, param, code } = error ?? {};
   const more = [type, code, param && `param ${param}`].filter(Boolean).join(", ");
-  return new Refused([status, message ?? "no answer that this page understands", more && `(${more})`].filter(Boolean).join(" "));
+  const said = message ?? "no answer that this page understands";
+  return new Refused([status, said, more && `(${more})`].filter(Boolean).join(" "));
 }
 
 function headers() {
@@ -310,7 +313,7 @@ async function answer() {
   }
   if (running !== control) return; // a new chat has begun meanwhile
   running = null;
-  found.end();
+  found.end(error ? "failed" : "stopped");
   if (found.first) messages.push(found.message);
   if (error) complain(found, error);
   else if (found.calls.length && found.reason === "tool_calls") expect(found);
@@ -381,7 +384,7 @@ function fit() {
 function unfold(shown, name) {
   settings.hidden = !shown;
   $("open").setAttribute("aria-expanded", String(shown));
-  if (shown) settings.elements[name ?? "system"].focus();
+  (shown ? settings.elements[name ?? "system"] : text).focus();
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -408,8 +411,8 @@ $("fresh").addEventListener("click", () => {
   text.focus();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running) running.abort();
-  else if (event.key === "Escape" && !settings.hidden) unfold(false);
+  if (event.key === "Escape" && settings.contains(event.target)) unfold(false);
+  else if (event.key === "Escape") running?.abort();
   else if (event.key === "/" && !event.target.matches("input, textarea, select")) {
     event.preventDefault();
     text.focus();
@@ -434,7 +437,8 @@ async function model() {
 
 /** Metrics without labels, by name. */
 function parsed(exposed) {
-  return Object.fromEntries([...exposed.matchAll(/^(epmoe_\w+) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
+  const found = [...exposed.matchAll(/^(epmoe_\w+) (\S+)$/gm)];
+  return Object.fromEntries(found.map(([, name, value]) => [name, Number(value)]));
 }
 
 const percent = (part) => (Number.isFinite(part) ? `${(100 * part).toFixed(0)} %` : "–");
