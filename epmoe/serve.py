@@ -109,6 +109,7 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         system=config.system,
         variables=configured(config),
         defaults=asdict(llm.defaults),
+        most_requests=config.serve.queue_requests + config.runtime.max_batch,
         queue_requests=config.serve.queue_requests,
         max_body=config.serve.max_body,
         header_s=config.serve.header_s,

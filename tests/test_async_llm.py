@@ -311,9 +311,10 @@ def test_mistakes_of_the_configuration(checkpoint: Path) -> None:
         ({"serve": {"step_tokens": 4}}, r"serve.step_tokens=4 leaves no prompt a place beside runtime.max_batch=4"),
         ({"serve.queue_requests": 0}, "serve.queue_requests=0 is out of range"),
         ({"serve": {"queue": 1}}, "unknown key 'serve.queue'"),
+        ({"serve": {"port": 1}}, r"serve\.port means nothing to an AsyncLLM"),
         ({"ranks": 0}, "ranks=0 is not a whole number"),
     ):
         with pytest.raises(UserError, match=says):
             AsyncLLM(checkpoint, **{**ON_CPU, **keys})
-    with pytest.raises(UserError, match="unknown key 'serve'"):
+    with pytest.raises(UserError, match="serve means nothing to an LLM"):
         LLM(checkpoint, serve={})

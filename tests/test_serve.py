@@ -1,6 +1,5 @@
 """epmoe.serve as a command: on two ranks under torchrun, and how it ends, whoever is killed or told to."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -14,18 +13,6 @@ from served import Server, post, served
 from epmoe import LLM, SamplingParams
 
 LONG = {"prompt": "It was a fine morning, and", "max_tokens": 400, "ignore_eos": True, "stream": True}
-
-
-def events(server: Server) -> tuple[list[dict[str, object]], bool, float]:
-    """What comes of LONG: its events, whether [DONE] stands at the end, and seconds."""
-    begin, said = time.monotonic(), b""
-    with server.raw(post("/v1/completions", LONG)) as connection:
-        while piece := connection.recv(1 << 16):
-            said += piece
-            if b"data: [DONE]" in said:
-                break
-    lines = [line[6:] for line in said.splitlines() if line.startswith(b"data: {")]
-    return [json.loads(line) for line in lines], b"data: [DONE]" in said, time.monotonic() - begin
 
 
 class Begun:
@@ -78,7 +65,7 @@ def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:
 def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
     """New requests are refused meanwhile; the exit code is 0."""
     with served(tmp_path / "run", settled=False) as server:
-        begun = Begun(server)
+        begun = Begun(server, 150)
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 5
         while server.ask("/ready")[0] == 200:
@@ -101,7 +88,7 @@ def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
         assert server.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two ranks"])
 def test_a_second_signal_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
     with served(tmp_path / "run", "serve.drain_s=60", ranks=ranks, settled=False) as server:
         begun = Begun(server)
@@ -116,7 +103,7 @@ def test_a_second_signal_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
 
 def test_the_http_process_is_started_again(tmp_path: Path) -> None:
     """Whoever waited for it has lost the connection, the ranks have ended the request, and others are served."""
-    with served(tmp_path / "run", ranks=2) as server:
+    with served(tmp_path / "run") as server:
         begun = Begun(server)
         old = server.http_process()
         old.kill()

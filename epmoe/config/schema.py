@@ -115,7 +115,7 @@ class Server(Serve):
     model: str = key("", "name of the model for clients; empty: the checkpoint's")
     api_key_file: str = key("", "file with the key that clients must send; empty: EPMOE_API_KEY of the environment")
     drain_s: float = key(20.0, "after SIGTERM answers may take so many seconds to their end", Range(0, 120))
-    max_body: int = key(8_000_000, "most bytes of a request's body", Range(low=1))
+    max_body: int = key(8_000_000, "most bytes of a request's body", Range(1, 50_000_000))
     header_s: float = key(30.0, "most seconds for a request's head, and for its body", Range(above=0, high=3600))
     log: str = key("", "append a line of JSON for each request to this file, without any of its text")
 

@@ -88,6 +88,8 @@ class App:
                 return ApiError(503, "the server comes to its end, and takes no new requests", code="draining")
             if self.line.ready is None:
                 return ApiError(503, "the model is not ready: see /ready", code="not_ready")
+            if self.line.active > self.hello.most_requests:  # before any of it takes memory
+                return ApiError(429, f"{self.hello.most_requests} requests are in flight", code="rate_limit_exceeded")
         return None
 
     def _note(self, watched: Watched, method: str) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,6 +119,9 @@ class Http:
             self.end()
         except OSError:  # it is gone, which the reader sees
             return
+        except BaseException:  # its calls must not wait for ever
+            traceback.print_exc()
+            self.end()
 
     def taken(self) -> list[Frame]:
         """All of the outbox as frames: tokens and ends that stand together are one."""
@@ -136,6 +140,8 @@ class Http:
                         found.append(step)
                         step = Step([], [], [])
                     found.append(each)
+                case _:
+                    raise TypeError(f"no frame: {each!r}")
         if step.tokens or step.ends or step.failed:
             found.append(step)
         return found
@@ -182,7 +188,7 @@ class Door:
         self.up, self.idle = threading.Event(), threading.Event()
         self.begun: deque[float] = deque()  # when processes have begun, of the last ones
         self.http = Http(self.hello, self.listener, self.limits)
-        self.thread = threading.Thread(target=self._keep, name="epmoe-door", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="epmoe-door", daemon=True)
         self.thread.start()
         if not self.up.wait(self.limits.start_s):
             self.error = UserError(f"the HTTP process does not answer within {self.limits.start_s:g} s")
@@ -220,7 +226,16 @@ class Door:
 
     # The door's thread
 
+    def _run(self) -> None:
+        try:
+            self._keep()
+        except BaseException as error:  # the run must not go on without anybody who listens
+            traceback.print_exc()
+            self.http.end()
+            self._fail(error)
+
     def _keep(self) -> None:
+        """Start process after process."""
         while True:
             http = self.http
             writer = threading.Thread(target=http.write, args=(self._figures,), name="epmoe-tell", daemon=True)
@@ -244,7 +259,7 @@ class Door:
             tell(f"epmoe: the HTTP process has ended ({why}): another one starts")
             self.http = Http(self.hello, self.listener, self.limits)
             if self.ready is not None:
-                self.http.say(self.ready)
+                self.http.say(self.ready, *([Drain()] if self.draining else []))
 
     def _too_often(self) -> bool:
         while time.monotonic() - self.begun[0] > self.limits.within_s:
@@ -254,6 +269,7 @@ class Door:
     def _fail(self, error: BaseException) -> None:
         self.error = error
         self.up.set()
+        self.idle.set()
         if self.service is not None:
             self.service.stop(error)
 

@@ -39,6 +39,7 @@ class Hello(Frame, frozen=True):
     system: str | None
     variables: dict[str, Any]  # of the chat template, for all prompts
     defaults: dict[str, Any]  # SamplingParams, for what a request leaves out
+    most_requests: int  # that may be in flight
     queue_requests: int
     max_body: int
     header_s: float

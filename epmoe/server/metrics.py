@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from epmoe.server.frames import Load
@@ -31,6 +31,7 @@ class Metrics:
 
     def __init__(self, model: str, load: Callable[[], Load | None]) -> None:
         self.model, self.load = model, load
+        disable_created_metrics()  # a second series for each, which nobody reads
         own = self.registry = CollectorRegistry()
         self.requests = Counter("epmoe_requests", "requests that were answered", ["path", "status"], registry=own)
         self.prompt_tokens = Counter("epmoe_prompt_tokens", "tokens of prompts", registry=own)

@@ -9,6 +9,7 @@ client that goes away cancels all of it, and that aborts its calls.
 import asyncio
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar, Protocol
 
@@ -80,8 +81,10 @@ class Reply:
         except Exception as error:
             if not self.streaming:
                 raise
-            self.watched.failed(errors.of(error).status)
-            await self._event(send, errors.of(error).body)
+            if (told := errors.of(error)) is not error and told.status == 500:
+                traceback.print_exception(error)
+            self.watched.failed(told.status)
+            await self._event(send, told.body)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.front.line.abort([call for each in self.deliveries for call in each.calls])

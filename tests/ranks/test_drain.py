@@ -67,6 +67,27 @@ CASES = {
 }
 
 
+def never_ends(seconds: float) -> None:
+    with mesh.start(device="cpu"), drained(None, seconds, lambda: None, lambda: None):
+        os.write(1, b"running\n")
+        time.sleep(1000)
+
+
+@pytest.mark.alone
+def test_a_block_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    """By the guard: after the time that it said it may take, and not before."""
+    with commands(never_ends, 1, 0.5, folder=tmp_path) as (started,):
+        deadline = time.monotonic() + 30
+        while "running" not in started.stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        begin = time.monotonic()
+        started.signal(signal.SIGTERM)
+        assert started.wait(guard.GRACE_S + WITHIN_S) == -signal.SIGKILL
+        assert guard.GRACE_S + 0.5 <= time.monotonic() - begin < guard.GRACE_S + 5
+        assert started.stderr == "epmoe: ended by SIGTERM\n"
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", CASES)

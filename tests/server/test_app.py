@@ -129,14 +129,9 @@ def test_streams_add_up(server: Server, llm: LLM) -> None:
     """To what comes at once; usage in a chunk of its own, and in each."""
     asked: dict[str, Any] = {"model": server.model, "prompt": PROMPTS[:2], "max_tokens": 8, "temperature": 1, "seed": 5}
     at_once = server.client().completions.create(**asked, n=2)
-    chunks = list(
-        server.client().completions.create(
-            **asked,
-            n=2,
-            stream=True,
-            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
-        )
-    )
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    stream: Any = server.client().completions.create(**{**asked, "n": 2, "stream": True, "stream_options": both})
+    chunks = list(stream)
     assert all(each.usage is not None for each in chunks) and chunks[-1].choices == []
     assert chunks[-1].usage == at_once.usage
     for choice in at_once.choices:

@@ -25,8 +25,8 @@ WITHIN_S = 20
 def hello(tokenizer: Path) -> Hello:
     return Hello(
         model="m", release="0", created=0, vocab=352, max_positions=64, tokenizer_file=str(tokenizer), templates={},
-        special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()), queue_requests=8,
-        max_body=1000, header_s=5.0, api_key="", log="",
+        special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()),
+        most_requests=16, queue_requests=8, max_body=1000, header_s=5.0, api_key="", log="",
     )  # fmt: skip
 
 
@@ -122,6 +122,17 @@ def test_a_process_that_reads_nothing_is_given_up(tokenizer: Path) -> None:
         assert healthy(door) == "HTTP/1.1 200 OK"
 
 
+def test_a_fault_of_its_own_ends_in_a_line_and_no_wait(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The writer's: another process starts, again and again up to the bound."""
+    with a_door(tokenizer, Limits(restarts=1)) as door:
+        for _ in range(2):
+            http = door.http
+            http.say("no frame")  # type: ignore[arg-type]
+            until("its end", lambda http=http: door.error is not None or door.http is not http)
+        until("the door's end", lambda: door.error is not None)
+    assert "Traceback" in capfd.readouterr().err
+
+
 class Kept(Http):
     """No process: what would be sent is kept."""
 
@@ -130,7 +141,7 @@ class Kept(Http):
         self.outbox = deque()
         self.kept: list[object] = []
 
-    def say(self, *what: object) -> None:  # type: ignore[override]
+    def say(self, *what: object) -> None:
         self.kept += what
 
 

@@ -13,6 +13,7 @@ from epmoe.server.openai.spoken import CALL, CONTENT, Delta, Spoken
 from epmoe.server.openai.usage import REASONS, chat_logprobs
 from epmoe.text.completion import Choice
 from epmoe.text.delivery import Delivery, Piece
+from epmoe.text.prompts import KEYS
 
 MOST_TOP = 20  # of top_logprobs, as OpenAI has it
 
@@ -56,9 +57,8 @@ class ChatRequest(Sampled, kw_only=True):
             own["reasoning_effort"] = self.reasoning_effort
         if self.tools and self.tool_choice != "none":
             own["tools"] = self.tools
-        for name in ("messages", "prompt"):
-            if name in own:
-                raise ApiError(400, f"chat_template_kwargs cannot have {name}", param="chat_template_kwargs")
+        for name in own.keys() & set(KEYS):  # of a request, and no variables of a template
+            raise ApiError(400, f"chat_template_kwargs cannot have {name}", param="chat_template_kwargs")
         return {**own, "messages": self.messages}
 
 

@@ -15,10 +15,10 @@ from epmoe.server.openai.chat import ChatRequest
 from epmoe.server.openai.fields import typed
 
 CALL = (
-    "assistant", "<|channel|>", "commentary to=functions.weather ", "<|constrain|>", "json", "<|message|>",
+    "t", "<|channel|>", "commentary to=functions.weather ", "<|constrain|>", "json", "<|message|>",
     '{"city"', ': "Ul', 'm"}', "<|call|>",
 )  # fmt: skip
-THOUGHT = ("assistant", "<|channel|>", "analysis", "<|message|>", "They ask", " for rain.", "<|end|>")
+THOUGHT = ("t", "<|channel|>", "analysis", "<|message|>", "They ask", " for rain.", "<|end|>")
 TEMPLATE = (
     "{%- if tools %}{{- '<|start|>developer<|message|>' + tools[0].function.name + '<|end|>' }}{%- endif %}"
     "{%- if reasoning_effort is defined %}{{- reasoning_effort }}{%- endif %}"
@@ -53,11 +53,12 @@ def test_a_call_of_a_tool(server: Server) -> None:
     found = server.client().chat.completions.create(**asked)
     (choice,) = found.choices
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
-    (call,) = choice.message.tool_calls or ()
-    assert call.type == "function" and call.function.name == "weather" and call.function.arguments == '{"city": "Ulm"}'
+    (call,) = choice.message.tool_calls or [None]
+    assert call is not None and call.type == "function"
+    assert call.function.name == "weather" and call.function.arguments == '{"city": "Ulm"}'
     chunks = [each.choices[0] for each in server.client().chat.completions.create(**asked, stream=True)]
     deltas = [call for each in chunks for call in each.delta.tool_calls or ()]
-    assert [each.index for each in deltas] == [0] * len(deltas) and len(deltas) > 2
+    assert [each.index for each in deltas] == [0] * len(deltas)
     assert deltas[0].id and deltas[0].function and deltas[0].function.name == "weather"
     assert "".join(each.function.arguments or "" for each in deltas if each.function) == '{"city": "Ulm"}'
     assert [each.finish_reason for each in chunks if each.finish_reason] == ["tool_calls"]
@@ -66,7 +67,7 @@ def test_a_call_of_a_tool(server: Server) -> None:
     assert final.tool_calls and final.tool_calls[0].function.arguments == '{"city": "Ulm"}'
     cut = server.client().chat.completions.create(**asked, max_tokens=6)
     assert cut.choices[0].finish_reason == "length" and cut.choices[0].message.tool_calls
-    assert cut.choices[0].message.tool_calls[0].function.arguments == '{"city"'  # type: ignore[union-attr]
+    assert cut.choices[0].message.tool_calls[0].function.arguments == '{"city"'
 
 
 def test_what_the_template_is_told(server: Server) -> None:
@@ -85,6 +86,7 @@ def test_what_the_template_is_told(server: Server) -> None:
     for wrong, says in (
         ({"chat_template_kwargs": {"colour": "red"}}, "colour"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"max_tokens": 3}}, "chat_template_kwargs"),
         ({"tools": [{"type": "web_search"}]}, r"tools[0]"),
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
