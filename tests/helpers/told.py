@@ -106,10 +106,10 @@ def told(folder: Path, scripts: Mapping[str, str], *, pace_s: float = 0.0, key: 
     service = Service(Engine(model, cache, ranks, EngineConfig(eos_ids=ends, max_batch=4)), Serve())
     thread = threading.Thread(target=run, args=(service, Control(ranks, 20)), daemon=True)
     hello = Hello(
-        model="told", release="0", created=0, vocab=model.config.vocab, max_positions=POSITIONS,
+        model="scripted", release="0", created=0, vocab=model.config.vocab, max_positions=POSITIONS,
         tokenizer_file=str(folder / "tokenizer.json"), templates={DEFAULT: TEMPLATE}, special={}, chat="on",
         system=None, variables={}, defaults=asdict(SamplingParams(temperature=0.0)), queue_requests=8,
-        max_body=1_000_000, header_s=30.0, api_key=key, log="",
+        most_requests=64, max_body=1_000_000, header_s=30.0, api_key=key, log="",
     )  # fmt: skip
     with listen("127.0.0.1", 0) as listener:
         door = Door(hello, listener)

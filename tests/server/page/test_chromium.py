@@ -89,7 +89,7 @@ def put(tab: Tab, **fields: str) -> None:
 
 def test_a_conversation(tab: Tab, at: str) -> None:
     """Reasoning is folded away; a call is shown, and its result sent; what came is told. Its picture may be kept."""
-    tab.until("document.getElementById('model').textContent == 'told' && document.title == 'told · epmoe'")
+    tab.until("document.getElementById('model').textContent == 'scripted' && document.title == 'scripted · epmoe'")
     put(tab, system="Be brief.", tools=json.dumps(TOOLS))
     ask(tab, RAIN)
     assert tab.text(".user") == RAIN
@@ -239,7 +239,7 @@ def test_a_key_is_asked_for_and_sent(browser: Tab, tmp_path: Path) -> None:
         browser.until("document.activeElement.name == 'key'")
         browser.write("secret")
         browser.press("Escape")
-        browser.until("document.getElementById('model').textContent == 'told'")
+        browser.until("document.getElementById('model').textContent == 'scripted'")
         ask(browser, "lists")
         assert browser.text(".answer h3") == "Head"
         assert all("401" in each for each in browser.complaints)
