@@ -64,7 +64,7 @@ def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:
 
 def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
     """New requests are refused meanwhile; the exit code is 0."""
-    with served(tmp_path / "run", settled=False) as server:
+    with served(tmp_path / "run", "serve.drain_s=100", settled=False) as server:
         begun = Begun(server, 150)
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 5
@@ -75,7 +75,7 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
         assert server.ask("/health")[0] == 200
         said = begun.rest()
         assert b"data: [DONE]" in said and b'"error"' not in said
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
 
 def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         said = begun.rest()
         assert b"serve.drain_s" in said and b"[DONE]" not in said
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two ranks"])
@@ -97,7 +97,7 @@ def test_a_second_signal_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
         told.send_signal(signal.SIGTERM)
         time.sleep(1.5)  # what comes sooner is the same signal by another way
         told.send_signal(signal.SIGTERM)
-        assert server.process.wait(10) == 0 and time.monotonic() - begin < 8
+        assert server.process.wait(30) == 0 and time.monotonic() - begin < 30  # half of what it may take to drain
         assert b"service_unavailable" in begun.rest()
 
 

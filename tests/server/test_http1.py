@@ -46,7 +46,7 @@ def test_a_body_that_does_not_come(server: Server) -> None:
 
 
 def test_an_answer_may_take_longer(server: Server) -> None:
-    body = {"prompt": "It was", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with server.raw(post("/v1/completions", body)) as connection:
         said, begin = b"", time.monotonic()
         while b"[DONE]" not in said:
