@@ -56,7 +56,8 @@ def test_a_pod(spec: Pod, speaks: bool) -> None:
     (box,) = spec["containers"]
     group = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "epmoe-0.epmoe"}
     options, config = line(box["args"], **group)
-    assert box["command"] == ["torchrun"] and int(options.nproc_per_node) == box["resources"]["limits"]["nvidia.com/gpu"]
+    assert box["command"] == ["torchrun"]
+    assert int(options.nproc_per_node) == box["resources"]["limits"]["nvidia.com/gpu"]
     assert options.standalone or (options.nnodes, options.node_rank, options.master_addr) == ("2", 1, "epmoe-0.epmoe")
     assert config.serve.host == "0.0.0.0" and config.checkpoint.startswith(box["volumeMounts"][0]["mountPath"])
     assert {each["name"] for each in box["volumeMounts"]} == {each["name"] for each in spec["volumes"]}
