@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from epmoe.engine.call import Stopped
 from epmoe.engine.request import SamplingParams
 from epmoe.errors import UserError
-from epmoe.server import errors
+from epmoe.server import errors, page
 from epmoe.server.errors import ApiError
 from epmoe.server.front import Front
 from epmoe.server.metrics import Metrics
@@ -29,7 +29,7 @@ from epmoe.server.replies import Reply
 from epmoe.server.responses import Responses
 from epmoe.server.watched import Watched
 
-OPEN = frozenset(("/health", "/ready"))  # for probes, which have no key
+OPEN = frozenset(("/health", "/ready", *page.FILES))  # for probes, which have no key, and a page that asks for one
 DISCARDED = 8  # times max_body: what is read of a body that is too large, so that its sender hears of it
 
 
@@ -42,6 +42,7 @@ class App:
         self.log = open(self.hello.log, "a", encoding="utf-8", buffering=1) if self.hello.log else None  # noqa: SIM115
         get, post = ["GET"], ["POST"]
         routes = [
+            *page.routes(),
             Route("/v1/completions", self.completions, methods=post),
             Route("/v1/chat/completions", self.chat, methods=post),
             *Responses(self.front, self._body).routes,

@@ -17,8 +17,8 @@ SCRIPTS = ["one_node.sh", "multi_node.sh", "slurm.sbatch"]
 KEYS = ["checkpoint=/a b/c", 'prompt=It\'s "${x}" $HOME,\nnew line *', "sampling.stop="]
 
 
-def run(script: str, fake: Path, **env: str) -> "subprocess.CompletedProcess[str]":
-    """Run a launch script with stand-ins for torchrun and Slurm first on the PATH."""
+def run(script: str, fake: Path, *first: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run a launch script with stand-ins for torchrun and Slurm first on the PATH, and `first` before the keys."""
     programs = {
         "torchrun": f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n",
         "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"\n',
@@ -30,7 +30,7 @@ def run(script: str, fake: Path, **env: str) -> "subprocess.CompletedProcess[str
         (fake / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return subprocess.run(
-        ["bash", str(LAUNCH / script), *KEYS],
+        ["bash", str(LAUNCH / script), *first, *KEYS],
         env=clean | {"PATH": f"{fake}:{os.environ['PATH']}"} | env,
         cwd=fake,
         capture_output=True,
@@ -71,6 +71,17 @@ def test_slurm(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(each) for each in done.stdout.splitlines()]
     assert lines == [line("2", rank, "8", "node7", "21234") for rank in "01"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_serve_is_another_module_in_the_same_line(tmp_path: Path, script: str) -> None:
+    """And only as the first word."""
+    node = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "node7"}
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "1"}
+    plain, other, late = (run(script, tmp_path, *first, **node, **job) for first in ((), ("serve",), ("a=b", "serve")))
+    assert other.returncode == 0 and other.stdout == plain.stdout.replace("epmoe.generate", "epmoe.serve")
+    assert late.stdout == plain.stdout.replace('"epmoe.generate"', '"epmoe.generate", "a=b", "serve"')
+    assert other.stderr == ("launch/slurm.sbatch: HTTP will be at node7\n" if script == "slurm.sbatch" else "")
 
 
 def test_kubernetes() -> None:

@@ -51,6 +51,7 @@ def test_contents(wheel: Path) -> None:
             assert archive.read(name) == file.read_bytes()
     demo = {str(file.relative_to(ROOT)): file.stat().st_size for file in (ROOT / "epmoe" / "demo").rglob("*.*")}
     assert {name: held.get(name) for name in demo} == demo
+    assert {f"epmoe/server/page/{name}" for name in ("index.html", "page.css", "page.js", "page.svg")} <= held.keys()
     assert sum(demo.values()) <= MOST_DEMO_BYTES
     assert "epmoe/py.typed" in held and "epmoe/moe/experts/triton/tiles.json" in held
     top = {name.partition("/")[0] for name in held}
