@@ -67,13 +67,12 @@ class Grammars:
         return Matcher(self._compiled(grammar).deep_copy())
 
     def _compile(self, grammar: str) -> LLMatcher:
-        if len(grammar) > MOST_CHARACTERS:
-            raise UserError(f"the grammar has {len(grammar)} characters, and may have {MOST_CHARACTERS}: shorten it")
+        _check_length(grammar)
         made = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LIMITS)
         if not made.is_error():
             made.compute_bitmask()  # the copies have what that has found
         if made.is_error():
-            raise UserError(f"the grammar is refused ({_line(made.get_error())}): mend it")
+            raise _refused(made.get_error())
         return made
 
     def fill(self, matchers: Sequence[Matcher], words_GW: Any) -> None:
@@ -87,6 +86,23 @@ class Grammars:
         assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= len(matchers)
         rows = [(each.matcher, row) for row, each in enumerate(matchers)]
         self.executor.unsafe_compute_mask_ptr(rows, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+
+
+def check_grammar(grammar: str) -> None:
+    """Raises UserError as `Grammars.matcher`, for what shows without a vocabulary: no token of it is known here."""
+    _check_length(grammar)
+    if message := LLMatcher.validate_grammar(grammar, limits=LIMITS):
+        raise _refused(message)
+
+
+def _check_length(grammar: str) -> None:
+    if len(grammar) > MOST_CHARACTERS:
+        raise UserError(f"the grammar has {len(grammar)} characters, and may have {MOST_CHARACTERS}: shorten it")
+
+
+def _refused(message: str) -> UserError:
+    """All of what llguidance says, which for a pattern has its reason at the end."""
+    return UserError(f"the grammar is refused ({' '.join(message.split())[:300]}): mend it")
 
 
 def _line(message: str) -> str:

@@ -122,7 +122,9 @@ class Answering(ABC):
                 if completion is not None:
                     completions[number] = completion
                 if any(part.result and part.result.finish_reason == "error" for part in delivery.parts):
-                    raise ApiError(500, "the model's numbers are none for this prompt")
+                    bound = delivery.prompt.params.grammar is not None
+                    why = ", or its grammar became too complex on the way: simplify it" if bound else ""
+                    raise ApiError(500, f"the model's numbers are none for this prompt{why}")
                 if self.stream:
                     await self.fresh(send, number, pieces)
         if self.stream:

@@ -19,6 +19,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
+from epmoe.engine.matcher import check_grammar
 from epmoe.errors import UserError
 from epmoe.text.harmony import Messages
 from epmoe.text.tokenizer import Tokenizer
@@ -66,6 +67,22 @@ def of_regex(pattern: str) -> Body:
 def of_lark(grammar: str) -> Body:
     """A text of a context-free grammar, in Lark's notation as llguidance reads it; it begins with `start`."""
     return {"lark_grammar": grammar}
+
+
+def of_choice(texts: Sequence[str]) -> Body:
+    """One of these texts.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not texts:
+        raise UserError("there is nothing to choose from: give a text at least")
+    return of_lark(f"start: {' | '.join(map(json.dumps, texts))}")
+
+
+def check(body: Body) -> None:
+    """Raises UserError for one that is refused when it is compiled, as far as that shows without a vocabulary."""
+    check_grammar(_serialised([("answer", body)]))
 
 
 def answer(

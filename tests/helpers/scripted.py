@@ -14,6 +14,7 @@ from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.synthetic import make_checkpoint
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")  # of a text
 VOCAB = 352
 TEMPLATE = (
     "{%- for message in messages %}"
@@ -62,6 +63,16 @@ def save_tokenizer(
     return Tokenizer(file)
 
 
+def rambling(path: Path) -> Path:
+    """A checkpoint with random weights, bytes and harmony's control tokens for a vocabulary."""
+    make_checkpoint(path, vocab=VOCAB, layers=2, experts=4, top_k=2)
+    tokenizer = save_tokenizer(path / "tokenizer.json")
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    ends = [tokenizer.tokenizer.token_to_id(name) for name in ENDS]
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return path
+
+
 def scripted(path: Path, chain: Sequence[str], *, marked: bool = True) -> Path:
     """A checkpoint that says after chain[i] chain[i + 1]: tokens, of which no two may be the same.
 
@@ -74,7 +85,7 @@ def scripted(path: Path, chain: Sequence[str], *, marked: bool = True) -> Path:
     words = {bytes([byte]): byte for byte in range(256)} | {word.encode(): id for word, id in own.items() if word[1:]}
     save_tokenizer(path / "tokenizer.json", words, names, marked=marked)
     (path / "chat_template.jinja").write_text(TEMPLATE)
-    ends = [names[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>")]
+    ends = [names[name] for name in ENDS]
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     ids = [names[each] if each in names else own[each] if each[1:] else ord(each) for each in chain]
     tensors = load_file(path / "model.safetensors")

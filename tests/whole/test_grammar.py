@@ -13,7 +13,7 @@ from fake_model import EOS, FakeCache, FakeModel, expected, outputs, some_reques
 from fake_words import text, vocabulary
 from loading import rank_of
 from schemas import schema
-from scripted import TEMPLATE, VOCAB, save_tokenizer
+from scripted import rambling
 from spawn import run_ranks
 
 from epmoe.config.compose import from_keys
@@ -26,7 +26,6 @@ from epmoe.ranks.mesh import Ranks
 from epmoe.text.completion import Completion
 from epmoe.text.grammar import Tool, answer, of_schema
 from epmoe.text.tokenizer import Tokenizer
-from epmoe.weights.synthetic import make_checkpoint
 
 PATTERNS = (
     "([a-f]{3} ){5,9}",
@@ -268,14 +267,7 @@ TURNS: dict[str, tuple[dict[str, Any], set[str | None]]] = {
 
 @pytest.fixture(scope="module")
 def harmony(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Random weights, bytes and harmony's control tokens for a vocabulary."""
-    place = tmp_path_factory.mktemp("harmony") / "checkpoint"
-    make_checkpoint(place, vocab=VOCAB, layers=2, experts=4, top_k=2)
-    tokenizer = save_tokenizer(place / "tokenizer.json")
-    (place / "chat_template.jinja").write_text(TEMPLATE)
-    ends = [tokenizer.tokenizer.token_to_id(name) for name in ("<|return|>", "<|call|>", "<|endoftext|>")]
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    return str(place)
+    return str(rambling(tmp_path_factory.mktemp("harmony") / "checkpoint"))
 
 
 def turns(mine: Ranks, checkpoint: str) -> list[Any]:

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 import msgspec
 
 from epmoe.engine.request import Request, TokenLogprobs
-from epmoe.server.errors import ApiError, refused
+from epmoe.server.errors import ApiError
 from epmoe.server.front import Front
 from epmoe.server.openai.fields import Sampled
 from epmoe.server.openai.spoken import CALL, CONTENT, Delta, Spoken
+from epmoe.server.openai.structured import Offer, Structure, form, offer
 from epmoe.server.openai.usage import REASONS, chat_logprobs
 from epmoe.text.completion import Choice
 from epmoe.text.delivery import Delivery, Piece
@@ -34,10 +35,7 @@ class ChatRequest(Sampled, kw_only=True):
 
     def check(self) -> None:
         """Raises ApiError for what is not served, or cannot be."""
-        if (self.response_format or {"type": "text"}).get("type") != "text":
-            raise refused("response_format", "only text is served")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise refused("tool_choice", "only auto and none are served")
+        form(self, self.response_format)
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP:
             raise ApiError(400, f"top_logprobs takes a number from 0 to {MOST_TOP}", param="top_logprobs")
         if self.top_logprobs and not self.logprobs:
@@ -49,6 +47,11 @@ class ChatRequest(Sampled, kw_only=True):
                 case {"type": "function", "function": {"name": str()}}:
                     continue
             raise ApiError(400, f"tools[{number}] is no function with a name: only functions are served", param="tools")
+        self.offer()
+
+    def offer(self) -> Offer:
+        """The tools that may be called; raises ApiError for a choice that cannot be."""
+        return offer(self.tools or (), self.tool_choice, several=self.parallel_tool_calls)
 
     def conversation(self) -> dict[str, Any]:
         """The prompt, as `LLM.generate` takes it, with variables for the template."""
@@ -73,14 +76,16 @@ class Chat:
         self.front, self.asked = front, asked
         self.spoken: dict[int, Spoken] = {}  # by answer
         asked.check()
+        self.form = form(asked, asked.response_format)
 
     def requests(self) -> list[Request]:
-        asked = self.asked
+        asked, structure = self.asked, Structure(self.form, self.asked.offer())
         given = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         length = given if given is not None else self.front.defaults.max_new_tokens
         logprobs = max(1, asked.top_logprobs or 0) if asked.logprobs else 0
         params = asked.params(self.front.defaults, max_new_tokens=length, logprobs=logprobs)
-        return self.front.requests([asked.conversation()], params, length, chat=True)
+        found = self.front.requests([asked.conversation()], params, length, chat=True)
+        return structure.bind(self.front.tokenizer, found)
 
     def opening(self, number: int, delivery: Delivery, index: int) -> dict[str, Any] | None:
         """What comes before the first token."""
@@ -114,7 +119,8 @@ class Chat:
     def _spoken(self, delivery: Delivery, index: int) -> Spoken:
         if index not in self.spoken:
             parser = delivery.parts[index].answer.parser
-            self.spoken[index] = Spoken(parser, several=self.asked.parallel_tool_calls)
+            several, alone = self.asked.parallel_tool_calls, self.form is not None
+            self.spoken[index] = Spoken(parser, several=several, alone=alone)
         return self.spoken[index]
 
     @staticmethod

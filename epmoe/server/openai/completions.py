@@ -8,6 +8,7 @@ from epmoe.engine.request import Request
 from epmoe.server.errors import ApiError
 from epmoe.server.front import Front
 from epmoe.server.openai.fields import Sampled
+from epmoe.server.openai.structured import Structure, form
 from epmoe.server.openai.usage import REASONS, completion_logprobs
 from epmoe.text.asked import PromptLike
 from epmoe.text.completion import Choice
@@ -22,6 +23,7 @@ class CompletionRequest(Sampled, kw_only=True):
     prompt: Any = None
     echo: bool = False
     logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
 
 
 class Completions:
@@ -33,13 +35,14 @@ class Completions:
 
     def __init__(self, front: Front, asked: CompletionRequest) -> None:
         self.front, self.asked = front, asked
-        self.prompts = listed(asked.prompt)
+        self.prompts, self.form = listed(asked.prompt), form(asked, asked.response_format)
         self.offsets: dict[tuple[int, int], int] = {}  # characters of tokens so far, by prompt and answer
 
     def requests(self) -> list[Request]:
         asked = self.asked
         if asked.max_tokens == 0 and not asked.echo:
             raise ApiError(400, "max_tokens=0 asks for nothing: set echo, or ask for a token", param="max_tokens")
+        structure = Structure(self.form)
         scores = 0 if asked.max_tokens == 0 else None
         length = asked.max_tokens if asked.max_tokens is not None else self.front.defaults.max_new_tokens or SHORT
         params = asked.params(
@@ -48,7 +51,7 @@ class Completions:
             logprobs=0 if asked.logprobs is None else max(1, asked.logprobs),
             prompt_logprobs=asked.logprobs if asked.echo and asked.logprobs is not None else scores,
         )
-        return self.front.requests(self.prompts, params, length, chat=False)
+        return structure.bind(self.front.tokenizer, self.front.requests(self.prompts, params, length, chat=False))
 
     def opening(self, number: int, delivery: Delivery, index: int) -> dict[str, Any] | None:
         """What comes before the first token: the prompt, where it is asked for."""

@@ -24,10 +24,6 @@ ACCEPTED = frozenset({
 
 # Not served yet, or not at all → the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
     "best_of": (1,),
     "suffix": ("",),
     "use_beam_search": (False,),
@@ -44,12 +40,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
     "verbosity": ("medium",),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
+
+# Of SamplingParams, with the same name there, and the server's value where they are left out.
+SAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "logit_bias", "allowed_token_ids", "min_tokens", "seed", "ignore_eos", "stop", "stop_token_ids",
+)  # fmt: skip
 
 Asked = TypeVar("Asked", bound="Sampled")
 
@@ -62,6 +59,16 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # padding: there is none
 
 
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What an answer must obey, by vLLM's names: one of them."""
+
+    json: dict[str, Any] | None = None  # a schema
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # in Lark's notation
+
+
 class Sampled(msgspec.Struct, kw_only=True):
     """What all requests for an answer may say."""
 
@@ -72,12 +79,22 @@ class Sampled(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    min_tokens: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     priority: int = 0
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool = False  # token_ids beside each text
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -88,14 +105,13 @@ class Sampled(msgspec.Struct, kw_only=True):
         Raises:
             UserError: a value out of range.
         """
-        names = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
-        given = {name: getattr(self, name) for name in (*names, "stop", "stop_token_ids")}
+        given = {name: getattr(self, name) for name in SAME}
         if given["top_k"] == -1:  # vLLM's word for all
             given["top_k"] = 0
         found = {name: value for name, value in {**given, **more}.items() if value is not None}
         if found.get("stop") == "":
             del found["stop"]
-        unset = {name: getattr(defaults, name) for name in (*names, "stop", "stop_token_ids") if name not in found}
+        unset = {name: getattr(defaults, name) for name in (*SAME, "grammar") if name not in found}
         return SamplingParams(**{**unset, **found})
 
     def ids(self, ids: Sequence[int]) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def typed(found: Mapping[str, Any], kind: type[Asked]) -> Asked:
             raise refused(name, f"not served: leave it out, or give {neutral}")
         raise refused(name, "no field that this server knows: leave it out")
     try:
-        return msgspec.convert(served, kind)
+        return msgspec.convert(served, kind, str_keys=True)
     except msgspec.ValidationError as error:
         place = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else None
         raise ApiError(400, str(error), param=place) from error

@@ -33,10 +33,11 @@ class Spoken:
 
     Args:
         several: an answer may call several tools; else the first call counts alone.
+        alone: the final message is the content, whose form was asked for; a word before a call is reasoning.
     """
 
-    def __init__(self, parser: Messages, *, several: bool = True) -> None:
-        self.parser, self.several = parser, several
+    def __init__(self, parser: Messages, *, several: bool = True, alone: bool = False) -> None:
+        self.parser, self.several, self.alone = parser, several, alone
         self.draft, self.piece = 0, 0  # the next to be read
         self.texts: dict[str, list[str]] = {REASONING: [], CONTENT: []}
         self.calls: list[dict[str, Any]] = []
@@ -81,7 +82,8 @@ class Spoken:
             return self._call(header.recipient, text)
         if not text:
             return None
-        kind = REASONING if header.channel == "analysis" else CONTENT
+        aside = not header.is_answer if self.alone else header.channel == "analysis"
+        kind = REASONING if aside else CONTENT
         if self.texts[kind] and not self.begun:
             text = BETWEEN_MESSAGES + text
         self.begun = True

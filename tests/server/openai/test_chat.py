@@ -1,10 +1,10 @@
 """Chat on a model that says what it was written to: channels, calls of tools, what the template is told."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import json
 import openai
 import pytest
 from conversations import WEATHER
