@@ -14,7 +14,7 @@ import pytest
 from conversations import TOOLS, WEATHER
 from pydantic import BaseModel, Field
 from schemas import schema
-from scripted import rambling
+from scripted import rambling, save_tokenizer
 from served import Server, served
 
 from epmoe import LLM, SamplingParams
@@ -164,8 +164,8 @@ def test_what_adjusts_logits(server: Server, llm: LLM, field: dict[str, Any]) ->
     if "logit_bias" in own:
         own["logit_bias"] = {int(id): value for id, value in own["logit_bias"].items()}
     params = SamplingParams(**{"temperature": 0.0, **own}, seed=2, max_tokens=24)
-    (free,) = llm.generate([PROMPT], SamplingParams(temperature=params.temperature, seed=2, max_tokens=24))
-    (expected,) = llm.generate([PROMPT], params)
+    plain = SamplingParams(temperature=params.temperature, seed=2, max_tokens=24)
+    free, expected = llm.generate([PROMPT] * 2, [plain, params])
     assert expected.ids != free.ids
     body = {**field, "seed": 2, "max_tokens": 24, "return_token_ids": True}
     status, found, _ = server.ask("/v1/completions", {"prompt": PROMPT, **body})
@@ -279,6 +279,7 @@ TEMPLATE = "{%- if tools %}{{- '<|start|>developer<|message|>' + tools[0].functi
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = rambling(tmp_path_factory.mktemp("harmony") / "checkpoint")
+    save_tokenizer(path / "tokenizer.json", {bytes([byte]): byte for byte in (10, *range(32, 127))})  # ASCII alone
     file = path / "chat_template.jinja"
     file.write_text(TEMPLATE + file.read_text())
     return path
@@ -350,6 +351,17 @@ def judged(choice: Any, kind: str) -> str:
     if kind == "strict, and a form":
         assert not choice.message.content
     return str(call.function.name)
+
+
+def test_a_grammar_that_fails_on_its_way_is_told_as_such(harmony: Server) -> None:
+    """No id spells its last letter, which shows when that is due: at once or in a stream, and nobody else minds."""
+    body = {"prompt": "a", "max_tokens": 9, "guided_grammar": 'start: /[a-c]{3}/ "\u00e9"'}
+    status, found, _ = harmony.ask("/v1/completions", body)
+    assert status == 500 and "its grammar became too complex" in found["error"]["message"], found
+    text = harmony.ask("/v1/completions", {**body, "stream": True})[1]
+    assert "its grammar became too complex" in text and "[DONE]" not in text
+    harmony.comes_to_rest()
+    assert harmony.ask("/v1/completions", {"prompt": "a", "max_tokens": 2, "guided_regex": "[a-c]*"})[0] == 200
 
 
 def test_ids_of_calls_are_those_of_the_same_process(harmony: Server, checkpoint: Path) -> None:
