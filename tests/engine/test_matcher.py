@@ -11,7 +11,7 @@ from fake_model import EOS, VOCAB
 from fake_words import text, vocabulary
 
 from epmoe.engine.adjust import unpacked, words
-from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher
+from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher, check_grammar
 from epmoe.errors import UserError
 
 
@@ -62,6 +62,16 @@ def test_what_is_no_grammar_is_refused(grammars: Grammars, number: int) -> None:
     for _ in range(2):  # a refusal is not remembered as a success
         with pytest.raises(UserError, match=message):
             grammars.matcher(grammar)
+
+
+def test_most_of_it_shows_without_a_vocabulary() -> None:
+    for grammar, message in WRONG.items():
+        if "\u00e9" in grammar:
+            check_grammar(grammar)
+        else:
+            with pytest.raises(UserError, match=message):
+                check_grammar(grammar)
+    check_grammar('start: "ab" | "ac"')
 
 
 def doubled(keyword: str, times: int) -> Any:

@@ -208,7 +208,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown model", {"prompt": "a", "model": "other"}, 404, "no model 'other'"),
     ("out of range", {"prompt": "a", "temperature": -1}, 400, "temperature"),
     ("of a wrong type", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
-    ("not served", {"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ("not served", {"prompt": "a", "length_penalty": 0.5}, 400, "length_penalty"),
     ("not known", {"prompt": "a", "frobnicate": 1}, 400, "frobnicate"),
     ("no prompt", {}, 400, "prompt"),
     ("an empty prompt", {"prompt": ""}, 400, "empty"),
@@ -253,10 +253,14 @@ def test_paths_methods_and_bodies(server: Server) -> None:
     assert server.ask("/v1/completions", body)[0] == 200
 
 
-WORDS = ("prompt", "messages", "max_tokens", "n", "stream", "stop", "logprobs", "seed", "tools", "echo", "temperature")
+WORDS = (
+    "prompt", "messages", "max_tokens", "n", "stream", "stop", "logprobs", "seed", "tools", "echo", "temperature",
+    "response_format", "structured_outputs", "guided_json", "guided_choice", "tool_choice", "logit_bias", "min_tokens",
+)  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**70, 1.5, "", "a", [], [1], ["a"], [[1], "a"], [[]], {}, {"role": "user"},
     [{"role": "user", "content": "a"}], [{"role": 3}], [None], {"type": "x"}, "\u0000", "🙂",
+    {"type": "json_object"}, {"json": {}}, "required", {"1": 2},
 )  # fmt: skip
 
 

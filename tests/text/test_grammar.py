@@ -12,7 +12,18 @@ from scripted import save_tokenizer
 
 from epmoe.engine.matcher import Grammars
 from epmoe.errors import UserError
-from epmoe.text.grammar import JSON_OBJECT, Body, Tool, answer, of_lark, of_regex, of_schema, vocabulary
+from epmoe.text.grammar import (
+    JSON_OBJECT,
+    Body,
+    Tool,
+    answer,
+    check,
+    of_choice,
+    of_lark,
+    of_regex,
+    of_schema,
+    vocabulary,
+)  # fmt: skip
 from epmoe.text.tokenizer import Tokenizer
 
 VOCAB = 300
@@ -140,6 +151,7 @@ BODIES: dict[str, tuple[Body, str, str]] = {
     "schema": (of_schema(SCHEMA), '{"a":5}', "{}"),
     "object": (of_schema(JSON_OBJECT), '{"x": [1.5, {"y": null}]}', "[1]"),
     "regex": (of_regex("[a-c/]{2,3}"), "a/c", "abcd"),
+    "choice": (of_choice(["yes", 'a "no"\\\n']), 'a "no"\\\n', 'a "no"'),
     "lark": (of_lark('start: "yes" | other\nother: "no" /[!?]/'), "no!", "no."),
 }
 
@@ -221,6 +233,16 @@ def test_what_cannot_be_is_refused(tokenizer: Tokenizer, case: str) -> None:
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(UserError, match=r"^the JSON schema .*: "):
         of_schema(schema)
+
+
+def test_what_cannot_be_compiled_shows_at_once() -> None:
+    for body, _, _ in BODIES.values():
+        check(body)
+    for wrong in (of_schema({"type": "array", "uniqueItems": True}), of_regex("(a"), of_lark("start: (")):
+        with pytest.raises(UserError, match=r"^the grammar is refused \(.*\): mend it$"):
+            check(wrong)
+    with pytest.raises(UserError, match=r"^there is nothing to choose from: "):
+        of_choice([])
 
 
 def test_a_schema_does_not_choose_how_strictly_it_is_read() -> None:

@@ -89,8 +89,8 @@ def test_what_the_template_is_told(server: Server) -> None:
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"max_tokens": 3}}, "chat_template_kwargs"),
         ({"tools": [{"type": "web_search"}]}, r"tools[0]"),
-        ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
     ):
@@ -120,8 +120,6 @@ def test_reasoning_has_both_names(folder: Path) -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),
     ],
 )

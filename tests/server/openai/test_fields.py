@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 
 
 def test_null_is_not_given_and_what_changes_nothing_is_taken() -> None:
-    body = {"prompt": "a", "seed": None, "user": "me", "metadata": {"a": 1}, "frequency_penalty": 0.0, "logit_bias": {}}
+    body = {"prompt": "a", "seed": None, "user": "me", "metadata": {"a": 1}, "length_penalty": 1.0, "suffix": ""}
     assert typed({name: value for name, value in body.items() if value is not None}, CompletionRequest).prompt == "a"
     assert decoded(b'{"seed": null, "n": 2}') == {"n": 2}
 
@@ -38,6 +38,8 @@ def test_what_is_not_served_is_refused_by_name(name: str) -> None:
         ({"stop_token_ids": [1, "a"]}, None),
         ({"stream_options": {"include": True}}, "stream_options"),
         ({"stream": 1}, "stream"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
     ],
 )
 def test_wrong_types_name_their_field(body: dict[str, Any], param: str | None) -> None:
@@ -60,6 +62,13 @@ def test_parameters_are_the_requests_then_the_servers() -> None:
         temperature=0.7, top_p=0.5, top_k=0, stop=("x",), n=2, max_new_tokens=3, ignore_eos=True
     )
     assert typed({}, Sampled).params(defaults).stop == ("end",)
+    bound = SamplingParams(grammar="start: /a/", presence_penalty=1.0, logit_bias=((3, 1.0),))
+    assert typed({}, Sampled).params(bound) == bound
+    given = {"logit_bias": {"7": -1}, "frequency_penalty": 1, "min_tokens": 2, "allowed_token_ids": [1, 7]}
+    assert typed(given, Sampled).params(bound) == SamplingParams(
+        grammar="start: /a/", presence_penalty=1.0, frequency_penalty=1.0, logit_bias=((7, -1.0),), min_tokens=2,
+        allowed_token_ids=(1, 7),
+    )  # fmt: skip
 
 
 def test_the_document_names_every_field() -> None:

@@ -28,11 +28,13 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     return [id for each in split(text) for id in tokenizer.encode(str(each), special=False)]
 
 
-def fed(tokenizer: Tokenizer, text: str, *, several: bool = True, ask: float = 0.0) -> tuple[Spoken, list[object]]:
+def fed(
+    tokenizer: Tokenizer, text: str, *, several: bool = True, alone: bool = False, ask: float = 0.0
+) -> tuple[Spoken, list[object]]:
     """What is known after this answer; asked for what is fresh with probability `ask` after each id."""
     prompt = ids_of(tokenizer, "<|start|>user<|message|>Rain?<|end|><|start|>assistant")
     parser = Messages(tokenizer, prompt)
-    spoken, found, rng = Spoken(parser, several=several), list[object](), random.Random(text)
+    spoken, found, rng = Spoken(parser, several=several, alone=alone), list[object](), random.Random(text)
     for id in ids_of(tokenizer, text):
         parser.feed(id)
         if rng.random() < ask:
@@ -79,3 +81,8 @@ def test_plain_text_and_nothing(tokenizer: Tokenizer) -> None:
     assert fed(tokenizer, "<|message|>Yes.")[0].message()["content"] == "Yes."
     call = fed(tokenizer, "<|channel|>commentary to=functions.sun<|message|>{<|call|>")[0].message()
     assert call["content"] is None and call["tool_calls"][0]["function"] == {"name": "sun", "arguments": "{"}
+
+
+def test_a_final_message_whose_form_was_asked_for_is_the_content_alone(tokenizer: Tokenizer) -> None:
+    message = fed(tokenizer, WHOLE, alone=True, ask=0.3)[0].message()
+    assert message["content"] == "It rains." and message["reasoning"] == "They ask.\n\nMore.\n\nI look."
