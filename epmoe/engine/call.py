@@ -45,6 +45,7 @@ class Call:
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs = ()
+    cached_tokens: int = 0
     ended: bool = False  # its listener knows
 
     def hear(self, event: Event) -> bool:
@@ -60,6 +61,7 @@ class Call:
             return False
         self.ids.append(event.token)
         self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
+        self.cached_tokens = self.cached_tokens or event.cached_tokens
         if event.logprobs is not None:
             self.logprobs.append(event.logprobs)
         if not self.listener.token(event.token, event.logprobs):
@@ -76,8 +78,8 @@ class Call:
 
     def result(self, reason: str) -> Result:
         """What has come so far."""
-        found = Result(tuple(self.ids), reason, 0.0, 0.0, tuple(self.logprobs), prompt_logprobs=self.prompt_logprobs)
-        return self.timed(found)
+        ids, logprobs = tuple(self.ids), tuple(self.logprobs)
+        return self.timed(Result(ids, reason, 0.0, 0.0, logprobs, self.cached_tokens, self.prompt_logprobs))
 
     def timed(self, result: Result) -> Result:
         """The same with times since it was submitted."""

@@ -332,7 +332,8 @@ class Engine:
             if reason not in ("eos", "stop"):
                 prompt = sequence.told_of_prompt() if len(sequence.ids) == 1 else ()
                 own = sequence.logprobs[-1] if logprobs is not None else None
-                events.append(Token(sequence.id, token, own, prompt))
+                cached = sequence.found or 0 if len(sequence.ids) == 1 else 0
+                events.append(Token(sequence.id, token, own, prompt, cached))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
         return events

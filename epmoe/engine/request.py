@@ -224,6 +224,7 @@ class Token:
     token: int
     logprobs: TokenLogprobs | None  # when asked for
     prompt_logprobs: PromptLogprobs = ()  # when asked for, with the first token
+    cached_tokens: int = 0  # of the prompt, with the first token
 
 
 @dataclass(frozen=True)

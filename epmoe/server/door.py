@@ -156,9 +156,9 @@ class Hearing:
         self.http, self.number, self.given = http, number, 0
 
     def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
-        prompt = () if self.given else self.call.prompt_logprobs
+        prompt, cached = ((), 0) if self.given else (self.call.prompt_logprobs, self.call.cached_tokens)
         self.given += 1
-        self.http.say(NewToken(self.number, token, logprobs, prompt))
+        self.http.say(NewToken(self.number, token, logprobs, prompt, cached))
         return False
 
     def finish(self, result: Result) -> None:

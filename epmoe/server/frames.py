@@ -61,7 +61,8 @@ class NewToken(msgspec.Struct, array_like=True, frozen=True):
     call: int
     token: int
     logprobs: TokenLogprobs | None
-    prompt_logprobs: PromptLogprobs
+    prompt_logprobs: PromptLogprobs = ()
+    cached_tokens: int = 0
 
 
 class Ended(msgspec.Struct, array_like=True, frozen=True):

@@ -148,7 +148,7 @@ class Line:
         call = self.calls.get(new.call)
         if call is None:
             return  # it has ended here; that it ends is on its way
-        event = Token(new.call, new.token, new.logprobs, new.prompt_logprobs)
+        event = Token(new.call, new.token, new.logprobs, new.prompt_logprobs, new.cached_tokens)
         try:
             if call.hear(event):
                 self.abort([call])

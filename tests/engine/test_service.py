@@ -117,6 +117,15 @@ def test_an_end_by_the_listener_cuts_what_came_after() -> None:
             assert isinstance(heard.ends[0], Result) and len(heard.ends[0].logprobs) == count
 
 
+def test_an_answer_that_its_listener_ends_knows_what_the_cache_had() -> None:
+    request = Request(tuple(range(3, 40)), SamplingParams(max_new_tokens=20, ignore_eos=True))
+    with Served() as served:
+        for cached in (0, 36):  # whole pages of all but the last token
+            _, heard = served.submit(request, Heard(stop=3))
+            heard.outcome()
+            assert isinstance(heard.ends[0], Result) and heard.ends[0].cached_tokens == cached
+
+
 def test_a_prompts_log_probabilities_come_with_the_first_token() -> None:
     """Also where the listener ends the answer, there or later, and where no token is asked for."""
     ids, _ = expected(Request((3, 4, 5), SamplingParams(max_new_tokens=9, ignore_eos=True)))
