@@ -33,7 +33,8 @@ WITHIN: Mapping[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 # Chat's names of fields → those of this endpoint, for what is refused.
 NAMES = {
-    "response_format": "text.format", "max_completion_tokens": "max_output_tokens", "messages": "input",
+    "response_format.json_schema": "text.format", "response_format": "text.format",
+    "max_completion_tokens": "max_output_tokens", "messages": "input",
     "reasoning_effort": "reasoning.effort", "logprobs=true": f"include={LOGPROBS}",
 }  # fmt: skip
 
