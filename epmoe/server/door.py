@@ -48,6 +48,7 @@ from epmoe.server.frames import (
 from epmoe.streams import tell
 
 PIECE = 1 << 20  # most bytes that are read at once
+TOGETHER = 1024  # tokens in a frame, at most
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,15 @@ class Http:
             self.end()
 
     def taken(self) -> list[Frame]:
-        """All of the outbox as frames: tokens and ends that stand together are one."""
+        """All of the outbox as frames: tokens and ends that stand together are one, but for the scores of a prompt."""
         found: list[Frame] = []
         step = Step([], [], [])
         while self.outbox:
-            match each := self.outbox.popleft():
+            each = self.outbox.popleft()
+            if len(step.tokens) >= TOGETHER or getattr(each, "prompt_logprobs", None):
+                found.append(step)
+                step = Step([], [], [])
+            match each:
                 case NewToken():
                     step.tokens.append(each)
                 case Ended():
@@ -203,6 +208,9 @@ class Door:
     def open(self, service: Service, ready: Ready) -> None:
         """Requests may come, and go to this service."""
         self.service, self.ready = service, ready
+        if self.draining:
+            service.stop(Stopped("the server ends before it was ready"))
+            return
         self.http.say(ready)
         if self.error is not None:  # it may have failed while there was no service to stop
             service.stop(self.error)
@@ -211,8 +219,9 @@ class Door:
         """Let nothing in, wait so long for what is in flight, then stop the service."""
         self.draining = True
         self.http.say(Drain())
+        if self.service is None:  # `open` stops it
+            return
         self.idle.wait(seconds)
-        assert self.service is not None
         self.service.stop(Stopped("the server ends, and the answer was not complete within serve.drain_s"))
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Text ↔ token ids: tokenizer.json and what stands beside it."""
 
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from epmoe.text.chat_files import chat_of, special_tokens
 from epmoe.text.markup import Markup
 from epmoe.text.panics import guarded, refused
 from epmoe.text.spelling import Spelling
+
+# One text at a time is all that is asked here; where threads may have been used a fork says so on standard error.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:  # it brings torch, which text does without
     from epmoe.weights.checkpoint import Checkpoint
@@ -76,7 +80,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (character {error.start}): remove it") from error
         with guarded("the tokenizer cannot encode the text", "change it, or the tokenizer"):
-            encoded = self.tokenizer.encode(text, add_special_tokens=special)
+            # As a batch of one: `encode` would hold Python's lock, a second for each megabyte.
+            (encoded,) = self.tokenizer.encode_batch([text], add_special_tokens=special)
             self.spelling.check(text, encoded)
             return encoded.ids
 

@@ -215,6 +215,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("ids of another model", {"prompt": [10**6]}, 400, "vocab_size"),
     ("nothing asked for", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
     ("the same answer twice", {"prompt": "a", "n": 2, "temperature": 0}, 400, "n=2"),
+    ("scores of two", {"prompt": "a", "n": 2, "temperature": 1, "echo": True, "max_tokens": 0}, 400, "n=2 with"),
+    ("too many strings", {"prompt": "a", "stop": ["x"] * 65}, 400, "stop has 65 strings"),
     ("too many answers", {"prompt": ["a"] * 600, "n": 2, "temperature": 1}, 400, "queue_requests"),
 ]
 
@@ -225,6 +227,21 @@ def test_refused_with_openais_object(server: Server, body: dict[str, Any], statu
         found, answer, _ = server.ask("/v1/completions", {**body, "stream": stream})
         assert found == status and says in answer["error"]["message"], answer
         assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_scores_of_a_prompt_come_for_one_answer_in_a_stream(server: Server) -> None:
+    """Of several the one that has them may come last."""
+    body = {"prompt": "a", "n": 2, "temperature": 1, "echo": True, "logprobs": 1, "max_tokens": 1}
+    status, answer, _ = server.ask("/v1/completions", {**body, "stream": True})
+    assert status == 400 and "n=2 with a stream of echo with logprobs" in answer["error"]["message"]
+    assert server.ask("/v1/completions", body)[0] == 200
+
+
+def test_a_tool_whose_parameters_are_no_object(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": [1]}}
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": "required"}
+    status, answer, _ = server.ask("/v1/chat/completions", body)
+    assert status == 400 and "parameters" in answer["error"]["message"], answer
 
 
 def test_too_long_names_both_numbers_as_openai_does(server: Server) -> None:

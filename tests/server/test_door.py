@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted import save_tokenizer
@@ -16,7 +17,7 @@ from scripted import save_tokenizer
 from epmoe.engine.call import Call
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
 from epmoe.errors import UserError
-from epmoe.server.door import Door, Hearing, Http, Limits, listen
+from epmoe.server.door import TOGETHER, Door, Hearing, Http, Limits, listen
 from epmoe.server.frames import Ended, Hello, NewToken, Ready, Step
 
 WITHIN_S = 20
@@ -98,6 +99,23 @@ def test_a_mistake_is_the_runs(tmp_path: Path) -> None:
         Door(hello(wrong), listener)
 
 
+def test_an_end_before_it_is_ready_comes_when_it_is(tokenizer: Path) -> None:
+    """The service is let go as soon as there is one, and nothing was let in."""
+    stopped: list[BaseException] = []
+
+    class Still:
+        def stop(self, error: BaseException) -> None:
+            stopped.append(error)
+
+    still: Any = Still()
+    with a_door(tokenizer) as door:
+        begin = time.monotonic()
+        door.drain(10)
+        assert time.monotonic() - begin < 1 and not stopped
+        door.open(still, Ready("x", 64))
+        assert [str(each) for each in stopped] == ["the server ends before it was ready"]
+
+
 def test_a_port_that_is_taken(tokenizer: Path) -> None:
     with listen("127.0.0.1", 0) as one, pytest.raises(UserError, match=r"serve.port=\d+ .* choose another"):
         listen("127.0.0.1", one.getsockname()[1])
@@ -162,6 +180,16 @@ def test_a_call_says_each_thing_once() -> None:
     hearing.call = Call(Request((1, 2), SamplingParams()), hearing)
     hearing.call.hear(Finished(0, Result((), "length", 0.0, 0.0, (), 0, scores)))
     assert http.kept == [Ended(8, "length", (), (), scores, 0)]
+
+
+def test_a_prompts_scores_are_a_frame_of_their_own() -> None:
+    """They may be as large as a frame may be."""
+    scores = (None, TokenLogprobs(-0.5, ()))
+    http = Kept()
+    plain = [NewToken(call, 5, None) for call in range(TOGETHER + 1)]
+    http.outbox.extend([*plain, NewToken(2000, 5, None, scores), Ended(2001, "length", (), (), scores, 0)])
+    steps: list[Any] = Http.taken(http)
+    assert [(len(each.tokens), len(each.ends)) for each in steps] == [(TOGETHER, 0), (1, 0), (1, 0), (0, 1)]
 
 
 def test_what_comes_together_is_one_frame() -> None:

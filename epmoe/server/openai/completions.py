@@ -42,6 +42,10 @@ class Completions:
         asked = self.asked
         if asked.max_tokens == 0 and not asked.echo:
             raise ApiError(400, "max_tokens=0 asks for nothing: set echo, or ask for a token", param="max_tokens")
+        streamed = asked.stream and asked.logprobs is not None  # whose scores may come after another answer's tokens
+        if asked.echo and (asked.n or 1) > 1 and (asked.max_tokens == 0 or streamed):
+            what = "max_tokens=0" if asked.max_tokens == 0 else "a stream of echo with logprobs"
+            raise ApiError(400, f"n={asked.n} with {what} is not served: ask for one answer", param="n")
         structure = Structure(self.form)
         scores = 0 if asked.max_tokens == 0 else None
         length = asked.max_tokens if asked.max_tokens is not None else self.front.defaults.max_new_tokens or SHORT

@@ -48,6 +48,9 @@ SAME = (
     "logit_bias", "allowed_token_ids", "min_tokens", "seed", "ignore_eos", "stop", "stop_token_ids",
 )  # fmt: skip
 
+# What one request may ask for: all of it is made, sent and looked at once for each answer.
+MOST_ANSWERS, MOST_STOPS, MOST_STOP_CHARACTERS, MOST_IDS = 128, 64, 4096, 1 << 18
+
 Asked = TypeVar("Asked", bound="Sampled")
 
 
@@ -104,7 +107,9 @@ class Sampled(msgspec.Struct, kw_only=True):
 
         Raises:
             UserError: a value out of range.
+            ApiError: more than a request may ask for.
         """
+        self._check_size()
         given = {name: getattr(self, name) for name in SAME}
         if given["top_k"] == -1:  # vLLM's word for all
             given["top_k"] = 0
@@ -113,6 +118,27 @@ class Sampled(msgspec.Struct, kw_only=True):
             del found["stop"]
         unset = {name: getattr(defaults, name) for name in (*SAME, "grammar") if name not in found}
         return SamplingParams(**{**unset, **found})
+
+    def _check_size(self) -> None:
+        answers, stops = self.n or 1, [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if answers > MOST_ANSWERS:
+            raise ApiError(400, f"n={answers} is more than {MOST_ANSWERS} answers: ask for fewer", param="n")
+        if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
+            raise ApiError(
+                400,
+                f"stop has {len(stops)} strings, {sum(map(len, stops))} characters together, and may have {MOST_STOPS} "
+                f"and {MOST_STOP_CHARACTERS}: give fewer",
+                param="stop",
+            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            count = len(getattr(self, name) or ())
+            if answers * count > MOST_IDS:
+                raise ApiError(
+                    400,
+                    f"{name} has {count} token ids for each of n={answers} answers, and may have {MOST_IDS} together: "
+                    "give fewer",
+                    param=name,
+                )
 
     def ids(self, ids: Sequence[int]) -> dict[str, Any]:
         """These ids of an answer, where they are asked for."""

@@ -67,8 +67,11 @@ class Structure:
                 bodies[form.place] = self.body = MAKERS[form.kind](form.value)
         if form is not None or self.offer.bound or self.offer.needed:
             for place, tool in self.offer.tools.items():
+                parameters = tool.get("parameters") or NOTHING
+                if not isinstance(parameters, Mapping):
+                    raise ApiError(400, f"{place}.parameters is no JSON schema: give an object", param="tools")
                 # Arguments are an object, whether a schema says so or not.
-                made = Tool(tool["name"], {"type": "object", **(tool.get("parameters") or NOTHING)})
+                made = Tool(tool["name"], {"type": "object", **parameters})
                 with _at(f"{place}.parameters"):
                     bodies[f"{place}.parameters"] = of_schema(made.parameters)
                 self.tools.append(made)

@@ -71,6 +71,25 @@ def test_parameters_are_the_requests_then_the_servers() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 129}, "n"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop": ["x" * 4000, "y" * 97]}, "stop"),
+        ({"stop": "x" * 4097}, "stop"),
+        ({"n": 2, "allowed_token_ids": [1] * (1 << 17) + [2]}, "allowed_token_ids"),
+        ({"stop_token_ids": [1] * ((1 << 18) + 1)}, "stop_token_ids"),
+    ],
+)
+def test_a_request_has_a_size(fields: dict[str, Any], param: str) -> None:
+    """What one asks for costs the others time."""
+    with pytest.raises(ApiError) as error:
+        typed({"prompt": "a", **fields}, CompletionRequest).params(SamplingParams())
+    assert (error.value.status, error.value.param) == (400, param) and len(str(error.value)) < 300
+    typed({"prompt": "a", "n": 128, "stop": ["x"] * 64, "allowed_token_ids": [1, 2]}, CompletionRequest)
+
+
 def test_the_document_names_every_field() -> None:
     """Those that are served, accepted and refused; and no others."""
     text = DOCS.read_text()
