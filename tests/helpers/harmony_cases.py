@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epmoe.text.tokenizer import Tokenizer
+
 CONTROLS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|return|>", "<|call|>")
 ENDS = CONTROLS[-3:]
 NAMES = re.compile("|".join(map(re.escape, CONTROLS)))
@@ -27,6 +29,10 @@ Symbol = str | int
 def split(text: str) -> list[Symbol]:
     """A text with names of control tokens as symbols."""
     return [each for each in re.split(f"({NAMES.pattern})", text) if each]
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [id for each in split(text) for id in tokenizer.encode(str(each), special=False)]
 
 
 def body(rng: random.Random) -> Iterator[Symbol]:

@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from harmony_cases import split
+from harmony_cases import ids_of
 from scripted import save_tokenizer
 
 from epmoe.engine.request import TokenLogprobs
@@ -25,10 +25,6 @@ WHOLE = (
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-
-
-def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [id for each in split(text) for id in tokenizer.encode(str(each), special=False)]
 
 
 def fed(
