@@ -330,9 +330,9 @@ class Engine:
             if sequence.matcher and not reason:
                 sequence.matcher.take(token)
             if reason not in ("eos", "stop"):
-                prompt = sequence.told_of_prompt() if len(sequence.ids) == 1 else ()
+                first = len(sequence.ids) == 1
+                prompt, cached = (sequence.told_of_prompt(), sequence.found or 0) if first else ((), 0)
                 own = sequence.logprobs[-1] if logprobs is not None else None
-                cached = sequence.found or 0 if len(sequence.ids) == 1 else 0
                 events.append(Token(sequence.id, token, own, prompt, cached))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))

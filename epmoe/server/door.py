@@ -24,6 +24,7 @@ from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
 from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.server.frames import (
+    PIECE,
     Abort,
     Broken,
     Bye,
@@ -47,7 +48,6 @@ from epmoe.server.frames import (
 )  # fmt: skip
 from epmoe.streams import tell
 
-PIECE = 1 << 20  # most bytes that are read at once
 TOGETHER = 1024  # tokens in a frame, at most
 
 
@@ -127,12 +127,16 @@ class Http:
     def taken(self) -> list[Frame]:
         """All of the outbox as frames: tokens and ends that stand together are one, but for the scores of a prompt."""
         found: list[Frame] = []
-        step = Step([], [], [])
+        step: Step | None = None  # that the next token or end joins
         while self.outbox:
             each = self.outbox.popleft()
-            if len(step.tokens) >= TOGETHER or getattr(each, "prompt_logprobs", None):
-                found.append(step)
+            if isinstance(each, Frame):
+                found.append(each)
+                step = None
+                continue
+            if step is None or len(step.tokens) >= TOGETHER or getattr(each, "prompt_logprobs", None):
                 step = Step([], [], [])
+                found.append(step)
             match each:
                 case NewToken():
                     step.tokens.append(each)
@@ -140,15 +144,8 @@ class Http:
                     step.ends.append(each)
                 case Failed():
                     step.failed.append(each)
-                case Frame():
-                    if step.tokens or step.ends or step.failed:
-                        found.append(step)
-                        step = Step([], [], [])
-                    found.append(each)
                 case _:
                     raise TypeError(f"no frame: {each!r}")
-        if step.tokens or step.ends or step.failed:
-            found.append(step)
         return found
 
 

@@ -14,6 +14,7 @@ from epmoe.engine.request import PromptLogprobs, TokenLogprobs
 
 _LENGTH = struct.Struct("<I")
 MOST = 256 << 20  # bytes of a frame: log-probabilities of a long prompt, 100 for each token, take some 100 MB
+PIECE = 1 << 20  # most bytes that either end reads at once
 
 
 class Damaged(Exception):

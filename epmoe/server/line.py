@@ -11,6 +11,7 @@ from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.request import Finished, Request, Result, Token
 from epmoe.errors import UserError
 from epmoe.server.frames import (
+    PIECE,
     Abort,
     Ask,
     Bye,
@@ -31,7 +32,6 @@ from epmoe.server.frames import (
     packed,
 )  # fmt: skip
 
-PIECE = 1 << 20  # most bytes that are read at once
 REFUSALS: dict[str, Callable[[str], Exception]] = {"mistake": UserError, "full": QueueFull, "stopped": Stopped}
 
 
