@@ -148,7 +148,7 @@ def results(stats: dict[str, list[Any]], exitstatus: int, marks: str) -> dict[st
     durations: dict[str, float] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in stats.get(outcome, []):
-            durations[report.nodeid] = round(durations.get(report.nodeid, 0) + report.duration, 2)
+            durations[report.nodeid] = round(durations.get(report.nodeid, 0) + getattr(report, "duration", 0), 2)
     return {
         "commit": commit(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

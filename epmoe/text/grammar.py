@@ -126,11 +126,14 @@ def vocabulary(tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> LLTo
     added, known = table["added_tokens"], tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     for token in added:
         token["special"] = token["id"] in tokenizer.special_ids
-    # llguidance counts the ids, and so takes them to have no holes.
+    # llguidance counts the ids, and so takes them to have no holes. What fills one must stand in no text: in a
+    # vocabulary of bytes it begins with 0xFF, elsewhere it is an added token, of which many take minutes to read.
+    of_bytes = (table["decoder"] or {}).get("type") == "ByteLevel"
     for id in set(range(max(known.values()))).difference(known.values()):
-        name = f"<|nobody's {id}|>"
+        name = f"ÿþ{id}" if of_bytes else f"<|nobody's {id}|>"
         table["model"]["vocab"][name] = id
-        added.append({**NOBODYS, "id": id, "content": name})
+        if not of_bytes:
+            added.append({**NOBODYS, "id": id, "content": name})
     try:
         return LLTokenizer(json.dumps(table), n_vocab=vocab, eos_token=[id for id in eos_ids if id < vocab])
     except (TypeError, ValueError) as error:

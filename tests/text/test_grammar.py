@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from harmony_cases import CONTROLS
@@ -189,6 +190,22 @@ def test_without_harmony_the_answer_is_the_body(tmp_path: Path) -> None:
     assert whole(tokenizer, grammars, grammar, '{"a":5}')
     with pytest.raises(UserError, match=r"^tool_choice='required' needs a prompt in harmony's markup"):
         answer(tokenizer, (), None, TOOLS, "required")
+
+
+def test_holes_of_a_vocabulary_never_come(tmp_path: Path) -> None:
+    """A hundred thousand: the ids of a synthetic checkpoint stand for bytes, and for control tokens far above."""
+    count, end = 100_001, 100_000
+    words = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", words, {"<|endoftext|>": end})
+    grammars = Grammars(vocabulary(tokenizer, count, [end]))
+    masks = np.zeros((1, -(-count // 32)), dtype=np.int32)
+    matcher = grammars.matcher(r"start: /(.|\n)*/")
+    for letter in (None, *"ÿþ300".encode()):  # as what fills a hole is spelled, and as its letters are
+        if letter is not None:
+            matcher.take(letter)
+        grammars.fill([matcher], torch.from_numpy(masks))
+        allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
+        assert len(allowed) and set(allowed) <= {*range(256), end}
 
 
 def test_a_vocabulary_without_some_control_tokens(tmp_path: Path) -> None:
