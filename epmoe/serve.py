@@ -7,9 +7,11 @@ config → door (the HTTP process of rank 0) → LLM (weights, cache, engine) �
 """
 
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from epmoe import streams
@@ -21,6 +23,7 @@ if __name__ == "__main__":
     guard.begin()
 
 from dataclasses import asdict
+from functools import partial
 
 from epmoe import BEGAN, __version__
 from epmoe.config.compose import parse
@@ -43,7 +46,7 @@ KEY = "EPMOE_API_KEY"  # of the environment
 
 def serve() -> None:
     config = parse(sys.argv[1:], ServerConfig)
-    with join(config) as ranks:
+    with join(config) as ranks, drained(ranks.watch, end) as drain:
         keys = api_key(config) if ranks.is_main else ""
         listener = listen(config.serve.host, config.serve.port) if ranks.is_main else None
         llm = LLM.opened(config, ranks)
@@ -53,34 +56,46 @@ def serve() -> None:
         service = Service(llm.engine, config.serve)
         seconds = config.serve.drain_s
         if door is None:
-            with drained(ranks.watch, seconds, lambda: None, end):
-                llm.serve(service)
+            on_a_thread(lambda: running(service, partial(drain.ready, seconds, lambda: None)))
+            llm.serve(service)
             return
         assert listener is not None
         door.check()
         host, port = listener.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        threading.Thread(target=open_when_ready, args=(door, service, llm, where), daemon=True).start()
-        with drained(ranks.watch, seconds, lambda: door.drain(seconds), end):
-            llm.serve(service)
+        ready = partial(drain.ready, seconds, lambda: door.drain(seconds))
+        on_a_thread(lambda: open_when_ready(door, service, llm, where, ready))
+        llm.serve(service)
         door.close()
         door.check()
 
 
-def end() -> None:
-    """Another signal, while what is in flight comes to its end."""
+def end(number: int) -> None:
+    """A signal ends a rank alone at once: it is not ready, or what is in flight comes to its end already."""
     guard.told()
+    streams.tell_raw(f"epmoe: {guard.SIGNALS[signal.Signals(number)]}\n")
     leave(0)
 
 
-def open_when_ready(door: Door, service: Service, llm: LLM, where: str) -> None:
-    """Let requests in once the loop takes turns; the line that says so."""
-    made = f"{fingerprint(llm.source, llm.model)}-{__version__}"
+def on_a_thread(work: Callable[[], object]) -> None:
+    threading.Thread(target=work, name="epmoe-ready", daemon=True).start()
+
+
+def running(service: Service, ready: Callable[[], object]) -> bool:
+    """Wait until the loop takes turns, and call `ready` then; False: it never will."""
     while not service.running.wait(LOOK_S):
         if service.failure is not None:
-            return
-    door.open(service, Ready(made, llm.cache.pages.room))
-    streams.tell(f"epmoe: {door.hello.model} at {where}, ready in {time.perf_counter() - BEGAN:.1f} s")
+            return False
+    ready()
+    return True
+
+
+def open_when_ready(door: Door, service: Service, llm: LLM, where: str, ready: Callable[[], object]) -> None:
+    """Let requests in once the loop takes turns; the line that says so. `ready`: signals only ask from then on."""
+    made = f"{fingerprint(llm.source, llm.model)}-{__version__}"
+    if running(service, ready):
+        door.open(service, Ready(made, llm.cache.pages.room))
+        streams.tell(f"epmoe: {door.hello.model} at {where}, ready in {time.perf_counter() - BEGAN:.1f} s")
 
 
 def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:

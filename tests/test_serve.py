@@ -8,9 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from served import Server, post, served
+from served import TORCHRUN, Server, post, served
 
 from epmoe import LLM, SamplingParams
+from epmoe.ranks import guard
 
 LONG = {"prompt": "It was a fine morning, and", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
@@ -86,6 +87,52 @@ def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
         said = begun.rest()
         assert b"serve.drain_s" in said and b"[DONE]" not in said
         assert server.process.wait(30) == 0
+
+
+STARTING = """
+import ctypes, os, sys
+from epmoe.ranks import guard
+guard.begin()
+from epmoe import serve
+from epmoe.engine.service import Service
+from epmoe.ranks.command import main
+
+def compile_for_ever(self):
+    os.write(2, b"compiling\\n")
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+Service.prepare = compile_for_ever
+main(serve.serve)
+"""
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "two ranks"])
+def test_a_signal_while_kernels_compile_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
+    """At either rank, long before the guard would kill it; all end with 0, and nothing is left."""
+    (script := tmp_path / "script.py").write_text(STARTING)
+    start = [sys.executable, *TORCHRUN, str(ranks)] if ranks else [sys.executable]
+    with (tmp_path / "stderr").open("wb") as stderr:
+        command = [*start, str(script), "serve.port=0", "runtime.device=cpu"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
+    try:
+        deadline = time.monotonic() + 60
+        while (said := (tmp_path / "stderr").read_text()).count("compiling\n") < max(1, ranks):
+            assert process.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        told = [each for each in family if str(script) in each.cmdline() and each.environ().get("RANK") == "1"]
+        begin = time.monotonic()
+        (told[0] if ranks else process).send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, (tmp_path / "stderr").read_text()
+        # torchrun looks every so often; the ranks' watch waits half a second for other faults
+        assert time.monotonic() - begin < guard.GRACE_S - 2
+        assert psutil.wait_procs(family, 5)[1] == []
+        assert ("rank 1: " if ranks else "epmoe: ") + "ended by SIGTERM\n" in (tmp_path / "stderr").read_text()
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two ranks"])

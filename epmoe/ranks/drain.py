@@ -1,15 +1,17 @@
-"""Drain: the first SIGTERM or SIGINT asks a run to come to an end in its own time, the next one ends it. Both exit 0.
+"""Drain: a signal asks a run to come to an end in its own time, the next one ends it. Both exit 0.
 
 launcher ── SIGTERM ──▶ any rank ──watch──▶ rank 0: begin() ──▶ the block ends, on every rank
+                          └── before the run is ready: there is nothing to bring to an end, and all ranks end at once
 """
 
-import signal
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Protocol
 
 from epmoe.ranks import guard
 
@@ -21,17 +23,28 @@ class Watched(Protocol):
 
 
 class Drain:
-    """Calls `begin` once, on a thread of its own, when the run is asked to end. For signal handlers, too."""
+    """Calls `begin` once, on a thread of its own, when a run that is ready is asked to end. Signal handlers may ask."""
 
-    def __init__(self, begin: Callable[[], object]) -> None:
-        self.begin = begin
+    def __init__(self) -> None:
+        self.begin: Callable[[], object] | None = None  # None: the run is not ready
         self.first_s: float | None = None
         self.signals: SimpleQueue[bool] = SimpleQueue()  # a handler may come between any two operations: no lock
         self.thread = threading.Thread(target=self._wait, name="epmoe-drain", daemon=True)
         self.thread.start()
 
+    def ready(self, seconds: float, begin: Callable[[], object]) -> None:
+        """From now on a signal asks, and calls `begin`; on a rank other than 0 that has nothing to do.
+
+        Args:
+            seconds: that coming to an end may take, before the guard ends this process.
+        """
+        guard.patient(seconds)
+        self.begin = begin
+
     def asked(self) -> bool:
-        """A signal has come; False: it is another one than the first, and the run must end now."""
+        """A signal has come. False: the run must end now: it is not ready, or this is another one than the first."""
+        if self.begin is None:
+            return False
         now = time.monotonic()
         if self.first_s is None:
             self.first_s = now
@@ -43,36 +56,52 @@ class Drain:
         self.signals.put(False)
 
     def _wait(self) -> None:
-        if self.signals.get():
+        if self.signals.get() and self.begin is not None:
             self.begin()
 
 
 @contextmanager
-def drained(
-    watch: Watched | None, seconds: float, begin: Callable[[], object], end: Callable[[], object]
-) -> Iterator[None]:
-    """Let signals ask for the end of the block. Main thread only.
+def drained(watch: Watched | None, end: Callable[[int], object]) -> Iterator[Drain]:
+    """Let signals end the block: at once, until it says that it is ready. Main thread only.
 
     Args:
         watch: the rank's; None: it is alone.
-        seconds: that coming to an end may take, before the guard ends this process.
-        begin: called on another thread, once; on a rank other than 0 it has nothing to do.
-        end: called on the main thread by another signal, where the rank is alone; it does not return.
+        end: called on any thread with the signal that ends a rank alone at once; it does not return.
     """
-    drain = Drain(begin)
-    guard.patient(seconds)
-    if watch is not None:
-        watch.drain = drain  # up to the process' end
-        yield
+    drain = Drain()
+    try:
+        if watch is not None:
+            watch.drain = drain  # up to the process' end
+            yield drain
+            return
+        with _heard(lambda number: drain.asked() or end(number)):
+            yield drain
+    finally:
         drain.close()
-        return
 
-    def answer(number: int, frame: Any) -> None:
-        if not drain.asked():
-            end()
 
-    old = {number: signal.signal(number, answer) for number in guard.SIGNALS}
-    yield
-    drain.close()
-    for number, handler in old.items():
-        signal.signal(number, handler)
+@contextmanager
+def _heard(answer: Callable[[int], object]) -> Iterator[None]:
+    """Answer the signals of a rank alone: on a thread, since the main thread may be in an operation of minutes."""
+    here, there = socket.socketpair()
+    source = guard.heard()
+    handlers = guard.Handlers(answer, guarded=source is not None)
+
+    def listen() -> None:
+        while source and here not in (found := select.select([source, here], [], [])[0]):
+            numbers = guard.received(found[0])
+            if numbers is None:
+                handlers.take_over()
+                return
+            for each in numbers:
+                answer(each)
+
+    thread = threading.Thread(target=listen, name="epmoe-signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        there.close()
+        thread.join()
+        here.close()
+        handlers.close()

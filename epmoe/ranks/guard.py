@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -60,6 +61,51 @@ def begin() -> None:
 def heard() -> socket.socket | None:
     """Where numbers of signals can be read, as the guard passes them on; None: this process has no guard."""
     return ENDS[0] if ENDS else None
+
+
+def received(source: socket.socket) -> bytes | None:
+    """The numbers of signals that the guard has passed on there; None: the guard was killed. Waits for nothing."""
+    try:
+        numbers = source.recv(4096)
+    except BlockingIOError:
+        return b""
+    except OSError:
+        return None
+    return bytes(each for each in numbers if each in SIGNALS) if numbers else None
+
+
+class Handlers:
+    """The process' own handlers of the signals: Python's, which run in the main thread, when that comes to it.
+
+    They are for want of better: what the guard passes on (or a file descriptor for wake-ups tells) is heard elsewhere,
+    and a handler that runs much later would only tell it once more. Main thread only.
+
+    Args:
+        answer: called with a signal's number that nobody else has heard.
+        guarded: somebody else hears them, until `take_over`.
+    """
+
+    def __init__(self, answer: Callable[[int], object], *, guarded: bool) -> None:
+        self.answer, self.guarded = answer, guarded
+        self.last = 0, float("-inf")  # a signal, and when its handler ran
+        self.old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def take_over(self) -> None:
+        """The guard was killed, and may have taken a signal with it. On any thread."""
+        self.guarded = False
+        number, when = self.last
+        if time.monotonic() - when <= AGAIN_S:
+            self.answer(number)
+
+    def close(self) -> None:
+        """Put back those that were there before."""
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.last = number, time.monotonic()  # first: `take_over` may come in between
+        if not self.guarded:
+            self.answer(number)
 
 
 def told() -> None:

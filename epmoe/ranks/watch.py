@@ -119,8 +119,7 @@ class Watch:
             self.thread.join()
             self.peers[0].connection.close()
         self.thread.join(5)
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        self.handlers.close()
         if guard.heard() is None:
             signal.set_wakeup_fd(-1)
 
@@ -154,8 +153,7 @@ class Watch:
             signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
         for each in filter(None, (source, self.woken)):
             self.selector.register(each, selectors.EVENT_READ, partial(self._wake, each))
-        # In Python as well, should the guard be killed: then in the main thread, when that comes to it.
-        self.old_handlers = {each: signal.signal(each, lambda number, _: self._signal(number)) for each in SIGNALS}
+        self.handlers = guard.Handlers(self._signal, guarded=True)
 
     def _signal(self, number: int) -> None:
         with suppress(BlockingIOError):
@@ -201,10 +199,10 @@ class Watch:
             said = b""
         if not said:
             self.selector.unregister(source)  # the guard was killed
+            self.handlers.take_over()
         for byte in said:
-            if byte in SIGNALS and not self._drains():
-                number, code = signal.Signals(byte), 128 + byte if self.drain is None else 0
-                self._fault(Fault(SIGNALS[number], self.rank, guard.SIGNALS[number], code))
+            if byte in SIGNALS and not self._drains(byte):
+                self._end_by(self.rank, byte)
         while self.inbox:
             message = self.inbox.popleft()
             if isinstance(message, Fault):
@@ -218,13 +216,25 @@ class Watch:
                 else:
                     self._all("arrive", asdict(message))
 
-    def _drains(self) -> bool:
+    def _end_by(self, rank: int, byte: int) -> None:
+        """A signal has come to a rank, and ends the run."""
+        number, code = signal.Signals(byte), 128 + byte if self.drain is None else 0
+        self._fault(Fault(SIGNALS[number], rank, guard.SIGNALS[number], code))
+
+    def _drains(self, byte: int) -> bool:
         """Whether a signal only asks this run to come to an end; rank 0 does it, whichever rank was asked."""
         if self.drain is None or not self.drain.asked():
             return False
         if self.rank != 0:
-            self._all("drain")
+            self._all("drain", byte)
         return True
+
+    def _drain(self, rank: int, byte: int) -> None:
+        """Another rank was asked; it may be ready a moment before this one."""
+        if self.drain is None or self.drain.begin is None:
+            self._end_by(rank, byte)
+        else:
+            self.drain.asked()
 
     def _accept(self) -> None:
         peer = Peer(self.listener.accept()[0], -1)  # a stranger until its hello
@@ -248,7 +258,7 @@ class Watch:
         answers: dict[str, Callable[..., object]] = {
             "hello": lambda token, hello: None,
             "beat": lambda: None,
-            "drain": lambda: self.drain and self.drain.asked(),
+            "drain": lambda byte: self._drain(peer.rank, byte),
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
             "arrive": lambda meeting: self._arrive(peer.rank, Meeting(**meeting)),

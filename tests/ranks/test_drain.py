@@ -1,5 +1,6 @@
-"""Drain: the first signal asks, those of the same second are it, the next one ends."""
+"""Drain: before a run is ready a signal ends it; then the first one asks, those of its second are it, the next ends."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from spawn import commands
+from spawn import Command, commands
 
 from epmoe.ranks import guard, mesh
 from epmoe.ranks.command import leave
@@ -25,7 +26,9 @@ def test_begin_comes_once_and_elsewhere() -> None:
         threads.append(threading.current_thread())
         begun.set()
 
-    drain = Drain(begin)
+    drain = Drain()
+    assert not drain.asked()  # it is not ready
+    drain.ready(1.0, begin)
     assert drain.asked() and drain.asked()
     assert begun.wait(WITHIN_S)
     with mock.patch("time.monotonic", return_value=time.monotonic() + guard.AGAIN_S + 1):
@@ -37,7 +40,8 @@ def test_begin_comes_once_and_elsewhere() -> None:
 def test_a_block_that_is_never_asked_leaves_nothing() -> None:
     handlers = [signal.getsignal(number) for number in guard.SIGNALS]
     before = threading.active_count()
-    with drained(None, 1.0, pytest.fail, pytest.fail):
+    with drained(None, lambda number: pytest.fail(f"signal {number}")) as drain:
+        drain.ready(1.0, pytest.fail)
         assert [signal.getsignal(number) for number in guard.SIGNALS] != handlers
     deadline = time.monotonic() + WITHIN_S
     while threading.active_count() > before:
@@ -49,7 +53,8 @@ def work(seconds: float) -> None:
     """All ranks go on until rank 0 is asked to end, and then so long."""
     with mesh.start(device="cpu", timeout_s=20) as mine:
         asked = threading.Event()
-        with drained(mine.watch, seconds, asked.set, lambda: leave(0)):
+        with drained(mine.watch, lambda number: leave(0)) as drain:
+            drain.ready(seconds, asked.set)
             os.write(1, b"running\n")
             if mine.is_main:
                 while not asked.wait(0.05):
@@ -68,19 +73,84 @@ CASES = {
 
 
 def never_ends(seconds: float) -> None:
-    with mesh.start(device="cpu"), drained(None, seconds, lambda: None, lambda: None):
+    with mesh.start(device="cpu"), drained(None, lambda number: None) as drain:
+        drain.ready(seconds, lambda: None)
         os.write(1, b"running\n")
         time.sleep(1000)
+
+
+def wait_in_c() -> None:
+    """One operation that neither ends nor comes back for a signal, and lets other threads run: a mutex locked twice."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def starts(ready: list[int]) -> None:
+    """Ranks that start, as compilers make them wait; some are ready already."""
+    with mesh.start(device="cpu", timeout_s=60) as mine, drained(mine.watch, lambda number: leave(0)) as drain:
+        if mine.rank in ready:
+            drain.ready(60, lambda: None)
+        os.write(1, b"running\n")
+        wait_in_c()
+
+
+# ranks, those that are ready, to which the signal comes
+STARTING: list[tuple[int, list[int], int]] = [(1, [], 0), (2, [], 0), (2, [], 1), (2, [1], 1), (2, [0], 1)]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("number", guard.SIGNALS)
+def test_before_all_are_ready_a_signal_ends_them_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    """Also where no main thread comes to it: long before the guard would kill them, and with 0."""
+    for place, (ranks, ready, told) in enumerate(STARTING):
+        (folder := tmp_path / str(place)).mkdir()
+        with commands(starts, ranks, ready, folder=folder) as started:
+            until_running(started)
+            time.sleep(0.2)  # they are in that operation
+            begin = time.monotonic()
+            started[told].signal(number)
+            deadline = begin + guard.GRACE_S - 2
+            codes = [each.wait(deadline - time.monotonic()) for each in started]
+            assert codes == [0] * ranks, (place, codes, [each.stderr for each in started])
+
+
+def comes_to_it_late(seconds: float) -> None:
+    """A main thread whose handlers run so long after the signal, since one operation in C takes as long."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    with mesh.start(device="cpu", timeout_s=60) as mine, drained(mine.watch, lambda number: leave(0)) as drain:
+        drain.ready(60, lambda: os.write(1, b"asked\n"))
+        os.write(1, b"running\n")
+        end = time.clock_gettime_ns(time.CLOCK_REALTIME) + int(seconds * 1e9)
+        library.pthread_mutex_timedlock(mutex, (ctypes.c_long * 2)(end // 10**9, end % 10**9))
+        time.sleep(1.0)  # longer than the watch waits for other faults
+        os.write(1, b"went on\n")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_signal_is_one_however_late_a_handler_runs(ranks: int, tmp_path: Path) -> None:
+    with commands(comes_to_it_late, ranks, guard.AGAIN_S + 1.5, folder=tmp_path) as started:
+        until_running(started)
+        time.sleep(0.2)
+        started[0].signal(signal.SIGTERM)
+        assert [each.wait(WITHIN_S) for each in started] == [0] * ranks, [each.stderr for each in started]
+        assert started[0].stdout == "running\nasked\nwent on\n"
+
+
+def until_running(started: list[Command]) -> None:
+    deadline = time.monotonic() + 30
+    while not all("running" in each.stdout for each in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.alone
 def test_a_block_that_does_not_end_is_killed(tmp_path: Path) -> None:
     """By the guard: after the time that it said it may take, and not before."""
     with commands(never_ends, 1, 0.5, folder=tmp_path) as (started,):
-        deadline = time.monotonic() + 30
-        while "running" not in started.stdout:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until_running([started])
         begin = time.monotonic()
         started.signal(signal.SIGTERM)
         assert started.wait(guard.GRACE_S + WITHIN_S) == -signal.SIGKILL
@@ -95,10 +165,7 @@ def test_signals(case: str, ranks: int, tmp_path: Path) -> None:
     """Whichever rank they come to, all end with 0."""
     signals, between_s, seconds, _ = CASES[case]
     with commands(work, ranks, seconds, folder=tmp_path) as started:
-        deadline = time.monotonic() + 30
-        while not all("running" in each.stdout for each in started):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until_running(started)
         begin = time.monotonic()
         for number in signals:
             started[-1].signal(number)
