@@ -47,6 +47,10 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
         assert [tuple((each.model_extra or {})["token_ids"]) for each in found.choices] == [
             each.ids for each in expected
         ]
+        for stream in (False, True):  # what shows with the vocabulary alone is refused all the same
+            body = {"prompt": "a", "guided_grammar": 'start: "\ud7ff"', "stream": stream}
+            status, answer, _ = server.ask("/v1/completions", body)
+            assert status == 400 and "the grammar is refused (" in answer["error"]["message"], answer
     assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
 
 

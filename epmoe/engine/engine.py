@@ -16,9 +16,9 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -177,29 +177,44 @@ class Engine:
         self.graphs.prepare(kinds)
 
     def check(self, requests: Sequence[Request], first: int = 0) -> None:
-        """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on."""
+        """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on.
+
+        Of grammars it raises where there can be none at all; `matcher` compiles them.
+        """
         check(requests, self.vocab, self.max_positions, first)
         for number, each in enumerate(requests, first + 1):
             check_adjustments(each.params, self.scheduler.ends(each), number)
             if each.params.grammar:
-                self.matcher(each.params.grammar, number)
+                with _numbered(number):
+                    _ = self.grammars
 
-    def matcher(self, grammar: str, number: int) -> Matcher:
+    def matcher(self, request: Request, number: int) -> Matcher | None:
         """At the beginning of an answer to prompt `number`; raises UserError with it for what is no grammar."""
-        try:
-            return self.grammars.matcher(grammar)
-        except UserError as error:
-            raise UserError(f"prompt {number}: {error}") from None
+        if not request.params.grammar:
+            return None
+        with _numbered(number):
+            return self.grammars.matcher(request.params.grammar)
+
+    def hold_grammar(self, grammar: str, then: Callable[[str], object]) -> None:
+        """As `Grammars.hold`."""
+        self.grammars.hold(grammar, then)
+
+    def drop_grammars(self, names: Sequence[str] | None = None) -> None:
+        """As `Grammars.drop`; None: all that are held."""
+        if "grammars" in vars(self):
+            for each in tuple(self.grammars.held) if names is None else names:
+                self.grammars.drop(each)
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id, which counts from 0.
 
         Raises:
-            UserError: see `check`; a request that the whole cache cannot hold.
+            UserError: see `check` and `matcher`; a request that the whole cache cannot hold.
         """
-        self.check([request], self.scheduler.added - self.first)
+        number = self.scheduler.added - self.first
+        self.check([request], number)
         assert request.params.kept <= self.runner.state.kept, "not prepared"
-        matcher = self.grammars.matcher(request.params.grammar) if request.params.grammar else None
+        matcher = self.matcher(request, number + 1)
         return self.scheduler.add(request, time.perf_counter(), matcher)
 
     @torch.inference_mode()
@@ -245,13 +260,15 @@ class Engine:
         Times in the results count from the moment when everything is prepared.
 
         Raises:
-            UserError: see `check`; a request that the whole cache cannot hold.
+            UserError: see `check` and `matcher`; a request that the whole cache cannot hold.
             NotFinite: logits of some requests are not finite. All others have come to their end, each with its
                 `on_finish`; so have these, with the reason "error".
             NoArrival: a step did not end in time.
         """
         assert not (self.scheduler.running or self.scheduler.waiting), "beside other requests, use add and step"
         self.check(requests)
+        for number, request in enumerate(requests, 1):
+            self.matcher(request, number)  # before any work, and remembered
         self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}
@@ -337,3 +354,12 @@ class Engine:
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
         return events
+
+
+@contextmanager
+def _numbered(number: int) -> Iterator[None]:
+    """A mistake within the block is one of prompt `number`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"prompt {number}: {error}") from None

@@ -13,6 +13,7 @@ Letters: G rows with a grammar · W words of 32 bits, a bit an id.
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -46,7 +47,10 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars over a vocabulary. Its methods may be called on any thread, and wait for nothing.
+    """Compiles grammars over a vocabulary. Its methods may be called on any thread.
+
+    `matcher` compiles what is not there, which may take a second; of what was ordered by `hold` it waits for nothing
+    once `then` was called.
 
     Args:
         vocabulary: the bytes of each id, which ids are special, and which end a text.
@@ -55,7 +59,10 @@ class Grammars:
 
     def __init__(self, vocabulary: LLTokenizer, ranks: int = 1) -> None:
         self.vocabulary = vocabulary
-        self.executor = LLExecutor(max(1, min((os.cpu_count() or 1) // ranks, MOST_THREADS)))
+        threads = min((os.cpu_count() or 1) // ranks, MOST_THREADS)
+        self.executor = LLExecutor(max(1, threads))
+        self.compilers = ThreadPoolExecutor(max(2, threads), "epmoe-grammar")  # two: a long compile delays no short one
+        self.held: dict[str, Future[LLMatcher]] = {}
         self._compiled: Callable[[str], LLMatcher] = lru_cache(MOST_COMPILED)(self._compile)
 
     def matcher(self, grammar: str) -> Matcher:
@@ -64,7 +71,27 @@ class Grammars:
         Raises:
             UserError: it is no grammar, or too large a one.
         """
-        return Matcher(self._compiled(grammar).deep_copy())
+        held = self.held.get(grammar)
+        return Matcher((self._compiled(grammar) if held is None else held.result()).deep_copy())
+
+    def hold(self, grammar: str, then: Callable[[str], object]) -> None:
+        """Compile it on another thread, and keep it until `drop`.
+
+        Args:
+            then: called on that thread when it is there, with "", or with the reason why it cannot be.
+        """
+
+        def told(done: Future[LLMatcher]) -> None:
+            if not done.cancelled():
+                error = done.exception()
+                then("" if error is None else str(error))
+
+        self.held[grammar] = future = self.compilers.submit(self._compile, grammar)
+        future.add_done_callback(told)
+
+    def drop(self, grammar: str) -> None:
+        """Nobody asks for it any more; matchers that there are stay."""
+        self.held.pop(grammar).cancel()
 
     def _compile(self, grammar: str) -> LLMatcher:
         _check_length(grammar)

@@ -1,6 +1,6 @@
 """Service: what a server needs above `Engine.add`, `step` and `abort`: a bounded queue, and one loop on all ranks.
 
-    any thread of rank 0:   submit ─▶ queue, by priority                     abort
+    any thread of rank 0:   submit ─▶ (compiling.py) ─▶ queue, by priority   abort
                                         │                                      │
     each rank's turn:       rank 0's orders (epmoe/ranks/control.py): add these, end those ─▶ engine.step ─▶ events
                                                                                                                │
@@ -19,10 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, QueueFull, Stopped
+from epmoe.engine.compiling import Compiling, Waiting
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Event, Request, Token, Workload
 from epmoe.errors import UserError
@@ -43,7 +45,8 @@ class Service:
         self.step_tokens = bounds.step_tokens or max(STEP_TOKENS, STEP_TOKENS_PER_ROW * engine.max_batch)
         self.alone_tokens = max(self.step_tokens, ALONE_TOKENS)
         self.turn = threading.Condition()  # for all that follows
-        self.queue: list[tuple[int, int, Call]] = []  # a heap: priority, number, call
+        self.queue: list[tuple[int, int, Call]] = []  # a heap: priority, place, call
+        self.compiling = Compiling(engine.ranks.size)  # calls that are not in the queue yet
         self.queued_tokens = self.submitted = 0
         self.ending: list[tuple[Call, str]] = []  # whose end is to be ordered, and why
         self.released: dict[int, Call] = {}  # by the engine's id: it has them
@@ -56,7 +59,7 @@ class Service:
     # Rank 0's callers, on any thread
 
     def submit(self, calls: Sequence[Call]) -> None:
-        """Let these wait for their turn, all or none.
+        """Let these wait for their turn, all or none. One whose grammar is refused fails with a UserError, later.
 
         Raises:
             UserError: a request that the model or the whole cache cannot hold.
@@ -71,14 +74,26 @@ class Service:
         with self.turn:
             self._check_alive()
             self._check_room(len(calls), tokens)
-            for each in calls:
-                heapq.heappush(self.queue, (each.request.priority, self.submitted, each))
+            for which, each in enumerate(calls, 1):
+                self._enter(Waiting(each, self.submitted, which))
                 self.submitted += 1
             self.queued_tokens += tokens
             self.turn.notify()
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait for their turn, or for their grammar."""
+        return len(self.queue) + sum(1 for _ in self.compiling.calls())
+
+    def _enter(self, waiting: Waiting) -> None:
+        if not (waiting.call.request.params.grammar and self.compiling.add(waiting)):
+            self._push(waiting)
+
+    def _push(self, waiting: Waiting) -> None:
+        heapq.heappush(self.queue, (waiting.call.request.priority, waiting.place, waiting.call))
+
     def _check_room(self, requests: int, tokens: int) -> None:
-        waiting, bounds = len(self.queue), self.bounds
+        waiting, bounds = self.queued, self.bounds
         remedy = "come again when some have their answers"
         if waiting and waiting + requests > bounds.queue_requests:
             raise QueueFull(f"{waiting} requests wait already (serve.queue_requests={bounds.queue_requests}): {remedy}")
@@ -125,6 +140,7 @@ class Service:
         """
         engine = self.engine
         self.prepare()
+        control.listen(self._compiled)
         engine.scheduler.step_tokens, engine.scheduler.alone_tokens = self.step_tokens, self.alone_tokens
         self.running.set()
         try:
@@ -135,7 +151,12 @@ class Service:
             self.running.clear()
             engine.scheduler.step_tokens = engine.scheduler.alone_tokens = 0
             engine.clear()
+            engine.drop_grammars()
         with self.turn:  # what is left has ended for its callers
+            self.compiling.restart()
+            came, self.queue = self.queue, []  # meanwhile; all ranks have dropped their grammars
+            for _, place, call in came:
+                self._enter(Waiting(call, place, 1))
             self.stopping = False
             self.ending.clear()
             self.leaving.clear()
@@ -150,6 +171,9 @@ class Service:
     def _turn(self, control: Control) -> bool:
         """Obey this turn's orders and step; False: they say that there is no more."""
         orders = control.turn(self._decide(control) if control.leads else None)
+        self.engine.drop_grammars(orders.get("drop", ()))
+        for number, grammar in orders.get("compile", ()):
+            self.engine.hold_grammar(grammar, partial(control.report, number))
         with self.turn:
             ids = [self.engine.add(Request.of_json(value)) for value in orders.get("add", ())]
             if ids and control.leads:
@@ -175,7 +199,7 @@ class Service:
         with self.turn:
             if not (self.engine.busy or control.travelling or self._has_news()):
                 self.turn.wait(control.beat_s)
-            orders: dict[str, Any] = {}
+            orders: dict[str, Any] = {} if self.stopping else self.compiling.orders(self._needed)
             if calls := self._release():
                 orders["add"] = [each.request.to_json() for each in calls]
                 self.leaving.append(calls)
@@ -188,7 +212,23 @@ class Service:
             return orders
 
     def _has_news(self) -> bool:
-        return bool(self.queue or self.ending or self.stopping)
+        return bool(self.queue or self.ending or self.stopping or self.compiling.news)
+
+    def _needed(self) -> set[str | None]:
+        """Grammars of calls that the engine is to have."""
+        travelling = (call for calls in self.leaving for call in calls)
+        return {call.request.params.grammar for call in (*(call for *_, call in self.queue), *travelling)}
+
+    def _compiled(self, number: int, why: str) -> None:
+        """A rank's report; on a thread of its own."""
+        with self.turn:
+            done, failed = self.compiling.report(number, why)
+            for each in done:
+                self._push(each)
+            for each in failed:
+                self.queued_tokens -= len(each.call.request.ids)
+                each.call.fail(UserError(f"prompt {each.which}: {why}"))
+            self.turn.notify()
 
     def _release(self) -> list[Call]:
         """Those of the queue that the engine is to have, as many as may soon run: until then others may go before."""
@@ -233,6 +273,9 @@ class Service:
     def _end(self, call: Call, reason: str) -> None:
         """It is over for whoever submitted it, and is to be for the engine."""
         call.ended = True
+        if self.compiling.remove(call):
+            self.queued_tokens -= len(call.request.ids)
+            return
         place = next((each for each in self.queue if each[2] is call), None)
         if place is None:
             self.ending.append((call, reason))
@@ -244,7 +287,7 @@ class Service:
 
     def _calls(self) -> list[Call]:
         travelling = (call for calls in self.leaving for call in calls)
-        return [*(call for *_, call in self.queue), *travelling, *self.released.values()]
+        return [*self.compiling.calls(), *(call for *_, call in self.queue), *travelling, *self.released.values()]
 
     def _check_alive(self) -> None:
         if self.failure is not None:
@@ -258,6 +301,7 @@ class Service:
     def _fail(self, error: BaseException) -> None:
         self.failure = self.failure or error
         calls = [each for each in self._calls() if not each.ended]
+        self.compiling.clear()
         self.queue.clear()
         self.queued_tokens = 0
         for each in calls:

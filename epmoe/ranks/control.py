@@ -11,7 +11,7 @@ Letters: S bytes of a message · R bytes of what is longer.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +37,8 @@ class Control:
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self.leads, self.beat_s = ranks.is_main, min(BEAT_S, timeout_s / 4)
+        self.watch = ranks.watch
+        self.hear: Callable[..., object] = lambda *said: None
         self.group = None
         if ranks.size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -60,6 +62,19 @@ class Control:
         due = self._arrive()
         self._send(orders or {})
         return due
+
+    def listen(self, hear: Callable[..., object]) -> None:
+        """Call `hear` with what each rank reports from now on, on threads of rank 0; on others it means nothing."""
+        self.hear = hear
+        if self.watch is not None and self.leads:
+            self.watch.heard = hear
+
+    def report(self, *said: Any) -> None:
+        """Let rank 0 hear that, anything that JSON can hold: at once, beside all turns. On any thread of any rank."""
+        if self.leads or self.watch is None:
+            self.hear(*said)
+        else:
+            self.watch.report(*said)
 
     @property
     def travelling(self) -> bool:

@@ -73,10 +73,11 @@ class Watch:
         self.meeting = Meeting()  # the first one's
         self.faults: list[Fault] = []
         self.details = ""  # the traceback of this rank's own fault
-        self.inbox: deque[Fault | Meeting | None] = deque()  # from the main thread
+        self.inbox: deque[Fault | Meeting | tuple[Any, ...] | None] = deque()  # from other threads
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
         self.finishing = self.closing = False
         self.drain: Drain | None = None  # whoever is asked to end before it must
+        self.heard: Callable[..., object] = lambda *said: None  # on rank 0, called with what others report
         self.first_fault = self.first_arrival = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
@@ -123,7 +124,11 @@ class Watch:
         if guard.heard() is None:
             signal.set_wakeup_fd(-1)
 
-    def _tell(self, message: Fault | Meeting | None) -> None:
+    def report(self, *said: Any) -> None:
+        """Let rank 0 hear that, on its watch's thread: what JSON can hold. On a rank other than 0, any thread."""
+        self._tell(said)
+
+    def _tell(self, message: Fault | Meeting | tuple[Any, ...] | None) -> None:
         self.inbox.append(message)
         self.waker.send(b"\0")
 
@@ -209,6 +214,8 @@ class Watch:
                 self._fault(message)
             elif message is None:
                 self.closing = True
+            elif isinstance(message, tuple):
+                self._all("report", *message)
             else:
                 self.finishing = message.last
                 if self.rank == 0:
@@ -258,6 +265,7 @@ class Watch:
         answers: dict[str, Callable[..., object]] = {
             "hello": lambda token, hello: None,
             "beat": lambda: None,
+            "report": lambda *said: self.heard(*said),
             "drain": lambda byte: self._drain(peer.rank, byte),
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),

@@ -171,7 +171,8 @@ class Hearing:
 
     def fail(self, error: BaseException) -> None:
         self.http.calls.pop(self.number, None)
-        self.http.say(Failed(self.number, str(error)))
+        mistake = isinstance(error, UserError)  # of the request's, found while it waited
+        self.http.say(Refused([self.number], "mistake", str(error)) if mistake else Failed(self.number, str(error)))
 
 
 class Door:
@@ -339,7 +340,7 @@ class Door:
         engine = service.engine
         scheduler, pages = engine.scheduler, engine.cache.pages
         return Load(
-            queued=len(service.queue),
+            queued=service.queued,
             queued_tokens=service.queued_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),

@@ -1,5 +1,6 @@
 """Control: orders come in order, a turn after they were sent, whatever their length and however long nothing comes."""
 
+import threading
 import time
 from typing import Any
 
@@ -67,3 +68,29 @@ def test_an_idle_group_lives_on_and_a_silent_one_ends() -> None:
     (first, _), (second, waited_s) = run_ranks(idle, 2, timeout_s)
     assert first == second == {"x": 1}
     assert 0.8 * timeout_s < waited_s < 2.5 * timeout_s
+
+
+def reports(ranks: Ranks) -> list[list[Any]]:
+    """Each rank says something from a thread, while rank 0 sends nothing."""
+    control, heard, enough = Control(ranks, 20), [], threading.Event()
+
+    def hear(*said: Any) -> None:
+        heard.append([*said])
+        if len(heard) == 3 * ranks.size:
+            enough.set()
+
+    control.listen(hear)
+    ranks.barrier()  # else a report may come before anybody listens
+    for number in range(3):
+        threading.Thread(target=control.report, args=(ranks.rank, number, "é" * 1000)).start()
+    if control.leads:
+        assert enough.wait(20)
+    ranks.barrier()
+    return sorted(heard)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_ranks_report_comes_to_rank_0(size: int) -> None:
+    first, *others = run_ranks(reports, size)
+    assert first == [[rank, number, "é" * 1000] for rank in range(size) for number in range(3)]
+    assert others == [[]] * (size - 1)

@@ -18,7 +18,7 @@ from epmoe.engine.call import Call
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
 from epmoe.errors import UserError
 from epmoe.server.door import TOGETHER, Door, Hearing, Http, Limits, listen
-from epmoe.server.frames import Ended, Hello, NewToken, Ready, Step
+from epmoe.server.frames import Ended, Failed, Hello, NewToken, Ready, Refused, Step
 
 WITHIN_S = 20
 
@@ -180,6 +180,15 @@ def test_a_call_says_each_thing_once() -> None:
     hearing.call = Call(Request((1, 2), SamplingParams()), hearing)
     hearing.call.hear(Finished(0, Result((), "length", 0.0, 0.0, (), 0, scores)))
     assert http.kept == [Ended(8, "length", (), (), scores, 0)]
+
+
+def test_a_call_that_fails_says_whose_fault_it_is() -> None:
+    http = Kept()
+    for number, error in enumerate((UserError("its grammar"), RuntimeError("the engine"))):
+        hearing = Hearing(http, number)
+        http.calls[number] = Call(Request((1, 2), SamplingParams()), hearing)
+        http.calls[number].fail(error)
+    assert http.kept == [Refused([0], "mistake", "its grammar"), Failed(1, "the engine")] and not http.calls
 
 
 def test_a_prompts_scores_are_a_frame_of_their_own() -> None:
