@@ -48,7 +48,7 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
             each.ids for each in expected
         ]
         for stream in (False, True):  # what shows with the vocabulary alone is refused all the same
-            body = {"prompt": "a", "guided_grammar": 'start: "\ud7ff"', "stream": stream}
+            body = {"prompt": "a", "guided_grammar": 'start: "a" <|nobody|>', "stream": stream}
             status, answer, _ = server.ask("/v1/completions", body)
             assert status == 400 and "the grammar is refused (" in answer["error"]["message"], answer
     assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
@@ -173,6 +173,7 @@ MISTAKES = [
     (["serve.log=/no/such/folder/log"], "/no/such/folder/log"),
     (["prompt=x"], "prompt means nothing to a server"),
     (["serve.hosts=x"], "serve.hosts"),
+    (["serve.max_bodies=5"], "serve.max_bodies=5 is less than one body may have, serve.max_body=8000000: take more"),
     (["--help"], ""),
 ]
 

@@ -124,8 +124,21 @@ class Server(Serve):
     drain_s: float = key(20.0, "after SIGTERM answers may take so many seconds to their end", Range(0, 120))
     responses: int = key(1000, "most answers of /v1/responses that are kept for a next turn; 0: none", Range(low=0))
     max_body: int = key(8_000_000, "most bytes of a request's body", Range(1, 50_000_000))
+    max_bodies: int = key(1_000_000_000, "most bytes of the bodies of all requests that are answered", Range(low=1))
     header_s: float = key(30.0, "most seconds for a request's head, and for its body", Range(above=0, high=3600))
+    stalled_s: float = key(
+        60.0, "a client that takes no byte for so many seconds, while some wait, has gone", Range(above=0, high=86400)
+    )
     log: str = key("", "append a line of JSON for each request to this file, without any of its text")
+
+    def check(self, max_batch: int) -> None:
+        """Raises UserError as `Serve`; for a body that never could come."""
+        super().check(max_batch)
+        if self.max_bodies < self.max_body:
+            raise UserError(
+                f"serve.max_bodies={self.max_bodies} is less than one body may have, serve.max_body={self.max_body}: "
+                "take more, or smaller bodies"
+            )
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ async def serve(line_number: int, listener_number: int) -> None:
         return
     config = uvicorn.Config(
         app,
-        http=type("Served", (Bounded,), {"head_s": hello.header_s}),
+        http=type("Served", (Bounded,), {"head_s": hello.header_s, "stalled_s": hello.stalled_s}),
         loop="asyncio",
         ws="none",
         lifespan="off",

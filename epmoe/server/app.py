@@ -40,6 +40,7 @@ class App:
         self.front, self.line, self.hello = front, front.line, front.hello
         self.metrics = Metrics(self.hello.model, lambda: self.line.load)
         self.log = open(self.hello.log, "a", encoding="utf-8", buffering=1) if self.hello.log else None  # noqa: SIM115
+        self.bodies = 0  # bytes of requests that are being answered
         get, post = ["GET"], ["POST"]
         routes = [
             *page.routes(),
@@ -77,6 +78,7 @@ class App:
                 await self.routed(scope, receive, noted)
         finally:
             self.line.finish()
+            self._hold(watched, -watched.body)
             self._note(watched, scope["method"])
 
     def _refusal(self, scope: Scope) -> ApiError | None:
@@ -181,23 +183,42 @@ class App:
         """The request's object.
 
         Raises:
-            ApiError: too large or too slow a body, another type than JSON, what is no object.
+            ApiError: too large or too slow a body, another type than JSON, what is no object; too many are held.
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the body must be JSON: send `Content-Type: application/json`")
-        most, data, size = self.hello.max_body, bytearray(), 0
+        most, data, size, crowded = self.hello.max_body, bytearray(), 0, False
+        watched: Watched = request.scope["watched"]
         try:
             async with asyncio.timeout(self.hello.header_s):
                 async for piece in request.stream():
                     size += len(piece)
                     if size > DISCARDED * most:
                         break
-                    data += piece if size <= most else b""
+                    crowded |= self.bodies + len(piece) > self.hello.max_bodies
+                    if size > most or crowded:  # the rest is read and let go of, so that its sender hears of it
+                        data.clear()
+                        self._hold(watched, -watched.body)
+                        continue
+                    data += piece
+                    self._hold(watched, len(piece))
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {self.hello.header_s:g} s (serve.header_s)") from None
         if size > most:
             raise ApiError(413, f"the body is larger than {most} bytes (serve.max_body): send less", code="too_large")
+        if crowded:
+            raise ApiError(
+                429,
+                f"requests with {self.bodies} bytes are being answered (serve.max_bodies={self.hello.max_bodies}): "
+                "come again when some have their answers",
+                code="rate_limit_exceeded",
+            )
         return decoded(bytes(data))
+
+    def _hold(self, watched: Watched, size: int) -> None:
+        """So many bytes more of a request's body are here until its end."""
+        self.bodies += size
+        watched.body += size
 
 
 def _json(value: Any) -> Response:

@@ -43,7 +43,9 @@ class Hello(Frame, frozen=True):
     most_requests: int  # that may be in flight
     queue_requests: int
     max_body: int
+    max_bodies: int
     header_s: float
+    stalled_s: float
     api_key: str
     log: str
     responses: int  # that are kept

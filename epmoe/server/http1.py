@@ -1,23 +1,33 @@
-"""HTTP/1.1 as uvicorn has it, with a bound on the time in which a request's head must come."""
+"""HTTP/1.1 as uvicorn has it, with bounds on the time in which a request's head must come, and bytes must be taken."""
 
 import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+LOOKS = 4  # in `stalled_s`
+
 
 class Bounded(H11Protocol):
-    """A connection that is closed when a head does not come in time: a new one's, or the next of one that is open."""
+    """A connection that is closed when a head does not come in time (a new one's, or the next of one that is open), and
+    when the client takes nothing of what waits for it, as if it had gone away.
+    """
 
-    head_s = 30.0  # a subclass of the server's own has the configuration's
+    head_s, stalled_s = 30.0, 60.0  # a subclass of the server's own has the configuration's
     timer: asyncio.TimerHandle | None = None
+    looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self.counted = _Counted(transport)
+        super().connection_made(self.counted)  # type: ignore[arg-type]
+        self.taken, self.taken_s = 0, self.loop.time()
+        self._look()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._settle()
+        if self.looking is not None:
+            self.looking.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -30,6 +40,17 @@ class Bounded(H11Protocol):
         if not self.transport.is_closing():
             self._wait()
 
+    def _look(self) -> None:
+        """Now and then: whether the client has taken anything."""
+        waiting, now = self.counted.get_write_buffer_size(), self.loop.time()
+        taken = self.counted.written - waiting
+        if taken > self.taken or not waiting:
+            self.taken, self.taken_s = taken, now
+        elif now - self.taken_s >= self.stalled_s:
+            self.counted.abort()  # `close` would wait for it
+            return
+        self.looking = self.loop.call_later(self.stalled_s / LOOKS, self._look)
+
     def _wait(self) -> None:
         self._settle()
         self.timer = self.loop.call_later(self.head_s, self.transport.close)
@@ -38,3 +59,17 @@ class Bounded(H11Protocol):
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+class _Counted:
+    """A transport that counts the bytes that it was given."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.written = transport, 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self.transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)

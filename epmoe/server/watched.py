@@ -15,6 +15,7 @@ class Watched:
         self.began, self.began_s = time.time(), time.perf_counter()
         self.status = 0  # sent, or 499: the client went away
         self.gone = False  # so it did
+        self.body = 0  # bytes of it that are held
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
         self.reasons: list[str] = []
         self.first_s: float | None = None

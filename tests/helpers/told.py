@@ -109,7 +109,8 @@ def told(folder: Path, scripts: Mapping[str, str], *, pace_s: float = 0.0, key: 
         model="scripted", release="0", created=0, vocab=model.config.vocab, max_positions=POSITIONS,
         tokenizer_file=str(folder / "tokenizer.json"), templates={DEFAULT: TEMPLATE}, special={}, chat="on",
         system=None, variables={}, defaults=asdict(SamplingParams(temperature=0.0)), queue_requests=8,
-        most_requests=64, max_body=1_000_000, header_s=30.0, api_key=key, log="", responses=0,
+        most_requests=64, max_body=1_000_000, max_bodies=8_000_000, header_s=30.0, stalled_s=60.0, api_key=key, log="",
+        responses=0,
     )  # fmt: skip
     with listen("127.0.0.1", 0) as listener:
         door = Door(hello, listener)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ KEY = "s3cret-key"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with served(folder, "serve.max_body=100000", f"serve.log={folder / 'log'}") as one:
+    with served(folder, "serve.max_body=100000", "serve.max_bodies=150000", f"serve.log={folder / 'log'}") as one:
         yield one
 
 
@@ -268,6 +269,26 @@ def test_paths_methods_and_bodies(server: Server) -> None:
     for wrong in (b"", b"[]", b"{", b"null", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 5000, b'{"prompt": NaN}'):
         assert server.ask("/v1/completions", wrong)[0] == 400
     assert server.ask("/v1/completions", body)[0] == 200
+
+
+def test_the_bodies_of_all_requests_are_bounded_together(server: Server) -> None:
+    """One that comes while others have the room is told to come again, and does; small ones go on, nothing is left."""
+    large = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 90_000}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(large)}"
+    for _ in range(3):  # nothing of those before is left
+        with server.raw(head.encode() + b"\r\n\r\n" + large[:-1]) as begun:
+            deadline = time.monotonic() + 20
+            while (found := server.ask("/v1/completions", large))[0] == 200:  # until that one has come
+                assert time.monotonic() < deadline
+            status, answer, headers = found
+            assert status == 429 and headers["retry-after"] == "1" and answer["error"]["code"] == "rate_limit_exceeded"
+            assert "serve.max_bodies=150000" in answer["error"]["message"]
+            assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+            begun.sendall(large[-1:])
+            assert begun.recv(100).startswith(b"HTTP/1.1 200")
+        deadline = time.monotonic() + 20
+        while server.ask("/v1/completions", large)[0] != 200:
+            assert time.monotonic() < deadline
 
 
 WORDS = (

@@ -27,7 +27,8 @@ def hello(tokenizer: Path) -> Hello:
     return Hello(
         model="m", release="0", created=0, vocab=352, max_positions=64, tokenizer_file=str(tokenizer), templates={},
         special={}, chat="off", system=None, variables={}, defaults=asdict(SamplingParams()),
-        most_requests=16, queue_requests=8, max_body=1000, header_s=5.0, api_key="", log="", responses=8,
+        most_requests=16, queue_requests=8, max_body=1000, max_bodies=8000, header_s=5.0, stalled_s=5.0, api_key="",
+        log="", responses=8,
     )  # fmt: skip
 
 

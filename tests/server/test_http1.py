@@ -1,4 +1,4 @@
-"""Heads and bodies that do not come in time; what is no HTTP."""
+"""Heads and bodies that do not come in time; clients that take nothing; what is no HTTP."""
 
 import json
 import socket
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import pytest
 from served import Server, post, served
 
-HEADER_S = 1.0
+HEADER_S, STALLED_S = 1.0, 1.5
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("server"), f"serve.header_s={HEADER_S}") as one:
+    keys = (f"serve.header_s={HEADER_S}", f"serve.stalled_s={STALLED_S}")
+    with served(tmp_path_factory.mktemp("server"), *keys) as one:
         yield one
 
 
@@ -53,6 +54,51 @@ def test_an_answer_may_take_longer(server: Server) -> None:
             assert time.monotonic() < begin + 60
             said += connection.recv(1 << 16)
     assert said.count(b"data: ") > 100 and time.monotonic() - begin > HEADER_S
+
+
+def asks_for_much(server: Server, answers: int) -> socket.socket:
+    """A connection that can hold little of its answers, each of which has a megabyte or so."""
+    body = {
+        "prompt": "It was", "n": answers, "temperature": 1.0, "max_tokens": 490, "ignore_eos": True, "logprobs": 100,
+        "stream": True,
+    }  # fmt: skip
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.settimeout(60)
+    made.connect(("127.0.0.1", server.port))
+    made.sendall(post("/v1/completions", body))
+    return made
+
+
+def test_a_client_that_takes_nothing_has_gone(server: Server) -> None:
+    """Its answers end long before they are complete, and its connection with them."""
+    before = server.figure("epmoe_completion_tokens_total")
+    with asks_for_much(server, 8) as connection:
+        assert b"HTTP/1.1 200 OK" in connection.recv(100)
+        deadline = time.monotonic() + 120
+        while 'status="499"' not in server.ask("/metrics")[1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        server.comes_to_rest()
+        assert server.figure("epmoe_completion_tokens_total") - before < 8 * 400
+        said = b""
+        while piece := connection.recv(1 << 20):  # what the kernel had
+            said += piece
+        assert b"[DONE]" not in said
+
+
+def test_one_that_takes_little_has_not(server: Server) -> None:
+    """It takes longer than the bound, and gets all."""
+    with asks_for_much(server, 1) as connection:
+        begin, said = time.monotonic(), b""
+        while time.monotonic() - begin < 3 * STALLED_S:
+            said += connection.recv(4000)
+            time.sleep(STALLED_S / 3)
+        while b"[DONE]" not in said[-100:]:
+            piece = connection.recv(1 << 20)
+            assert piece
+            said += piece
+    assert said.count(b'"text_offset"') > 400
 
 
 def test_no_http(server: Server) -> None:

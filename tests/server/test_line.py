@@ -31,7 +31,7 @@ from epmoe.server.frames import (
 )  # fmt: skip
 from epmoe.server.line import Line
 
-HELLO = Hello("m", "0", 0, 9, 9, "", {}, {}, "off", None, {}, {}, 9, 9, 9, 1.0, "", "", 9)
+HELLO = Hello("m", "0", 0, 9, 9, "", {}, {}, "off", None, {}, {}, 9, 9, 9, 9, 1.0, 1.0, "", "", 9)
 REQUEST = Request((1, 2), SamplingParams(max_new_tokens=4))
 
 
