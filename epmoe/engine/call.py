@@ -57,6 +57,7 @@ class Call:
             self.first_token_s = time.perf_counter() - self.submitted_s
         if not isinstance(event, Token):
             self.ended = True
+            self.prompt_logprobs = self.prompt_logprobs or event.result.prompt_logprobs  # no token has brought them
             self.listener.finish(self.timed(event.result))
             return False
         self.ids.append(event.token)

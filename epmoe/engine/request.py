@@ -112,7 +112,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-PromptLogprobs = tuple[TokenLogprobs | None, ...]  # one for each token of a prompt, whose first has none
+PromptLogprobs = Sequence[TokenLogprobs | None]  # one for each token of a prompt, whose first has none
 
 
 class Variant(NamedTuple):

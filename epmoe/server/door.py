@@ -1,7 +1,7 @@
 """Door: rank 0's end of the line to its HTTP process, and who starts that process, and starts it again.
 
     engine's thread    listener ─▶ outbox          an append, whatever the HTTP process does
-    writer             outbox ─▶ frames            all of a step in one; figures once a second
+    writer             outbox ─▶ frames            all of a step in one, then scores of prompts; figures once a second
     reader             frames ─▶ Service.submit, abort; at their end: abort what is left, start the process anew
 
 The socket that listens is rank 0's, so that clients which come while there is no process wait for the next one.
@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
@@ -41,13 +42,16 @@ from epmoe.server.frames import (
     NewToken,
     Ready,
     Refused,
+    Scores,
     Step,
     Submit,
     Up,
     packed,
+    scores,
 )  # fmt: skip
 from epmoe.streams import tell
 
+Said = NewToken | Ended | Failed | Frame
 TOGETHER = 1024  # tokens in a frame, at most
 
 
@@ -69,7 +73,9 @@ class Http:
     def __init__(self, hello: Hello, listener: socket.socket, limits: Limits) -> None:
         self.limits = limits
         self.calls: dict[int, Call] = {}  # by the process' number
-        self.outbox: deque[NewToken | Ended | Failed | Frame] = deque()
+        self.outbox: deque[Said] = deque()
+        self.later: deque[Said] = deque()  # prompts' scores, and what comes after them of their calls; the writer's own
+        self.behind: Counter[int] = Counter()  # of each such call, how much that is
         self.fresh = threading.Event()  # something is in it
         self.lost = False
         self.socket, there = socket.socketpair()
@@ -85,7 +91,7 @@ class Http:
             )
         self.say(hello)
 
-    def say(self, *what: NewToken | Ended | Failed | Frame) -> None:
+    def say(self, *what: Said) -> None:
         """For any thread; returns at once."""
         self.outbox.extend(what)
         if not self.fresh.is_set():
@@ -106,7 +112,8 @@ class Http:
         told_s = 0.0
         try:
             while not self.lost:
-                self.fresh.wait(self.limits.figures_s)
+                if not self.later:
+                    self.fresh.wait(self.limits.figures_s)
                 self.fresh.clear()
                 frames = self.taken()
                 now = time.monotonic()
@@ -125,28 +132,48 @@ class Http:
             self.end()
 
     def taken(self) -> list[Frame]:
-        """All of the outbox as frames: tokens and ends that stand together are one, but for the scores of a prompt."""
-        found: list[Frame] = []
-        step: Step | None = None  # that the next token or end joins
+        """All of the outbox as frames: tokens and ends that stand together are one. Of prompts' scores one frame.
+
+        What comes of their calls after them waits for them, and nothing else does.
+        """
+        due: list[Said] = []
         while self.outbox:
             each = self.outbox.popleft()
-            if isinstance(each, Frame):
-                found.append(each)
-                step = None
-                continue
-            if step is None or len(step.tokens) >= TOGETHER or getattr(each, "prompt_logprobs", None):
-                step = Step([], [], [])
-                found.append(step)
-            match each:
-                case NewToken():
-                    step.tokens.append(each)
-                case Ended():
-                    step.ends.append(each)
-                case Failed():
-                    step.failed.append(each)
-                case _:
-                    raise TypeError(f"no frame: {each!r}")
-        return found
+            call: Any = getattr(each, "call", None)
+            if isinstance(each, Scores) or call in self.behind:
+                self.behind[call] += 1
+                self.later.append(each)
+            else:
+                due.append(each)
+        if self.later:
+            due.append(each := self.later.popleft())
+            self.behind[each.call] -= 1  # type: ignore[union-attr]
+            self.behind += Counter()  # without those that have nothing more
+        return _framed(due)
+
+
+def _framed(due: Sequence[Said]) -> list[Frame]:
+    """Tokens and ends that stand together are one frame."""
+    found: list[Frame] = []
+    step: Step | None = None  # that the next token or end joins
+    for each in due:
+        if isinstance(each, Frame):
+            found.append(each)
+            step = None
+            continue
+        if step is None or len(step.tokens) >= TOGETHER:
+            step = Step([], [], [])
+            found.append(step)
+        match each:
+            case NewToken():
+                step.tokens.append(each)
+            case Ended():
+                step.ends.append(each)
+            case Failed():
+                step.failed.append(each)
+            case _:
+                raise TypeError(f"no frame: {each!r}")
+    return found
 
 
 class Hearing:
@@ -158,16 +185,19 @@ class Hearing:
         self.http, self.number, self.given = http, number, 0
 
     def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
-        prompt, cached = ((), 0) if self.given else (self.call.prompt_logprobs, self.call.cached_tokens)
-        self.given += 1
-        self.http.say(NewToken(self.number, token, logprobs, prompt, cached))
+        first, self.given = not self.given, self.given + 1
+        self.http.say(
+            *scores(self.number, self.call.prompt_logprobs if first else ()),
+            NewToken(self.number, token, logprobs, self.call.cached_tokens if first else 0),
+        )
         return False
 
     def finish(self, result: Result) -> None:
         self.http.calls.pop(self.number, None)
         prompt = () if self.given else result.prompt_logprobs
         ids, logprobs = result.ids[self.given :], result.logprobs[self.given :]
-        self.http.say(Ended(self.number, result.finish_reason, ids, logprobs, prompt, result.cached_tokens))
+        end = Ended(self.number, result.finish_reason, ids, logprobs, result.cached_tokens)
+        self.http.say(*scores(self.number, prompt), end)
 
     def fail(self, error: BaseException) -> None:
         self.http.calls.pop(self.number, None)

@@ -1,19 +1,21 @@
 """What rank 0 and its HTTP process say to each other: frames of 4 bytes of length, little endian, and msgpack.
 
 HTTP → rank 0   Up · Broken · Submit · Abort · Idle
-rank 0 → HTTP   Hello · Ready · Step · Refused · Load · Drain · Bye
+rank 0 → HTTP   Hello · Ready · Step · Scores · Refused · Load · Drain · Bye
 """
 
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, overload
 
 import msgspec
 
 from epmoe.engine.request import PromptLogprobs, TokenLogprobs
 
 _LENGTH = struct.Struct("<I")
-MOST = 256 << 20  # bytes of a frame: log-probabilities of a long prompt, 100 for each token, take some 100 MB
+MOST = 256 << 20  # bytes of a frame
+SCORES = 4096  # log-probabilities in a frame: some milliseconds to write
 PIECE = 1 << 20  # most bytes that either end reads at once
 
 
@@ -64,7 +66,6 @@ class NewToken(msgspec.Struct, array_like=True, frozen=True):
     call: int
     token: int
     logprobs: TokenLogprobs | None
-    prompt_logprobs: PromptLogprobs = ()
     cached_tokens: int = 0
 
 
@@ -75,7 +76,6 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
     reason: str
     ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: PromptLogprobs
     cached_tokens: int
 
 
@@ -92,6 +92,52 @@ class Step(Frame, frozen=True):
     tokens: list[NewToken]
     ends: list[Ended]
     failed: list[Failed]
+
+
+class Scores(Frame, frozen=True):
+    """Log-probabilities of so many of a prompt's next tokens; all come before its call's first token, or its end.
+
+    There may be 100,000 and more, so they are read when they are needed, a frame after the other.
+    """
+
+    call: int
+    count: int
+    logprobs: Any  # a PromptLogprobs, on its way msgpack
+
+
+class _Received(Scores, frozen=True, tag="Scores"):
+    """The same, not read."""
+
+    logprobs: msgspec.Raw
+
+
+class Packed(Sequence[TokenLogprobs | None]):
+    """The log-probabilities of some frames, which are read anew each time that one goes through them."""
+
+    def __init__(self, frames: Sequence[Scores]) -> None:
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return sum(each.count for each in self.frames)
+
+    def __iter__(self) -> Iterator[TokenLogprobs | None]:
+        for each in self.frames:
+            yield from _scores.decode(each.logprobs)
+
+    @overload
+    def __getitem__(self, at: int) -> TokenLogprobs | None: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[TokenLogprobs | None]: ...
+    def __getitem__(self, at: int | slice) -> TokenLogprobs | Sequence[TokenLogprobs | None] | None:
+        return tuple(self)[at]
+
+
+def scores(call: int, found: PromptLogprobs) -> Iterator[Scores]:
+    """The frames that tell of these."""
+    width = max((1 + len(each.top) for each in islice(found, 2) if each is not None), default=1)
+    size = max(1, SCORES // width)
+    for begin in range(0, len(found), size):
+        yield Scores(call, len(part := found[begin : begin + size]), part)
 
 
 class Refused(Frame, frozen=True):
@@ -162,8 +208,9 @@ class Idle(Frame, frozen=True):
 
 
 FromHttp = Up | Broken | Submit | Abort | Idle
-FromRank0 = Hello | Ready | Step | Refused | Load | Drain | Bye
+FromRank0 = Hello | Ready | Step | _Received | Refused | Load | Drain | Bye
 _encoder = msgspec.msgpack.Encoder()
+_scores = msgspec.msgpack.Decoder(tuple[TokenLogprobs | None, ...])
 
 
 def packed(frame: Frame) -> bytes:

@@ -1,9 +1,13 @@
 """Front: what all endpoints share: the line to rank 0, the tokenizer, and what holds for what a request leaves out."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from epmoe.config.schema import LLMConfig
 from epmoe.engine.request import Request, SamplingParams, check
@@ -11,8 +15,12 @@ from epmoe.errors import UserError
 from epmoe.server.errors import ApiError
 from epmoe.server.frames import Hello
 from epmoe.server.line import Line
-from epmoe.text.asked import PromptLike, encoded
+from epmoe.server.pieces import encoded, gathered
+from epmoe.text import asked
+from epmoe.text.asked import PromptLike
 from epmoe.text.tokenizer import Tokenizer
+
+SCORES = 2000  # log-probabilities that are spelled at once: some milliseconds
 
 
 class Front:
@@ -30,6 +38,13 @@ class Front:
         self.chat = LLMConfig(chat=hello.chat, system=hello.system, template=template)
         self.plain = LLMConfig(chat="off")
         self.defaults = SamplingParams(**hello.defaults)
+        self.writers = ThreadPoolExecutor(2, "epmoe-write")  # their own: what requests ask of other threads waits not
+
+    async def written(self, scores: int, make: Callable[[], Any]) -> list[bytes]:
+        """The JSON of what `make` gives, on a thread where it spells so many `scores` that others would wait."""
+        if scores <= SCORES:
+            return [msgspec.json.encode(make())]
+        return await asyncio.get_running_loop().run_in_executor(self.writers, lambda: gathered(encoded(make())))
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +84,7 @@ class Front:
             )
         settings = self.chat if chat else self.plain
         found = []
-        for request in encoded(prompts, [params] * len(prompts), self.tokenizer, settings):
+        for request in asked.encoded(prompts, [params] * len(prompts), self.tokenizer, settings):
             tokens, most = len(request.ids), self.hello.max_positions
             if tokens >= most:
                 raise ApiError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from epmoe.engine.call import Call, QueueFull, Stopped
-from epmoe.engine.request import Finished, Request, Result, Token
+from epmoe.engine.request import Finished, PromptLogprobs, Request, Result, Token
 from epmoe.errors import UserError
 from epmoe.server.frames import (
     PIECE,
@@ -25,8 +25,10 @@ from epmoe.server.frames import (
     Idle,
     Load,
     NewToken,
+    Packed,
     Ready,
     Refused,
+    Scores,
     Step,
     Submit,
     packed,
@@ -45,6 +47,7 @@ class Line:
     def __init__(self, own: socket.socket, end: Callable[[], None]) -> None:
         self.socket, self.end = own, end
         self.calls: dict[int, Call] = {}
+        self.scores: dict[int, list[Scores]] = {}  # of calls of which nothing else has come
         self.numbers = itertools.count()
         self.ready: Ready | None = None
         self.load: Load | None = None
@@ -105,6 +108,8 @@ class Line:
     def abort(self, calls: Sequence[Call]) -> None:
         """End them; their listeners hear nothing more. Those that have ended are left alone."""
         numbers = [call.id for call in calls if self.calls.pop(call.id, None) is not None]
+        for number in numbers:
+            self.scores.pop(number, None)
         if numbers and not self.over:
             self.say(Abort(numbers))
 
@@ -131,6 +136,9 @@ class Line:
                 for failed in frame.failed:
                     if (call := self.calls.get(failed.call)) is not None:
                         self._fail(call, Stopped(failed.text))
+            case Scores():
+                if frame.call in self.calls:
+                    self.scores.setdefault(frame.call, []).append(frame)
             case Refused(numbers, kind, text):
                 for call in [self.calls[number] for number in numbers if number in self.calls]:
                     self._fail(call, REFUSALS[kind](text))
@@ -144,11 +152,15 @@ class Line:
             case Bye():
                 self.over = True
 
+    def _scores(self, number: int) -> PromptLogprobs:
+        found = self.scores.pop(number, None)
+        return () if found is None else Packed(found)
+
     def _token(self, new: NewToken) -> None:
         call = self.calls.get(new.call)
         if call is None:
             return  # it has ended here; that it ends is on its way
-        event = Token(new.call, new.token, new.logprobs, new.prompt_logprobs, new.cached_tokens)
+        event = Token(new.call, new.token, new.logprobs, self._scores(new.call), new.cached_tokens)
         try:
             if call.hear(event):
                 self.abort([call])
@@ -161,7 +173,7 @@ class Line:
         if call is None:
             return
         ids, logprobs = (*call.ids, *end.ids), (*call.logprobs, *end.logprobs)
-        prompt = call.prompt_logprobs or end.prompt_logprobs
+        prompt = call.prompt_logprobs or self._scores(end.call)
         try:
             call.hear(Finished(end.call, Result(ids, end.reason, 0.0, 0.0, logprobs, end.cached_tokens, prompt)))
         except Exception as error:
@@ -169,4 +181,5 @@ class Line:
 
     def _fail(self, call: Call, error: Exception) -> None:
         self.calls.pop(call.id, None)
+        self.scores.pop(call.id, None)
         call.fail(error)

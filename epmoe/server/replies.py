@@ -11,7 +11,7 @@ import secrets
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ import msgspec
 from epmoe.engine.request import Request
 from epmoe.server import errors
 from epmoe.server.errors import ApiError
-from epmoe.server.front import Front
+from epmoe.server.front import SCORES, Front
 from epmoe.server.openai.fields import Sampled
 from epmoe.server.openai.usage import usage
 from epmoe.server.watched import Watched
@@ -38,6 +38,8 @@ class Kind(Protocol):
     whole: ClassVar[str]  # the `object` of an answer
     part: ClassVar[str]  # of a chunk
 
+    @property
+    def echo(self) -> bool: ...  # the prompt is a part of it
     def requests(self) -> list[Request]: ...
     def opening(self, number: int, delivery: Delivery, index: int) -> dict[str, Any] | None: ...
     def piece(self, number: int, delivery: Delivery, piece: Piece) -> list[dict[str, Any]]: ...
@@ -66,8 +68,17 @@ class Answering(ABC):
         """The end of a stream."""
 
     @abstractmethod
-    async def whole(self, completions: list[Completion]) -> dict[str, Any]:
-        """All of it at once."""
+    def whole(self, completions: list[Completion]) -> dict[str, Any]:
+        """All of it at once; perhaps on another thread."""
+
+    @property
+    def scores(self) -> int:
+        """Log-probabilities of all prompts and answers."""
+        params = [each.prompt.params for each in self.deliveries]
+        answers = [sum(part.given for part in each.parts) for each in self.deliveries]
+        return sum(map(_of_prompt, self.deliveries)) + sum(
+            tokens * (1 + each.logprobs) for tokens, each in zip(answers, params, strict=True) if each.logprobs
+        )
 
     @abstractmethod
     async def fail(self, send: Send, error: ApiError) -> None:
@@ -130,18 +141,24 @@ class Answering(ABC):
         if self.stream:
             await self.close(send)
             return
-        data = msgspec.json.encode(await self.whole([completions[number] for number in sorted(completions)]))
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        found = [completions[number] for number in sorted(completions)]
+        data = await self.front.written(self.scores, lambda: self.whole(found))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(sum(map(len, data))).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
+        for each in data:
+            await send({"type": "http.response.body", "body": each, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def event(self, send: Send, data: bytes) -> None:
-        """Send an event's lines."""
+    async def event(self, send: Send, *data: bytes) -> None:
+        """Send an event's lines, which may come in pieces."""
         if not self.streaming:
             headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             self.streaming = True
-        await send({"type": "http.response.body", "body": data + b"\n\n", "more_body": True})
+        *before, last = data
+        for each in before:
+            await send({"type": "http.response.body", "body": each, "more_body": True})
+        await send({"type": "http.response.body", "body": last + b"\n\n", "more_body": True})
 
 
 class Reply(Answering):
@@ -164,21 +181,38 @@ class Reply(Answering):
                 continue
             if key not in self.begun:
                 self.begun.add(key)
-                if (opening := self.kind.opening(number, delivery, index)) is not None:
-                    await self._chunk(send, key, opening)
-            if piece is not None:
-                for choice in self.kind.piece(number, delivery, piece):
+                await self._open(send, key)
+            for count, each in enumerate(() if piece is None else _slices(piece)):
+                if count:
+                    await asyncio.sleep(0)  # others' turn
+                for choice in self.kind.piece(number, delivery, each):
                     await self._chunk(send, key, choice)
             if part.result is not None and key not in self.ended:
                 self.ended.add(key)
                 await self._chunk(send, key, self.kind.closing(part.answer.finish_reason, delivery, index))
 
+    async def _open(self, send: Send, key: tuple[int, int]) -> None:
+        """What comes before an answer's first token; with an echo perhaps long."""
+        number, index = key
+        delivery = self.deliveries[number]
+        if not self.kind.echo or (scores := _of_prompt(delivery)) <= SCORES:
+            if (opening := self.kind.opening(number, delivery, index)) is not None:
+                await self._chunk(send, key, opening)
+            return
+        first, *rest = await self.front.written(
+            scores, lambda: self._said(key, self.kind.opening(number, delivery, index) or {})
+        )
+        await self.event(send, b"data: " + first, *rest)
+
     async def _chunk(self, send: Send, key: tuple[int, int], choice: dict[str, Any]) -> None:
+        await self._event(send, self._said(key, choice))
+
+    def _said(self, key: tuple[int, int], choice: dict[str, Any]) -> dict[str, Any]:
         made = {"index": self._index(*key), "finish_reason": None, **choice}
         said = {**self.front.envelope(self.id, self.kind.part, self.created), "choices": [made]}
         if self.asked.usage.continuous_usage_stats:
             said["usage"] = self._usage()
-        await self._event(send, said)
+        return said
 
     async def close(self, send: Send) -> None:
         if self.asked.usage.include_usage:
@@ -192,7 +226,7 @@ class Reply(Answering):
     async def _event(self, send: Send, said: dict[str, Any]) -> None:
         await self.event(send, b"data: " + msgspec.json.encode(said))
 
-    async def whole(self, completions: list[Completion]) -> dict[str, Any]:
+    def whole(self, completions: list[Completion]) -> dict[str, Any]:
         choices = [
             {"index": self._index(number, choice.index), **self.kind.choice(number, self.deliveries[number], choice)}
             for number, completion in enumerate(completions)
@@ -209,6 +243,24 @@ class Reply(Answering):
         parts = [part for each in self.deliveries for part in each.parts]
         cached = sum(each.parts[0].result.cached_tokens for each in self.deliveries if each.parts[0].result)
         return usage(prompt, sum(part.given for part in parts), cached)
+
+
+def _of_prompt(delivery: Delivery) -> int:
+    """Log-probabilities of its prompt's tokens."""
+    params, tokens = delivery.prompt.params, len(delivery.prompt.ids)
+    return 0 if params.prompt_logprobs is None else tokens * (1 + params.prompt_logprobs)
+
+
+def _slices(piece: Piece) -> Iterator[Piece]:
+    """The same in pieces of so few log-probabilities that nobody waits while one is spelled; the first has the text."""
+    width = 1 + len(piece.logprobs[0].top) if piece.logprobs else 0
+    if width * len(piece.ids) <= SCORES:
+        yield piece
+        return
+    size = max(1, SCORES // width)
+    for begin in range(0, len(piece.ids), size):
+        part = slice(begin, begin + size)
+        yield Piece(piece.index, "" if begin else piece.text, piece.ids[part], piece.logprobs[part])
 
 
 async def _gone(receive: Receive) -> None:

@@ -105,7 +105,7 @@ class ResponseReply(Answering):
         await self._events(send, [*events, {"type": f"response.{done['status']}", "response": done}])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def whole(self, completions: list[Completion]) -> dict[str, Any]:
+    def whole(self, completions: list[Completion]) -> dict[str, Any]:
         self.outputs.heard(completions[0].ids, completions[0].logprobs)
         return self._end()[1]
 

@@ -118,6 +118,8 @@ def test_logprobs_and_echo(server: Server, llm: LLM) -> None:
         told = found.choices[0].logprobs
         assert found.usage is not None and found.usage.completion_tokens == 0
         assert (told is None) == (logprobs is None) and found.choices[0].finish_reason == "length"
+        if told is not None:
+            assert told.token_logprobs == [None if each is None else each.chosen for each in expected.prompt_logprobs]
     chunks = [chunk.choices[0] for chunk in server.client().completions.create(**asked, stream=True)]
     assert "".join(each.text for each in chunks) == choice.text
     values = [value for each in chunks if each.logprobs for value in each.logprobs.token_logprobs or ()]

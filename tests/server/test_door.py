@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from epmoe.engine.call import Call
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
 from epmoe.errors import UserError
 from epmoe.server.door import TOGETHER, Door, Hearing, Http, Limits, listen
-from epmoe.server.frames import Ended, Failed, Hello, NewToken, Ready, Refused, Step
+from epmoe.server.frames import Ended, Failed, Hello, NewToken, Ready, Refused, Scores, Step
 
 WITHIN_S = 20
 
@@ -134,7 +134,7 @@ def test_a_process_that_reads_nothing_is_given_up(tokenizer: Path) -> None:
         begin = time.monotonic()
         while not stopped.lost and time.monotonic() < begin + WITHIN_S:
             now = time.perf_counter()
-            stopped.say(NewToken(0, 1, TokenLogprobs(0.0, ((1, 0.5),) * 20), ()))
+            stopped.say(NewToken(0, 1, TokenLogprobs(0.0, ((1, 0.5),) * 20)))
             slowest = max(slowest, time.perf_counter() - now)
         assert stopped.lost and slowest < 1.0
         until("another process", lambda: door.http is not stopped)
@@ -158,6 +158,8 @@ class Kept(Http):
     def __init__(self) -> None:
         self.calls = {}
         self.outbox = deque()
+        self.later = deque()
+        self.behind = Counter()
         self.kept: list[object] = []
 
     def say(self, *what: object) -> None:
@@ -173,14 +175,15 @@ def test_a_call_says_each_thing_once() -> None:
     hearing.call.hear(Token(0, 6, None))
     hearing.call.hear(Finished(0, Result((5, 6, 1), "eos", 0.0, 0.0, (), 2, scores)))
     assert http.kept == [
-        NewToken(7, 5, None, scores), NewToken(7, 6, None, ()), Ended(7, "eos", (1,), (), (), 2),
+        Scores(7, 2, scores), NewToken(7, 5, None), NewToken(7, 6, None), Ended(7, "eos", (1,), (), 2),
     ]  # fmt: skip
     assert not http.calls
     http = Kept()
     hearing = Hearing(http, 8)  # nothing but the prompt was asked for
     hearing.call = Call(Request((1, 2), SamplingParams()), hearing)
     hearing.call.hear(Finished(0, Result((), "length", 0.0, 0.0, (), 0, scores)))
-    assert http.kept == [Ended(8, "length", (), (), scores, 0)]
+    assert http.kept == [Scores(8, 2, scores), Ended(8, "length", (), (), 0)]
+    assert tuple(hearing.call.prompt_logprobs) == scores
 
 
 def test_a_call_that_fails_says_whose_fault_it_is() -> None:
@@ -192,19 +195,38 @@ def test_a_call_that_fails_says_whose_fault_it_is() -> None:
     assert http.kept == [Refused([0], "mistake", "its grammar"), Failed(1, "the engine")] and not http.calls
 
 
-def test_a_prompts_scores_are_a_frame_of_their_own() -> None:
-    """They may be as large as a frame may be."""
-    scores = (None, TokenLogprobs(-0.5, ()))
+def test_a_prompts_scores_hold_up_their_own_call_alone() -> None:
+    """One frame of them at a time, after what others have; what follows them of their call keeps its place."""
     http = Kept()
-    plain = [NewToken(call, 5, None) for call in range(TOGETHER + 1)]
-    http.outbox.extend([*plain, NewToken(2000, 5, None, scores), Ended(2001, "length", (), (), scores, 0)])
-    steps: list[Any] = Http.taken(http)
-    assert [(len(each.tokens), len(each.ends)) for each in steps] == [(TOGETHER, 0), (1, 0), (1, 0), (0, 1)]
+    part = [Scores(7, 1, (None,)) for _ in range(2)]
+    own, others = NewToken(7, 5, None), [NewToken(call, 5, None) for call in range(3)]
+    end, failed = Ended(7, "eos", (1,), (), 0), Failed(8, "it failed")
+    http.outbox.extend([others[0], *part, own, others[1], Scores(8, 1, (None,)), failed])
+    found = [http.taken()]
+    http.outbox.extend([end, others[2]])
+    while http.later or http.outbox:
+        found.append(http.taken())
+    assert found == [
+        [Step(others[:2], [], []), part[0]],
+        [Step(others[2:], [], []), part[1]],
+        [Step([own], [], [])],
+        [Scores(8, 1, (None,))],
+        [Step([], [], [failed])],
+        [Step([], [end], [])],
+    ]
+    assert not http.behind and http.taken() == []
+
+
+def test_a_step_has_so_many_tokens_at_most() -> None:
+    http = Kept()
+    http.outbox.extend([NewToken(call, 5, None) for call in range(TOGETHER + 1)])
+    steps: list[Any] = http.taken()
+    assert [len(each.tokens) for each in steps] == [TOGETHER, 1]
 
 
 def test_what_comes_together_is_one_frame() -> None:
-    http, tokens = Kept(), [NewToken(call, 5, None, ()) for call in range(4)]
-    end = Ended(0, "eos", (1,), (), (), 0)
+    http, tokens = Kept(), [NewToken(call, 5, None) for call in range(4)]
+    end = Ended(0, "eos", (1,), (), 0)
     http.outbox.extend([*tokens[:2], end, Ready("f", 1), *tokens[2:]])
     assert http.taken() == [Step(tokens[:2], [end], []), Ready("f", 1), Step(tokens[2:], [], [])]
     assert http.taken() == []

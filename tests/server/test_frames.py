@@ -2,10 +2,12 @@
 
 import random
 
+import msgspec
 import pytest
 
 from epmoe.engine.request import TokenLogprobs
 from epmoe.server.frames import (
+    SCORES,
     Abort,
     Ask,
     Damaged,
@@ -17,17 +19,19 @@ from epmoe.server.frames import (
     FromRank0,
     Load,
     NewToken,
+    Packed,
     Refused,
     Step,
     Submit,
     Up,
     packed,
+    scores,
 )  # fmt: skip
 
 LOGPROBS = TokenLogprobs(-0.5, ((3, -0.5), (7, -1.25)))
 FROM_0: list[Frame] = [
-    Step([NewToken(1, 5, LOGPROBS, (None, LOGPROBS)), NewToken(2, 6, None, ())], [], []),
-    Step([], [Ended(1, "eos", (9,), (LOGPROBS,), (), 16)], [Failed(2, "it failed")]),
+    Step([NewToken(1, 5, LOGPROBS, 4), NewToken(2, 6, None)], [], []),
+    Step([], [Ended(1, "eos", (9,), (LOGPROBS,), 16)], [Failed(2, "it failed")]),
     Refused([1, 2], "full", "come again"),
     Load(1, 2, 3, 4, 5, 6, 7, 8, 0.5),
 ]
@@ -45,6 +49,20 @@ def test_there_and_back_in_any_pieces(union: object, frames: list[Frame]) -> Non
             found += reader.feed(data[place : place + size])
             place += size
         assert found == frames and not reader.data
+
+
+@pytest.mark.parametrize("count", [1, 2, SCORES // 3, SCORES // 3 + 1, 4000])
+def test_scores_of_a_prompt_come_in_several_frames(count: int) -> None:
+    """None of which takes long; they are read when they are gone through, each time alike."""
+    given = (None, *(TokenLogprobs(-number / 7, ((number, -0.5), (7, -1.25))) for number in range(count - 1)))
+    frames = list(scores(3, given))
+    assert len(frames) == -(-count * 3 // (SCORES // 3 * 3)) if count > 1 else 1
+    found = [each for frame in frames for each in Frames(FromRank0).feed(packed(frame))]
+    whole = Packed(found)
+    assert all(each.call == 3 and isinstance(each.logprobs, msgspec.Raw) for each in found)
+    assert len(whole) == count and tuple(whole) == given == tuple(whole) and bool(whole)
+    assert whole[-1] == given[-1] and whole[1:3] == given[1:3]
+    assert list(scores(3, ())) == [] and not Packed([])
 
 
 def test_damage_is_an_error_and_nothing_else() -> None:

@@ -25,6 +25,7 @@ from epmoe.server.frames import (
     NewToken,
     Ready,
     Refused,
+    Scores,
     Step,
     Submit,
     packed,
@@ -95,8 +96,8 @@ def test_tokens_ends_and_stop_strings() -> None:
         calls = [Call(REQUEST, each) for each in (whole, stopped, broken)]
         line.submit([(REQUEST, calls)])
         for token in (5, 6, 7):
-            say(Step([NewToken(each.id, token, None, ()) for each in calls], [], []))
-        say(Step([], [Ended(each.id, "length", (8,), (), (), 2) for each in calls], []))
+            say(Step([NewToken(each.id, token, None) for each in calls], [], []))
+        say(Step([], [Ended(each.id, "length", (8,), (), 2) for each in calls], []))
         await asyncio.sleep(0.1)
         assert not line.calls
 
@@ -111,6 +112,31 @@ def test_tokens_ends_and_stop_strings() -> None:
         Abort([2]),
         Abort([1]),
     ]
+
+
+def test_scores_of_a_prompt() -> None:
+    """They come before the first token, or the end; of calls that have gone nothing is kept."""
+    one, two = TokenLogprobs(-0.5, ((3, -0.5),)), TokenLogprobs(-1.5, ())
+    heard = [Heard() for _ in range(4)]
+
+    async def body(line: Line, say: Callable[..., None], there: socket.socket) -> None:
+        calls = [Call(REQUEST, each) for each in heard]
+        line.submit([(REQUEST, calls)])
+        for call in calls:
+            say(Scores(call.id, 2, [None, one]), Scores(call.id, 1, [two]))
+        await asyncio.sleep(0.1)
+        line.abort([calls[2]])
+        say(Step([NewToken(calls[0].id, 5, None)], [], []))
+        say(Step([], [Ended(each.id, "length", (), (), 0) for each in calls[:2]], []))
+        say(Scores(calls[2].id, 1, [two]), Step([], [], [Failed(calls[3].id, "it failed")]))
+        await asyncio.sleep(0.1)
+        assert not line.calls and not line.scores
+        assert all(tuple(each.prompt_logprobs) == (None, one, two) for each in calls[:2])
+
+    with_line(body)
+    for each in heard[:2]:
+        (result,) = each.ends
+        assert isinstance(result, Result) and tuple(result.prompt_logprobs) == (None, one, two)
 
 
 def test_refusals_and_failures() -> None:

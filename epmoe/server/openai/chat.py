@@ -68,6 +68,7 @@ class ChatRequest(Sampled, kw_only=True):
 class Chat:
     """What /v1/chat/completions makes of an answer."""
 
+    echo: ClassVar = False
     prefix: ClassVar = "chatcmpl-"
     whole: ClassVar = "chat.completion"
     part: ClassVar = "chat.completion.chunk"

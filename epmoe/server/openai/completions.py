@@ -34,7 +34,7 @@ class Completions:
     part: ClassVar = "text_completion"
 
     def __init__(self, front: Front, asked: CompletionRequest) -> None:
-        self.front, self.asked = front, asked
+        self.front, self.asked, self.echo = front, asked, asked.echo
         self.prompts, self.form = listed(asked.prompt), form(asked, asked.response_format)
         self.offsets: dict[tuple[int, int], int] = {}  # characters of tokens so far, by prompt and answer
 

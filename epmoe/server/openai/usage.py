@@ -1,6 +1,7 @@
 """What is the same in all answers: usage, log-probabilities of tokens, why an answer ended."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from epmoe.engine.request import TokenLogprobs
@@ -20,6 +21,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
+@lru_cache(1 << 18)  # a vocabulary; log-probabilities name its likely ids again and again
 def spelled(tokenizer: Tokenizer, id: int) -> str:
     """A token's text; one that is not whole characters has its id, so that no two are spelled alike."""
     text = tokenizer.decode([id])
@@ -30,16 +32,17 @@ def completion_logprobs(
     tokenizer: Tokenizer, ids: Sequence[int], found: Sequence[TokenLogprobs | None], top: int, offset: int = 0
 ) -> dict[str, Any]:
     """The object of /v1/completions for some tokens, with the `top` likeliest of each; `offset`: characters before."""
-    tokens, offsets, tops = [], [], []
+    tokens, offsets, values, tops = [], [], [], []
     for id, each in zip(ids, found, strict=True):
         tokens.append(spelled(tokenizer, id))
         offsets.append(offset)
         offset += len(tokens[-1])
+        values.append(None if each is None else each.chosen)
         listed = {} if each is None else {spelled(tokenizer, other): value for other, value in each.top[:top]}
         tops.append(None if each is None or not top else listed)
     return {
         "tokens": tokens,
-        "token_logprobs": [None if each is None else each.chosen for each in found],
+        "token_logprobs": values,
         "top_logprobs": tops,
         "text_offset": offsets,
     }
