@@ -261,6 +261,7 @@ def test_paths_methods_and_bodies(server: Server) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     assert server.ask("/v1/nothing")[0] == 404
     assert server.ask("/v1/completions")[0] == 405
+    assert server.ask("/v1/completions/", body, {"Host": "elsewhere"})[0] == 404  # and not sent to that host
     assert server.ask("/v1/completions", body, {"Content-Type": "text/plain"})[0] == 415
     status, answer, headers = server.ask("/v1/completions", b"{" + b" " * 150_000)
     assert status == 413 and "100000" in answer["error"]["message"] and headers["connection"] == "close"
