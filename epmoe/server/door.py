@@ -167,7 +167,8 @@ class Hearing:
         self.http.calls.pop(self.number, None)
         prompt = () if self.given else result.prompt_logprobs
         ids, logprobs = result.ids[self.given :], result.logprobs[self.given :]
-        self.http.say(Ended(self.number, result.finish_reason, ids, logprobs, prompt, result.cached_tokens))
+        more = (prompt, result.cached_tokens, result.failure)
+        self.http.say(Ended(self.number, result.finish_reason, ids, logprobs, *more))
 
     def fail(self, error: BaseException) -> None:
         self.http.calls.pop(self.number, None)

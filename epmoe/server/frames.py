@@ -75,6 +75,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: PromptLogprobs
     cached_tokens: int
+    failure: str = ""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

@@ -1,4 +1,4 @@
-"""Storms of clients over HTTP: each gets what `LLM.generate` says, whoever comes and goes meanwhile; nothing is left."""
+"""Storms of clients over HTTP: each gets what `LLM.generate` says, whoever comes and goes; nothing is left of any."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ import psutil
 import pytest
 from asking import COMPLETIONS, Asked, asked, known
 from http_storm import WAYS, Kinds, Storm
-from served import Server, served
+from served import served
 
 from epmoe import LLM
 
