@@ -1,6 +1,7 @@
 """Storms of clients over HTTP: each gets what `LLM.generate` says, whoever comes and goes; nothing is left of any."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from asking import COMPLETIONS, Asked, asked, known
+from asking import COMPLETIONS, Asked, Told, asked, known
 from http_storm import WAYS, Kinds, Storm
 from served import served
+from wire import Answer
 
 from epmoe import LLM
 
@@ -114,3 +116,46 @@ def test_nothing_leaks_is_lost_or_doubled(llm: LLM, tmp_path: Path) -> None:
     assert all(each.descriptors == found[0].descriptors for each in found), found
     early, late = found[1].bytes, found[-1].bytes
     assert all(after < 1.03 * before for before, after in zip(early, late, strict=True)), found
+
+
+LINE = {"path": COMPLETIONS, "status": 200, "completion_tokens": 3}
+LOGS: dict[str, list[dict[str, object]]] = {
+    "lost": [],
+    "doubled": [LINE, LINE],
+    "failed": [{**LINE, "status": 500}],
+    "thought gone": [{**LINE, "status": 499}],
+    "another one's": [{**LINE, "completion_tokens": 4}],
+}
+
+
+def logged(records: Sequence[dict[str, object]]) -> None:
+    storm = Storm(0, [])
+    storm.lines[COMPLETIONS, 200] += 1
+    storm.tokens[COMPLETIONS, 3] += 1
+    storm.check_log("".join(json.dumps(each) + "\n" for each in records))
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_the_judge_of_logs_sees(case: str) -> None:
+    logged([LINE])
+    with pytest.raises(AssertionError):
+        logged(LOGS[case])
+
+
+CHUNK = b'data: {"choices":[{"index":0,"text":"a","token_ids":[5],"finish_reason":%b}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+WRONG = {
+    "ends twice": CHUNK % b'"stop"' + CHUNK % b'"stop"' + DONE,
+    "says it twice": CHUNK % b"null" + CHUNK % b'"stop"' + DONE,
+    "never ends": CHUNK % b"null" + DONE,
+    "breaks off": CHUNK % b'"stop"',
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_judge_of_answers_sees(case: str) -> None:
+    one, storm = Asked(COMPLETIONS, "", {}, stream=True), Storm(0, [])
+    expected: list[Told] = [((5,), 1, "a", "stop", ())]
+    storm.judge(one, expected, Answer(200, {}, CHUNK % b'"stop"' + DONE, whole=True))
+    with pytest.raises(AssertionError):
+        storm.judge(one, expected, Answer(200, {}, WRONG[case], whole=True))
