@@ -20,13 +20,8 @@ from epmoe import LLM
 TIGHT = ("runtime.max_batch=12", "runtime.cache_tokens=160", "runtime.page=4", "serve.step_tokens=64")
 DRAIN_S = 10.0  # of `served`: a request that counts as in flight would be waited for so long
 PERSISTENT = ("stays", "stays", "stays", "slow", "leaves")
-LARGE = Asked(  # 300 kB, so that who reads slowly holds it up
-    COMPLETIONS,
-    "It was",
-    {"max_tokens": 25, "temperature": 1.0, "seed": 5, "n": 4, "ignore_eos": True},
-    None,
-    100,
-    True,
+LARGE = Asked(  # 100 kB, so that who reads slowly holds it up
+    COMPLETIONS, "It was", {"max_tokens": 25, "temperature": 1.0, "seed": 5, "n": 4, "ignore_eos": True}, None, 20, True
 )
 
 
@@ -110,12 +105,16 @@ def test_clients_of_all_manners(llm: LLM, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_nothing_leaks_is_lost_or_doubled(llm: LLM, tmp_path: Path) -> None:
-    """Memory may grow by 3 % from the second of eight rounds on: what allocators have not given back yet."""
-    rounds = [range(250 * number, 250 * (number + 1)) for number in range(8)]
+    """Memory may grow by 3 % from the first third's most to the last one's: what allocators have not given back yet.
+
+    Rank 0 holds the log-probabilities of all answers that are under way, as objects, so that its most depends on how
+    many clients happen to ask for them at once.
+    """
+    rounds = [range(200 * number, 200 * (number + 1)) for number in range(10)]
     found = rage(tmp_path, alone(llm, 24), rounds, tuple(WAYS))
     assert all(each.descriptors == found[0].descriptors for each in found), found
-    early, late = found[1].bytes, found[-1].bytes
-    assert all(after < 1.03 * before for before, after in zip(early, late, strict=True)), found
+    early, late = (list(zip(*(each.bytes for each in part), strict=True)) for part in (found[:3], found[-3:]))
+    assert all(max(after) < 1.03 * max(before) for before, after in zip(early, late, strict=True)), (early, late)
 
 
 LINE = {"path": COMPLETIONS, "status": 200, "completion_tokens": 3}
