@@ -105,16 +105,17 @@ def test_clients_of_all_manners(llm: LLM, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_nothing_leaks_is_lost_or_doubled(llm: LLM, tmp_path: Path) -> None:
-    """Memory may grow by 3 % from the first third's most to the last one's: what allocators have not given back yet.
+    """Memory may grow by 1.5 % from the most of rounds 4 to 6 to that of the last three.
 
-    Rank 0 holds the log-probabilities of all answers that are under way, as objects, so that its most depends on how
-    many clients happen to ask for them at once.
+    The first 600 clients fill what is kept (responses, compiled grammars) and the allocators: 15 % more in the HTTP
+    process, 1 % in rank 0; the next 1400 then 0.2 and 0.6 %. Rank 0 holds the log-probabilities of all answers that are
+    under way, as objects, so its most depends on how many clients happen to ask for them at once.
     """
     rounds = [range(200 * number, 200 * (number + 1)) for number in range(10)]
     found = rage(tmp_path, alone(llm, 24), rounds, tuple(WAYS))
     assert all(each.descriptors == found[0].descriptors for each in found), found
-    early, late = (list(zip(*(each.bytes for each in part), strict=True)) for part in (found[:3], found[-3:]))
-    assert all(max(after) < 1.03 * max(before) for before, after in zip(early, late, strict=True)), (early, late)
+    early, late = (list(zip(*(each.bytes for each in part), strict=True)) for part in (found[3:6], found[-3:]))
+    assert all(max(after) < 1.015 * max(before) for before, after in zip(early, late, strict=True)), (early, late)
 
 
 LINE = {"path": COMPLETIONS, "status": 200, "completion_tokens": 3}
