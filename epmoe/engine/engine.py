@@ -325,7 +325,8 @@ class Engine:
         for sequence in going:
             if sequence.matcher and (failure := sequence.matcher.failure):
                 warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
-                events.append(Finished(sequence.id, self.scheduler.finish(sequence, "error", time.perf_counter())))
+                result = self.scheduler.finish(sequence, "error", time.perf_counter())
+                events.append(Finished(sequence.id, replace(result, failure=failure)))
         return events
 
     def _land(self, flight: Flight) -> list[Event]:

@@ -208,6 +208,7 @@ class Result:
     logprobs: tuple[TokenLogprobs, ...]  # one for each id when asked for, else empty
     cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
     prompt_logprobs: PromptLogprobs = ()  # when asked for
+    failure: str = ""  # of its grammar, where that is the error; else its numbers are none
 
 
 # Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself

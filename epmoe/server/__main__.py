@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -67,9 +68,17 @@ async def serve(line_number: int, listener_number: int) -> None:
     listening.cancel()
 
 
+def take_files() -> None:
+    """Let this process open what the system lets it: each client takes a file, and a shell's bound is often 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where no bound at all is taken for too much
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 if __name__ == "__main__":
     for each in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a launcher: rank 0 hears it, too
         signal.signal(each, signal.SIG_IGN)
+    take_files()
     asyncio.run(serve(int(sys.argv[1]), int(sys.argv[2])))
     sys.stderr.flush()
     os._exit(0)

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from epmoe.engine.call import Stopped
 from epmoe.engine.request import SamplingParams
@@ -30,6 +30,7 @@ from epmoe.server.responses import Responses
 from epmoe.server.watched import Watched
 
 OPEN = frozenset(("/health", "/ready", *page.FILES))  # for probes, which have no key, and a page that asks for one
+TWO_LENGTHS = "two_lengths"  # the code of such an error
 DISCARDED = 8  # times max_body: what is read of a body that is too large, so that its sender hears of it
 
 
@@ -57,12 +58,13 @@ class App:
             Route("/version", self.version, methods=get),
         ]
         handled = (ApiError, UserError, Stopped, HTTPException, ClientDisconnect, Exception)
-        self.routed: ASGIApp = Starlette(routes=routes, exception_handlers=dict.fromkeys(handled, _said))
+        self.routed = Starlette(routes=routes, exception_handlers=dict.fromkeys(handled, _said))
+        self.routed.router.redirect_slashes = False  # to wherever the request's own Host says
+        self.known = {route.path for route in routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "the server speaks nothing else"
-        known = {route.path for route in self.routed.routes}  # type: ignore[attr-defined]
-        watched = Watched(self.metrics, scope["path"] if scope["path"] in known else "other")
+        watched = Watched(self.metrics, scope["path"] if scope["path"] in self.known else "other")
         scope["watched"] = watched
 
         async def noted(message: MutableMapping[str, Any]) -> None:
@@ -83,6 +85,10 @@ class App:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         """Why this request is not looked at."""
+        if {b"transfer-encoding", b"content-length"} <= {name for name, _ in scope["headers"]}:
+            # A proxy in front may have believed the other one, and what follows would be another client's.
+            both = "the request has Transfer-Encoding and Content-Length, which exclude each other: send one of them"
+            return ApiError(400, both, code=TWO_LENGTHS)
         if self.hello.api_key and scope["path"] not in OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self.hello.api_key.encode()):
@@ -226,7 +232,8 @@ def _json(value: Any) -> Response:
 
 
 def _response(error: ApiError) -> Response:
-    headers = dict(error.headers) | ({"connection": "close"} if error.status in (408, 413) else {})
+    ends = error.status in (408, 413) or error.code == TWO_LENGTHS  # nobody knows where the next request begins
+    headers = dict(error.headers) | ({"connection": "close"} if ends else {})
     return Response(msgspec.json.encode(error.body), error.status, headers, "application/json")
 
 

@@ -196,7 +196,7 @@ class Hearing:
         self.http.calls.pop(self.number, None)
         prompt = () if self.given else result.prompt_logprobs
         ids, logprobs = result.ids[self.given :], result.logprobs[self.given :]
-        end = Ended(self.number, result.finish_reason, ids, logprobs, result.cached_tokens)
+        end = Ended(self.number, result.finish_reason, ids, logprobs, result.cached_tokens, result.failure)
         self.http.say(*scores(self.number, prompt), end)
 
     def fail(self, error: BaseException) -> None:

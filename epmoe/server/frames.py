@@ -77,6 +77,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
     ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     cached_tokens: int
+    failure: str = ""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

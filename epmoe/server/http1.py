@@ -1,8 +1,9 @@
-"""HTTP/1.1 as uvicorn has it, with bounds on the time in which a request's head must come, and bytes must be taken."""
+"""HTTP/1.1 as uvicorn has it: bounds on the time of a head and on bytes that wait, and one end for each request."""
 
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOOKS = 4  # in `stalled_s`
@@ -32,12 +33,12 @@ class Bounded(H11Protocol):
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answers():
             self._settle()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing():
+        if not self.transport.is_closing() and not self._answers():  # the next head may have come already
             self._wait()
 
     def _look(self) -> None:
@@ -50,6 +51,20 @@ class Bounded(H11Protocol):
             self.counted.abort()  # `close` would wait for it
             return
         self.looking = self.loop.call_later(self.stalled_s / LOOKS, self._look)
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP, or no body; only a request that has no answer yet gets one."""
+        if self.cycle is not None and self._answers():  # it has its answer now, and nothing more of it comes
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _answers(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
         self._settle()

@@ -175,7 +175,8 @@ class Line:
         ids, logprobs = (*call.ids, *end.ids), (*call.logprobs, *end.logprobs)
         prompt = call.prompt_logprobs or self._scores(end.call)
         try:
-            call.hear(Finished(end.call, Result(ids, end.reason, 0.0, 0.0, logprobs, end.cached_tokens, prompt)))
+            result = Result(ids, end.reason, 0.0, 0.0, logprobs, end.cached_tokens, prompt, end.failure)
+            call.hear(Finished(end.call, result))
         except Exception as error:
             call.fail(error)
 

@@ -132,10 +132,9 @@ class Answering(ABC):
                 self.watched.came(number, pieces)
                 if completion is not None:
                     completions[number] = completion
-                if any(part.result and part.result.finish_reason == "error" for part in delivery.parts):
-                    bound = delivery.prompt.params.grammar is not None
-                    why = ", or its grammar became too complex on the way: simplify it" if bound else ""
-                    raise ApiError(500, f"the model's numbers are none for this prompt{why}")
+                for part in delivery.parts:
+                    if part.result is not None and part.result.finish_reason == "error":
+                        raise _failed(part.result.failure)
                 if self.stream:
                     await self.fresh(send, number, pieces)
         if self.stream:
@@ -261,6 +260,13 @@ def _slices(piece: Piece) -> Iterator[Piece]:
     for begin in range(0, len(piece.ids), size):
         part = slice(begin, begin + size)
         yield Piece(piece.index, "" if begin else piece.text, piece.ids[part], piece.logprobs[part])
+
+
+def _failed(grammar: str) -> ApiError:
+    """Why an answer cannot go on: what has failed of its grammar, which is the request's own; or its numbers."""
+    if grammar:
+        return ApiError(400, f"the answer's grammar has failed on the way ({grammar}): simplify it")
+    return ApiError(500, "the model's numbers are none for this prompt")
 
 
 async def _gone(receive: Receive) -> None:

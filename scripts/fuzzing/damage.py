@@ -67,10 +67,10 @@ def _header(rng: random.Random, folder: Path) -> Damage:
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     if rng.random() < 0.3:
-        words, damaged = _bytes(rng, data[: 8 + length])
+        words, damaged = changed_bytes(rng, data[: 8 + length])
         file.write_bytes(damaged + data[8 + length :])
     else:
-        words, text = _json(rng, data[8 : 8 + length].decode())
+        words, text = changed_json(rng, data[8 : 8 + length].decode())
         header = text.encode("utf-8", "surrogatepass")
         size = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 1 << 40, length))
         file.write_bytes(size.to_bytes(8, "little") + header + data[8 + length :])
@@ -97,10 +97,10 @@ def _beside(rng: random.Random, folder: Path) -> Damage:
 
 def _spoil(rng: random.Random, file: Path) -> str:
     if rng.random() < 0.2:
-        words, data = _bytes(rng, file.read_bytes())
+        words, data = changed_bytes(rng, file.read_bytes())
         file.write_bytes(data)
         return words
-    words, text = _json(rng, file.read_text(encoding="utf-8"))
+    words, text = changed_json(rng, file.read_text(encoding="utf-8"))
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     return words
 
@@ -127,9 +127,9 @@ def _prompts(rng: random.Random, folder: Path) -> Damage:
     lines = [json.dumps(each) for each in rng.sample(LINES, rng.randrange(1, 4))]
     where = rng.randrange(len(lines))
     if rng.random() < 0.15:
-        words, data = _bytes(rng, "\n".join(lines).encode())
+        words, data = changed_bytes(rng, "\n".join(lines).encode())
     else:
-        words, lines[where] = _json(rng, lines[where])
+        words, lines[where] = changed_json(rng, lines[where])
         data = "\n".join(lines).encode("utf-8", "surrogatepass")
     file = folder / rng.choice(("p.jsonl", "p.JSONL", "p.ndjson", "p.txt"))
     file.write_bytes(data)
@@ -159,7 +159,7 @@ def _lines(folder: Path, lines: tuple[dict[str, Any], ...]) -> str:
     return f"prompts={file}"
 
 
-def _bytes(rng: random.Random, data: bytes) -> tuple[str, bytes]:
+def changed_bytes(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     noise = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
     ways = {
@@ -174,7 +174,7 @@ def _bytes(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     return f"{words} at {at} of {len(data)}", ways[words]
 
 
-def _json(rng: random.Random, text: str) -> tuple[str, str]:
+def changed_json(rng: random.Random, text: str) -> tuple[str, str]:
     """One or two changes to a JSON text, spelled by hand where Python would not write them."""
     value, marks, words = json.loads(text), {}, []
     for number in range(1 if rng.random() < 0.8 else 2):

@@ -2,9 +2,11 @@
 
 import json
 import random
+import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,7 @@ def test_paths_methods_and_bodies(server: Server) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     assert server.ask("/v1/nothing")[0] == 404
     assert server.ask("/v1/completions")[0] == 405
+    assert server.ask("/v1/completions/", body, {"Host": "elsewhere"})[0] == 404  # and not sent to that host
     assert server.ask("/v1/completions", body, {"Content-Type": "text/plain"})[0] == 415
     status, answer, headers = server.ask("/v1/completions", b"{" + b" " * 150_000)
     assert status == 413 and "100000" in answer["error"]["message"] and headers["connection"] == "close"
@@ -348,3 +351,18 @@ def test_a_key_is_asked_for(tmp_path: Path) -> None:
         assert one.client(KEY).models.list().data[0].id == "own/name"
         with pytest.raises(openai.AuthenticationError):
             one.client("wrong").completions.create(model="own/name", prompt="a")
+
+
+def test_more_connections_than_a_shell_lets_a_process_open(tmp_path: Path) -> None:
+    """As many clients may come as serve.queue_requests says, and a shell's usual bound is 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    with ExitStack() as stack:
+        try:
+            one = stack.enter_context(served(tmp_path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        said = one.stderr
+        for _ in range(300):
+            stack.enter_context(one.raw(b""))
+        assert one.ask("/health")[0] == 200 and one.stderr == said

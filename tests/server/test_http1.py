@@ -101,6 +101,47 @@ def test_one_that_takes_little_has_not(server: Server) -> None:
     assert said.count(b'"text_offset"') > 400
 
 
+def test_an_answer_behind_another_may_take_longer(server: Server) -> None:
+    """Both requests have come at once, so that the second one's head was there before the first one's answer."""
+    body = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    first = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    begin = time.monotonic()
+    _, said = ends_after(server.raw(first + post("/v1/completions", body)))
+    assert said.count(b"HTTP/1.1 200") == 2 and b"[DONE]" in said and time.monotonic() - begin > HEADER_S
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+BROKEN = {  # media type, seconds until the noise comes, status
+    "at once": ("text/plain", 0.0, b"400"),
+    "before its end": ("application/json", 0.2, b"400"),
+    "after it was refused": ("text/plain", 0.2, b"415"),
+}
+
+
+@pytest.mark.parametrize(("media", "pause_s", "status"), BROKEN.values(), ids=BROKEN)
+def test_a_body_that_breaks_off_into_noise(server: Server, media: str, pause_s: float, status: bytes) -> None:
+    """One answer, and no word on standard error."""
+    before = server.stderr
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: {media}\r\n".encode()
+    begun, noise = head + CHUNKED + b"\r\n1\r\n{\r\n", b"no size\r\n"
+    with server.raw(begun if pause_s else begun + noise) as connection:
+        if pause_s:
+            time.sleep(pause_s)
+            connection.sendall(noise)
+        said = ends_after(connection)[1]
+    assert said.startswith(b"HTTP/1.1 " + status) and said.count(b"HTTP/1.1") == 1
+    assert server.ask("/health")[0] == 200 and server.stderr == before
+
+
+def test_a_body_with_two_lengths_is_refused_and_ends_the_connection(server: Server) -> None:
+    """Else a proxy that believes the other one lets a client's bytes through as a request of somebody else."""
+    both = b"Content-Type: application/json\r\nContent-Length: 4\r\n" + CHUNKED
+    hidden = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    data = b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + both + b"\r\n2\r\n{}\r\n0\r\n\r\n" + hidden
+    said = ends_after(server.raw(data))[1]
+    assert said.startswith(b"HTTP/1.1 400") and b"two_lengths" in said and said.count(b"HTTP/1.1") == 1
+
+
 def test_no_http(server: Server) -> None:
     for wrong in (
         b"\x16\x03\x01\x02\x00",

@@ -133,7 +133,7 @@ def test_aborts_and_failures_are_one_requests_own(known: list[Any], capsys: pyte
             break
     assert not tested.busy and sorted(results) == list(range(len(requests) + 1))
     failed = results.pop(len(requests))
-    assert failed.finish_reason == "error" and re.fullmatch("[a-c]{3}", text(failed.ids))
+    assert failed.finish_reason == "error" and failed.failure and re.fullmatch("[a-c]{3}", text(failed.ids))
     assert "epmoe: warning: request 37 cannot go on: its grammar has failed (" in capsys.readouterr().err
     for number, result in results.items():
         assert result.ids == known[number][0][: len(result.ids)]
