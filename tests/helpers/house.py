@@ -48,7 +48,7 @@ LIGHT = {
     "epmoe.moe.router.reference": ("epmoe.ranks", "hydra"),  # a reader takes the heart out and plays with it
 }
 
-TEST_FOLDERS = {"whole", "tools"}  # of tests that belong to no folder of the package
+TEST_FOLDERS = {"clients", "whole", "tools"}  # of tests that belong to no folder of the package
 TEST_FILES = {"test_architecture"}
 
 Tree = dict[str, str]  # a path from the repository's root, with slashes → the file's text
