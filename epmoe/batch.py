@@ -2,8 +2,9 @@
 
     tokens   [ row 0 · row 1 · … | span 0: several tokens of a prompt | span 1 … | none's ]
 
-Letters: T tokens of a step · B rows, a token of each of as many sequences · P spans, pieces of prompts · O tokens whose
-logits are wanted.
+Letters: T tokens of a step · B rows, a token of each of as many sequences · P spans, pieces of prompts, or sampling
+parameters · O tokens whose logits are wanted · S handles of the cache · V vocabulary · K ids that a request lists, at
+most · W words of 32 bits, a bit an id.
 """
 
 from dataclasses import dataclass
@@ -68,6 +69,43 @@ class SequenceState(NamedTuple):
     position_S: torch.Tensor  # int64, that token's position
     seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a repetition penalty
     count_SV: torch.Tensor | None = None  # int32, how often the output has an id; kept where one has another penalty
+
+
+class SamplingTensors(NamedTuple):
+    """How every sequence's tokens are chosen, by its handle."""
+
+    value_SP: torch.Tensor  # float64: temperature, top-k, top-p, min-p
+    seed_S: torch.Tensor  # int64
+    kind_S: torch.Tensor  # int32: a bit for each of KINDS that its logits need
+
+
+KINDS = ("seen", "count", "listed", "allowed")  # bits of kind_S, the lowest first
+
+
+class Listed(NamedTuple):
+    """Some ids and what is added to their logits at positions before `until_SK`; where a list is shorter, 0 to id 0."""
+
+    id_SK: torch.Tensor  # int64
+    value_SK: torch.Tensor  # float32
+    until_SK: torch.Tensor  # int64
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """What is done to every sequence's logits (layers/adjust.py), by its handle. What nobody has needed is None."""
+
+    penalty_S3: torch.Tensor  # float32: repetition, frequency, presence
+    seen_SV: torch.Tensor | None = None  # bool, the ids of prompt and answer
+    count_SV: torch.Tensor | None = None  # int32, how often the answer has an id
+    listed: Listed | None = None
+    allowed_SW: torch.Tensor | None = None  # int32, id 32 · w + b is bit b of word w
+
+    def __getitem__(self, sequence_B: torch.Tensor) -> "Adjustments":
+        """Those of some sequences."""
+        listed = None if self.listed is None else Listed(*(each[sequence_B] for each in self.listed))
+        others = (self.seen_SV, self.count_SV, self.allowed_SW)
+        seen_BV, count_BV, allowed_BW = (None if each is None else each[sequence_B] for each in others)
+        return Adjustments(self.penalty_S3[sequence_B], seen_BV, count_BV, listed, allowed_BW)
 
 
 def _middle(tokens: int) -> int:

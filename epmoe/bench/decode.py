@@ -8,11 +8,12 @@ part of the batch cancel out:
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from epmoe.bench.conditions import Record
-from epmoe.bench.options import BenchConfig
+from epmoe.bench.options import WAYS, BenchConfig
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.ranks.mesh import Ranks
@@ -31,28 +32,31 @@ class Batch:
         generator = torch.Generator().manual_seed(sequences + (seed << 32))
         return cls(torch.randint(vocab, (sequences, tokens), generator=generator))
 
-    def requests(self, new: int) -> list[Request]:
-        """Greedy, of exactly `new` tokens each."""
-        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-        return [Request(tuple(ids), params) for ids in self.ids_BP.tolist()]
+    def requests(self, new: int, sampling: str = "greedy") -> list[Request]:
+        """Of exactly `new` tokens each, chosen in one of WAYS."""
+        way: dict[str, Any] = WAYS[sampling]
+        return [
+            Request(tuple(ids), SamplingParams(max_new_tokens=new, ignore_eos=True, seed=seed, **way))
+            for seed, ids in enumerate(self.ids_BP.tolist())
+        ]
 
 
-def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int) -> tuple[float, float]:
+def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int, sampling: str = "greedy") -> tuple[float, float]:
     """Seconds until all sequences have `new` tokens, and until each has its first."""
     ranks.barrier()
-    results = engine.generate(batch.requests(new))
+    results = engine.generate(batch.requests(new, sampling))
     assert all(len(result.ids) == new for result in results)
     return max(result.total_s for result in results), max(result.first_token_s for result in results)
 
 
 def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConfig) -> Record:
     """One row of the table, without its floor."""
-    short, long = config.lengths
-    seconds(engine, ranks, batch, short)
+    (short, long), way = config.lengths, config.sampling
+    seconds(engine, ranks, batch, short, way)
     steps, first = [], []
     for _ in range(config.repeat):
-        whole, first_token = seconds(engine, ranks, batch, long)
-        less, _ = seconds(engine, ranks, batch, short)
+        whole, first_token = seconds(engine, ranks, batch, long, way)
+        less, _ = seconds(engine, ranks, batch, short, way)
         steps.append((whole - less) / (long - short))
         first.append(first_token)
     step, size = statistics.median(steps), len(batch.ids_BP)

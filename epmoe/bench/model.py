@@ -1,6 +1,7 @@
 """python -m epmoe.bench: decode by batch, prefill, first tokens, loading and memory, against the limits of the machine.
 
-Random prompts, greedy, the end-of-text token ignored. `floor` is what a step takes at the memory's speed or, of many
+Random prompts, the end-of-text token ignored, decodes greedy or as `sampling` says.
+`floor` is what a step takes at the memory's speed or, of many
 tokens, at the speed of arithmetic (floor.py); `of floor` is time / floor, so 1 is the limit.
 """
 
@@ -66,7 +67,8 @@ def measure(config: BenchConfig, ranks: Ranks) -> tuple[Checkpoint, Floor, Recor
     check_cache(llm.cache, config)
     batches = [Batch.of(size, config.prompt_tokens, llm.architecture.vocab) for size in config.batches]
     begin = time.perf_counter()
-    llm.prepare(max(batches, key=lambda batch: len(batch.ids_BP)).requests(config.lengths[1]))
+    largest = max(batches, key=lambda batch: len(batch.ids_BP))
+    llm.prepare(largest.requests(config.lengths[1], config.sampling))
     ready_s = time.perf_counter() - begin
 
     # First tokens come first: a GPU that has just run at its limit of power is slower for a while.
@@ -79,13 +81,13 @@ def measure(config: BenchConfig, ranks: Ranks) -> tuple[Checkpoint, Floor, Recor
     }
     with profiled(config.runtime.profile, ranks):
         for batch in batches if config.runtime.profile else ():
-            llm.engine.generate(batch.requests(PROFILED_TOKENS))
+            llm.engine.generate(batch.requests(PROFILED_TOKENS, config.sampling))
     load_us, peak, cached = zip(
         *ranks.gather([int(1e6 * llm.report.seconds), peak_bytes(ranks.device), llm.cache.nbytes]), strict=True
     )
     record = {
         **conditions("model", llm),
-        **{key: getattr(config, key) for key in ("prompt_tokens", "lengths", "samples", "repeat")},
+        **{key: getattr(config, key) for key in ("sampling", "prompt_tokens", "lengths", "samples", "repeat")},
         "load_s": max(load_us) / 1e6,
         "ready_s": ready_s,
         "peak_bytes": list(peak),

@@ -8,6 +8,16 @@ from epmoe.config.keys import Names, Numbers, Range, key
 from epmoe.config.schema import ModelKeys, Serve
 from epmoe.errors import UserError
 
+# How the tokens of a decode step are chosen, by name: keys of the group `sampling`.
+WAYS: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "temperature": {"temperature": 1.0},
+    "top_p": {"temperature": 1.0, "top_p": 0.9},
+    "top_k": {"temperature": 1.0, "top_k": 50},
+    "logprobs": {"logprobs": 5},
+    "penalty": {"repetition_penalty": 1.1},
+}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -31,6 +41,7 @@ class Measurement(Size):
     """What is measured."""
 
     batches: tuple[int, ...] = key((1, 16, 64, 256), "sequences that decode at a time", Numbers(Range(above=0)))
+    sampling: str = key("greedy", "how the tokens of the timed decodes are chosen", Names(tuple(WAYS)))
     prompt_tokens: int = key(128, "random tokens that each sequence begins with", Range(above=0))
     lengths: tuple[int, int] = key(
         (32, 160), "new tokens of the two timed runs", Numbers(Range(above=0), ascending=True)
@@ -75,6 +86,8 @@ The tables go to standard output and end in one line of JSON. Others, each with 
         check_size(self.size, self.checkpoint)
         if self.compare and not self.checkpoint:
             raise UserError(f"compare={self.compare} needs files to read: give checkpoint=DIRECTORY")
+        if self.compare and self.sampling != "greedy":
+            raise UserError(f"compare={self.compare} is greedy, and sampling={self.sampling}: leave one of them out")
 
     def check_steps(self, chunk: int) -> None:
         """While prompts are being read, sequences decode in smaller batches. Both runs must end after that.

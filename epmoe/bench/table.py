@@ -16,7 +16,8 @@ def _conditions(record: Record) -> list[str]:
     source = {key: "measured" if key in record["measured"] else "given" for key in ("bandwidth", "flops")}
     lines = [
         heading(record),
-        f"prompts of {record['prompt_tokens']} random tokens, a step = (t({long}) - t({short})) / {long - short}, "
+        f"prompts of {record['prompt_tokens']} random tokens, decodes by {record['sampling']}, "
+        f"a step = (t({long}) - t({short})) / {long - short}, "
         f"median of {record['repeat']}, prefill in chunks of {record['runtime']['prefill_chunk']}",
         f"limits: {record['bandwidth'] / 1e12:.3g} TB/s ({source['bandwidth']}), "
         f"{record['flops'] / 1e12:.3g} TFLOP/s ({source['flops']})",

@@ -26,8 +26,7 @@ from epmoe.engine.request import Variant
 from epmoe.engine.step import StaticStep
 from epmoe.errors import UserError
 from epmoe.kernels.capture import Capture, Graph
-from epmoe.layers.attention import WAITING
-from epmoe.layers.twin import torch_only
+from epmoe.layers.twin import WAITING, torch_only
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import overwrite
 from epmoe.rehearsal import rehearsing

@@ -20,8 +20,7 @@ class Level(IntEnum):
     """How much work a row's parameters ask for; a batch takes the highest of its rows, which changes no row's bits."""
 
     GREEDY = 0  # the largest logit
-    SAMPLE = 1  # temperature and min-p: no order needed
-    FILTER = 2  # all: top-k and top-p, which sort the vocabulary
+    SAMPLE = 1  # a draw, from all or some; a row that asks for less takes no part in it
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class SamplingParams(Sampling, Length):
     temperature 0 is greedy: the largest logit after the penalty, ties to the lower id. `logprobs` asks for that many
     most likely tokens with each chosen one (0: none), `prompt_logprobs` for that many with each token of the prompt
     (0: for its own alone; None: not), `n` for so many answers. None is left out, for `over` or `settled` to fill.
-    `logit_bias` may be a mapping, too; engine/adjust.py says what it and the penalties do.
+    `logit_bias` may be a mapping, too; layers/adjust.py says what it and the penalties do.
     `max_tokens` is another spelling of max_new_tokens, to make one with; 0 new tokens may be asked for with
     prompt_logprobs alone.
 
@@ -73,14 +72,11 @@ class SamplingParams(Sampling, Length):
     @property
     def level(self) -> Level:
         """The least level at which a batch with this row may be chosen."""
-        temperature, top_k, top_p, _ = self.row()
-        if temperature > 0:
-            return Level.FILTER if top_k or top_p < 1 else Level.SAMPLE
-        return Level.GREEDY
+        return Level.SAMPLE if self.row()[0] > 0 else Level.GREEDY
 
     @property
     def kept(self) -> frozenset[str]:
-        """What the device must keep of its sequence, by the names in `adjust.Adjustments`; none: its logits stay."""
+        """What the device must keep of its sequence, by the names in `batch.KINDS`; none: its logits stay."""
         wanted = {
             "seen": self.repetition_penalty not in (None, 1),
             "count": self.frequency_penalty or self.presence_penalty,
@@ -90,7 +86,7 @@ class SamplingParams(Sampling, Length):
         return frozenset(name for name, each in wanted.items() if each)
 
     def row(self) -> tuple[float, ...]:
-        """What `SamplingTensors.value_BP` holds of these: settled."""
+        """What `SamplingTensors.value_SP` holds of these: settled."""
         values = vars(self.settled())
         return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p"))
 

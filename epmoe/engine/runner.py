@@ -42,10 +42,13 @@ class Flight:
         tensors = [id_B]
         if self.asked:
             assert logits_BV is not None
-            row_O = to_device(self.asked, torch.int64, id_B.device)
             top = max(sequences[row].request.params.logprobs for row in self.asked)
-            chosen_O = id_B[row_O].clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
-            tensors += top_logprobs(logits_BV[row_O], chosen_O, top)
+            logits_OV, id_O = logits_BV[: len(sequences)], id_B
+            if len(self.asked) < len(sequences):  # a row of logits takes as long to copy as to look at
+                row_O = to_device(self.asked, torch.int64, id_B.device)
+                logits_OV, id_O = logits_BV[row_O], id_B[row_O]
+            chosen_O = id_O.clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
+            tensors += top_logprobs(logits_OV, chosen_O, top)
         self.arrival = Arrival([*tensors, *found])
 
     def land(self, timeout_s: float) -> Iterator[Landed]:

@@ -1,6 +1,6 @@
 """What the device knows of every sequence: its last token and position, its parameters, what adjusts its logits.
 
-Letters: B rows of a step · S handles of the cache · P sampling parameters · V vocabulary · K, W as in adjust.py.
+Letters: B rows of a step · S handles of the cache · V vocabulary · W words of allowed ids.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from epmoe.batch import SequenceState
+from epmoe.batch import Adjustments, Listed, SequenceState
 from epmoe.cache.cache import Cache
-from epmoe.engine.adjust import Adjustments, Entry, Listed, entries, packed, words
+from epmoe.engine.adjust import Entry, entries, packed, words
 from epmoe.engine.request import MOST_LISTED, Level, SamplingParams, Variant
-from epmoe.engine.sampler import SamplingTensors, sample
+from epmoe.engine.sampler import kind, sample, sampling_tensors
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import to_device
@@ -27,7 +27,7 @@ class State:
         self.spare, self.vocab, self.ranks = cache.spare, vocab, ranks
         token_S, position_S = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
         self.sequences = SequenceState(token_S, position_S, seen_SV=None)
-        self.params_S = SamplingTensors.of([SamplingParams()] * count, device)
+        self.params_S = sampling_tensors([SamplingParams()] * count, device)
         self.told: dict[int, tuple[Any, ...]] = {}  # what these and `penalty_S3` hold of each handle
         self.kept = frozenset[str]()  # what is kept besides, for adjustments
         self.penalty_S3 = torch.tensor([[1.0, 0.0, 0.0]] * count, device=device)
@@ -75,11 +75,12 @@ class State:
             ends: ids that end the answer.
         """
         device = self.ranks.device
-        told = (*params.row(), *params.penalties(), params.seed)
+        told = (*params.row(), *params.penalties(), params.seed, kind(params))
         if self.told.get(handle) != told:  # most requests have their forerunner's
             self.told[handle] = told
-            self.params_S.value_BP[handle] = to_device(params.row(), torch.float64, device)
-            self.params_S.seed_B[handle] = params.seed
+            self.params_S.value_SP[handle] = to_device(params.row(), torch.float64, device)
+            self.params_S.seed_S[handle] = params.settled().seed or 0
+            self.params_S.kind_S[handle] = kind(params)
             self.penalty_S3[handle] = to_device(params.penalties(), torch.float64, device).float()
         kept = params.kept
         assert kept <= self.kept, "State.keep was not called"
@@ -102,9 +103,9 @@ class State:
         (self.lists.add if found else self.lists.discard)(handle)
         kinds = (torch.int64, torch.float64, torch.int64)
         columns = zip(*found, strict=True) if found else ((), (), ())
-        for tensor_SK, column, kind in zip(self.listed, columns, kinds, strict=True):
+        for tensor_SK, column, dtype in zip(self.listed, columns, kinds, strict=True):
             tensor_SK[handle].zero_()
-            tensor_SK[handle, : len(found)] = to_device(column, kind, self.ranks.device)
+            tensor_SK[handle, : len(found)] = to_device(column, dtype, self.ranks.device)
 
     def _allow(self, handle: int, ids: Sequence[int] | None) -> None:
         """Let a sequence's token be one of these; None: any."""
@@ -124,10 +125,10 @@ class State:
         handle_G = to_device(handles, torch.int64, device)
         self.allowed_SW.index_copy_(0, handle_G, word_GW.to(device, non_blocking=True))
 
-    def adjustments(self, sequence_B: torch.Tensor) -> Adjustments:
-        """Of the rows' sequences."""
+    def adjustments(self) -> Adjustments:
+        """Of all sequences."""
         _, _, seen_SV, count_SV = self.sequences
-        return Adjustments(self.penalty_S3, seen_SV, count_SV, self.listed, self.allowed_SW)[sequence_B]
+        return Adjustments(self.penalty_S3, seen_SV, count_SV, self.listed, self.allowed_SW)
 
     def sample(
         self,
@@ -150,8 +151,8 @@ class State:
                 id_B = greedy.join_largest(self.ranks.stack(key_SB.amax(0)) if part else key_SB, self.vocab)
             else:
                 assert part is None
-                adjustments = self.adjustments(sequence_B) if variant.adjusted else None
-                id_B = sample(logits_BV, self.params_S[sequence_B], position_B, adjustments, variant.level)
+                adjustments = self.adjustments() if variant.adjusted else None
+                id_B = sample(logits_BV, sequence_B, position_B, self.params_S, adjustments, variant.level)
             if part is None:
                 self.ranks.broadcast(id_B)
         state = twin("sequence_state", self.sequences.token_S)

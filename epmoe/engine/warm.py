@@ -13,6 +13,7 @@ from epmoe.engine import scheduler
 from epmoe.engine.graphs import Graphs, with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
+from epmoe.engine.sampler import top_logprobs
 from epmoe.engine.scheduler import pieces
 from epmoe.layers.twin import twin
 from epmoe.ranks.mesh import Ranks
@@ -60,7 +61,9 @@ class Warm:
         # A prefill samples from whole rows of logits, a decode step perhaps from parts; not each warm one samples.
         nothing_1V = torch.zeros(1, self.runner.model.config.vocab, device=self.ranks.device)
         greedy = twin("greedy", nothing_1V)
-        greedy.join_largest(greedy.largest(nothing_1V, 0), nothing_1V.shape[1])
+        id_1 = greedy.join_largest(greedy.largest(nothing_1V, 0), nothing_1V.shape[1])
+        if load.prompt_logprobs or True in load.logprobs:
+            top_logprobs(nothing_1V, id_1, 1)
 
     def _admit(self, kind: Prefill, load: Workload) -> list[scheduler.Sequence]:
         """Prompts with as many tokens together as `kind` has and the cache holds, none longer than the load's longest.

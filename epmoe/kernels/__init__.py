@@ -12,6 +12,7 @@ This file imports no triton, so that a machine without a GPU can ask.
     attention/          decode and prefill over the paged cache
     vocabulary.py       the projection to the vocabulary
     greedy.py           the largest logit of each row
+    sampling/           tokens drawn: top-k, top-p, min-p, penalties; log-probabilities
     product.py          rows times a weight, in one order of summation for any number of rows
     few.py              the same for very few rows
     runs.py             the same in the router's order

@@ -17,9 +17,6 @@ from epmoe.layers.rotary import rotate
 from epmoe.layers.twin import twin
 from epmoe.trace import named
 
-# Names of torch versions with which a step waits for its positions, so that no graph can capture it.
-WAITING = frozenset({"attention"})
-
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD: of a step's tokens
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
 

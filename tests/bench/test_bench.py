@@ -15,10 +15,12 @@ from spawn import run_ranks
 from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth
 from epmoe.bench.model import bench
-from epmoe.bench.options import BenchConfig, Measurement
+from epmoe.bench.options import WAYS, BenchConfig, Measurement
 from epmoe.bench.weights import RandomCheckpoint
 from epmoe.config.compose import parse
 from epmoe.config.keys import keys_of
+from epmoe.engine.engine import Engine
+from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.errors import UserError
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.models.gpt_oss import GptOss
@@ -76,7 +78,7 @@ def test_conditions_are_told(run: tuple[int, list[str], dict[str, Any]]) -> None
     assert (record["model"], record["dtype"], record["quant"]) == ("random-tiny", "float32", "mxfp4")
     assert record["experts"] == record["router"] == "reference" and record["combine"] == "slots"
     assert record["graphs"] is False
-    assert record["prompt_tokens"] == 5 and record["lengths"] == [4, 12]
+    assert record["prompt_tokens"] == 5 and record["lengths"] == [4, 12] and record["sampling"] == "greedy"
     assert record["bandwidth"] == 1e9 and record["measured"] == ["flops"] and record["flops"] > 0
     assert record["runtime"]["max_batch"] == 3 and record["runtime"]["prefill_chunk"] == 2048
     for part in (f"random-tiny on {ranks} x cpu", "float32", "(t(12) - t(4)) / 8", "0.001 TB/s (given)", "(measured)"):
@@ -267,6 +269,26 @@ def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.count("sample") == 2 * 8
 
 
+@pytest.mark.parametrize("sampling", ["top_p", "logprobs", "penalty"])
+def test_decodes_of_sampled_tokens(sampling: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    keys = ["batches=2", "prompt_tokens=5", "lengths=2,4", "prefill=", "first=", "mixed=", "repeat=1", "bandwidth=1"]
+    monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *keys, "flops=1", f"sampling={sampling}"])
+    chosen: list[SamplingParams] = []
+    generate = Engine.generate
+
+    def noted(self: Engine, requests: list[Request]) -> list[Result]:
+        chosen.extend(each.params for each in requests)
+        return generate(self, requests)
+
+    monkeypatch.setattr(Engine, "generate", noted)
+    bench()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["sampling"] == sampling and any(f"decodes by {sampling}" in line for line in lines)
+    for key, value in WAYS[sampling].items():
+        assert {getattr(each, key) for each in chosen} == {value}
+    assert {each.seed for each in chosen} == {0, 1}
+
+
 MISTAKES = {
     "unknown key": (["batchs=1"], "unknown key 'batchs'; known: size, batches", "did you mean batches?"),
     "no key": (["fast"], "'fast'", "known: size"),
@@ -287,7 +309,13 @@ MISTAKES = {
         "runtime.max_batch means nothing to a benchmark",
         "size, batches",
     ),
-    "presets of no use": (["sampling=sample"], "sampling means nothing", "size, batches"),
+    "presets of no use": (["serve=default"], "serve means nothing", "size, batches"),
+    "another way to choose": (["sampling=sample"], "sampling='sample' is unknown", "known: greedy, temperature, top_p"),
+    "a peer that is greedy": (
+        ["checkpoint=x", "compare=transformers", "sampling=top_p"],
+        "compare=transformers is greedy, and sampling=top_p",
+        "leave one of them out",
+    ),
     "repeat": (["repeat=0"], "repeat=0", "a whole number above 0"),
     "several sizes": (["size=tiny,20b"], "size='tiny,20b' holds several values", "one of tiny, 20b, 120b"),
     "another peer": (["compare=vllm"], "compare='vllm' is unknown", "known: transformers"),
@@ -349,5 +377,5 @@ def test_cfg_job_shows_the_benchmarks_keys(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         parse(["--cfg", "job", "batches=2,3", "runtime=throughput"], BenchConfig)
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["batches"] == [2, 3] and shown["prefill"] == [8, 2048] and "sampling" not in shown
+    assert shown["batches"] == [2, 3] and shown["prefill"] == [8, 2048] and shown["sampling"] == "greedy"
     assert shown["runtime"]["prefill_chunk"] == 16384 and "max_batch" not in shown["runtime"]

@@ -12,10 +12,12 @@ from loading import rank_of
 from sampling import adjustments
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from epmoe.engine.adjust import adjust, check_adjustments, packed, unpacked, words
+from epmoe.engine.adjust import check_adjustments, packed, words
 from epmoe.engine.engine import Engine, EngineConfig
 from epmoe.engine.request import ALL_KEPT, MOST_LISTED, Request, SamplingParams
+from epmoe.engine.sampler import kind
 from epmoe.errors import UserError
+from epmoe.layers.adjust import adjust, unpacked
 
 VOCAB, END = 333, 5  # no multiple of 32
 PARAMS = [
@@ -63,7 +65,8 @@ def adjusted(rows: Sequence[int], raw_BV: torch.Tensor, positions: Sequence[int]
         seen_BV[row, [*PROMPT, *ids]] = True
     ends = [[END, *each.stop_token_ids] for each in params]
     together = adjustments(params, raw_BV, seen_BV, said, ends)
-    return adjust(raw_BV[list(rows)], together, torch.tensor(positions))
+    kind_B = torch.tensor([kind(each) for each in params])
+    return adjust(raw_BV[list(rows)], together, kind_B, torch.tensor(positions))
 
 
 @pytest.mark.parametrize("positions", [3, 7, 9])
@@ -96,7 +99,7 @@ def test_repetition_as_transformers() -> None:
     ids = torch.randint(0, VOCAB, (3, 40), generator=torch.Generator().manual_seed(5))
     seen = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, ids, True)
     params = [SamplingParams(repetition_penalty=1.7).settled()] * 3
-    found = adjust(raw, adjustments(params, raw, seen), torch.zeros(3, dtype=torch.int64))
+    found = adjust(raw, adjustments(params, raw, seen), torch.ones(3).int(), torch.zeros(3, dtype=torch.int64))
     assert torch.equal(found, RepetitionPenaltyLogitsProcessor(1.7)(ids, raw))
 
 

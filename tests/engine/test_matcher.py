@@ -10,9 +10,10 @@ import torch
 from fake_model import EOS, VOCAB
 from fake_words import text, vocabulary
 
-from epmoe.engine.adjust import unpacked, words
+from epmoe.engine.adjust import words
 from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher, check_grammar
 from epmoe.errors import UserError
+from epmoe.layers.adjust import unpacked
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import SequenceState
-from epmoe.engine.adjust import ALWAYS, unpacked
+from epmoe.engine.adjust import ALWAYS
 from epmoe.engine.request import SamplingParams
 from epmoe.engine.state import State
 from epmoe.kernels import sequence_state as decode_triton
 from epmoe.layers import sequence_state
+from epmoe.layers.adjust import unpacked
 from epmoe.ranks.mesh import Ranks
 
 VOCAB, SEQUENCES = 50, 90
@@ -105,8 +106,8 @@ def test_parameters_are_told_when_they_change() -> None:
     kinds = [SamplingParams(temperature=1.0, seed=3), SamplingParams(temperature=1.0, seed=3), SamplingParams(seed=4)]
     for params in (*kinds, kinds[0]):
         made.admit(7, (1, 2), params.settled())
-        assert made.params_S.value_BP[7].tolist() == list(params.row())
-        assert int(made.params_S.seed_B[7]) == params.seed
+        assert made.params_S.value_SP[7].tolist() == list(params.row())
+        assert int(made.params_S.seed_S[7]) == params.seed
 
 
 def test_what_a_sequence_asks_for_is_kept_until_its_handle_is_anothers() -> None:
@@ -117,19 +118,21 @@ def test_what_a_sequence_asks_for_is_kept_until_its_handle_is_anothers() -> None
         logit_bias=((4, 2.5),), min_tokens=3, allowed_token_ids=(1, 33), frequency_penalty=1.0, repetition_penalty=1.5
     ).settled()
     made.admit(7, (9, 8, 6, 6), asked, said=(6, 6), ends=(2,))
-    found = made.adjustments(torch.tensor([7, 3]))
-    assert found.listed is not None and found.allowed_BW is not None and found.count_BV is not None
+    found = made.adjustments()[torch.tensor([7, 3])]
+    assert found.listed is not None and found.allowed_SW is not None and found.count_SV is not None
     assert [each[0, :3].tolist() for each in found.listed] == [[4, 2, 0], [2.5, -math.inf, 0.0], [ALWAYS, 5, 0]]
-    assert found.count_BV.nonzero().tolist() == [[0, 6]] and found.count_BV[0, 6] == 2
-    assert unpacked(found.allowed_BW, VOCAB)[0].nonzero()[:, 0].tolist() == [1, 33]
-    assert unpacked(found.allowed_BW, VOCAB)[1].all() and found.seen_BV is not None
-    assert found.seen_BV.nonzero().tolist() == [[0, 6], [0, 8], [0, 9]]
-    assert found.penalty_B3.tolist() == [[1.5, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert found.count_SV.nonzero().tolist() == [[0, 6]] and found.count_SV[0, 6] == 2
+    assert unpacked(found.allowed_SW, VOCAB)[0].nonzero()[:, 0].tolist() == [1, 33]
+    assert unpacked(found.allowed_SW, VOCAB)[1].all() and found.seen_SV is not None
+    assert found.seen_SV.nonzero().tolist() == [[0, 6], [0, 8], [0, 9]]
+    assert found.penalty_S3.tolist() == [[1.5, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert made.params_S.kind_S.nonzero().tolist() == [[7]] and made.params_S.kind_S[7] == 0b1111
     made.mask([7, 3], torch.tensor([[5, 0], [0, 1]], dtype=torch.int32))
-    masked = made.adjustments(torch.tensor([3, 7])).allowed_BW
+    masked = made.adjustments()[torch.tensor([3, 7])].allowed_SW
     assert masked is not None and masked.tolist() == [[0, 1], [5, 0]]
     for handle in (7, 3):
         made.admit(handle, (9,), SamplingParams().settled())
-    bare = made.adjustments(torch.tensor([7, 3]))
-    assert bare.listed is not None and bare.allowed_BW is not None
-    assert not any(each[0].any() for each in bare.listed) and (bare.allowed_BW == -1).all()
+    bare = made.adjustments()[torch.tensor([7, 3])]
+    assert bare.listed is not None and bare.allowed_SW is not None
+    assert not made.params_S.kind_S.any()
+    assert not any(each[0].any() for each in bare.listed) and (bare.allowed_SW == -1).all()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from epmoe.batch import Adjustments, Listed
 from epmoe.engine import sampler
-from epmoe.engine.adjust import Adjustments, Listed, entries, packed
+from epmoe.engine.adjust import entries, packed
 from epmoe.engine.request import MOST_LISTED, Level, SamplingParams, TokenLogprobs
 
 
@@ -25,11 +26,13 @@ def sample(
     params = [each.settled() for each in params]
     level = max((each.level for each in params), default=Level.GREEDY)
     position_B = torch.tensor(positions, dtype=torch.int64, device=logits_BV.device)
-    tensors = sampler.SamplingTensors.of(params, logits_BV.device)
+    tensors = sampler.sampling_tensors(params, logits_BV.device)
     adjusted = any(each.kept for each in params)
     begins = [position - len(said[row] if said else ()) for row, position in enumerate(positions)]
     asked = adjustments(params, logits_BV, seen_BV, said, ends, begins) if adjusted else None
-    return sampler.sample(logits_BV, tensors, position_B, asked, level)
+    return sampler.sample(
+        logits_BV, torch.arange(len(params), device=logits_BV.device), position_B, tensors, asked, level
+    )
 
 
 def adjustments(

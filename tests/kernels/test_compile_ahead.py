@@ -19,7 +19,7 @@ from steps import make_step
 from epmoe import kernels
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.engine.request import Level, SamplingParams
-from epmoe.engine.sampler import SamplingTensors, sample
+from epmoe.engine.sampler import sample, sampling_tensors
 from epmoe.kernels import compile_ahead
 from epmoe.kernels.compile_ahead import compiling
 from epmoe.kernels.few import few
@@ -197,9 +197,9 @@ def steps(model: Decoder, cache: Cache) -> None:
     for chunks in ([(first, [1] * 9, 0), (second, [2] * 12, 0)], [(first, [3], 9)]):
         logits_OV = model(make_step(chunks, every=False), cache)
         position_O = torch.arange(len(logits_OV))
-        for level in (Level.GREEDY, Level.FILTER):
-            params = SamplingTensors.of([SamplingParams(temperature=1)] * len(logits_OV), logits_OV.device)
-            sample(logits_OV, params, position_O, None, level)
+        for level in Level:
+            params = sampling_tensors([SamplingParams(temperature=1)] * len(logits_OV), logits_OV.device)
+            sample(logits_OV, position_O, position_O, params, None, level)
     for handle in (first, second):
         cache.release(handle)
 

@@ -20,6 +20,7 @@ FUNCTIONS = {
     "rotary": {"cos_sin"},
     "vocabulary": {"part_logits"},
     "greedy": {"largest", "join_largest"},
+    "sampling": {"choose", "top_logprobs"},
     "attention": {"cached_attention"},
     "sequence_state": {"take", "advance"},
 }

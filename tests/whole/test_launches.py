@@ -47,8 +47,10 @@ def share(model: Any, size: int) -> None:
     exchange.symmetric = symmetric.SymmetricRows(torch.zeros(1 << 20, dtype=torch.uint8), group)
 
 
-def step(path: Path, rows: int, ranks: int, kept: bool = False) -> tuple[list[str], list[str]]:
-    """The launches of a greedy decode step on one of the ranks, with the kernels that a GPU runs.
+def step(
+    path: Path, rows: int, ranks: int, kept: bool = False, level: Level = Level.GREEDY
+) -> tuple[list[str], list[str]]:
+    """The launches of a decode step on one of the ranks, with the kernels that a GPU runs.
 
     Whole, and the same step up to its head. `kept`: the device keeps all that requests may ask for, of others.
     """
@@ -67,9 +69,9 @@ def step(path: Path, rows: int, ranks: int, kept: bool = False) -> tuple[list[st
         decode = StaticStep(model, cache, state, rows, 16)
         decode.sequence_M.copy_(torch.tensor([cache.admit(20) for _ in range(rows)]))
         with torch.inference_mode():
-            decode.decode(rows, Variant(Level.GREEDY, False))
+            decode.decode(rows, Variant(level, False))
             with launches() as names:
-                decode.decode(rows, Variant(Level.GREEDY, False))
+                decode.decode(rows, Variant(level, False))
             decode.rows(rows)
             with launches() as body:
                 decode.rows(rows)
@@ -88,3 +90,13 @@ def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int,
     whole, body = interpreted(step, tiny_checkpoint, rows, ranks, kept)
     assert whole == [*BEFORE, *window, *full, *AFTER]
     assert body == [*BEFORE, *window, *full, AFTER[0], *["copy_"] * 3]  # the norms, sequences and positions for a head
+
+
+SAMPLED = ["scan_kernel", *["round_kernel"] * 3, "sum_kernel", "border_kernel", "draw_kernel"]
+
+
+def test_launches_of_a_sampled_step(tiny_checkpoint: Path) -> None:
+    """Seven in the place of the greedy choice's two, whatever the rows ask for."""
+    whole, _ = interpreted(step, tiny_checkpoint, 3, 1, True, Level.SAMPLE)
+    begin = whole.index("scan_kernel")
+    assert whole[begin - 2 :] == [*AFTER[:2], *SAMPLED, *AFTER[4:]]

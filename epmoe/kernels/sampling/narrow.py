@@ -1,0 +1,208 @@
+"""Between which two scores the border of top-k or top-p lies, and the exact sums around them.
+
+A row's measure of a score is how many tokens have it or more (top-k), or how much they weigh (top-p). A round measures
+a few pivots, in float32, and leaves a sixth or seventh of what it found: three rounds 0.3 % of a row's range. Float32
+is exact for a count; for weights a border counts only where it is clear by SLACK, and border.py compares with exact
+sums whatever comes of it. As soon as all from the low end on have room, which a small top-k has after a round, they are
+what is looked for, and further rounds measure nothing.
+
+Letters: N ids of a run · M of them at a time · S runs · J numbers of a round's record, P of them pivots.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from epmoe.kernels.sampling.numbers import (
+    LOG2_E,
+    MOST,
+    NOT_FINITE,
+    REACH,
+    best_key,
+    key_of,
+    parameters,
+    scores,
+    value_of,
+    weight_of,
+)  # fmt: skip
+
+# Numbers of a round: P pivots, the two ends that they lie between, the low one's measure; or P measures, and the row's.
+RECORD = tl.constexpr(16)
+SLACK = tl.constexpr(2.0**-16)  # of float32's exp2 and sums, several times what they err
+
+
+@triton.jit
+def bracket(
+    pivot_ptr, measure_ptr, last, rows, b, parts, top_k, top_p, by_k,
+    SP: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """low and high after round `last`: the border is at least the one and below the other; the low one's measure; and
+    whether all from there on have room, by top-k, where there is no high end then."""
+    j_J, s_S = tl.arange(0, RECORD), tl.arange(0, SP)
+    pivot_ptr += (last * rows + b) * RECORD
+    at_SJ = ((last * rows + b) * parts + s_S[:, None]) * RECORD + j_J[None, :]
+    measure_J = tl.sum(tl.load(measure_ptr + at_SJ, (s_S[:, None] < parts) & (j_J[None, :] <= P), other=0.0), 0)
+    pivot_J = tl.load(pivot_ptr + j_J, j_J < P, other=0.0)
+    all = tl.sum(tl.where(j_J == P, measure_J, 0.0), 0)
+    need = tl.where(by_k, top_k.to(tl.float32), top_p.to(tl.float32) * all)
+    slack = tl.where(by_k, 0.0, SLACK)
+    reached_J = (j_J < P) & (measure_J >= need * (1 + slack))
+    short_J = (j_J < P) & (measure_J < need * (1 - slack))
+    low = tl.maximum(tl.load(pivot_ptr + P), tl.max(tl.where(reached_J, pivot_J, -MOST), 0))
+    high = tl.minimum(tl.load(pivot_ptr + P + 1), tl.min(tl.where(short_J, pivot_J, float("inf")), 0))
+    reached = tl.minimum(tl.load(pivot_ptr + P + 2), tl.min(tl.where(reached_J, measure_J, float("inf")), 0))
+    few = by_k & (reached <= ROOM)
+    return low, tl.where(few, float("inf"), high), reached, few
+
+
+@triton.jit(do_not_specialize=["number", "rows", "parts"])
+def round_kernel(
+    logits_ptr,  # float32 [B, V], rows `stride` apart
+    stride,
+    ids,
+    adjusted_ptr,  # float32, rows `adjusted_stride` apart
+    adjusted_stride,
+    sequence_ptr,  # int64 [B]
+    value_ptr,  # float64 [S, 4]
+    kind_ptr,  # int32 [S]
+    key_ptr,  # int64 [B, runs]
+    low_ptr,  # float32 [B, runs]
+    pivot_ptr,  # in, of the round before, and out float32 [rounds, B, RECORD]
+    measure_ptr,  # likewise [rounds, B, runs, RECORD]
+    number,
+    rows,
+    parts,
+    N: tl.constexpr,
+    SP: tl.constexpr,
+    P: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """Program (s, b): measures of ids s·N … of row b, in round `number`."""
+    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    handle = tl.load(sequence_ptr + b)
+    temperature, inverse, top_k, top_p, _, by_k, by_p = parameters(value_ptr, handle, ids)
+    if (temperature > 0) & (by_k | by_p):
+        bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
+        if bits != NOT_FINITE:
+            best, s_S = value_of(bits), tl.arange(0, SP)
+            lowest = tl.min(tl.load(low_ptr + b * parts + s_S, s_S < parts, other=float("inf")), 0)
+            low, high, reached, few = -MOST, float("inf"), float("inf"), by_k & (number < 0)
+            base, first, cells = tl.maximum((best - REACH * temperature).to(tl.float32), lowest), 0.0, P * 1.0
+            if number > 0:
+                low, high, reached, few = bracket(
+                    pivot_ptr, measure_ptr, number - 1, rows, b, parts, top_k, top_p, by_k, SP, P, ROOM
+                )
+                base, first, cells = tl.maximum(low, lowest), 1.0, P + 1.0
+            top = tl.minimum(high, best)
+            out_ptr = measure_ptr + ((number * rows + b) * parts + s) * RECORD
+            pivot_ptr += (number * rows + b) * RECORD
+            if s == 0:
+                tl.store(pivot_ptr + P, low)
+                tl.store(pivot_ptr + P + 1, high)
+                tl.store(pivot_ptr + P + 2, reached)
+            if few:  # pivots that no measure reaches change nothing
+                j_J = tl.arange(0, RECORD)
+                tl.store(out_ptr + j_J, tl.zeros([RECORD], tl.float32))
+                if s == 0:
+                    tl.store(pivot_ptr + j_J, tl.full([RECORD], float("inf"), tl.float32), j_J < P)
+            else:
+                id_N = s * N + tl.arange(0, N)
+                row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+                score_N = tl.load(row_ptr + id_N, id_N < ids, other=-float("inf"))
+                weight_N = tl.exp2((score_N - best) * (inverse * LOG2_E).to(tl.float32))
+                weight_N = tl.where(by_k, (id_N < ids).to(tl.float32), weight_N)
+                for j in tl.static_range(P):
+                    part = (j + first) / cells
+                    pivot = base * (1 - part) + top * part  # the difference of the two might be beyond float32
+                    tl.store(out_ptr + j, tl.sum(tl.where(score_N >= pivot, weight_N, 0.0), 0))
+                    if s == 0:
+                        tl.store(pivot_ptr + j, pivot)
+                tl.store(out_ptr + P, tl.sum(weight_N, 0))
+
+
+@triton.jit(do_not_specialize=["every", "rows", "parts", "last"])
+def sum_kernel(
+    logits_ptr,  # float32 [B, V], rows `stride` apart
+    stride,
+    ids,
+    adjusted_ptr,  # float32, rows `adjusted_stride` apart
+    adjusted_stride,
+    sequence_ptr,  # int64 [B]
+    value_ptr,  # float64 [S, 4]
+    kind_ptr,  # int32 [S]
+    key_ptr,  # int64 [B, runs]
+    pivot_ptr,  # float32 [rounds, B, RECORD]
+    measure_ptr,  # float32 [rounds, B, runs, RECORD]
+    bracket_ptr,  # out float32 [B, 2]
+    sum_ptr,  # out int64 [B, runs, 4]: weights (with top-k those of as many), those from the high end on and in the
+    # bracket; how many are from the high end on
+    kept_ptr,  # out int64 [B, runs]: weights from the high end on that min-p keeps
+    candidates_ptr,  # out int32 [B]: how many are in the bracket
+    candidate_ptr,  # out int64 [B, ROOM]: their keys, as far as there is room
+    every,  # 1: the bracket has no high end, all that is above the low one is a candidate
+    rows,
+    parts,
+    last,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    SP: tl.constexpr,
+    P: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """Program (s, b): ids s·N … of row b. Of a row without top-k and top-p all weights, and those that min-p keeps."""
+    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    handle = tl.load(sequence_ptr + b)
+    temperature, inverse, top_k, top_p, least, by_k, by_p = parameters(value_ptr, handle, ids)
+    bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
+    if (temperature > 0) & (bits != NOT_FINITE):
+        best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
+        if filters:
+            low, high, _, _ = bracket(pivot_ptr, measure_ptr, last, rows, b, parts, top_k, top_p, by_k, SP, P, ROOM)
+            # top-p after top-k looks at all that top-k leaves.
+            high = tl.where((every != 0) | (by_k & by_p), float("inf"), high)
+        # What is below the low end matters to top-p alone: as many as top-k keeps are from there on.
+        from_ = tl.where(by_k & (every == 0), low, -MOST)
+        # What weighs nothing, as all that is masked, is no candidate; should this be rounded up, the sums tell.
+        low = tl.where(every == 0, tl.maximum(low, (best - REACH * temperature).to(tl.float32)), low)
+        if s == 0:
+            tl.store(bracket_ptr + b * 2, low)
+            tl.store(bracket_ptr + b * 2 + 1, high)
+        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+        mine = value_of((tl.load(key_ptr + b * parts + s) >> 32).to(tl.int32))
+        weighs = (mine.to(tl.float64) - best) * inverse > -REACH  # else no token of the run does
+        all_M, above_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64)
+        inside_M, kept_M, number_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
+        for begin in range(0, N, M):
+            id_M = s * N + begin + tl.arange(0, M)
+            real_M = id_M < ids
+            score_M = tl.load(row_ptr + id_M, real_M, other=-float("inf"))
+            wanted = weighs
+            if filters:
+                wanted &= tl.max(score_M, 0) >= from_
+            weight_M = tl.zeros([M], tl.int64)
+            if wanted:
+                weight_M = tl.where(real_M, weight_of(score_M, best, inverse), 0)
+            all_M += weight_M
+            if filters:
+                is_above_M = (score_M >= high) & real_M
+                is_inside_M = (score_M >= low) & (score_M < high) & real_M
+                above_M += tl.where(is_above_M, weight_M, 0)
+                inside_M += tl.where(is_inside_M, weight_M, 0)
+                kept_M += tl.where(is_above_M & (weight_M >= least), weight_M, 0)
+                number_M += is_above_M.to(tl.int32)
+                found = tl.sum(is_inside_M.to(tl.int32), 0)
+                if found > 0:
+                    # In any order: what comes of them does not depend on it.
+                    place_M = tl.atomic_add(candidates_ptr + b, found) + tl.cumsum(is_inside_M.to(tl.int32), 0) - 1
+                    place_ptr_M = candidate_ptr + b * ROOM + place_M
+                    tl.store(place_ptr_M, key_of(score_M, id_M), is_inside_M & (place_M < ROOM))
+            else:
+                kept_M += tl.where(weight_M >= least, weight_M, 0)
+        sum_ptr += (b * parts + s) * 4
+        tl.store(sum_ptr, tl.sum(all_M, 0))
+        tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
+        if filters:
+            tl.store(sum_ptr + 1, tl.sum(above_M, 0))
+            tl.store(sum_ptr + 2, tl.sum(inside_M, 0))
+            tl.store(sum_ptr + 3, tl.sum(number_M, 0).to(tl.int64))

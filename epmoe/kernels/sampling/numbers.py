@@ -1,0 +1,110 @@
+"""Numbers of the choice, as epmoe/layers/sampling.py has them: keys, weights, a row's parameters.
+
+A key is a score's bits, in the order of integers, above an id counted down: one int64 by which tokens are ordered.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+MOST = tl.constexpr(3.4028234663852886e38)
+MOST_IDS, ID = tl.constexpr(1 << 20), tl.constexpr((1 << 20) - 1)  # ID: its bits in a key, all flipped
+NOTHING = tl.constexpr(-(1 << 63))  # below every key
+NOT_FINITE = tl.constexpr(0x7FFFFFFF)  # the bits of a best score that is none
+UNIT = tl.constexpr(float(1 << 40))
+# A float64 below 2^52 added to it stands, rounded, in the mantissa.
+MAGIC, MANTISSA = tl.constexpr(float(1 << 52)), tl.constexpr((1 << 52) - 1)
+REACH = tl.constexpr(28.5)  # what is so many temperatures below the best weighs nothing: ln 2^41 is 28.42
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOW = tl.constexpr(0xFFFFFFFF)
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))  # as epmoe/layers/sampling.py has them, with a sign
+MIX_1, MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64)), tl.constexpr(0x94D049BB133111EB - (1 << 64))
+
+
+@triton.jit
+def ordered(value):
+    """int32 that rise as float32 values do. -0 counts as 0."""
+    value = tl.where(value == 0, 0.0, value)
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def value_of(bits):
+    """What `ordered` was made of."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(value, id):
+    return ordered(value).to(tl.int64) * MOST_IDS + (id ^ ID)
+
+
+@triton.jit
+def key_id(key):
+    return ((key & ID) ^ ID).to(tl.int32)
+
+
+@triton.jit
+def key_value(key):
+    return value_of((key >> 20).to(tl.int32))
+
+
+@triton.jit
+def weight_of(score, best, inverse):
+    """int64: round(2^40 · exp((score - best) · inverse))."""
+    exponent = (score.to(tl.float64) - best.to(tl.float64)) * inverse
+    return (tl.exp(exponent) * UNIT + MAGIC).to(tl.int64, bitcast=True) & MANTISSA
+
+
+@triton.jit
+def best_key(key_ptr, b, parts, SP: tl.constexpr):
+    """The largest of a row's keys."""
+    s_S = tl.arange(0, SP)
+    return tl.max(tl.load(key_ptr + b * parts + s_S, s_S < parts, other=NOTHING), 0)
+
+
+@triton.jit
+def parameters(value_ptr, handle, ids):
+    """Temperature and its inverse, top-k, top-p, the least weight by min-p; whether top-k and top-p are there."""
+    temperature = tl.load(value_ptr + handle * 4)
+    top_k = tl.minimum(tl.load(value_ptr + handle * 4 + 1), ids.to(tl.float64)).to(tl.int32)
+    top_p = tl.load(value_ptr + handle * 4 + 2)
+    least = tl.ceil(tl.load(value_ptr + handle * 4 + 3) * UNIT).to(tl.int64)
+    by_k = (top_k > 0) & (top_k < ids)
+    inverse = 1.0 / tl.where(temperature > 0, temperature, 1.0)
+    return temperature, inverse, top_k, top_p, least, by_k, top_p < 1
+
+
+@triton.jit
+def scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b):
+    """Where a row's scores stand: adjusted ones, where its sequence needs that."""
+    row_ptr = logits_ptr + b * stride
+    if tl.load(kind_ptr + handle) != 0:
+        row_ptr = adjusted_ptr + b * adjusted_stride
+    return row_ptr
+
+
+@triton.jit
+def shifted(z, BITS: tl.constexpr):
+    """A logical shift of int64 to the right."""
+    return (z >> BITS) & ((1 << (64 - BITS)) - 1)
+
+
+@triton.jit
+def mix(z):
+    """SplitMix64's finaliser."""
+    z = (z ^ shifted(z, 30)) * MIX_1
+    z = (z ^ shifted(z, 27)) * MIX_2
+    return z ^ shifted(z, 31)
+
+
+@triton.jit
+def scaled(bits, total):
+    """floor(bits · total / 2^64), the bits without a sign."""
+    high, low = shifted(bits, 32), bits & LOW
+    above, below = total >> 32, total & LOW
+    middle = high * below + shifted(low * below, 32)
+    other = low * above + (middle & LOW)
+    return high * above + shifted(middle, 32) + shifted(other, 32)

@@ -1,0 +1,243 @@
+"""The kernels of the choice against torch: every kind of logits, every way, adjusted or not; and what they compile to.
+
+In the interpreter with small runs and little room for candidates, so that a small vocabulary has several runs, and
+brackets that do not fit.
+
+Letters: B rows · V vocabulary.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from choosing import ADJUSTED, WAYS, Rows, Values, adjusted_rows, kinds_of_logits, rows_of
+from compile_sm90 import compile_kernel
+from interpret import interpreted
+
+from epmoe.batch import Adjustments
+from epmoe.kernels.sampling import choose, launch, top_logprobs
+from epmoe.layers import sampling
+
+VOCAB = 1000  # two runs, the last one short
+SIZES = {"RUN": 512, "PART": 512, "SUM_PART": 256}
+SOME = [WAYS[way] for way in (0, 1, 3, 4, 7, 9, 12, 13, 15, 16, 19)]
+KINDS = list(kinds_of_logits(64))
+
+
+def small(function: Any, room: int, *args: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {**SIZES, "ROOM": room}.items():
+            patch.setattr(launch, name, size)
+        function(*args)
+
+
+def same_ids(rows: Rows, device: str) -> None:
+    assert choose(*rows.to(device)).tolist() == sampling.choose(*rows).tolist()
+
+
+def each_way(ways: list[Values], kind: str, vocab: int, device: str) -> None:
+    same_ids(rows_of(kinds_of_logits(vocab)[kind].repeat(len(ways), 1), ways), device)
+
+
+ROOMS = [*((kind, 64) for kind in KINDS), ("ordinary", 8), ("few values", 8), ("ordinary", 1024)]
+
+
+@pytest.mark.parametrize(("kind", "room"), ROOMS)
+def test_ways_in_the_interpreter(kind: str, room: int) -> None:
+    interpreted(small, each_way, room, SOME, kind, VOCAB, "cpu")
+
+
+def few_ways(vocab: int, device: str) -> None:
+    """Logits apart from each other, in a wider memory whose rest must not be read."""
+    wide_BV = torch.full((3, vocab + 64), torch.nan, device=device)
+    wide_BV[:, :vocab] = kinds_of_logits(vocab)["ordinary"].expand(3, -1)
+    rows = rows_of(wide_BV[:, :vocab].cpu(), [(0.0, 0, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 50, 0.9, 0.01)])
+    moved = rows.to(device)._replace(logits_BV=wide_BV[:, :vocab])
+    assert choose(*moved).tolist() == sampling.choose(*rows).tolist()
+
+
+def test_the_sizes_that_ship_in_the_interpreter() -> None:
+    interpreted(few_ways, 20_000, "cpu")
+
+
+def tiny(device: str) -> None:
+    for vocab in (1, 2, 33):
+        logits_BV = torch.stack([each for each in kinds_of_logits(vocab).values() for _ in range(2)])
+        same_ids(rows_of(logits_BV, [WAYS[1], WAYS[19]] * len(KINDS)), device)
+    nothing = rows_of(torch.zeros(0, 50), [])
+    assert choose(*nothing.to(device)).tolist() == []
+
+
+def test_tiny_vocabularies_in_the_interpreter() -> None:
+    interpreted(small, tiny, 16, "cpu")
+
+
+def not_finite(device: str) -> None:
+    """Wherever it stands, in whatever row, raw: an allowed mask hides none of it."""
+    rows = adjusted_rows(VOCAB)
+    for row, bad in enumerate([torch.nan, torch.inf, -torch.inf] * 3):
+        rows.logits_BV[3 * row, 150 * row % VOCAB] = bad
+    found = choose(*rows.to(device)).tolist()
+    assert found == sampling.choose(*rows).tolist() and found[0:27:3] == [VOCAB] * 9
+
+
+def test_what_is_not_finite_in_the_interpreter() -> None:
+    interpreted(small, not_finite, 64, "cpu")
+
+
+def adjusted(vocab: int, device: str) -> None:
+    """The scores' bits, and the ids; what is None adjusts nothing."""
+    rows = adjusted_rows(vocab)
+    moved = rows.to(device)
+    record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
+    kind_B = rows.params.kind_S[rows.sequence_B]
+    assert torch.equal(record.adjusted[:, :vocab].cpu()[kind_B > 0], rows.scores()[kind_B > 0])
+    same_ids(rows, device)
+
+
+def test_adjustments_in_the_interpreter() -> None:
+    interpreted(small, adjusted, 64, VOCAB, "cpu")
+
+
+def few_allowed(device: str) -> None:
+    """Where a mask leaves fewer than top-k asks for, what is masked is no candidate: these have room."""
+    ways: list[Values] = [(1.0, 50, 0.9, 0.0), (1.0, 50, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (100.0, 50, 0.9, 0.0)]
+    rows = rows_of(kinds_of_logits(VOCAB)["ordinary"].repeat(len(ways), 1), ways)
+    handles = len(rows.params.kind_S)
+    allowed_SW = torch.zeros(handles, -(-VOCAB // 32), dtype=torch.int32)
+    allowed_SW[:, 3], allowed_SW[:, 20] = 0b1011, -1
+    rows.params.kind_S.fill_(0b1000)
+    rows = rows._replace(adjustments=Adjustments(torch.ones(handles, 3), allowed_SW=allowed_SW))
+    same_ids(rows, device)
+    moved = rows.to(device)
+    record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
+    launch._narrow(moved.logits_BV, moved.sequence_B, moved.params, record, every=False)
+    assert max(record.candidates.tolist()) == 35
+
+
+def test_few_allowed_in_the_interpreter() -> None:
+    interpreted(small, few_allowed, 64, "cpu")
+
+
+def alone(device: str) -> None:
+    """A row chooses the same among others, whatever these ask for."""
+    rows = adjusted_rows(VOCAB).to(device)
+    together = choose(*rows).tolist()
+    for row in range(0, len(together), 5):
+        one = slice(row, row + 1)
+        assert choose(rows.logits_BV[one], rows.sequence_B[one], rows.position_B[one], *rows[3:]).tolist() == [
+            together[row]
+        ]
+
+
+def test_a_row_alone_in_the_interpreter() -> None:
+    interpreted(small, alone, 64, "cpu")
+
+
+def logprobs(kind: str, vocab: int, device: str) -> None:
+    logits_BV = kinds_of_logits(vocab)[kind].repeat(3, 1)
+    logits_BV[2, vocab // 2] = torch.nan
+    id_B = torch.tensor([0, vocab - 1, 5])
+    for top in (0, 1, 100) if vocab == VOCAB else (0, 1, 5, 20, 100):
+        found = top_logprobs(logits_BV.to(device), id_B.to(device), top)
+        chosen_B, id_BQ, logprob_BQ = sampling.top_logprobs(logits_BV, id_B, top)
+        assert torch.equal(found[1].cpu()[:2], id_BQ[:2])
+        torch.testing.assert_close(found[0].cpu(), chosen_B, rtol=1e-14, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(found[2].cpu(), logprob_BQ, rtol=1e-14, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_in_the_interpreter(kind: str) -> None:
+    interpreted(small, logprobs, 256, kind, VOCAB, "cpu")
+
+
+TYPES = {
+    "float32": "logits adjusted penalty listed_value low pivot measure bracket",
+    "float64": "value chosen_out logprob_out",
+    "int32": "kind number allowed candidates",
+    "uint8": "seen",
+}
+POINTERS = {"float32": "*fp32", "float64": "*fp64", "int32": "*i32", "uint8": "*u8"}
+OPTIONAL = [
+    "penalty_ptr",
+    "seen_ptr",
+    "number_ptr",
+    "listed_id_ptr",
+    "listed_value_ptr",
+    "listed_until_ptr",
+    "allowed_ptr",
+]
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "scan": (launch.scan_kernel, dict.fromkeys(OPTIONAL)),
+    "adjust": (launch.scan_kernel, {}),
+    "round": (launch.round_kernel, {}),
+    "sum": (launch.sum_kernel, {"M": launch.SUM_PART}),
+    "border": (launch.border_kernel, {}),
+    "draw": (launch.draw_kernel, {}),
+    "top": (launch.top_kernel, {}),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_spills(name: str, arch: int) -> None:
+    """As for 201,088 ids, with `ids` and strides that 16 divides."""
+    kernel, constants = KERNELS[name]
+    kinds = {f"{each}_ptr": POINTERS[kind] for kind, names in TYPES.items() for each in names.split()}
+    sizes = {"N": launch.RUN, "M": launch.PART, "SP": 32, "P": launch.PIVOTS, "ROOM": launch.ROOM, "K": 1024}
+    sizes |= {"QP": launch.MOST_TOP, **constants}
+    constants = {each: size for each, size in sizes.items() if each in kernel.arg_names}
+    signature = {
+        each: kinds.get(each, "*i64" if each.endswith("_ptr") else "i32")
+        for each in kernel.arg_names
+        if each not in constants
+    }
+    wide = ("stride", "ids", "adjusted_stride")
+    cost = compile_kernel(kernel, signature, constants, launch.WARPS[name], arch=arch, divisible=wide, fusion=False)
+    assert cost["spills"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_on_a_gpu(kind: str) -> None:
+    each_way(WAYS, kind, 201_088, "cuda")
+    each_way(WAYS, kind, 8193, "cuda")
+
+
+@pytest.mark.gpu
+def test_adjustments_and_neighbours_on_a_gpu() -> None:
+    few_ways(20_000, "cuda")
+    tiny("cuda")
+    few_allowed("cuda")
+    not_finite("cuda")
+    alone("cuda")
+    for vocab in (VOCAB, 50_001, 201_088):
+        adjusted(vocab, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_on_a_gpu(kind: str) -> None:
+    logprobs(kind, 201_088, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu() -> None:
+    """Nothing waits for the host: captured once, replayed with other logits, sequences and parameters."""
+    from epmoe.kernels.capture import Capture
+
+    rows = adjusted_rows(50_000).to("cuda")
+    id_B = torch.empty_like(rows.sequence_B)
+
+    def part() -> None:
+        id_B.copy_(choose(*rows))
+
+    graph = Capture(torch.device("cuda"))(part)
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        rows.logits_BV.normal_(0, 3, generator=generator)
+        rows.params.value_SP[rows.sequence_B] = torch.tensor(ADJUSTED * 8, dtype=torch.float64, device="cuda")
+        rows.position_B.add_(7)
+        graph.replay()
+        assert torch.equal(id_B, choose(*rows))
+        assert id_B.tolist() == sampling.choose(*rows.to("cpu")).tolist()
