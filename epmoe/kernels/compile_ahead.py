@@ -14,6 +14,7 @@ launch, which says what is wrong.
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -67,11 +68,29 @@ def compiling(threads: int, share: tuple[int, int] = (0, 1)) -> Iterator["Found"
 
     triton.knobs.compilation.listener = heard
     try:
-        yield found
+        with one_parses_at_a_time():
+            yield found
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         triton.knobs.compilation.listener = listener
         found.keep()
+
+
+@contextmanager
+def one_parses_at_a_time() -> Iterator[None]:
+    """Python 3.11 counts how deep a syntax tree is once for all threads: two that parse may fail with a SystemError."""
+    owner = next(each for each in triton.JITFunction.__mro__ if "parse" in vars(each))
+    parse, lock = owner.parse, threading.Lock()
+
+    def locked(function: Any) -> Any:
+        with lock:
+            return parse(function)
+
+    owner.parse = locked
+    try:
+        yield
+    finally:
+        owner.parse = parse
 
 
 @dataclass

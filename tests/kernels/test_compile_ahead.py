@@ -2,6 +2,8 @@
 
 import pkgutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,22 @@ def test_a_model_compiles_nothing_after_its_rehearsal(checkpoint: Path, tmp_path
             with zeroed():  # for what no kernel fills here
                 steps(model, cache)
     assert not late and len(gpu.launched) > 100
+
+
+def test_one_thread_parses_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two of them Python 3.11 says, now and then, `AST constructor recursion depth mismatch`."""
+    inside, most = 0, 0
+
+    def parse(function: object) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        inside -= 1
+
+    owner = next(each for each in triton.JITFunction.__mro__ if "parse" in vars(each))
+    monkeypatch.setattr(owner, "parse", parse)
+    function = triton.JITFunction(sample)
+    with compiling(4), ThreadPoolExecutor(4) as threads:
+        wait([threads.submit(function.parse) for _ in range(40)])
+    assert most == 1 and owner.parse is parse
