@@ -18,15 +18,16 @@ from epmoe.batch import Adjustments
 from epmoe.kernels.sampling import choose, launch, top_logprobs
 from epmoe.layers import sampling
 
-VOCAB = 1000  # two runs, the last one short
-SIZES = {"RUN": 512, "PART": 512, "SUM_PART": 256}
+VOCAB = 1200  # three runs, the last one short
+SIZES = {"RUN": 512, "PART": 512, "ROUND_PART": 128, "SUM_PART": 256}
 SOME = [WAYS[way] for way in (0, 1, 3, 4, 7, 9, 12, 13, 15, 16, 19)]
 KINDS = list(kinds_of_logits(64))
 
 
 def small(function: Any, room: int, *args: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {**SIZES, "ROOM": room}.items():
+        programs = launch.PROGRAMS if room > 64 else 2  # or each program has several runs of a row
+        for name, size in {**SIZES, "ROOM": room, "PROGRAMS": programs}.items():
             patch.setattr(launch, name, size)
         function(*args)
 
@@ -170,8 +171,8 @@ OPTIONAL = [
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scan": (launch.scan_kernel, dict.fromkeys(OPTIONAL)),
     "adjust": (launch.scan_kernel, {}),
-    "round": (launch.round_kernel, {}),
-    "sum": (launch.sum_kernel, {"M": launch.SUM_PART}),
+    "round": (launch.round_kernel, {"M": launch.ROUND_PART}),
+    "sum": (launch.sum_kernel, {"M": launch.SUM_PART, "C": launch.ROUND_PART}),
     "border": (launch.border_kernel, {}),
     "draw": (launch.draw_kernel, {}),
     "top": (launch.top_kernel, {}),

@@ -70,7 +70,7 @@ def to_reach(top_p, total):
     return tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
 
 
-@triton.jit(do_not_specialize=["every", "parts"])
+@triton.jit(do_not_specialize=["every", "parts", "groups"])
 def border_kernel(
     logits_ptr,  # float32 [B, V], rows `stride` apart
     stride,
@@ -82,13 +82,14 @@ def border_kernel(
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     bracket_ptr,  # float32 [B, 2]
-    sum_ptr,  # int64 [B, runs, 4]
+    sum_ptr,  # int64 [B, groups, 4]
     kept_ptr,  # in, out int64 [B, runs]: all weights that are kept
     candidates_ptr,  # int32 [B]
     candidate_ptr,  # int64 [B, ROOM]
     border_ptr,  # out int64 [B], of rows with top-k or top-p
     every,  # 1: what weighs nothing has its place, too
     parts,
+    groups,
     N: tl.constexpr,
     M: tl.constexpr,
     SP: tl.constexpr,
@@ -100,12 +101,12 @@ def border_kernel(
     temperature, inverse, top_k, top_p, least, by_k, by_p = parameters(value_ptr, handle, ids)
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (by_k | by_p) & (bits != NOT_FINITE):
-        best, s_S = value_of(bits), tl.arange(0, SP)
-        sum_ptr_S = sum_ptr + (b * parts + s_S) * 4
-        total = tl.sum(tl.load(sum_ptr_S, s_S < parts, other=0), 0)
-        above = tl.sum(tl.load(sum_ptr_S + 1, s_S < parts, other=0), 0)
-        inside = tl.sum(tl.load(sum_ptr_S + 2, s_S < parts, other=0), 0)
-        above_k = tl.sum(tl.load(sum_ptr_S + 3, s_S < parts, other=0), 0)
+        best, g_G = value_of(bits), tl.arange(0, SP)
+        sum_ptr_G = sum_ptr + (b * groups + g_G) * 4
+        total = tl.sum(tl.load(sum_ptr_G, g_G < groups, other=0), 0)
+        above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)
+        inside = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
+        above_k = tl.sum(tl.load(sum_ptr_G + 3, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
         c_C = tl.arange(0, ROOM)
         key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)

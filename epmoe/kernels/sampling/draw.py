@@ -76,13 +76,13 @@ def draw_kernel(
     tl.store(id_ptr + b, found)
 
 
-@triton.jit(do_not_specialize=["top", "parts"])
+@triton.jit(do_not_specialize=["top", "parts", "groups"])
 def top_kernel(
     logits_ptr,  # float32 [B, V], rows `stride` apart
     stride,
     ids,
     key_ptr,  # int64 [B, runs]
-    sum_ptr,  # int64 [B, runs, 4]
+    sum_ptr,  # int64 [B, groups, 4]
     candidates_ptr,  # int32 [B]
     candidate_ptr,  # int64 [B, ROOM]
     border_ptr,  # int64 [B]
@@ -93,6 +93,7 @@ def top_kernel(
     logprob_out_ptr,  # out float64 [B, Q]
     top,  # Q
     parts,
+    groups,
     M: tl.constexpr,
     SP: tl.constexpr,
     ROOM: tl.constexpr,
@@ -100,12 +101,12 @@ def top_kernel(
 ):
     """Program b. NaN, where the row is not finite."""
     b = tl.program_id(0).to(tl.int64)
-    bits, s_S = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32), tl.arange(0, SP)
+    bits, g_G = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32), tl.arange(0, SP)
     row_ptr = logits_ptr + b * stride
     bad = bits == NOT_FINITE
     best = value_of(bits).to(tl.float64)  # NaN, where it is not finite
-    total = tl.sum(tl.load(sum_ptr + (b * parts + s_S) * 4, (s_S < parts) & (bad == 0), other=1), 0)
-    log_total = tl.log(total.to(tl.float64) / UNIT)
+    total = tl.sum(tl.load(sum_ptr + (b * groups + g_G) * 4, (g_G < groups) & (bad == 0), other=0), 0)
+    log_total = tl.log(tl.where(bad, 1, total).to(tl.float64) / UNIT)
     chosen = tl.load(row_ptr + tl.load(chosen_ptr + b)).to(tl.float64)
     tl.store(chosen_out_ptr + b, chosen - best - log_total)
     q_Q = tl.arange(0, QP)

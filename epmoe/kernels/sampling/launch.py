@@ -20,8 +20,11 @@ from epmoe.kernels.sampling.narrow import round_kernel, sum_kernel
 from epmoe.kernels.sampling.scan import scan_kernel
 
 RUN = 8192  # ids of a program: 25 programs a row for 201,088
-PART, SUM_PART = 2048, 1024  # of them that a program in float64 has in registers; beside its sums
+PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
 ROUNDS, PIVOTS, RECORD = 3, 6, 16
+# Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
+# each has several where there are many. Two for each multiprocessor of an H200.
+PROGRAMS = 264
 ROOM = 4096  # candidates of a row
 MOST_TOP = 128  # log-probabilities of a row
 MOST_IDS = 1 << 20
@@ -35,9 +38,9 @@ class Record(NamedTuple):
     key: torch.Tensor  # int64 [B, runs]
     low: torch.Tensor  # float32 [B, runs]
     pivot: torch.Tensor  # float32 [ROUNDS, B, RECORD]
-    measure: torch.Tensor  # float32 [ROUNDS, B, runs, RECORD]
+    measure: torch.Tensor  # float32 [ROUNDS, B, groups, RECORD]
     bracket: torch.Tensor  # float32 [B, 2]
-    sum: torch.Tensor  # int64 [B, runs, 4]
+    sum: torch.Tensor  # int64 [B, groups, 4]
     kept: torch.Tensor  # int64 [B, runs]
     candidates: torch.Tensor  # int32 [B]
     candidate: torch.Tensor  # int64 [B, ROOM]
@@ -93,7 +96,7 @@ def top_logprobs(
     parts = record.key.shape[1]
     top_kernel[(rows,)](
         logits_BV, logits_BV.stride(0), ids, record.key, record.sum, record.candidates, record.candidate, record.border,
-        id_B, found, chosen_B, id_BQ, logprob_BQ, top, parts,
+        id_B, found, chosen_B, id_BQ, logprob_BQ, top, parts, record.sum.shape[1],
         M=PART, SP=triton.next_power_of_2(parts), ROOM=ROOM, QP=MOST_TOP, num_warps=WARPS["top"],
     )  # fmt: skip
     return chosen_B, id_BQ, logprob_BQ
@@ -110,6 +113,7 @@ def _scan(
     assert logits_BV.dtype == torch.float32 and logits_BV.stride(1) == 1 and 0 < ids <= MOST_IDS
     assert params.value_SP.is_contiguous() and params.value_SP.shape[1] == 4
     parts = triton.cdiv(ids, RUN)
+    groups = triton.cdiv(parts, _runs_of_a_group(parts, rows))
 
     def made(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -121,9 +125,9 @@ def _scan(
         made(torch.int64, rows, parts),
         made(torch.float32, rows, parts),
         made(torch.float32, ROUNDS, rows, RECORD),
-        made(torch.float32, ROUNDS, rows, parts, RECORD),
+        made(torch.float32, ROUNDS, rows, groups, RECORD),
         made(torch.float32, rows, 2),
-        made(torch.int64, rows, parts, 4),
+        made(torch.int64, rows, groups, 4),
         made(torch.int64, rows, parts),
         made(torch.int32, rows),
         made(torch.int64, rows, ROOM),
@@ -146,6 +150,11 @@ def _scan(
     return record
 
 
+def _runs_of_a_group(parts: int, rows: int) -> int:
+    """How many runs of a row a program has."""
+    return triton.cdiv(parts, max(1, min(parts, PROGRAMS // rows)))
+
+
 def _narrow(
     logits_BV: torch.Tensor, sequence_B: torch.Tensor, params: SamplingTensors, record: Record, *, every: bool
 ) -> None:
@@ -155,18 +164,19 @@ def _narrow(
         logits_BV, logits_BV.stride(0), ids, record.adjusted, record.adjusted.stride(0),
         sequence_B, params.value_SP, params.kind_S, record.key,
     )  # fmt: skip
-    sizes = {"N": RUN, "SP": triton.next_power_of_2(parts)}
+    groups, each = record.sum.shape[1], _runs_of_a_group(parts, rows)
+    sizes = {"SP": triton.next_power_of_2(parts), "ROOM": ROOM}
     for number in range(ROUNDS):
-        round_kernel[(parts, rows)](
-            *shared, record.low, record.pivot, record.measure, number, rows, parts,
-            **sizes, P=PIVOTS, ROOM=ROOM, num_warps=WARPS["round"],
+        round_kernel[(groups, rows)](
+            *shared, record.low, record.pivot, record.measure, number, rows, parts, groups, each * RUN,
+            **sizes, M=ROUND_PART, P=PIVOTS, num_warps=WARPS["round"],
         )  # fmt: skip
-    sum_kernel[(parts, rows)](
+    sum_kernel[(groups, rows)](
         *shared, record.pivot, record.measure, record.bracket, record.sum, record.kept, record.candidates,
-        record.candidate, int(every), rows, parts, ROUNDS - 1,
-        **sizes, M=SUM_PART, P=PIVOTS, ROOM=ROOM, num_warps=WARPS["sum"],
+        record.candidate, int(every), rows, parts, groups, each, ROUNDS - 1,
+        **sizes, N=RUN, M=SUM_PART, C=ROUND_PART, P=PIVOTS, num_warps=WARPS["sum"],
     )  # fmt: skip
     border_kernel[(rows,)](
         *shared, record.bracket, record.sum, record.kept, record.candidates, record.candidate, record.border,
-        int(every), parts, **sizes, M=PART, ROOM=ROOM, num_warps=WARPS["border"],
+        int(every), parts, groups, **sizes, N=RUN, M=PART, num_warps=WARPS["border"],
     )  # fmt: skip

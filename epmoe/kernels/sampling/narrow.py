@@ -6,7 +6,8 @@ is exact for a count; for weights a border counts only where it is clear by SLAC
 sums whatever comes of it. As soon as all from the low end on have room, which a small top-k has after a round, they are
 what is looked for, and further rounds measure nothing.
 
-Letters: N ids of a run · M of them at a time · S runs · J numbers of a round's record, P of them pivots.
+Letters: N ids of a run · M of them at a time · S runs · G groups of runs, one a program · J numbers of a round,
+P of them pivots.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -34,15 +35,15 @@ SLACK = tl.constexpr(2.0**-16)  # of float32's exp2 and sums, several times what
 
 @triton.jit
 def bracket(
-    pivot_ptr, measure_ptr, last, rows, b, parts, top_k, top_p, by_k,
+    pivot_ptr, measure_ptr, last, rows, b, groups, top_k, top_p, by_k,
     SP: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """low and high after round `last`: the border is at least the one and below the other; the low one's measure; and
     whether all from there on have room, by top-k, where there is no high end then."""
-    j_J, s_S = tl.arange(0, RECORD), tl.arange(0, SP)
+    j_J, g_G = tl.arange(0, RECORD), tl.arange(0, SP)
     pivot_ptr += (last * rows + b) * RECORD
-    at_SJ = ((last * rows + b) * parts + s_S[:, None]) * RECORD + j_J[None, :]
-    measure_J = tl.sum(tl.load(measure_ptr + at_SJ, (s_S[:, None] < parts) & (j_J[None, :] <= P), other=0.0), 0)
+    at_GJ = ((last * rows + b) * groups + g_G[:, None]) * RECORD + j_J[None, :]
+    measure_J = tl.sum(tl.load(measure_ptr + at_GJ, (g_G[:, None] < groups) & (j_J[None, :] <= P), other=0.0), 0)
     pivot_J = tl.load(pivot_ptr + j_J, j_J < P, other=0.0)
     all = tl.sum(tl.where(j_J == P, measure_J, 0.0), 0)
     need = tl.where(by_k, top_k.to(tl.float32), top_p.to(tl.float32) * all)
@@ -56,7 +57,14 @@ def bracket(
     return low, tl.where(few, float("inf"), high), reached, few
 
 
-@triton.jit(do_not_specialize=["number", "rows", "parts"])
+@triton.jit
+def pivot_of(j: tl.constexpr, base, top, first, cells):
+    """The j-th of so many, from `base` on; the difference of the two ends might be beyond float32."""
+    part = (j + first) / cells
+    return base * (1 - part) + top * part
+
+
+@triton.jit(do_not_specialize=["number", "rows", "parts", "groups", "span"])
 def round_kernel(
     logits_ptr,  # float32 [B, V], rows `stride` apart
     stride,
@@ -69,17 +77,20 @@ def round_kernel(
     key_ptr,  # int64 [B, runs]
     low_ptr,  # float32 [B, runs]
     pivot_ptr,  # in, of the round before, and out float32 [rounds, B, RECORD]
-    measure_ptr,  # likewise [rounds, B, runs, RECORD]
+    measure_ptr,  # likewise [rounds, B, groups, RECORD]
     number,
     rows,
     parts,
-    N: tl.constexpr,
+    groups,
+    span,  # ids of a group
+    M: tl.constexpr,
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """Program (s, b): measures of ids s·N … of row b, in round `number`."""
-    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (g, b): measures of ids g·span … of row b, in round `number`."""
+    tl.static_assert(P == 6)
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     handle = tl.load(sequence_ptr + b)
     temperature, inverse, top_k, top_p, _, by_k, by_p = parameters(value_ptr, handle, ids)
     if (temperature > 0) & (by_k | by_p):
@@ -91,37 +102,56 @@ def round_kernel(
             base, first, cells = tl.maximum((best - REACH * temperature).to(tl.float32), lowest), 0.0, P * 1.0
             if number > 0:
                 low, high, reached, few = bracket(
-                    pivot_ptr, measure_ptr, number - 1, rows, b, parts, top_k, top_p, by_k, SP, P, ROOM
+                    pivot_ptr, measure_ptr, number - 1, rows, b, groups, top_k, top_p, by_k, SP, P, ROOM
                 )
                 base, first, cells = tl.maximum(low, lowest), 1.0, P + 1.0
             top = tl.minimum(high, best)
-            out_ptr = measure_ptr + ((number * rows + b) * parts + s) * RECORD
+            out_ptr = measure_ptr + ((number * rows + b) * groups + g) * RECORD
             pivot_ptr += (number * rows + b) * RECORD
-            if s == 0:
+            if g == 0:
                 tl.store(pivot_ptr + P, low)
                 tl.store(pivot_ptr + P + 1, high)
                 tl.store(pivot_ptr + P + 2, reached)
             if few:  # pivots that no measure reaches change nothing
                 j_J = tl.arange(0, RECORD)
                 tl.store(out_ptr + j_J, tl.zeros([RECORD], tl.float32))
-                if s == 0:
+                if g == 0:
                     tl.store(pivot_ptr + j_J, tl.full([RECORD], float("inf"), tl.float32), j_J < P)
             else:
-                id_N = s * N + tl.arange(0, N)
                 row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-                score_N = tl.load(row_ptr + id_N, id_N < ids, other=-float("inf"))
-                weight_N = tl.exp2((score_N - best) * (inverse * LOG2_E).to(tl.float32))
-                weight_N = tl.where(by_k, (id_N < ids).to(tl.float32), weight_N)
-                for j in tl.static_range(P):
-                    part = (j + first) / cells
-                    pivot = base * (1 - part) + top * part  # the difference of the two might be beyond float32
-                    tl.store(out_ptr + j, tl.sum(tl.where(score_N >= pivot, weight_N, 0.0), 0))
-                    if s == 0:
-                        tl.store(pivot_ptr + j, pivot)
-                tl.store(out_ptr + P, tl.sum(weight_N, 0))
+                scale = (inverse * LOG2_E).to(tl.float32)
+                pivot_0, pivot_1 = pivot_of(0, base, top, first, cells), pivot_of(1, base, top, first, cells)
+                pivot_2, pivot_3 = pivot_of(2, base, top, first, cells), pivot_of(3, base, top, first, cells)
+                pivot_4, pivot_5 = pivot_of(4, base, top, first, cells), pivot_of(5, base, top, first, cells)
+                # No sum over a program's lanes until the end: its warps wait for none of each other.
+                all_M = tl.zeros([M], tl.float32)
+                sum_0_M, sum_1_M, sum_2_M = all_M, all_M, all_M
+                sum_3_M, sum_4_M, sum_5_M = all_M, all_M, all_M
+                for begin in range(g * span, tl.minimum(g * span + span, ids), M):
+                    id_M = begin + tl.arange(0, M)
+                    score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                    weight_M = tl.exp2((score_M - best) * scale)
+                    weight_M = tl.where(by_k, (id_M < ids).to(tl.float32), weight_M)
+                    all_M += weight_M
+                    sum_0_M += tl.where(score_M >= pivot_0, weight_M, 0.0)
+                    sum_1_M += tl.where(score_M >= pivot_1, weight_M, 0.0)
+                    sum_2_M += tl.where(score_M >= pivot_2, weight_M, 0.0)
+                    sum_3_M += tl.where(score_M >= pivot_3, weight_M, 0.0)
+                    sum_4_M += tl.where(score_M >= pivot_4, weight_M, 0.0)
+                    sum_5_M += tl.where(score_M >= pivot_5, weight_M, 0.0)
+                tl.store(out_ptr, tl.sum(sum_0_M, 0))
+                tl.store(out_ptr + 1, tl.sum(sum_1_M, 0))
+                tl.store(out_ptr + 2, tl.sum(sum_2_M, 0))
+                tl.store(out_ptr + 3, tl.sum(sum_3_M, 0))
+                tl.store(out_ptr + 4, tl.sum(sum_4_M, 0))
+                tl.store(out_ptr + 5, tl.sum(sum_5_M, 0))
+                tl.store(out_ptr + P, tl.sum(all_M, 0))
+                if g == 0:
+                    for j in tl.static_range(P):
+                        tl.store(pivot_ptr + j, pivot_of(j, base, top, first, cells))
 
 
-@triton.jit(do_not_specialize=["every", "rows", "parts", "last"])
+@triton.jit(do_not_specialize=["every", "rows", "parts", "groups", "each", "last"])
 def sum_kernel(
     logits_ptr,  # float32 [B, V], rows `stride` apart
     stride,
@@ -133,75 +163,83 @@ def sum_kernel(
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     pivot_ptr,  # float32 [rounds, B, RECORD]
-    measure_ptr,  # float32 [rounds, B, runs, RECORD]
+    measure_ptr,  # float32 [rounds, B, groups, RECORD]
     bracket_ptr,  # out float32 [B, 2]
-    sum_ptr,  # out int64 [B, runs, 4]: weights (with top-k those of as many), those from the high end on and in the
-    # bracket; how many are from the high end on
+    sum_ptr,  # out int64 [B, groups, 4]: all weights, those from the high end on and in the bracket; how many are from
+    # the high end on
     kept_ptr,  # out int64 [B, runs]: weights from the high end on that min-p keeps
     candidates_ptr,  # out int32 [B]: how many are in the bracket
     candidate_ptr,  # out int64 [B, ROOM]: their keys, as far as there is room
     every,  # 1: the bracket has no high end, all that is above the low one is a candidate
     rows,
     parts,
+    groups,
+    each,  # runs of a group
     last,
     N: tl.constexpr,
     M: tl.constexpr,
+    C: tl.constexpr,  # ids at a time that are looked through for candidates
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """Program (s, b): ids s·N … of row b. Of a row without top-k and top-p all weights, and those that min-p keeps."""
-    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (g, b): runs g·each … of row b. Without top-k and top-p all weights, and those that min-p keeps."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     handle = tl.load(sequence_ptr + b)
     temperature, inverse, top_k, top_p, least, by_k, by_p = parameters(value_ptr, handle, ids)
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (bits != NOT_FINITE):
         best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
         if filters:
-            low, high, _, _ = bracket(pivot_ptr, measure_ptr, last, rows, b, parts, top_k, top_p, by_k, SP, P, ROOM)
+            low, high, _, _ = bracket(pivot_ptr, measure_ptr, last, rows, b, groups, top_k, top_p, by_k, SP, P, ROOM)
             # top-p after top-k looks at all that top-k leaves.
             high = tl.where((every != 0) | (by_k & by_p), float("inf"), high)
-        # What is below the low end matters to top-p alone: as many as top-k keeps are from there on.
-        from_ = tl.where(by_k & (every == 0), low, -MOST)
         # What weighs nothing, as all that is masked, is no candidate; should this be rounded up, the sums tell.
         low = tl.where(every == 0, tl.maximum(low, (best - REACH * temperature).to(tl.float32)), low)
-        if s == 0:
+        if g == 0:
             tl.store(bracket_ptr + b * 2, low)
             tl.store(bracket_ptr + b * 2 + 1, high)
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-        mine = value_of((tl.load(key_ptr + b * parts + s) >> 32).to(tl.int32))
-        weighs = (mine.to(tl.float64) - best) * inverse > -REACH  # else no token of the run does
         all_M, above_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64)
-        inside_M, kept_M, number_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
-        for begin in range(0, N, M):
-            id_M = s * N + begin + tl.arange(0, M)
-            real_M = id_M < ids
-            score_M = tl.load(row_ptr + id_M, real_M, other=-float("inf"))
-            wanted = weighs
+        inside_M, number_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
+        for s in range(g * each, tl.minimum(g * each + each, parts)):
+            mine = value_of((tl.load(key_ptr + b * parts + s) >> 32).to(tl.int32))
+            weighs = (mine.to(tl.float64) - best) * inverse > -REACH  # else no token of the run does
+            kept_M, found_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
+            if weighs | filters:
+                for begin in range(s * N, s * N + N, M):
+                    id_M = begin + tl.arange(0, M)
+                    real_M = id_M < ids
+                    score_M = tl.load(row_ptr + id_M, real_M, other=-float("inf"))
+                    weight_M = tl.zeros([M], tl.int64)
+                    if weighs:
+                        weight_M = tl.where(real_M, weight_of(score_M, best, inverse), 0)
+                    all_M += weight_M
+                    if filters:
+                        is_above_M = (score_M >= high) & real_M
+                        is_inside_M = (score_M >= low) & (score_M < high) & real_M
+                        above_M += tl.where(is_above_M, weight_M, 0)
+                        inside_M += tl.where(is_inside_M, weight_M, 0)
+                        kept_M += tl.where(is_above_M & (weight_M >= least), weight_M, 0)
+                        number_M += is_above_M.to(tl.int32)
+                        found_M += is_inside_M.to(tl.int32)
+                    else:
+                        kept_M += tl.where(weight_M >= least, weight_M, 0)
+            tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
             if filters:
-                wanted &= tl.max(score_M, 0) >= from_
-            weight_M = tl.zeros([M], tl.int64)
-            if wanted:
-                weight_M = tl.where(real_M, weight_of(score_M, best, inverse), 0)
-            all_M += weight_M
-            if filters:
-                is_above_M = (score_M >= high) & real_M
-                is_inside_M = (score_M >= low) & (score_M < high) & real_M
-                above_M += tl.where(is_above_M, weight_M, 0)
-                inside_M += tl.where(is_inside_M, weight_M, 0)
-                kept_M += tl.where(is_above_M & (weight_M >= least), weight_M, 0)
-                number_M += is_above_M.to(tl.int32)
-                found = tl.sum(is_inside_M.to(tl.int32), 0)
-                if found > 0:
-                    # In any order: what comes of them does not depend on it.
-                    place_M = tl.atomic_add(candidates_ptr + b, found) + tl.cumsum(is_inside_M.to(tl.int32), 0) - 1
-                    place_ptr_M = candidate_ptr + b * ROOM + place_M
-                    tl.store(place_ptr_M, key_of(score_M, id_M), is_inside_M & (place_M < ROOM))
-            else:
-                kept_M += tl.where(weight_M >= least, weight_M, 0)
-        sum_ptr += (b * parts + s) * 4
+                found = tl.sum(found_M, 0)
+                if found > 0:  # in any order: what comes of them does not depend on it
+                    place = tl.atomic_add(candidates_ptr + b, found) - 1
+                    for begin in range(s * N, s * N + N, C):
+                        id_C = begin + tl.arange(0, C)
+                        score_C = tl.load(row_ptr + id_C, id_C < ids, other=-float("inf"))
+                        is_inside_C = ((score_C >= low) & (score_C < high) & (id_C < ids)).to(tl.int32)
+                        place_C = place + tl.cumsum(is_inside_C, 0)
+                        key_C = key_of(score_C, id_C)
+                        tl.store(candidate_ptr + b * ROOM + place_C, key_C, (is_inside_C != 0) & (place_C < ROOM))
+                        place += tl.sum(is_inside_C, 0)
+        sum_ptr += (b * groups + g) * 4
         tl.store(sum_ptr, tl.sum(all_M, 0))
-        tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
         if filters:
             tl.store(sum_ptr + 1, tl.sum(above_M, 0))
             tl.store(sum_ptr + 2, tl.sum(inside_M, 0))
