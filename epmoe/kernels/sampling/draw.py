@@ -55,7 +55,7 @@ def draw_kernel(
     bits = (key >> 32).to(tl.int32)
     found = (key & LOW) ^ LOW
     if bits == NOT_FINITE:
-        found = ids.to(tl.int64)
+        found = tl.zeros([], tl.int64) + ids
     elif temperature > 0:
         s_S = tl.arange(0, SP)
         kept_S = tl.load(kept_ptr + b * parts + s_S, s_S < parts, other=0)

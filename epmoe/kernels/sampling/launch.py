@@ -23,8 +23,8 @@ RUN = 8192  # ids of a program: 25 programs a row for 201,088
 PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
 ROUNDS, PIVOTS, RECORD = 3, 6, 16
 # Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
-# each has several where there are many. Two for each multiprocessor of an H200.
-PROGRAMS = 264
+# each has several where there are many. Four for each multiprocessor of an H200.
+PROGRAMS = 528
 ROOM = 4096  # candidates of a row
 MOST_TOP = 128  # log-probabilities of a row
 MOST_IDS = 1 << 20

@@ -69,7 +69,7 @@ def best_key(key_ptr, b, parts, SP: tl.constexpr):
 def parameters(value_ptr, handle, ids):
     """Temperature and its inverse, top-k, top-p, the least weight by min-p; whether top-k and top-p are there."""
     temperature = tl.load(value_ptr + handle * 4)
-    top_k = tl.minimum(tl.load(value_ptr + handle * 4 + 1), ids.to(tl.float64)).to(tl.int32)
+    top_k = tl.minimum(tl.load(value_ptr + handle * 4 + 1), ids * 1.0).to(tl.int32)  # a single id is the compiler's own
     top_p = tl.load(value_ptr + handle * 4 + 2)
     least = tl.ceil(tl.load(value_ptr + handle * 4 + 3) * UNIT).to(tl.int64)
     by_k = (top_k > 0) & (top_k < ids)
