@@ -18,7 +18,7 @@ SHARED = {
 }  # fmt: skip
 MEASURED = {
     "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",
-    "flops", "compare",
+    "flops", "compare", "sampling",
 }  # fmt: skip
 LOAD = {
     "size", "load", "rate", "users", "requests", "prompt_tokens", "answer_tokens", "turns", "seed", "serve.step_tokens",
