@@ -67,7 +67,6 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
-
     def interrupt(self, text: str) -> None:
         """Press Ctrl-C until this text comes: readline overlooks one between its prompt and its wait."""
         for _ in range(WITHIN_S):
