@@ -57,7 +57,7 @@ class Range:
         if self.above is not None:
             return f"{what} above {self.above}" + ("" if self.high is None else f" and at most {self.high}")
         if self.low is not None and self.high is not None:
-            return f"{what} from {self.low} to {self.high}"
+            return f"{what}{', 0 or' if self.or_zero else ''} from {self.low} to {self.high}"
         return what if self.low is None else f"{what},{' 0 or' if self.or_zero else ''} at least {self.low}"
 
 

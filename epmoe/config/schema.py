@@ -52,7 +52,7 @@ class Sampling:
     """
 
     temperature: float | None = key(
-        None, "0: the likeliest token; above: flatter the higher", Range(1e-6, or_zero=True), otherwise=0.0
+        None, "0: the likeliest token; above: flatter the higher", Range(1e-6, 1e6, or_zero=True), otherwise=0.0
     )
     top_k: int | None = key(None, "draw from the k likeliest tokens; 0: from all", Range(low=0), otherwise=0)
     top_p: float | None = key(
@@ -127,7 +127,9 @@ class Server(Serve):
     max_bodies: int = key(1_000_000_000, "most bytes of the bodies of all requests that are answered", Range(low=1))
     header_s: float = key(30.0, "most seconds for a request's head, and for its body", Range(above=0, high=3600))
     stalled_s: float = key(
-        60.0, "a client that takes no byte for so many seconds, while some wait, has gone", Range(above=0, high=86400)
+        60.0,
+        "a client that takes less than 4 kB in so many seconds, while so much waits, has gone",
+        Range(above=0, high=86400),
     )
     log: str = key("", "append a line of JSON for each request to this file, without any of its text")
 

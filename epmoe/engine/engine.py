@@ -126,6 +126,9 @@ class Engine:
             at_once: the first step finds all its requests, and room for each of them.
             found: of their prompts' tokens, those that it need not compute then.
         """
+        asked = (load, found if at_once else None)
+        if asked in self.graphs.prepared:
+            return
         if self.runner.state.keep(load.kept):
             self.graphs.close()  # they neither write nor read what is new
         if True in load.logprobs:
@@ -134,7 +137,8 @@ class Engine:
             if load.grammars:  # seconds for a large vocabulary, meanwhile; a UserError is for the request to be told
                 beside.enter_context(ThreadPoolExecutor(1)).submit(lambda: self.grammars)
             if self.ranks.device.type != "cpu":
-                self._prepare_steps(load, found if at_once else None)
+                self._prepare_steps(*asked)
+        self.graphs.remember(asked)
 
     def _prepare_steps(self, load: Workload, found: int | None) -> None:
         rows = min(self.max_batch, load.sequences)

@@ -15,7 +15,7 @@ Letters: B rows of a step · T tokens of a step · O outputs.
 import sys
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -37,6 +37,7 @@ from epmoe.streams import on_terminal, tell
 STEPS = ((2, 1), (4, 2), (8, 4), (64, 8), (256, 32), (sys.maxsize, 128))
 # The same of a step's tokens. A step of more takes the GPU longer than its launches take the host.
 MOST_TOKENS = 2048
+MOST_PREPARED = 4096  # loads that are remembered
 TOKEN_STEPS = ((32, 16), (64, 32), (512, 64), (1024, 128), (sys.maxsize, 256))
 
 
@@ -118,6 +119,7 @@ class Graphs:
         self.progress = progress
         self.buckets = buckets(len(static.id_M))
         self.ready: set[Kind] = set()
+        self.prepared: set[Hashable] = set()  # loads for which nothing is missing, until `close`
         self.graphs: dict[Kind, Graph] = {}
         self.bodies: dict[str, list[int]] = {"prompts": [], "mixed": []}  # sizes of those that are graphs, ascending
         self.handles: list[int] = []  # what the device's sequence_M holds
@@ -210,6 +212,12 @@ class Graphs:
             what = "captured" if self.capture else "warmed up"
             tell(f"epmoe: {len(new)} kinds of step {what} in {time.perf_counter() - begin:.1f} s")
 
+    def remember(self, load: Hashable) -> None:
+        """Nothing is missing for it now: to find that out costs 0.1 ms, and a first token waits for it."""
+        if len(self.prepared) >= MOST_PREPARED:
+            self.prepared.clear()
+        self.prepared.add(load)
+
     def _forget(self) -> None:
         """Let the buffers hold spare rows and nobody's tokens."""
         self.handles = [self.static.state.spare] * len(self.static.sequence_M)
@@ -237,5 +245,6 @@ class Graphs:
         for sizes in self.bodies.values():
             sizes.clear()
         self.ready.clear()
+        self.prepared.clear()
         if self.capture:
             self.capture.new_pool()

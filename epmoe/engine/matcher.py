@@ -84,7 +84,7 @@ class Grammars:
         def told(done: Future[LLMatcher]) -> None:
             if not done.cancelled():
                 error = done.exception()
-                then("" if error is None else str(error))
+                then("" if error is None else str(error) or type(error).__name__)
 
         self.held[grammar] = future = self.compilers.submit(self._compile, grammar)
         future.add_done_callback(told)

@@ -82,8 +82,9 @@ class Service:
 
     @property
     def queued(self) -> int:
-        """Requests that wait for their turn, or for their grammar."""
-        return len(self.queue) + sum(1 for _ in self.compiling.calls())
+        """Requests that wait for their turn, or for their grammar. On any thread."""
+        with self.turn:
+            return len(self.queue) + sum(1 for _ in self.compiling.calls())
 
     def _enter(self, waiting: Waiting) -> None:
         if not (waiting.call.request.params.grammar and self.compiling.add(waiting)):

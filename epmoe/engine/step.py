@@ -64,7 +64,7 @@ class StaticStep:
         self.given_T, self.position_T, *of_M, spans, one, self.place_U, self.page_U = self.order.split(self.parts)
         self.row_M, self.output_M, self.ended_M, self.next_M = (each[:rows] for each in of_M)
         self.span_M4, self.rows_1 = spans.view(torch.int32).view(-1, 4)[:rows], one.view(torch.int32)[:1]
-        self.stage = Stage(self.order)
+        self.stage = Stage(self.order, self.parts)
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
         self.scored_SH: torch.Tensor | None = None  # what `run` leaves of the tokens that are to be scored
@@ -112,8 +112,7 @@ class StaticStep:
         Args:
             changes: of the cache's pages, for a `body` that has room for them.
         """
-        parts = (each.numpy() for each in self.stage.begin().split(self.parts))
-        given_T, position_T, row_M, output_M, ended_M, next_M, spans, one, place_U, page_U = parts
+        given_T, position_T, row_M, output_M, ended_M, next_M, spans, one, place_U, page_U = self.stage.begin()
         if (tokens := len(ragged.given)) <= len(given_T):  # else `run` takes them
             given_T[:tokens], position_T[:tokens] = ragged.given, ragged.positions
         row_M[: len(ragged.rows)] = ragged.rows

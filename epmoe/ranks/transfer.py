@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,32 +45,47 @@ def staging(buffer: torch.Tensor) -> torch.Tensor:
     return torch.zeros(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.device.type not in ("cpu", "meta"))
 
 
+class Place(NamedTuple):
+    """Memory on the host: the whole of it, its parts, and the end of the last copy out of it."""
+
+    host: torch.Tensor
+    parts: "list[np.ndarray[Any, Any]]"
+    event: torch.Event | None  # None: a copy has ended when it has begun
+
+
 class Stage:
     """A buffer on the device, and memory on the host from which it is filled, again and again, without a wait.
 
-    Pinned memory that is taken for one copy and given back costs the host an event each time, and a step waits for it.
+    Pinned memory that is taken for one copy and given back costs the host an event each time, and views of it some
+    microseconds each, and a step waits for both.
+
+    Args:
+        buffer: one dimension.
+        parts: sizes that it is made of, in its order.
     """
 
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self.buffer = buffer
-        self.free: deque[tuple[torch.Tensor, torch.Event | None]] = deque()  # with the end of the last copy out of it
+    def __init__(self, buffer: torch.Tensor, parts: Sequence[int]) -> None:
+        self.buffer, self.sizes = buffer, list(parts)
+        self.places: deque[Place] = deque()  # that which was copied last stands last
 
-    def begin(self) -> torch.Tensor:
-        """Zeros on the host, of the buffer's size and dtype."""
-        if self.free and ((event := self.free[0][1]) is None or event.query()):
-            self.host, self.event = self.free.popleft()
-            return self.host.zero_()
-        accelerated = self.buffer.device.type not in ("cpu", "meta")
-        self.event = torch.Event(self.buffer.device) if accelerated else None
-        self.host = staging(self.buffer)
-        return self.host
+    def begin(self) -> "list[np.ndarray[Any, Any]]":
+        """Zeros on the host, of the buffer's dtype, part by part."""
+        if self.places and ((event := self.places[0].event) is None or event.query()):
+            self.place = self.places.popleft()
+            self.place.host.zero_()
+        else:
+            host = staging(self.buffer)
+            accelerated = self.buffer.device.type not in ("cpu", "meta")
+            event = torch.Event(self.buffer.device) if accelerated else None
+            self.place = Place(host, [each.numpy() for each in host.split(self.sizes)], event)
+        return self.place.parts
 
     def send(self) -> None:
         """What they hold now is in the buffer, for all later work on the stream."""
-        self.buffer.copy_(self.host, non_blocking=True)
-        if self.event is not None:
-            self.event.record()
-        self.free.append((self.host, self.event))
+        self.buffer.copy_(self.place.host, non_blocking=True)
+        if self.place.event is not None:
+            self.place.event.record()
+        self.places.append(self.place)
 
 
 class Arrival:

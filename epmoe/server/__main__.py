@@ -19,6 +19,7 @@ from epmoe.server.http1 import Bounded
 from epmoe.server.line import Line
 
 END_S = 2  # for what is being sent when rank 0 says goodbye, or is gone
+MOST_FILES = 1 << 16  # of this process, a client each
 KEEP_ALIVE_S = 75  # longer than clients and proxies keep an unused connection, which would meet its end
 
 
@@ -70,9 +71,11 @@ async def serve(line_number: int, listener_number: int) -> None:
 
 def take_files() -> None:
     """Let this process open what the system lets it: each client takes a file, and a shell's bound is often 1024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # where no bound at all is taken for too much
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOOKS = 4  # in `stalled_s`
+LEAST = 4096  # bytes that must be taken in that time, where so many wait
 
 
 class Bounded(H11Protocol):
@@ -42,10 +43,10 @@ class Bounded(H11Protocol):
             self._wait()
 
     def _look(self) -> None:
-        """Now and then: whether the client has taken anything."""
+        """Now and then: whether the client has taken enough."""
         waiting, now = self.counted.get_write_buffer_size(), self.loop.time()
         taken = self.counted.written - waiting
-        if taken > self.taken or not waiting:
+        if taken >= self.taken + LEAST or not waiting:
             self.taken, self.taken_s = taken, now
         elif now - self.taken_s >= self.stalled_s:
             self.counted.abort()  # `close` would wait for it

@@ -60,7 +60,7 @@ class Answering(ABC):
         self.streaming = False  # the status was sent
 
     @abstractmethod
-    async def fresh(self, send: Send, number: int, pieces: list[Piece]) -> None:
+    async def fresh(self, send: Send, number: int, pieces: list[Piece], ended: set[int]) -> None:
         """What is new of one prompt's answers, in a stream."""
 
     @abstractmethod
@@ -129,6 +129,8 @@ class Answering(ABC):
                 if number in completions:
                     continue
                 pieces, completion = delivery.take()
+                # As of now: while what follows is sent an answer may end, after tokens that the next take has.
+                ended = {index for index, part in enumerate(delivery.parts) if part.result is not None}
                 self.watched.came(number, pieces)
                 if completion is not None:
                     completions[number] = completion
@@ -136,7 +138,7 @@ class Answering(ABC):
                     if part.result is not None and part.result.finish_reason == "error":
                         raise _failed(part.result.failure)
                 if self.stream:
-                    await self.fresh(send, number, pieces)
+                    await self.fresh(send, number, pieces, ended)
         if self.stream:
             await self.close(send)
             return
@@ -170,13 +172,13 @@ class Reply(Answering):
         self.begun: set[tuple[int, int]] = set()  # answers whose opening was given
         self.ended: set[tuple[int, int]] = set()
 
-    async def fresh(self, send: Send, number: int, pieces: list[Piece]) -> None:
+    async def fresh(self, send: Send, number: int, pieces: list[Piece], ended: set[int]) -> None:
         """The chunks of what is new of one prompt's answers."""
         delivery = self.deliveries[number]
         by_index = {piece.index: piece for piece in pieces}
         for index, part in enumerate(delivery.parts):
             piece, key = by_index.get(index), (number, index)
-            if piece is None and (part.result is None or key in self.ended):
+            if piece is None and (index not in ended or key in self.ended):
                 continue
             if key not in self.begun:
                 self.begun.add(key)
@@ -186,7 +188,7 @@ class Reply(Answering):
                     await asyncio.sleep(0)  # others' turn
                 for choice in self.kind.piece(number, delivery, each):
                     await self._chunk(send, key, choice)
-            if part.result is not None and key not in self.ended:
+            if index in ended and key not in self.ended:
                 self.ended.add(key)
                 await self._chunk(send, key, self.kind.closing(part.answer.finish_reason, delivery, index))
 

@@ -92,7 +92,7 @@ class ResponseReply(Answering):
         self.made, self.kept = made, kept
         self.number = 0  # of the next event
 
-    async def fresh(self, send: Send, number: int, pieces: list[Piece]) -> None:
+    async def fresh(self, send: Send, number: int, pieces: list[Piece], ended: set[int]) -> None:
         if not self.number:
             begun = self.made.object("in_progress")
             await self._events(send, [{"type": f"response.{kind}", "response": begun} for kind in _BEGIN])

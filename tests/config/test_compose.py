@@ -160,8 +160,9 @@ MISTAKES = {
     "several values": (["experts=reference,triton"], ["'reference,triton'", "several values"]),
     "unreadable": (["quant={mxfp4"], ["quant='{mxfp4'", "known: auto, mxfp4"]),
     "zero tokens": (["max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
-    "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "0 or at least 1e-06"]),
-    "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or at least 1e-06"]),
+    "negative": (["sampling.temperature=-1"], ["sampling.temperature=-1", "0 or from 1e-06 to 1000000.0"]),
+    "too cold": (["sampling.temperature=1e-9"], ["sampling.temperature=1e-09 is out of range", "0 or from 1e-06 to"]),
+    "too hot": (["sampling.temperature=1e7"], ["sampling.temperature=10000000.0 is out of range", "to 1000000.0"]),
     "above one": (["sampling.min_p=1.1"], ["sampling.min_p=1.1", "from 0 to 1"]),
     "nothing to draw from": (["sampling.top_p=0"], ["sampling.top_p=0.0 is out of range", "above 0 and at most 1"]),
     "penalty of nothing": (

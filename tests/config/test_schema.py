@@ -76,7 +76,7 @@ def test_what_all_commands_share_is_declared_once() -> None:
 
 # key → the least, the most and others that are right; what is just too much or too little
 EDGES: dict[str, tuple[list[Any], list[Any]]] = {
-    "temperature": ([0, 0.0, 1e-6, 1e300], [-1e-6, 0.999e-6, float("inf"), float("nan")]),
+    "temperature": ([0, 0.0, 1e-6, 1e6], [-1e-6, 0.999e-6, 1.001e6, float("inf"), float("nan")]),
     "top_p": ([5e-324, 1e-9, 1, 1.0], [0, 0.0, -0.1, 1.0000001, float("nan")]),
     "min_p": ([0, 1], [-1e-9, 1.0000001, float("nan")]),
     "top_k": ([0, 1, 2**63 - 1], [-1, 2**63]),

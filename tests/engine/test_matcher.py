@@ -110,6 +110,18 @@ def test_what_a_grammar_may_cost_is_bounded(grammars: Grammars, case: str) -> No
     assert time.monotonic() - begin < 10
 
 
+def test_a_failure_without_words_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, told = Grammars(vocabulary()), list[str]()
+
+    def fails(grammar: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(found, "_compile", fails)
+    found.hold("start: /a/", told.append)
+    found.compilers.shutdown(wait=True)
+    assert told == ["MemoryError"]
+
+
 def test_a_failure_later_is_told(grammars: Grammars) -> None:
     """Nothing can follow: no id spells what has to come."""
     matcher = grammars.matcher('start: "ab" "\u00e9"')

@@ -237,7 +237,7 @@ def test_log_probabilities_are_of_the_raw_model() -> None:
 
 
 BAD: dict[str, list[Any]] = {
-    "temperature": [-0.1, 1e-9, float("nan"), float("inf")],
+    "temperature": [-0.1, 1e-9, 1e7, float("nan"), float("inf")],
     "top_p": [0.0, 1.1, float("nan")],
     "min_p": [-0.1, 1.5],
     "top_k": [-1],

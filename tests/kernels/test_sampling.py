@@ -147,6 +147,18 @@ def logprobs(kind: str, vocab: int, device: str) -> None:
         torch.testing.assert_close(found[2].cpu(), logprob_BQ, rtol=1e-14, atol=1e-12, equal_nan=True)
 
 
+def every_id(device: str) -> None:
+    """As many log-probabilities as there are ids, or more."""
+    logits_BV = kinds_of_logits(33)["few values"].repeat(2, 1)
+    for top in (32, 33, 100):
+        found = top_logprobs(logits_BV.to(device), torch.tensor([0, 32], device=device), top)
+        assert found[1].tolist() == sampling.top_logprobs(logits_BV, torch.tensor([0, 32]), top)[1].tolist()
+
+
+def test_log_probabilities_of_every_id_in_the_interpreter() -> None:
+    interpreted(small, every_id, 256, "cpu")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_probabilities_in_the_interpreter(kind: str) -> None:
     interpreted(small, logprobs, 256, kind, VOCAB, "cpu")
@@ -229,6 +241,7 @@ def test_adjustments_and_neighbours_on_a_gpu() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_probabilities_on_a_gpu(kind: str) -> None:
     logprobs(kind, 201_088, "cuda")
+    every_id("cuda")
 
 
 @pytest.mark.gpu

@@ -221,6 +221,12 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("nothing asked for", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
     ("the same answer twice", {"prompt": "a", "n": 2, "temperature": 0}, 400, "n=2"),
     ("scores of two", {"prompt": "a", "n": 2, "temperature": 1, "echo": True, "max_tokens": 0}, 400, "n=2 with"),
+    (
+        "too many scores",
+        {"prompt": ["a " * 250] * 170, "echo": True, "logprobs": 100, "max_tokens": 1},
+        400,
+        "log-probabilities, and a request may have 4000000",
+    ),
     ("too many strings", {"prompt": "a", "stop": ["x"] * 65}, 400, "stop has 65 strings"),
     ("too many answers", {"prompt": ["a"] * 600, "n": 2, "temperature": 1}, 400, "queue_requests"),
 ]
@@ -240,6 +246,18 @@ def test_scores_of_a_prompt_come_for_one_answer_in_a_stream(server: Server) -> N
     status, answer, _ = server.ask("/v1/completions", {**body, "stream": True})
     assert status == 400 and "n=2 with a stream of echo with logprobs" in answer["error"]["message"]
     assert server.ask("/v1/completions", body)[0] == 200
+
+
+def test_the_end_of_a_streamed_answer_comes_after_its_tokens(server: Server) -> None:
+    """Though it is there before the prompt's log-probabilities are written."""
+    body = {"prompt": "It was a fine morning. " * 50, "ignore_eos": True, "stream": True, "echo": True, "logprobs": 100}
+    for length in (2, 3, 4):
+        status, said, _ = server.ask("/v1/completions", {**body, "max_tokens": length})
+        assert status == 200
+        lines = [json.loads(line[6:]) for line in said.split("\n\n") if line.startswith("data: {")]
+        *before, last = [choice for line in lines for choice in line["choices"]]
+        assert last["finish_reason"] == "length" and not any(choice["finish_reason"] for choice in before)
+        assert sum(len(choice["logprobs"]["tokens"]) for choice in before[1:]) == length
 
 
 def test_a_tool_whose_parameters_are_no_object(server: Server) -> None:

@@ -114,7 +114,9 @@ def top_kernel(
         tl.store(id_out_ptr + b * top + q_Q, q_Q.to(tl.int64), q_Q < top)
         tl.store(logprob_out_ptr + b * top + q_Q, best - q_Q.to(tl.float64), q_Q < top)
     elif top > 0:
-        border, candidates = tl.load(border_ptr + b), tl.load(candidates_ptr + b)
+        border, candidates = NOTHING, ROOM + 1
+        if top < ids:  # else there is no border, and all are wanted
+            border, candidates = tl.load(border_ptr + b), tl.load(candidates_ptr + b)
         if candidates <= ROOM:  # all that is above the border is among them
             c_C = tl.arange(0, ROOM)
             key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)

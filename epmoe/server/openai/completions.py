@@ -14,6 +14,7 @@ from epmoe.text.asked import PromptLike
 from epmoe.text.completion import Choice
 from epmoe.text.delivery import Delivery, Piece
 
+MOST_SCORES = 4_000_000  # log-probabilities of prompts in a request
 SHORT = 16  # OpenAI's length of an answer for which nobody says one
 
 
@@ -55,7 +56,9 @@ class Completions:
             logprobs=0 if asked.logprobs is None else max(1, asked.logprobs),
             prompt_logprobs=asked.logprobs if asked.echo and asked.logprobs is not None else scores,
         )
-        return structure.bind(self.front.tokenizer, self.front.requests(self.prompts, params, length, chat=False))
+        requests = self.front.requests(self.prompts, params, length, chat=False)
+        check_scores(requests)
+        return structure.bind(self.front.tokenizer, requests)
 
     def opening(self, number: int, delivery: Delivery, index: int) -> dict[str, Any] | None:
         """What comes before the first token: the prompt, where it is asked for."""
@@ -93,6 +96,20 @@ class Completions:
         made = completion_logprobs(self.front.tokenizer, ids, found, self.asked.logprobs, before)
         self.offsets[answer] = before + sum(map(len, made["tokens"]))
         return made
+
+
+def check_scores(requests: Sequence[Request]) -> None:
+    """Raises ApiError for more log-probabilities of prompts than a request may ask for, in all its answers together."""
+    params = requests[0].params
+    tokens, width = sum(len(each.ids) for each in requests), 1 + (params.prompt_logprobs or 0)
+    count = tokens * params.n * width
+    if params.prompt_logprobs is not None and count > MOST_SCORES:
+        raise ApiError(
+            400,
+            f"echo of {tokens} tokens with logprobs={params.prompt_logprobs} in n={params.n} answers are {count} "
+            f"log-probabilities, and a request may have {MOST_SCORES}: ask for fewer",
+            param="logprobs",
+        )
 
 
 def prompt_logprobs(call: Call, count: int) -> Sequence[Any]:
