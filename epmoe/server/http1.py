@@ -12,7 +12,7 @@ LEAST = 4096  # bytes that must be taken in that time, where so many wait
 
 class Bounded(H11Protocol):
     """A connection that is closed when a head does not come in time (a new one's, or the next of one that is open), and
-    when the client takes nothing of what waits for it, as if it had gone away.
+    when the client takes next to nothing of what waits for it, as if it had gone away.
     """
 
     head_s, stalled_s = 30.0, 60.0  # a subclass of the server's own has the configuration's

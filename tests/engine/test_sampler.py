@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from choosing import chi_square
 from sampling import adjustments, log_probabilities, sample
 from transformers import (
     LogitsProcessorList,
@@ -49,16 +50,6 @@ def test_what_is_not_finite_yields_no_token(bad: float) -> None:
     for params in ([cold] * 4, [cold, warm, warm, warm], [cold, warm, filtered, filtered]):
         found = sample(broken, params, [0] * 4).tolist()
         assert found[:3] == [50] * 3 and 0 <= found[3] < 50
-
-
-def chi_square(ids: torch.Tensor, probability_V: torch.Tensor) -> float:
-    """(χ² − dof) / √(2·dof): about standard normal when the frequencies follow the probabilities."""
-    expected = probability_V * len(ids)
-    enough = expected > 5
-    counts = torch.bincount(ids, minlength=len(probability_V)).double()
-    statistic = ((counts - expected)[enough] ** 2 / expected[enough]).sum()
-    dof = int(enough.sum())
-    return float((statistic - dof) / (2 * dof) ** 0.5)
 
 
 @pytest.mark.parametrize("over", ["positions", "seeds"])

@@ -188,3 +188,13 @@ def rows_of(logits_BV: torch.Tensor, ways: list[Values]) -> Rows:
     value_SP[handle_B] = torch.tensor(ways, dtype=torch.float64).reshape(count, 4)
     params = SamplingTensors(value_SP, seed_S, torch.zeros(count + 3, dtype=torch.int32))
     return Rows(logits_BV, handle_B, torch.arange(count) * 1001, params, None)
+
+
+def chi_square(ids: torch.Tensor, probability_V: torch.Tensor) -> float:
+    """(χ² − dof) / √(2·dof): about standard normal when the frequencies follow the probabilities."""
+    expected = probability_V * len(ids)
+    enough = expected > 5
+    counts = torch.bincount(ids, minlength=len(probability_V)).double()
+    statistic = ((counts - expected)[enough] ** 2 / expected[enough]).sum()
+    dof = int(enough.sum())
+    return float((statistic - dof) / (2 * dof) ** 0.5)

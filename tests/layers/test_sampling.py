@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from choosing import WAYS, Values, hashed, kinds_of_logits, reference, rows_of
+from choosing import WAYS, Values, chi_square, hashed, kinds_of_logits, reference, rows_of
 
 from epmoe.layers import sampling
 
@@ -84,16 +84,6 @@ def test_scaled_bits_are_exact() -> None:
     for total in totals:
         found_B = sampling.scaled(torch.tensor(signed), torch.full((len(bits),), total))
         assert found_B.tolist() == [(each % (1 << 64)) * total >> 64 for each in bits]
-
-
-def chi_square(ids: torch.Tensor, probability_V: torch.Tensor) -> float:
-    """(χ² − dof) / √(2·dof): about standard normal when the frequencies follow the probabilities."""
-    expected = probability_V * len(ids)
-    enough = expected > 5
-    counts = torch.bincount(ids, minlength=len(probability_V)).double()
-    statistic = ((counts - expected)[enough] ** 2 / expected[enough]).sum()
-    dof = int(enough.sum())
-    return float((statistic - dof) / (2 * dof) ** 0.5)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "flat", "peaked", "few values"])
