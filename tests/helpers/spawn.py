@@ -7,12 +7,13 @@ seconds. The parent hosts the key-value store, so that no port is ever guessed.
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -157,11 +158,19 @@ class Command:
         return self.process.exitcode
 
 
+PORTS = range(20_000, 32_000)  # below those that the system gives to connections, of which a free one is soon another's
+GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody holds now, and that no outgoing connection (also one to this very port) is going to hold."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in GIVEN:
+                GIVEN.add(port)
+                return port
 
 
 @contextmanager

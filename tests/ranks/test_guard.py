@@ -29,7 +29,7 @@ def never() -> None:
 
 def keep_the_lock(ranks: list[int]) -> None:
     """Some ranks do that; the others wait for them."""
-    with mesh.start(device="cpu", timeout_s=60) as mine:
+    with mesh.start(device="cpu", timeout_s=300) as mine:
         os.write(1, b"running\n")
         if mine.rank in ranks:
             never()
@@ -70,8 +70,13 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def running(started: list[Command]) -> bool:
-    return all(each.stdout for each in started)
+def until_running(*runs: list[Command], seconds: float = 200) -> None:
+    """Until each rank has said so; who has not, and what it said instead, is in the error."""
+    ranks = [each for started in runs for each in started]
+    deadline = time.monotonic() + seconds
+    while silent := [each for each in ranks if not each.stdout]:
+        assert time.monotonic() < deadline, [(each.stderr, each.process.exitcode) for each in silent]
+        time.sleep(0.02)
 
 
 # (what runs, its arguments, ranks, signal, to which ranks) → codes, standard error by rank
@@ -95,7 +100,7 @@ def test_a_main_thread_that_answers_no_signal(tmp_path: Path) -> None:
         for number, (body, arguments, size, *_) in enumerate(CASES):
             (folder := tmp_path / str(number)).mkdir()
             runs.append(stack.enter_context(commands(body, size, *arguments, folder=folder)))
-        until(lambda: all(running(started) for started in runs))
+        until_running(*runs)
         time.sleep(0.3)  # they are in that operation
         for started, (*_, signal, victims, _, _) in zip(runs, CASES, strict=True):
             for rank in victims:
@@ -109,7 +114,7 @@ def test_a_main_thread_that_answers_no_signal(tmp_path: Path) -> None:
 def test_one_that_answers_ends_before_the_guard_would(tmp_path: Path) -> None:
     """And once only, however many signals come."""
     with commands(sleep, 1, folder=tmp_path) as started:
-        until(lambda: running(started))
+        until_running(started)
         begin = time.monotonic()
         for number in (SIGINT, SIGTERM, SIGINT):
             started[0].signal(number)
@@ -122,7 +127,7 @@ def test_one_that_answers_ends_before_the_guard_would(tmp_path: Path) -> None:
 def test_without_the_guard_a_signal_still_ends_it(size: int, tmp_path: Path) -> None:
     """Whoever kills the guard has the ranks' own handlers left."""
     with commands(sleep, size, folder=tmp_path) as started:
-        until(lambda: running(started))
+        until_running(started)
         for each in started:
             child(each).kill()
         for each in started:
@@ -134,7 +139,7 @@ def test_without_the_guard_a_signal_still_ends_it(size: int, tmp_path: Path) -> 
 def test_the_guard_holds_nothing_and_goes_with_its_command(tmp_path: Path) -> None:
     """A pipe that it kept open would have no end for its reader."""
     with commands(sleep, 1, folder=tmp_path) as started:
-        until(lambda: running(started))
+        until_running(started)
         found = child(started[0])
         until(lambda: found.num_fds() == 2)
         started[0].signal(SIGKILL)

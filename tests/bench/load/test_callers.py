@@ -48,7 +48,8 @@ class Server:
     def _answer(self) -> None:
         for number in range(1, 100):
             with self.turn:
-                assert self.turn.wait_for(lambda: self.calls, 60)
+                if not self.turn.wait_for(lambda: self.calls, 60):
+                    return  # the test has ended
             time.sleep(self.each_s)
             call = self.calls[0]
             if number == self.fails_at:
