@@ -24,12 +24,13 @@ class Step:
     """
 
     token_T: torch.Tensor  # int64
-    position_T: torch.Tensor  # int64, from 0; as many positions of a row's sequence are cached
+    position_T: torch.Tensor  # int64, from 0; positions before it are cached, or in the step
     sequence_B: torch.Tensor  # int64, handles of the rows, which are the first tokens; `Cache.spare` fills up
     rows_1: torch.Tensor | None = None  # int32, how many rows there are; None: B
     spans: tuple[Span, ...] | None = ()
     span_P4: torch.Tensor | None = None  # int32, the spans on the device; None: they are known on the host
     output_O: torch.Tensor | None = None  # int64, tokens whose logits are wanted; None: all
+    drafted: bool = False  # several rows may be of one sequence, one position after the other
 
     def halves(self, least: int) -> tuple["Step", ...]:
         """This step as two, to be run one after the other in each layer, or itself where it has under `least` tokens.
@@ -59,6 +60,7 @@ class Step:
             sequence_B=self.sequence_B if begin == 0 else self.sequence_B[:0],
             spans=kept,
             output_O=(self.output_O - begin).clamp(0, end - begin - 1),
+            drafted=self.drafted,
         )
 
 
@@ -69,6 +71,13 @@ class SequenceState(NamedTuple):
     position_S: torch.Tensor  # int64, that token's position
     seen_SV: torch.Tensor | None  # bool, ids of prompt and output; kept where a sequence has a repetition penalty
     count_SV: torch.Tensor | None = None  # int32, how often the output has an id; kept where one has another penalty
+
+
+class Drafted(NamedTuple):
+    """Which outputs of a step count: those of a draft do if all before them have chosen what it says."""
+
+    ahead_O: torch.Tensor  # int64, how many outputs before this one are of the same draft
+    wanted_O: torch.Tensor  # int64, the id that this one must choose for the next one to count; -1: none follows
 
 
 class SamplingTensors(NamedTuple):

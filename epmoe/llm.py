@@ -28,8 +28,9 @@ from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys, Serve
+from epmoe.engine.config import EngineConfig, resolve_drafts
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
+from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import resolve_graphs
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, check, choices
 from epmoe.engine.service import Service
@@ -147,20 +148,17 @@ class LLM:
         progress = run.progress and bool(self.source.files)
         self.model, self.report = load(self.source, self.ranks, parts, progress=progress)
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
-        dtype, chunk = DTYPES[self.report.dtype], resolve_chunk(run.prefill_chunk, self.ranks.device)
-        settings = CacheSettings(dtype, run.page, run.max_batch, run.cache_tokens, chunk, run.prefix_cache)
+        base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
+        settings = CacheSettings(dtype, run.page, run.max_batch, run.cache_tokens, base.prefill_chunk, run.prefix_cache)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
         known = self.source.tokenizer_file
-        words = (lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None
-        engine = EngineConfig(
+        engine = replace(
+            base,
             eos_ids=eos,
-            prefill_chunk=chunk,
-            max_batch=run.max_batch,
             graphs=resolve_graphs(run.graphs, self.ranks, self.report.waits),
-            timeout_s=run.timeout_s,
-            progress=run.progress,
-            vocabulary=words,
+            vocabulary=(lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None,
+            drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks),
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 
@@ -256,8 +254,8 @@ class LLM:
                     events = self.engine.step()
                 for event in events:
                     result = event.result if isinstance(event, Finished) else None
-                    if isinstance(event, Token) and answer.feed(event.token):
-                        result = self.engine.abort(id, "stop")  # None: its last one anyway, whose event follows
+                    if isinstance(event, Token) and not answer.stopped and answer.feed(event.token):
+                        result = self.engine.abort(id, "stop")  # None: it ends by itself, and its event follows
                     if result is not None:
                         answer.finish(result)
                 if piece := answer.fresh():

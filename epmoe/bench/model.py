@@ -24,7 +24,7 @@ from epmoe.bench.options import BenchConfig
 from epmoe.bench.table import table
 from epmoe.bench.work import check_cache, most_sequences, positions_needed
 from epmoe.config.compose import parse
-from epmoe.engine.engine import resolve_chunk
+from epmoe.engine.config import resolve_chunk
 from epmoe.llm import LLM, join
 from epmoe.moe.placement import PLACEMENTS
 from epmoe.ranks.memory import peak_bytes

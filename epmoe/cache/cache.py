@@ -184,7 +184,7 @@ class Cache:
         shared: dict[str, torch.Tensor] = {}
         most, plans = len(step.sequence_B), {}
         for window, pool in self.pools.items():
-            rows = Rows(step.position_T[:most], step.sequence_B, step.rows_1, pool) if most else None
+            rows = Rows(step.position_T[:most], step.sequence_B, step.rows_1, pool, step.drafted) if most else None
             spans = None if span_P4 is None else Spans(span_P4, len(step.token_T), step.spans, pool)
             plans[window] = Plan(window, rows, spans, shared)
         return plans

@@ -27,6 +27,9 @@ from epmoe.errors import UserError
 # Sequences that share pages hold, together, as if each had its own, up to so many times the pages there are. It bounds
 # the memory of attention's splits, which are counted by sequence (kernels/attention/launch.py).
 SHARED = 4
+# A row of a draft reads its sequence once more: of one with so many positions as often as it likes, beyond them within
+# that bound.
+DRAFTED = 8192
 
 Ids = Callable[[int, int], Sequence[int]]  # the tokens begin : end of a sequence
 
@@ -178,6 +181,13 @@ class Pages:
     def lacks(self, handle: int, tokens: int) -> int:
         """Of these, those that the sequence does not hold yet."""
         return max(0, self.needs(tokens) - len(self._full_of(handle)))
+
+    def readable(self, handle: int, rows: int, among: int) -> int:
+        """How many rows of its draft, up to so many, may read a sequence's pages; as many sequences as `among` ask."""
+        pages = len(self._full_of(handle))
+        if self.full is None or pages * self.size <= DRAFTED:
+            return rows
+        return min(rows, (SHARED * self.full.count - self.together) // among // pages)
 
     def check(self, tokens: int) -> None:
         """Raises UserError for a sequence that would not fit into an empty cache either."""

@@ -57,12 +57,16 @@ class Gather:
 
 @dataclass(frozen=True)
 class Rows:
-    """One token of each of B sequences, the first tokens of a step: written, then attended to like the cached ones."""
+    """One token of each of B sequences, the first tokens of a step: written, then attended to like the cached ones.
+
+    With `drafted` a sequence may have several rows, one position after the other: all are written before one attends.
+    """
 
     position_B: torch.Tensor  # int64
     sequence_B: torch.Tensor  # int64
     count_1: torch.Tensor | None  # int32, how many of them there are; None: all
     pool: PagedRows
+    drafted: bool = False
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:

@@ -161,6 +161,11 @@ class ModelKeys:
     placement: str = key(
         "contiguous", "which expert lives on which rank", Names(table="epmoe.moe.placement:PLACEMENTS")
     )
+    speculate: str = key(
+        "off",
+        "draft an answer's next tokens where they were said before; changes no bit",
+        Names(("off", "ngram", "auto")),
+    )
     mesh: Mesh = key(Mesh(), "how the ranks are arranged")
     runtime: Runtime = key(Runtime(), "devices, memory and time")
 

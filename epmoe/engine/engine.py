@@ -19,58 +19,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
-from llguidance import LLTokenizer
 
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
 from epmoe.engine.adjust import check_adjustments
+from epmoe.engine.config import EngineConfig, resolve_chunk
 from epmoe.engine.diagnose import NotFinite, locate
+from epmoe.engine.drafts import MOST_DRAFT, Drafting, most_rows
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
-from epmoe.engine.runner import Flight, Runner
+from epmoe.engine.runner import Flight, Runner, Started
 from epmoe.engine.scheduler import Scheduler
+from epmoe.engine.step import Sizes
 from epmoe.engine.warm import Prefill, Warm
 from epmoe.errors import UserError, warn
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an engine runs; the same on every rank.
-
-    `eos_ids` end a text, unless a request ignores them. `prefill_chunk` is the most prompt tokens of a step, of all
-    sequences together, 0 what `resolve_chunk` says; `max_batch` the most sequences at a time. With `graphs` steps are
-    CUDA graphs; the tokens are the same without. `timeout_s` is how long the host waits for a step. With
-    `progress` standard error shows what is prepared. Logits of prompts' tokens, where their log-probabilities are asked
-    for, are made of `score_rows` rows at a time, at most: with 201,088 ids 0.8 MB each, and several times that to sort.
-    `vocabulary` makes what grammars must know of the ids; without it there are none.
-    """
-
-    eos_ids: Sequence[int] = ()
-    prefill_chunk: int = 0
-    max_batch: int = 64
-    graphs: bool = False
-    timeout_s: float = 60.0
-    progress: bool = False
-    score_rows: int = 64
-    vocabulary: Callable[[], LLTokenizer] | None = None
-
-
-def resolve_chunk(wanted: int, device: torch.device) -> int:
-    """runtime.prefill_chunk; 0 is 16384 tokens on an accelerator, 2048 on a CPU.
-
-    A product with the experts is the more efficient the more rows each expert has: 8192 tokens of 4 out of 32 experts
-    are 1024 rows, of 128 experts 256. Several ranks run a step in halves (`Step.halves`), hence twice as many. What a
-    step holds beyond the weights grows with the chunk: for 16384 tokens of gpt-oss in bf16 on one rank twice the slot
-    rows y [T, K, H], once its h [T·K, I] and gathered x, 0.38 GB each, and x, its norm, q, k and v 0.1 to 0.2 GB each.
-    """
-    return wanted or (2048 if device.type == "cpu" else 16384)
 
 
 class Engine:
@@ -90,9 +59,14 @@ class Engine:
             max_batch=self.max_batch,
             prefill_chunk=self.prefill_chunk,
         )
+        self.most_rows = self.max_batch
+        if config.drafts is not None:
+            self.most_rows = most_rows(self.max_batch)
+            self.scheduler.drafting = Drafting(config.drafts, self.most_rows)
         with torch.inference_mode():
-            self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.max_batch))[-1]
-            self.runner = Runner(model, cache, ranks, self.max_batch, self.most_tokens, config.score_rows)
+            self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
+            sizes = Sizes(self.max_batch, self.most_tokens, self.most_rows if config.drafts else 0)
+            self.runner = Runner(model, cache, ranks, sizes, config.score_rows)
         self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
@@ -144,7 +118,8 @@ class Engine:
         rows = min(self.max_batch, load.sequences)
         bodies = self._bodies(load, rows, found)
         prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
-        kinds = self.graphs.missing(load.variants(), rows, bodies)
+        drafted = min(self.most_rows, rows * (1 + MOST_DRAFT)) if self.runner.static.drafted else rows
+        kinds = self.graphs.missing(load.variants(), (rows, drafted), bodies)
         if prefills or kinds:
             if self.graphs.capture:
                 self._rehearse(load, prefills, kinds)
@@ -230,11 +205,14 @@ class Engine:
         Raises:
             NoArrival: a step did not end in time.
         """
+        events: list[Event] = []
+        if any(flight.drafted for flight in self.flights) or self.scheduler.drafts_soon():
+            events += self._land_all()  # what has come says where the next rows are, and what their drafts
         work = self.scheduler.schedule()
         for sequence in work.begun:
             self.runner.admit(sequence, self.scheduler.ends(sequence.request))
-        started = self.runner.begin(work.rows, work.pieces, self.graphs)
-        events = self._restrict(started.restricted) if started else []
+        started = self.runner.begin(work.rows, work.pieces, work.drafts, self.graphs)
+        events += self._restrict(started) if started else []
         launched = started and self.runner.finish(started, self.graphs)
         self.scheduler.launched(work)
         if launched:
@@ -276,6 +254,7 @@ class Engine:
         self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}
+        told = [0] * len(requests)  # tokens of each
         stopped: set[int] = set()
         try:
             for request in requests:
@@ -284,11 +263,13 @@ class Engine:
                 for event in self.step():
                     index = event.id - self.first
                     result = event.result if isinstance(event, Finished) else None
-                    if isinstance(event, Token) and on_token(index, event.token):
-                        stopped.add(index)
-                        result = self.abort(event.id, "stop")  # None: it was its last one anyway, whose event follows
+                    if isinstance(event, Token) and index not in stopped:
+                        told[index] += 1
+                        if on_token(index, event.token):
+                            stopped.add(index)
+                            result = self.abort(event.id, "stop")  # None: it ends by itself, and its event follows
                     if result is not None:
-                        results[index] = replace(result, finish_reason="stop") if index in stopped else result
+                        results[index] = result.stopped(told[index]) if index in stopped else result
                         on_finish(index, results[index])
             self.check_finite()
         finally:
@@ -314,18 +295,23 @@ class Engine:
         where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
         raise NotFinite(prompts, sequence.length - 1, where)
 
-    def _restrict(self, sequences: Sequence[scheduler.Sequence]) -> list[Event]:
-        """Masks for these, whose step runs up to its head meanwhile; what has come of the steps before it.
+    def _land_all(self) -> list[Event]:
+        events: list[Event] = []
+        while self.flights:
+            events += self._land(self.flights.popleft())
+        return events
+
+    def _restrict(self, started: Started) -> list[Event]:
+        """Masks for rows with grammars, whose step runs up to its head meanwhile; what has come of the steps before.
 
         Each mask follows from the tokens before it, so those must have come. A request whose grammar has become too
         complex ends here with the reason "error", alone.
         """
-        events: list[Event] = []
-        while sequences and self.flights:
-            events += self._land(self.flights.popleft())
+        sequences = started.restricted
+        events = self._land_all() if sequences else []
         going = [each for each in sequences if not each.finished]
         if going:
-            self.runner.mask(going, self.grammars)
+            self.runner.mask(started, going, self.grammars)
         for sequence in going:
             if sequence.matcher and (failure := sequence.matcher.failure):
                 warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
@@ -337,7 +323,13 @@ class Engine:
         """What a step has brought, when it has ended."""
         self.landed = flight  # let go of beside a later step: to give pinned memory back takes a while
         events: list[Event] = []
+        before: scheduler.Sequence | None = None
         for sequence, token, logprobs in flight.land(self.config.timeout_s):
+            drafted, before = sequence is before, sequence
+            if drafted:
+                self.scheduler.drafted(sequence, token)
+            if token < 0:
+                continue
             if sequence.finished:
                 continue  # it ended while this step was under way
             now = time.perf_counter()

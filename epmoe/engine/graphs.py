@@ -5,6 +5,7 @@
       adjusted
     prompts alone          prompts, and a graph of the head        … of tokens, up to MOST_TOKENS
     both                   mixed, and a graph of the head          … likewise
+    rows with drafts       drafts, and a graph of the head         … of rows, the drafts' among them
     more tokens            the model's call as it is, then a head; so, too, where a prompt is to be scored
 
 What fills a step up belongs to the cache's spare sequence or to nobody. No bit depends on any of this.
@@ -99,8 +100,8 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
 
 
 class Kind(NamedTuple):
-    """A part of a step: "decode" or "rows" of so many rows, "prompts" or "mixed" of so many tokens, "head" of so many
-    outputs."""
+    """A part of a step: "decode", "rows" or "drafts" of so many rows, "prompts" or "mixed" of so many tokens, "head" of
+    so many outputs."""
 
     part: str
     size: int
@@ -148,7 +149,12 @@ class Graphs:
         return rows
 
     def ragged(self, ragged: Ragged) -> None:
-        """Start a step with prompts, up to its head."""
+        """Start a step with prompts, or with drafts, up to its head."""
+        if not ragged.spans and self.capture:
+            self.static.cache.write()
+            self.static.order_step(ragged)
+            self._run(Kind("drafts", self.bucket(len(ragged.rows)), None))
+            return
         part = "mixed" if ragged.rows else "prompts"
         size, static = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None), self.static
         if size is not None:
@@ -171,20 +177,22 @@ class Graphs:
         room = len(ragged.given) <= size and max(len(ragged.spans), len(ragged.outputs)) <= most
         return room and not ragged.scored
 
-    def missing(self, variants: Iterable[Variant], most: int, bodies: Sequence[Kind]) -> list[Kind]:
+    def missing(self, variants: Iterable[Variant], most: tuple[int, int], bodies: Sequence[Kind]) -> list[Kind]:
         """The parts that a load needs and that were not run before, the largest first: the others fit its memory.
 
         Args:
-            most: rows at a time.
+            most: rows at a time, and rows with those of drafts.
             bodies: of steps with prompts, the smallest first; what is no graph runs as it is.
         """
-        sizes = [size for size in self.buckets if size <= self.bucket(most)]
-        kinds = [(size, variant) for variant in sorted(variants) for size in sizes]
-        adjusted = [each for each in kinds if each[1].adjusted]
-        wanted = [Kind("decode", *each) for each in kinds if not each[1].adjusted]
+        sizes, drafted = ([size for size in self.buckets if size <= self.bucket(each)] for each in most)
+        kinds = [(size, variant) for variant in sorted(variants) for size in drafted]
+        decodes = [each for each in kinds if each[0] <= sizes[-1]]
+        adjusted = [each for each in decodes if each[1].adjusted]
+        wanted = [Kind("decode", *each) for each in decodes if not each[1].adjusted]
         wanted += [Kind("head", *each) for each in (kinds if self.capture else adjusted)]
         wanted += [Kind("rows", size, None) for size in sizes if adjusted]
-        wanted += bodies if self.capture else []
+        if self.capture:
+            wanted += [*(Kind("drafts", size, None) for size in drafted if self.static.drafted), *bodies]
         return [kind for kind in reversed(wanted) if kind not in self.ready]
 
     def prepare(self, new: Sequence[Kind]) -> None:
@@ -225,8 +233,8 @@ class Graphs:
         self.static.order_step(Ragged.of([], []))
 
     def _part(self, kind: Kind) -> Callable[[], None]:
-        if kind.part == "rows":
-            return partial(self.static.rows, kind.size)
+        if kind.part in ("rows", "drafts"):
+            return partial(self.static.rows if kind.part == "rows" else self.static.drafts, kind.size)
         if kind.variant is None:
             return partial(self.static.body, kind.size, rows=kind.part == "mixed")
         return partial(self.static.decode if kind.part == "decode" else self.static.head, kind.size, kind.variant)

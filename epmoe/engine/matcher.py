@@ -102,17 +102,30 @@ class Grammars:
             raise _refused(made.get_error())
         return made
 
-    def fill(self, matchers: Sequence[Matcher], words_GW: Any) -> None:
+    def fill(self, asked: Sequence[tuple[Matcher, Sequence[int]]], words_GW: Any) -> int:
         """Write the masks of these, row by row, into int32 memory on the host; without the interpreter's lock.
 
         At a grammar's end the mask has the ids that end a text, and no others. Of one that fails it means nothing.
 
         Args:
+            asked: matchers, and tokens after each of which there is a further mask, as if they had come; from the first
+                one on that the grammar refuses, masks mean nothing.
             words_GW: a tensor of at least as many rows, which lie one after the other.
+        Returns:
+            how many rows were written.
         """
-        assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= len(matchers)
-        rows = [(each.matcher, row) for row, each in enumerate(matchers)]
-        self.executor.unsafe_compute_mask_ptr(rows, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+        rows, drafted = 0, []
+        for each, draft in asked:
+            drafted.append((each.matcher, rows, list(draft)))
+            rows += 1 + len(draft)
+        assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= rows
+        memory = words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW)
+        if rows > len(drafted):
+            words_GW[:rows] = -1  # a mask that nobody writes allows everything
+            self.executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
+        else:
+            self.executor.unsafe_compute_mask_ptr([(matcher, row) for matcher, row, _ in drafted], *memory)
+        return rows
 
 
 def check_grammar(grammar: str) -> None:

@@ -1,19 +1,21 @@
 """A step as the host knows it: a token of each sequence that decodes, then pieces of prompts. Lists, no tensors.
 
     tokens   [ row 0 · row 1 · … | piece 0 · … | piece 1 · … ]
+    rows     of a sequence its last token, then those of its draft
     outputs  the rows, and the last tokens of those prompts that end here: their next ids are chosen
     scored   the tokens after which the prompt goes on, where the next one's log-probability is wanted
 
 Letters: T tokens of a step · B rows · P pieces · O outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from epmoe.batch import Span
 from epmoe.engine import scheduler
 from epmoe.engine.scheduler import Piece
 
+Drafts = Mapping[scheduler.Sequence, Sequence[int]]
 Score = tuple[scheduler.Sequence, range]  # places of the prompt's tokens whose log-probabilities come
 
 
@@ -28,23 +30,47 @@ class Ragged:
     outputs: list[int]  # tokens
     ended: list[scheduler.Sequence]  # the outputs' sequences
     nexts: list[int]  # the outputs' next positions
+    ahead: list[int] = field(
+        default_factory=list
+    )  # of the outputs: see `batch.Drafted`; empty where there are no drafts
+    wanted: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # handles by whose parameters the outputs are; empty: their own
     scored: list[int] = field(default_factory=list)  # tokens
     scores: list[Score] = field(default_factory=list)  # whose they are
 
     @classmethod
-    def of(cls, rows: Sequence[scheduler.Sequence], work: Sequence[Piece]) -> "Ragged":
-        """The rows' next tokens, and the next tokens of prompts."""
-        made = cls(
-            given=[-1 - row.handle for row in rows],
-            positions=[row.next - 1 for row in rows],
-            rows=[row.handle for row in rows],
-            spans=[],
-            outputs=list(range(len(rows))),
-            ended=list(rows),
-            nexts=[row.next for row in rows],
-        )
+    def of(cls, rows: Sequence[scheduler.Sequence], work: Sequence[Piece], drafts: Drafts | None = None) -> "Ragged":
+        """The rows' next tokens and their drafts', and the next tokens of prompts."""
+        if drafts:
+            made = cls._drafted(rows, drafts)
+        else:
+            made = cls(
+                given=[-1 - row.handle for row in rows],
+                positions=[row.next - 1 for row in rows],
+                rows=[row.handle for row in rows],
+                spans=[],
+                outputs=list(range(len(rows))),
+                ended=list(rows),
+                nexts=[row.next for row in rows],
+            )
         for sequence, count in work:
             made._add(sequence, count)
+        return made
+
+    @classmethod
+    def _drafted(cls, rows: Sequence[scheduler.Sequence], drafts: Drafts) -> "Ragged":
+        made = cls([], [], [], [], [], [], [])
+        for row in rows:
+            draft = drafts.get(row, ())
+            made.given.extend([-1 - row.handle, *draft])
+            made.wanted.extend([*draft, -1])
+            for ahead in range(1 + len(draft)):
+                made.outputs.append(len(made.rows))
+                made.rows.append(row.handle)
+                made.positions.append(row.next - 1 + ahead)
+                made.nexts.append(row.next + ahead)
+                made.ended.append(row)
+                made.ahead.append(ahead)
         return made
 
     def _add(self, sequence: scheduler.Sequence, count: int) -> None:
@@ -63,3 +89,6 @@ class Ragged:
             self.outputs.append(begin + count - 1)
             self.ended.append(sequence)
             self.nexts.append(cached + count)
+            if self.ahead:
+                self.ahead.append(0)
+                self.wanted.append(-1)

@@ -206,6 +206,10 @@ class Result:
     prompt_logprobs: PromptLogprobs = ()  # when asked for
     failure: str = ""  # of its grammar, where that is the error; else its numbers are none
 
+    def stopped(self, count: int) -> "Result":
+        """The same, ended by a listener after so many ids."""
+        return replace(self, ids=self.ids[:count], logprobs=self.logprobs[:count], finish_reason="stop")
+
 
 # Called on every rank, in the same order. `on_token(request, id)` for each new id but one that ends the text by itself
 # (end of text, stop_token_ids); True ends the request there. `on_finish(request, result)` once for each.

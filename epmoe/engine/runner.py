@@ -11,13 +11,13 @@ import torch
 from epmoe.cache.cache import Cache
 from epmoe.engine import scheduler
 from epmoe.engine.matcher import Grammars
-from epmoe.engine.ragged import Ragged, Score
+from epmoe.engine.ragged import Drafts, Ragged, Score
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
 from epmoe.engine.scheduler import Piece
 from epmoe.engine.scores import deliver, scored
 from epmoe.engine.state import State
-from epmoe.engine.step import StaticStep
+from epmoe.engine.step import Sizes, StaticStep
 from epmoe.models import Model
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, staging, to_device
@@ -31,6 +31,7 @@ class Flight:
     """New ids of some sequences on their way to the host, with the log-probabilities that were asked for.
 
     Args:
+        sequences: of the ids; several in a row are of one that has a draft.
         prompts: `scores` of prompts' tokens, and what `scores.scored` has found of them.
     """
 
@@ -38,6 +39,7 @@ class Flight:
         self, sequences: Sequences, id_B: torch.Tensor, logits_BV: torch.Tensor | None, prompts: Prompts
     ) -> None:
         self.sequences, (self.scores, found) = sequences, prompts
+        self.drafted = len(set(sequences)) < len(sequences)
         self.asked = [row for row, each in enumerate(sequences) if each.request.params.logprobs]
         tensors = [id_B]
         if self.asked:
@@ -47,12 +49,15 @@ class Flight:
             if len(self.asked) < len(sequences):  # a row of logits takes as long to copy as to look at
                 row_O = to_device(self.asked, torch.int64, id_B.device)
                 logits_OV, id_O = logits_BV[row_O], id_B[row_O]
-            chosen_O = id_O.clamp(max=logits_BV.shape[1] - 1)  # logits that are not finite have chosen no token
+            # Logits that are not finite have chosen no token, and what does not count means nothing.
+            chosen_O = id_O.clamp(0, logits_BV.shape[1] - 1)
             tensors += top_logprobs(logits_OV, chosen_O, top)
         self.arrival = Arrival([*tensors, *found])
 
     def land(self, timeout_s: float) -> Iterator[Landed]:
         """Each sequence's new id and its log-probabilities, once sequences have those of their prompts.
+
+        Of one with a draft all that it may bring, in order; -1 are those that do not count.
 
         Raises:
             NoArrival: the step did not end in time.
@@ -82,6 +87,8 @@ class Started(NamedTuple):
     """A step that has begun."""
 
     sequences: Sequences  # whose next ids it is to choose
+    drafts: Drafts
+    chosen: Sequence[int]  # handles by whose parameters they are
     variant: Variant | None  # how; None: there are none
     scores: Sequence[Score]
     id_B: torch.Tensor | None  # the ids, where it is launched whole
@@ -89,23 +96,23 @@ class Started(NamedTuple):
     @property
     def restricted(self) -> list[scheduler.Sequence]:
         """Those that need the masks of their grammars before its head."""
-        return [each for each in self.sequences if each.matcher] if self.variant and self.variant.adjusted else []
+        adjusted = self.variant is not None and self.variant.adjusted
+        return [each for each in dict.fromkeys(self.sequences) if each.matcher] if adjusted else []
 
 
 class Runner:
     """A model, its cache and what the device knows of each sequence. Its methods are collectives of the expert group.
 
     Args:
-        rows: the most sequences of a step.
-        tokens: the most tokens of a step that is a graph.
+        sizes: of a step that is a graph, at most.
         score_rows: logits of prompts' tokens are made of so many rows at a time, at most.
     """
 
-    def __init__(self, model: Model, cache: Cache, ranks: Ranks, rows: int, tokens: int, score_rows: int) -> None:
+    def __init__(self, model: Model, cache: Cache, ranks: Ranks, sizes: Sizes, score_rows: int) -> None:
         self.model, self.cache, self.ranks, self.score_rows = model, cache, ranks, score_rows
-        self.state = State(cache, model.config.vocab, ranks)
+        self.state = State(cache, model.config.vocab, ranks, sizes.drafted_rows)
         self.masks_MW: torch.Tensor | None = None  # on the host
-        self.static = StaticStep(model, cache, self.state, rows, tokens)
+        self.static = StaticStep(model, cache, self.state, sizes)
 
     def admit(self, sequence: scheduler.Sequence, ends: Iterable[int] = ()) -> None:
         """Tell the device of a sequence that begins: its parameters, and its ids where they count.
@@ -116,46 +123,59 @@ class Runner:
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
-        started = self.begin(rows, work, launcher)
+        started = self.begin(rows, work, {}, launcher)
         return started and self.finish(started, launcher)
 
-    def begin(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Started | None:
-        """Launch such a step up to its head, or whole where nothing adjusts its logits. None: nothing comes of it."""
-        if not work:
+    def begin(self, rows: Sequences, work: Sequence[Piece], drafts: Drafts, launcher: Launcher) -> Started | None:
+        """Launch such a step, some of whose rows have drafts, up to its head, or whole where nothing adjusts its logits
+        and nobody drafts. None: nothing comes of it."""
+        if not (work or drafts):
             self.cache.write()  # else the launcher does, with what the step has to know
         if not (rows or work):
             return None
-        ragged = Ragged.of(rows, work) if work else None
+        ragged = Ragged.of(rows, work, drafts) if work or drafts else None
         sequences, scores = (ragged.ended, ragged.scores) if ragged else (rows, ())
         variant = Variant.joined([each.request.variant for each in sequences]) if sequences else None
         id_B = None
+        if ragged and drafts and variant and variant.adjusted:
+            ragged.chosen.extend(self._branch(ragged, drafts))
         if ragged:
             launcher.ragged(ragged)
         elif variant and variant.adjusted:
             launcher.rows([each.handle for each in rows])
         elif variant:
             id_B = launcher.decode([each.handle for each in rows], variant)
-        started = Started(sequences, variant, scores, id_B)
+        chosen = ragged.chosen if ragged and ragged.chosen else [each.handle for each in sequences]
+        started = Started(sequences, drafts, chosen, variant, scores, id_B)
         for sequence, tokens in work:
             sequence.cached += tokens
-        for sequence in sequences:
+        for sequence in dict.fromkeys(sequences):
             sequence.launched += 1
         for sequence, places in scores:
             sequence.scored += len(places)
         return started if sequences or scores else None
 
-    def mask(self, sequences: Sequences, grammars: Grammars) -> None:
-        """Let their next tokens be what their grammars allow; nobody's masks may be under way still."""
+    def _branch(self, ragged: Ragged, drafts: Drafts) -> list[int]:
+        """For each output a handle by whose parameters it is chosen: in a draft one that knows the tokens before."""
+        branches = iter(self.state.branch([(each.handle, draft) for each, draft in drafts.items()]))
+        outputs = zip(ragged.ended, ragged.ahead, strict=True)
+        return [next(branches) if ahead else each.handle for each, ahead in outputs]
+
+    def mask(self, started: Started, sequences: Sequences, grammars: Grammars) -> None:
+        """Let the next tokens of these be what their grammars allow; nobody's masks may be under way still."""
         words = self.state.allowed_SW
         assert words is not None, "State.keep was not called"
         if self.masks_MW is None:
             self.masks_MW = staging(words[: len(self.static.id_M)])
-        grammars.fill([each.matcher for each in sequences if each.matcher], self.masks_MW)
-        self.state.mask([each.handle for each in sequences], self.masks_MW[: len(sequences)])
+        asked = [(each.matcher, started.drafts.get(each, ())) for each in sequences if each.matcher]
+        rows = grammars.fill(asked, self.masks_MW)
+        masked = set(sequences)
+        outputs = zip(started.sequences, started.chosen, strict=True)
+        self.state.mask([handle for each, handle in outputs if each in masked], self.masks_MW[:rows])
 
     def finish(self, started: Started, launcher: Launcher) -> Flight:
         """Launch the rest of a step, after which no other one has begun."""
-        sequences, variant, scores, id_B = started
+        sequences, _, _, variant, scores, id_B = started
         if id_B is None:
             id_B = launcher.head(len(sequences), variant) if variant else self.static.id_M[:0]
         found = scored(self.model, self.static.take_scored(), scores, self.score_rows) if scores else ()

@@ -1,6 +1,6 @@
 """Scheduler: who waits, who runs, what runs next, what has come. On the host alone, without tensors.
 
-    waiting ──────▶ running ──▶ a step: one token of each sequence whose prompt is cached (decode),
+    waiting ──────▶ running ──▶ a step: one token of each sequence whose prompt is cached (decode), and its draft's,
      ▲    ▲            │                and pieces of prompts, together `prefill_chunk` tokens at most (prefill)
     add   └─ put back ─┤
                     append ──▶ finish: a token has come; it may be the last one
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from epmoe.cache.pages import Pages, extend
+from epmoe.engine.drafts import MOST_DRAFT, Drafter, Drafting, History
 from epmoe.engine.matcher import Matcher
 from epmoe.engine.request import PromptLogprobs, Request, Result, TokenLogprobs
 
@@ -35,7 +36,7 @@ class Sequence:
     cached: int = 0  # tokens of `prompt` that were fed, or found
     found: int | None = None  # of them, those whose pages were there when it began
     keys: list[bytes] = field(default_factory=list)  # of its first pages
-    launched: int = 0  # new tokens whose step was launched
+    launched: int = 0  # new tokens whose step was launched; of a draft those that have come
     ids: list[int] = field(default_factory=list)  # new tokens that have come
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     scored: int = 0  # tokens of the prompt after each of which the next one's log-probability was launched
@@ -45,6 +46,7 @@ class Sequence:
     finished: bool = False
     stop_ids: Set[int] = frozenset()  # that end it besides the end of text
     matcher: Matcher | None = None  # where it stands in its grammar, once `ids` have come
+    history: History | None = None  # likewise, where there are drafts
 
     def __post_init__(self) -> None:
         self.prompt = self.request.ids
@@ -94,6 +96,7 @@ class Sequence:
         return Result(tuple(self.ids), reason, *times, logprobs, self.found or 0, self.told_of_prompt())
 
 
+NOTHING = History(())  # of one that has said nothing yet
 Piece = tuple[Sequence, int]  # of a prompt: how many of its tokens
 
 
@@ -104,6 +107,7 @@ class Work:
     rows: list[Sequence]  # a token of each
     pieces: list[Piece]
     begun: list[Sequence]  # of which the device knows nothing yet
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # further tokens of some rows, if those come
 
 
 class Scheduler:
@@ -124,6 +128,7 @@ class Scheduler:
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
         # Of a step at most, rows and pieces of prompts together, and of one without rows; 0: no other bound.
         self.step_tokens = self.alone_tokens = 0
+        self.drafting: Drafting | None = None  # nobody drafts
         self.waiting: deque[Sequence] = deque()  # by priority, then by arrival; who was put back stands in front
         self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
@@ -184,7 +189,40 @@ class Scheduler:
             left -= self._add_piece(work, self.running[-1], max(share, 1))
             if not share:
                 break
+        self._draft(work)
         return work
+
+    def drafts_soon(self) -> bool:
+        """Whether the next step would have drafts, for all that has come; it needs the tokens that are under way."""
+        rows = [sequence for sequence in self.running if sequence.decodes]
+        return self.drafting is not None and any(self._counts(rows, self.drafting.most_rows - len(rows)))
+
+    def _draft(self, work: Work) -> None:
+        """Let rows have drafts, where all their tokens have come, and nobody gives a page for it."""
+        if self.drafting is None or not work.rows:
+            return
+        outputs = len(work.rows) + len(work.pieces)
+        room = (self.max_batch if work.pieces else self.drafting.most_rows) - outputs
+        known = [sequence for sequence in work.rows if sequence.launched == len(sequence.ids)]
+        for sequence, count in zip(known, self._counts(known, room, len(work.rows)), strict=True):
+            begin = sequence.computed
+            got = self.pages.grow(sequence.handle, begin, begin + 1 + count) - 1 if count else 0
+            if got > 0 and sequence.history:
+                work.drafts[sequence] = sequence.history.draft(got)
+                self.drafting.drafted += got
+
+    def _counts(self, sequences: list[Sequence], room: int, rows: int = 0) -> list[int]:
+        """How many tokens each drafts in a step of so many rows; 0: of these."""
+        assert self.drafting is not None
+        drafters: list[Drafter] = []
+        for sequence in sequences:
+            if sequence.history is None:
+                drafters.append((NOTHING, 0))
+            else:
+                most = min(sequence.end - 1 - sequence.next, MOST_DRAFT)
+                most = self.pages.readable(sequence.handle, most, len(sequences))
+                drafters.append((sequence.history, most))
+        return self.drafting.allot(drafters, rows or len(sequences), room)
 
     def _shares(self) -> dict[Sequence, int]:
         """What each prompt may have of a bounded step; those that may begin have a share."""
@@ -273,11 +311,21 @@ class Scheduler:
         if self.pages.prefix_cache:
             extend(sequence.keys, sequence.tokens, self.pages.size, count)
 
+    def drafted(self, sequence: Sequence, token: int) -> None:
+        """What a row of its draft has chosen has come; -1: a token before it was another, so it does not count."""
+        assert self.drafting is not None
+        self.drafting.refused += token < 0
+        sequence.launched += token >= 0
+
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """A chosen token has come; the reason when it ends the sequence ("eos", "stop" or "length"), else ""."""
         if not sequence.ids:
             sequence.first_token_s = now - sequence.added_s
         sequence.ids.append(token)
+        if self.drafting is not None:
+            if sequence.history is None:
+                sequence.history = History(sequence.request.ids)
+            sequence.history.take(token)
         if logprobs is not None:
             own = logprobs.top[: sequence.request.params.logprobs]
             sequence.logprobs.append(TokenLogprobs(logprobs.chosen, own))

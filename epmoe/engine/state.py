@@ -1,6 +1,10 @@
 """What the device knows of every sequence: its last token and position, its parameters, what adjusts its logits.
 
-Letters: B rows of a step · S handles of the cache · V vocabulary · W words of allowed ids.
+A draft's rows have been adjusted as if the tokens before them had come: each has a copy of its sequence's state, with
+these tokens, at a handle of its own, beyond those of the cache (`branch`).
+
+Letters: B rows of a step · S handles of the cache, and as many more as rows can be drafted · V vocabulary · W words of
+allowed ids.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 
-from epmoe.batch import Adjustments, Listed, SequenceState
+from epmoe.batch import Adjustments, Drafted, Listed, SequenceState
 from epmoe.cache.cache import Cache
 from epmoe.engine.adjust import Entry, entries, packed, words
 from epmoe.engine.request import MOST_LISTED, Level, SamplingParams, Variant
@@ -20,12 +24,16 @@ from epmoe.trace import named
 
 
 class State:
-    """By a sequence's handle in the cache; the spare one stays at position 0."""
+    """By a sequence's handle in the cache; the spare one stays at position 0.
 
-    def __init__(self, cache: Cache, vocab: int, ranks: Ranks) -> None:
-        count, device = cache.spare + 1, ranks.device
-        self.spare, self.vocab, self.ranks = cache.spare, vocab, ranks
-        token_S, position_S = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
+    Args:
+        branches: rows of drafts that a step may have.
+    """
+
+    def __init__(self, cache: Cache, vocab: int, ranks: Ranks, branches: int = 0) -> None:
+        count, device = cache.spare + 1 + branches, ranks.device
+        self.spare, self.count, self.vocab, self.ranks = cache.spare, count, vocab, ranks
+        token_S, position_S = (torch.zeros(cache.spare + 1, dtype=torch.int64, device=device) for _ in range(2))
         self.sequences = SequenceState(token_S, position_S, seen_SV=None)
         self.params_S = sampling_tensors([SamplingParams()] * count, device)
         self.told: dict[int, tuple[Any, ...]] = {}  # what these and `penalty_S3` hold of each handle
@@ -41,7 +49,7 @@ class State:
 
         Of 201,088 ids and 64 sequences 52 MB for "count", 13 for "seen", less than 2 for each of the others.
         """
-        count, device = len(self.sequences.token_S), self.ranks.device
+        count, device = self.count, self.ranks.device
         new = wanted - self.kept
         if "seen" in new:
             self.sequences = self.sequences._replace(
@@ -138,11 +146,10 @@ class State:
         variant: Variant,
         part: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """The next ids [B], at `position_B` of the sequences, and the state after them; a collective.
+        """The next ids [B], at `position_B` of the sequences; a collective.
 
         They are the same on every rank: those of expert rank 0, or what all ranks find together when each has the
-        logits of its `part` of the vocabulary. V, where the logits are not finite, is for the host to see; the state
-        gets an id that the model can take until then.
+        logits of its `part` of the vocabulary. V, where the logits are not finite, is for the host to see.
         """
         with named("sample"):
             if variant.level == Level.GREEDY and not variant.adjusted:
@@ -155,10 +162,45 @@ class State:
                 id_B = sample(logits_BV, sequence_B, position_B, self.params_S, adjustments, variant.level)
             if part is None:
                 self.ranks.broadcast(id_B)
-        state = twin("sequence_state", self.sequences.token_S)
-        state.advance(id_B, sequence_B, position_B, self.sequences, self.vocab)
-        found_B: torch.Tensor = id_B
-        return found_B
+        return id_B
+
+    def advance(
+        self, id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor, drafted: Drafted | None = None
+    ) -> torch.Tensor:
+        """The state after these ids, of which it returns those that count: `layers.sequence_state.advance`.
+
+        For one that is no id it has one that the model can take, until the host sees it.
+        """
+        twins = twin("sequence_state", self.sequences.token_S)
+        counted_B: torch.Tensor = twins.advance(id_B, sequence_B, position_B, self.sequences, self.vocab, drafted)
+        return counted_B
+
+    def branch(self, drafts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """Handles for the rows of drafts, in their order: copies of the sequences' state, as if the tokens had come.
+
+        They hold until the next call.
+
+        Args:
+            drafts: a sequence's handle and its draft.
+        """
+        device = self.ranks.device
+        rows = [(handle, draft[:count]) for handle, draft in drafts for count in range(1, len(draft) + 1)]
+        handles = list(range(self.spare + 1, self.spare + 1 + len(rows)))
+        assert handles[-1] < self.count, "more rows than branches"
+        from_R = to_device([handle for handle, _ in rows], torch.int64, device)
+        to_R = to_device(handles, torch.int64, device)
+        _, _, seen_SV, count_SV = self.sequences
+        kept = (*self.params_S, self.penalty_S3, seen_SV, count_SV, *(self.listed or ()), self.allowed_SW)
+        for each in kept:
+            if each is not None:
+                each.index_copy_(0, to_R, each[from_R])
+        said = [(handle, id) for handle, (_, ids) in zip(handles, rows, strict=True) for id in ids]
+        handle_X, id_X = (to_device(each, torch.int64, device) for each in zip(*said, strict=True))
+        if seen_SV is not None:
+            seen_SV.index_put_((handle_X, id_X), torch.ones_like(handle_X, dtype=torch.bool))
+        if count_SV is not None:
+            count_SV.index_put_((handle_X, id_X), torch.ones_like(handle_X, dtype=torch.int32), accumulate=True)
+        return handles
 
     def tokens(self, given_T: torch.Tensor) -> torch.Tensor:
         """int64 [T]: the given tokens, and where -1 - handle is given, that sequence's last one."""

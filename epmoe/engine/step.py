@@ -12,16 +12,19 @@ CUDA graph (epmoe/engine/graphs.py):
 
     decode(rows, variant)    a step of rows alone, whole; where no row's logits are adjusted
     rows(rows)               it up to the last norm
+    drafts(rows)             the same, of the host's rows: several of a sequence that has a draft
     body(tokens, rows)       a step with prompts, up to the last norm
-    head(count, variant)     the rest of these: the vocabulary, the sampler
+    head(count, variant)     the rest of these: the vocabulary, the sampler, which of a draft's ids count
 
 Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
 H hidden · V vocabulary · S tokens of prompts that are to be scored.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from epmoe.batch import Step
+from epmoe.batch import Drafted, Step
 from epmoe.cache.cache import Cache, Changes
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Variant
@@ -42,27 +45,37 @@ def vocabulary_part(vocab: int, chunk: int, rank: int, size: int) -> tuple[int, 
     return chunks * rank // size * chunk, min(chunks * (rank + 1) // size * chunk, vocab)
 
 
+class Sizes(NamedTuple):
+    """Of a step, at most."""
+
+    sequences: int
+    tokens: int  # of a `body`
+    drafted_rows: int = 0  # of one without prompts, those of drafts among them; 0: there are no drafts
+
+
 class StaticStep:
     """The parts of a step over buffers that stay where they are; ids are in `id_M` then.
 
     Where all outputs are greedy and nobody wants logits, each rank projects to its part of the vocabulary only.
 
     Args:
-        rows: M, the most rows of a step, and the most pieces of prompts.
-        tokens: the most tokens of a `body`.
+        sizes: of a step, at most.
     """
 
-    def __init__(self, model: Model, cache: Cache, state: State, rows: int, tokens: int) -> None:
+    def __init__(self, model: Model, cache: Cache, state: State, sizes: Sizes) -> None:
         self.model, self.cache, self.state = model, cache, state
+        self.pieces, tokens, self.drafted = sizes.sequences, sizes.tokens, sizes.drafted_rows > 0
+        rows = max(sizes.sequences, sizes.drafted_rows)
         device, ranks = state.ranks.device, state.ranks
         self.part = vocabulary_part(state.vocab, model.vocab_chunk, ranks.expert_rank, ranks.expert_size)
 
         # What the host orders lies in one buffer, so that a step takes one copy; each part begins at 16 bytes.
         even = rows + rows % 2
-        self.parts = [tokens] * 2 + [even] * 4 + [2 * even] + [2] + [self.changes(tokens, rows)] * 2
+        self.parts = [tokens] * 2 + [even] * 7 + [2 * even] + [2] + [self.changes(tokens, self.pieces)] * 2
         self.order = torch.zeros(sum(self.parts), dtype=torch.int64, device=device)
         self.given_T, self.position_T, *of_M, spans, one, self.place_U, self.page_U = self.order.split(self.parts)
-        self.row_M, self.output_M, self.ended_M, self.next_M = (each[:rows] for each in of_M)
+        self.row_M, self.output_M, self.ended_M, self.next_M, self.chosen_M, *drafted = (each[:rows] for each in of_M)
+        self.drafted_M = Drafted(*drafted)
         self.span_M4, self.rows_1 = spans.view(torch.int32).view(-1, 4)[:rows], one.view(torch.int32)[:1]
         self.stage = Stage(self.order, self.parts)
         self.sequence_M = torch.full((rows,), state.spare, dtype=torch.int64, device=device)  # of a decode
@@ -83,7 +96,8 @@ class StaticStep:
         sequence_B = self.sequence_M[:rows]
         token_B, position_B, next_B = self.state.last(sequence_B)
         norm_BH = self.model.hidden(Step(token_B, position_B, sequence_B), self.cache)
-        self._choose(norm_BH, sequence_B, next_B, variant)
+        id_B = self._choose(norm_BH, sequence_B, next_B, variant)
+        self.id_M[:rows] = self.state.advance(id_B, sequence_B, next_B)
 
     def rows(self, rows: int) -> None:
         """The same up to the last norm, for a head of as many outputs, which may have to wait. A collective."""
@@ -91,15 +105,28 @@ class StaticStep:
         token_B, position_B, next_B = self.state.last(sequence_B)
         self._keep(self.model.hidden(Step(token_B, position_B, sequence_B), self.cache))
         self.ended_M[:rows], self.next_M[:rows] = sequence_B, next_B
+        if self.drafted:
+            self.chosen_M[:rows] = sequence_B
+            self.drafted_M.ahead_O[:rows].zero_()
+            self.drafted_M.wanted_O[:rows].fill_(-1)
+
+    def drafts(self, rows: int) -> None:
+        """So many rows, some of which may be of one sequence, up to the last norm, as `order_step` has said. A
+        collective.
+
+        No size in it depends on anything but `rows`.
+        """
+        token_B, sequence_B = self.state.tokens(self.given_T[:rows]), self.row_M[:rows]
+        self._keep(self.model.hidden(Step(token_B, self.position_T[:rows], sequence_B, drafted=True), self.cache))
 
     def most(self, tokens: int, *, rows: bool) -> int:
         """Pieces of prompts, and outputs, that a `body` of so many tokens has room for.
 
-        All of M beside rows, which are outputs too, and in the largest body; else a quarter of the tokens: room that is
+        `pieces` beside rows, which are outputs too, and in the largest body; else a quarter of the tokens: room that is
         not used takes time (a program that finds nothing to do for each piece, a row of the last layer's experts).
         """
         every = rows or tokens == len(self.given_T)
-        return min(tokens, len(self.row_M), len(self.row_M) if every else max(8, tokens // 4))
+        return min(tokens, self.pieces, self.pieces if every else max(8, tokens // 4))
 
     def changes(self, tokens: int, pieces: int) -> int:
         """Pages that a `body` has room for, which its step's sequences have come to hold; prefixes may bring more."""
@@ -112,14 +139,21 @@ class StaticStep:
         Args:
             changes: of the cache's pages, for a `body` that has room for them.
         """
-        given_T, position_T, row_M, output_M, ended_M, next_M, spans, one, place_U, page_U = self.stage.begin()
+        given_T, position_T, row_M, output_M, ended_M, next_M, *parts = self.stage.begin()
+        chosen_M, ahead_M, wanted_M, spans, one, place_U, page_U = parts
         if (tokens := len(ragged.given)) <= len(given_T):  # else `run` takes them
             given_T[:tokens], position_T[:tokens] = ragged.given, ragged.positions
-        row_M[: len(ragged.rows)] = ragged.rows
+        row_M[: len(ragged.rows)], row_M[len(ragged.rows) :] = ragged.rows, self.state.spare
         outputs = len(ragged.outputs)
         ended_M[outputs:] = self.state.spare
         ended_M[:outputs] = [each.handle for each in ragged.ended]
         output_M[:outputs], next_M[:outputs] = ragged.outputs, ragged.nexts
+        chosen_M[:] = ended_M
+        wanted_M[:] = -1
+        if ragged.ahead:
+            ahead_M[:outputs], wanted_M[:outputs] = ragged.ahead, ragged.wanted
+        if ragged.chosen:
+            chosen_M[:outputs] = ragged.chosen
         spans.view("int32")[: 4 * len(ragged.spans)] = [number for span in ragged.spans for number in span]
         one.view("int32")[0] = len(ragged.rows)
         place_U[:] = self.cache.nobody
@@ -142,6 +176,7 @@ class StaticStep:
             spans=None,
             span_P4=self.span_M4[:most],
             output_O=self.output_M[:most],
+            drafted=self.drafted,
         )
         self._keep(self.model.hidden(step, self.cache))
 
@@ -154,6 +189,7 @@ class StaticStep:
             sequence_B=to_device(ragged.rows, torch.int64, device),
             spans=tuple(ragged.spans),
             output_O=to_device([*ragged.outputs, *ragged.scored], torch.int64, device),
+            drafted=bool(ragged.ahead),
         )
         norm_XH = self.model.hidden(step, self.cache)
         self._keep(norm_XH[:outputs])
@@ -163,7 +199,10 @@ class StaticStep:
     def head(self, count: int, variant: Variant) -> None:
         """The next ids of the first `count` outputs. A collective."""
         assert self.norm_MH is not None, "no body ran"
-        self._choose(self.norm_MH[:count], self.ended_M[:count], self.next_M[:count], variant)
+        sequence_O, next_O, chosen_O = self.ended_M[:count], self.next_M[:count], self.chosen_M[:count]
+        id_O = self._choose(self.norm_MH[:count], chosen_O if self.drafted else sequence_O, next_O, variant)
+        drafted_O = Drafted(*(each[:count] for each in self.drafted_M)) if self.drafted else None
+        self.id_M[:count] = self.state.advance(id_O, sequence_O, next_O, drafted_O)
 
     def take_scored(self) -> torch.Tensor:
         """[S, H], what `run` has left of them; it is kept no longer."""
@@ -176,10 +215,13 @@ class StaticStep:
             self.norm_MH = norm_OH.new_zeros(len(self.id_M), norm_OH.shape[1])
         self.norm_MH[: len(norm_OH)] = norm_OH
 
-    def _choose(self, norm_OH: torch.Tensor, sequence_O: torch.Tensor, next_O: torch.Tensor, variant: Variant) -> None:
+    def _choose(
+        self, norm_OH: torch.Tensor, sequence_O: torch.Tensor, next_O: torch.Tensor, variant: Variant
+    ) -> torch.Tensor:
+        """int64 [O]; logits are kept where the variant says so."""
         part = None if variant.logits or variant.adjusted or variant.level > Level.GREEDY else self.part
         logits_OV = self.model.logits(norm_OH, part)
-        self.id_M[: len(norm_OH)] = self.state.sample(logits_OV, sequence_O, next_O, variant, part)
         if variant.logits:
             assert self.logits_MV is not None, "StaticStep.keep_logits was not called"
             self.logits_MV[: len(norm_OH)] = logits_OV
+        return self.state.sample(logits_OV, sequence_O, next_O, variant, part)

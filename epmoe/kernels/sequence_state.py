@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from epmoe.batch import SequenceState
+from epmoe.batch import Drafted, SequenceState
 
 # Rows of one program.
 ROWS = 64
@@ -31,14 +31,22 @@ def take(
 
 
 def advance(
-    id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor, state: SequenceState, vocab: int
-) -> None:
+    id_B: torch.Tensor,
+    sequence_B: torch.Tensor,
+    position_B: torch.Tensor,
+    state: SequenceState,
+    vocab: int,
+    drafted: Drafted | None = None,
+) -> torch.Tensor:
     """As `layers.sequence_state.advance`; the spare sequence is the last one."""
     spare = len(state.token_S) - 1
     seen = None if state.seen_SV is None else state.seen_SV.view(torch.uint8)
     states = (state.token_S, state.position_S, seen, state.count_SV)
+    found_B = id_B if drafted is None else torch.empty_like(id_B)
+    told = (None, None, None) if drafted is None else (*drafted, found_B)
     grid = (triton.cdiv(len(id_B), ROWS),)
-    advance_kernel[grid](id_B, sequence_B, position_B, *states, len(id_B), spare, vocab, B=ROWS)
+    advance_kernel[grid](id_B, sequence_B, position_B, *states, *told, len(id_B), spare, vocab, B=ROWS)
+    return found_B
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,6 +78,9 @@ def advance_kernel(
     position_S_ptr,  # out int64 [S]
     seen_ptr,  # out uint8 [S, V], or None
     count_ptr,  # out int32 [S, V], or None
+    ahead_ptr,  # int64 [B], or None: no row belongs to a draft
+    wanted_ptr,  # int64 [B], or None
+    found_ptr,  # out int64 [B], or None
     rows,
     spare,
     vocab,
@@ -79,12 +90,23 @@ def advance_kernel(
     b_B = tl.program_id(0) * B + tl.arange(0, B)
     real_B = b_B < rows
     sequence_B = tl.load(sequence_ptr + b_B, real_B, other=0)
-    token_B = tl.minimum(tl.load(id_ptr + b_B, real_B, other=0), vocab - 1)
+    id_B = tl.load(id_ptr + b_B, real_B, other=0)
+    token_B = tl.minimum(id_B, vocab - 1)
+    used_B = sequence_B != spare
+    last_B = real_B
+    if ahead_ptr is not None:
+        ahead_B = tl.load(ahead_ptr + b_B, real_B, other=0)
+        for back in range(1, tl.max(ahead_B, 0).to(tl.int32) + 1):
+            before_B = real_B & (ahead_B >= back)
+            chosen_B = tl.load(id_ptr + b_B - back, before_B, other=0)
+            used_B = used_B & (chosen_B == tl.load(wanted_ptr + b_B - back, before_B, other=0))
+        counts_B = used_B | (sequence_B == spare)
+        tl.store(found_ptr + b_B, tl.where(counts_B, id_B, -1), real_B)
+        last_B = real_B & counts_B & (id_B != tl.load(wanted_ptr + b_B, real_B, other=-1))
+        real_B = real_B & counts_B
     if seen_ptr is not None:
         tl.store(seen_ptr + sequence_B * vocab + token_B, tl.full([B], 1, tl.uint8), real_B)
-    used_B = sequence_B != spare
-    if count_ptr is not None:  # of a row's own sequence: nobody else writes there
-        count_ptr_B = count_ptr + sequence_B * vocab + token_B
-        tl.store(count_ptr_B, tl.load(count_ptr_B, real_B & used_B, other=0) + 1, real_B & used_B)
-    tl.store(token_S_ptr + sequence_B, tl.where(used_B, token_B, 0), real_B)
-    tl.store(position_S_ptr + sequence_B, tl.where(used_B, tl.load(position_ptr + b_B, real_B, other=0), 0), real_B)
+    if count_ptr is not None:  # of a row's own sequence: nobody else writes there, but its draft's rows
+        tl.atomic_add(count_ptr + sequence_B * vocab + token_B, 1, real_B & used_B, sem="relaxed")
+    tl.store(token_S_ptr + sequence_B, tl.where(used_B, token_B, 0), last_B)
+    tl.store(position_S_ptr + sequence_B, tl.where(used_B, tl.load(position_ptr + b_B, real_B, other=0), 0), last_B)

@@ -65,7 +65,11 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
     q_TED, k_TJD, v_TJD = heads
     turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
     out_TED = torch.zeros_like(turned[0])  # for tokens that belong to nothing
-    for gather in plan.rows.gathers if plan.rows else ():
+    gathers = plan.rows.gathers if plan.rows else ()
+    for gather in gathers:  # all before one attends: a draft's rows see those before them
+        for store_JRD, new_TJD in zip(cached, turned[1:], strict=True):
+            store_JRD.index_copy_(1, gather.row_B, new_TJD[gather.token_B].transpose(0, 1))
+    for gather in gathers:
         _decode(turned, cached, gather, plan.window, sink_E, out_TED)
     for prefill in plan.spans.prefills if plan.spans else ():
         _prefill(turned, cached, prefill, plan.window, sink_E, out_TED)
@@ -75,14 +79,13 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
 def _decode(
     heads: Heads, cached: Pair, gather: Gather, window: int | None, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """Sequences whose tokens lie in one block: write each one's, gather what it sees, attend as a prefill would.
+    """Sequences whose tokens lie in one block: gather what each one sees, attend as a prefill would.
 
     The products have a prefill's shapes, of how many sequences ever: a token has the bits of a prompt's.
     """
-    (q_TED, *new), (count, columns), kv_heads = heads, gather.row_BC.shape, len(cached[0])
+    q_TED, (count, columns), kv_heads = heads[0], gather.row_BC.shape, len(cached[0])
     seen: list[torch.Tensor] = []
-    for store_JRD, new_TJD in zip(cached, new, strict=True):
-        store_JRD.index_copy_(1, gather.row_B, new_TJD[gather.token_B].transpose(0, 1))
+    for store_JRD in cached:
         seen_JXD = store_JRD.index_select(1, gather.row_BC.flatten())
         seen.append(seen_JXD.unflatten(1, (count, columns)).transpose(0, 1).flatten(0, 1))
     q_BQED = q_TED.new_zeros(count, QUERIES, *q_TED.shape[1:])

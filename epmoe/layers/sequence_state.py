@@ -5,7 +5,7 @@ Letters: B rows of a step · S handles of the cache · V vocabulary.
 
 import torch
 
-from epmoe.batch import SequenceState
+from epmoe.batch import Drafted, SequenceState
 
 
 def take(
@@ -17,17 +17,35 @@ def take(
 
 
 def advance(
-    id_B: torch.Tensor, sequence_B: torch.Tensor, position_B: torch.Tensor, state: SequenceState, vocab: int
-) -> None:
-    """Make the ids, at `position_B`, their sequences' last tokens; V counts as V-1.
+    id_B: torch.Tensor,
+    sequence_B: torch.Tensor,
+    position_B: torch.Tensor,
+    state: SequenceState,
+    vocab: int,
+    drafted: Drafted | None = None,
+) -> torch.Tensor:
+    """Make the ids, at `position_B`, their sequences' last tokens; V counts as V-1. Returns the ids that count.
 
     The spare sequence, the last of the state, stays at token 0 and position 0, and counts nothing.
+
+    Args:
+        drafted: where a sequence has several rows, which stand together in order of position. Its last row that counts
+            has its last token; ids of those that do not are -1.
     """
-    token_B = id_B.clamp(max=vocab - 1)
+    spare = len(state.token_S) - 1
+    token_B, real_B, counts_B, last_B = id_B.clamp(max=vocab - 1), sequence_B != spare, None, sequence_B != spare
+    if drafted is not None:
+        ahead_B, wanted_B = drafted
+        right_B = id_B == wanted_B  # then the next one counts, if this one does
+        wrong_B = (ahead_B > 0) & ~right_B.roll(1)
+        wrongs_B = wrong_B.cumsum(0)
+        counts_B = wrongs_B == wrongs_B[torch.arange(len(id_B), device=id_B.device) - ahead_B]
+        real_B, last_B = real_B & counts_B, real_B & counts_B & ~right_B
     if state.seen_SV is not None:
-        state.seen_SV[sequence_B, token_B] = True
-    real_B = sequence_B != len(state.token_S) - 1
+        state.seen_SV[torch.where(real_B, sequence_B, spare), token_B] = True
     if state.count_SV is not None:
         state.count_SV.index_put_((sequence_B, token_B), real_B.int(), accumulate=True)
-    state.token_S[sequence_B] = torch.where(real_B, token_B, 0)
-    state.position_S[sequence_B] = torch.where(real_B, position_B, 0)
+    to_B = torch.where(last_B, sequence_B, spare)
+    state.token_S[to_B] = torch.where(last_B, token_B, 0)
+    state.position_S[to_B] = torch.where(last_B, position_B, 0)
+    return id_B if counts_B is None else torch.where(counts_B, id_B, -1)

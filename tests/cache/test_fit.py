@@ -14,7 +14,8 @@ from spawn import run_ranks
 
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.fit import CACHE_SHARE, CacheSettings, fit_cache
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint

@@ -13,7 +13,8 @@ from sampling import adjustments
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from epmoe.engine.adjust import check_adjustments, packed, words
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import ALL_KEPT, MOST_LISTED, Request, SamplingParams
 from epmoe.engine.sampler import kind
 from epmoe.errors import UserError

@@ -20,7 +20,8 @@ from spawn import run_ranks
 from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.compiling import Compiling, Waiting
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.matcher import Grammars
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
 from epmoe.engine.service import Service

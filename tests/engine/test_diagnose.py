@@ -8,8 +8,9 @@ from unittest import mock
 from fake_model import EOS, FakeCache, FakeModel, expected, logits_of, some_requests
 from loading import rank_of
 
+from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, Result, SamplingParams
 
 BAD = 7  # the logits of whatever has this token in it are no numbers

@@ -15,7 +15,8 @@ from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected, logits_of, ou
 from loading import rank_of
 from spawn import run_ranks
 
-from epmoe.engine.engine import Engine, EngineConfig, resolve_chunk
+from epmoe.engine.config import EngineConfig, resolve_chunk
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, Workload
 from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks

@@ -23,7 +23,8 @@ from steps import make_step
 
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.engine import scheduler
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import buckets, resolve_graphs
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Request, Result, SamplingParams, Workload

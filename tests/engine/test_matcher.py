@@ -23,7 +23,7 @@ def grammars() -> Grammars:
 
 def masks(grammars: Grammars, matchers: list[Matcher], rows: int = 0) -> list[list[int]]:
     word_GW = torch.full((rows or len(matchers), words(VOCAB)), 7, dtype=torch.int32)
-    grammars.fill(matchers, word_GW)
+    grammars.fill([(each, ()) for each in matchers], word_GW)
     assert (word_GW[len(matchers) :] == 7).all()
     return [mask.nonzero()[:, 0].tolist() for mask in unpacked(word_GW[: len(matchers)], VOCAB)]
 

@@ -12,7 +12,8 @@ from fake_model import EOS, FakeCache, FakeModel, expected, logits_of, outputs, 
 from loading import rank_of
 
 from epmoe.engine import scheduler
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import Kind
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, choices

@@ -15,7 +15,7 @@ from epmoe.engine import scheduler
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Request, SamplingParams, Variant
 from epmoe.engine.state import State
-from epmoe.engine.step import StaticStep, vocabulary_part
+from epmoe.engine.step import Sizes, StaticStep, vocabulary_part
 from epmoe.layers.twin import switched
 
 GREEDY = Variant(Level.GREEDY, True)
@@ -34,7 +34,9 @@ class Served:
         shape = (config.windows, config.kv_heads, config.head_dim)
         dtype = model.embedding.weight.dtype
         self.cache = Cache(CacheConfig(*shape, tokens=1200, sequences=7, page=4, dtype=dtype), device)
-        self.static = StaticStep(model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), 7, 64)
+        self.static = StaticStep(
+            model, self.cache, State(self.cache, config.vocab, rank_of(0, 1, device)), Sizes(7, 64)
+        )
         self.static.keep_logits()
         self.keys: list[bytes] = []
         prompts = [prompt(*each) for each in enumerate(lengths)]
@@ -143,7 +145,7 @@ def test_room_for_prompts(tiny_checkpoint: Path) -> None:
     model, _ = load_rank(tiny_checkpoint, 0, 1, progress=False)
     config = model.config
     cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=400, sequences=100), "cpu")
-    static = StaticStep(model, cache, State(cache, config.vocab, rank_of(0, 1)), 100, 512)
+    static = StaticStep(model, cache, State(cache, config.vocab, rank_of(0, 1)), Sizes(100, 512))
     sizes = (4, 16, 64, 256, 500, 512)
     assert [static.most(size, rows=False) for size in sizes] == [4, 8, 16, 64, 100, 100]
     assert [static.most(size, rows=True) for size in sizes] == [4, 16, 64, 100, 100, 100]

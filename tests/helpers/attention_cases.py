@@ -4,7 +4,7 @@ Letters: T tokens of a step · E query heads · J key/value heads · D head dime
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from steps import make_step
@@ -14,17 +14,22 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.layers.attention import Heads, cached_attention
 
+
+class Drafts(tuple[tuple[int, int], ...]):
+    """A step of rows: (sequence, its tokens), of which the first counts, and half of the others."""
+
+
 Inputs = tuple[Heads, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
     """`steps` are steps of (sequence, new tokens) pairs; a number alone is a decode of the first so many sequences,
-    filled up by 3 rows of the spare one."""
+    filled up by 3 rows of the spare one, as are those with drafts."""
 
     name: str
     window: int | None
-    steps: tuple[tuple[tuple[int, int], ...] | int, ...]
+    steps: tuple[tuple[tuple[int, int], ...] | Drafts | int, ...]
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
@@ -59,6 +64,9 @@ CASES = [
     Case("forty spans, window", 7, (tuple((s, 2 + s % 9) for s in range(40)),) * 2, heads=2, kv_heads=1, sequences=40),
     Case("eight heads a group, D=64", None, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),
     Case("eight heads a group, D=64, window", 20, (((0, 37), (1, 2)), 2, ((1, 35),), 2), heads=16, head_dim=64),
+    Case("drafts", None, (((0, 5), (1, 40), (2, 1)), Drafts(((0, 4), (1, 1), (2, 9))), Drafts(((2, 3), (0, 16))), 3)),
+    Case("drafts, window", 7, (((0, 5), (1, 40), (2, 1)), Drafts(((0, 4), (1, 9), (2, 1))), Drafts(((1, 16),)), 3)),
+    Case("drafts over splits", None, (((0, 250), (1, 510)), Drafts(((0, 9), (1, 16))), 2), heads=2, kv_heads=1),
     Case("one head a group", None, (((0, 37),), 1), heads=3, kv_heads=3),
     Case("five heads a group, D=8", 6, (((0, 37), (1, 3)), 2), heads=5, kv_heads=1, head_dim=8),
     Case("twenty heads a group, D=24", None, (((0, 37), (1, 3)), 2), heads=20, kv_heads=1, head_dim=24),
@@ -98,7 +106,12 @@ def plans(case: Case, store: Cache) -> Iterator[tuple[Plan, int, int]]:
     for given, step in zip(case.steps, steps, strict=True):
         for s, n in step:  # pages come as sequences grow, and those that a window leaves behind have other owners then
             assert store.grow(handles[s], lengths[s], lengths[s] + n) == n
-        if isinstance(given, int):
+        if isinstance(given, Drafts):
+            rows = [(handles[s], lengths[s] + ahead) for s, n in step for ahead in range(n)]
+            plan = store.plan(replace(decode_step(store, rows, spares=3), drafted=True))
+            yield plan[case.window], len(rows) + 3, len(rows)
+            step = tuple((s, 1 + (n - 1) // 2) for s, n in step)
+        elif isinstance(given, int):
             plan = store.plan(decode_step(store, [(handles[s], lengths[s]) for s in range(given)], spares=3))
             yield plan[case.window], given + 3, given
         else:

@@ -14,7 +14,8 @@ import torch
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks import mesh

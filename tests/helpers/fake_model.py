@@ -6,6 +6,7 @@ the wrong sequence or written twice is seen at once.
 
 import random
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -86,10 +87,10 @@ class FakeConfig:
 
 
 class FakeModel:
-    """Logits are a hash of all tokens of the sequence so far."""
+    """Logits are a hash of all tokens of the sequence so far, or of the last `memory` ones."""
 
-    def __init__(self, **config: int) -> None:
-        self.config = FakeConfig(**config)
+    def __init__(self, memory: int | None = None, **config: int) -> None:
+        self.config, self.memory = FakeConfig(**config), memory
         self.vocab_chunk = 10  # so that several ranks share the vocabulary
         self.steps: list[Step] = []
         self.outputs: list[list[int]] = []  # tokens so far of each output of the last step
@@ -106,14 +107,17 @@ class FakeModel:
         tokens, positions, handles = step.token_T.tolist(), step.position_T.tolist(), step.sequence_B.tolist()
         spans = step.spans or ()
         used = [handle for handle in handles if handle != cache.spare] + [sequence for *_, sequence in spans]
-        assert used and len(set(used)) == len(used)
+        runs = [(handle, len(list(run))) for handle, run in groupby(used)]  # of one with a draft several rows
+        assert used and len({handle for handle, _ in runs}) == len(runs) and (step.drafted or len(runs) == len(used))
         last: dict[int, list[int]] = {}
-        for row, handle in enumerate(handles):
-            if handle == cache.spare:  # spare rows stand last
-                assert (tokens[row], positions[row]) == (0, 0) and set(handles[row:]) == {cache.spare} and not spans
-                last[row] = [0]
-            else:
-                last[row] = cache.feed(handle, tokens[row : row + 1], positions[row : row + 1])
+        row = 0
+        for handle, count in runs[: len(runs) - len(spans)]:
+            whole = cache.feed(handle, tokens[row : row + count], positions[row : row + count])
+            last |= {token: whole[: positions[token] + 1] for token in range(row, row + count)}
+            row += count
+        for spare in range(row, len(handles)):  # they stand last
+            assert (tokens[spare], positions[spare], handles[spare]) == (0, 0, cache.spare) and not spans
+            last[spare] = [0]
         at = len(handles)
         for begin, end, cached, handle in spans:
             assert at == begin < end and cached == positions[begin]
@@ -125,7 +129,8 @@ class FakeModel:
         return torch.arange(len(self.outputs), dtype=torch.float32)[:, None]
 
     def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
-        logits_OV = torch.stack([logits_of(self.outputs[int(number)]) for number in norm_O1[:, 0]])
+        known = [self.outputs[int(number)] for number in norm_O1[:, 0]]
+        logits_OV = torch.stack([logits_of(tokens[-self.memory :] if self.memory else tokens) for tokens in known])
         return logits_OV[:, slice(*part)] if part else logits_OV
 
     def prefills(self) -> list[Step]:

@@ -18,7 +18,8 @@ from scripted import SPECIAL, save_tokenizer
 from epmoe.batch import Step
 from epmoe.config.schema import Serve
 from epmoe.engine.call import Stopped
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import SamplingParams
 from epmoe.engine.service import Service
 from epmoe.ranks.control import Control

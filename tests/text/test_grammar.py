@@ -66,7 +66,7 @@ def accepted(tokenizer: Tokenizer, grammars: Grammars, grammar: str | None, text
     matcher, word_GW = grammars.matcher(grammar), torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
     ids = tokenizer.encode(text, special=False)
     for count, id in enumerate([*ids, id_of(tokenizer, "<|endoftext|>")]):
-        grammars.fill([matcher], word_GW)
+        grammars.fill([(matcher, ())], word_GW)
         assert not matcher.failure
         if not word_GW[0, id // 32] >> (id % 32) & 1:
             return count, False
@@ -124,10 +124,10 @@ def test_letters_of_a_control_token_are_text(tokenizer: Tokenizer, grammars: Gra
     grammar = answer(tokenizer, tokenizer.encode(BEGUN, special=False), of_schema(JSON_OBJECT))
     matcher, word_GW = grammars.matcher(grammar or ""), torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
     for id in [*tokenizer.encode("<|channel|>analysis<|message|>", special=False), *b"<|end|><|start|>"]:
-        grammars.fill([matcher], word_GW)
+        grammars.fill([(matcher, ())], word_GW)
         assert word_GW[0, id // 32] >> (id % 32) & 1
         matcher.take(id)
-    grammars.fill([matcher], word_GW)
+    grammars.fill([(matcher, ())], word_GW)
     allowed = {name for name in CONTROLS if word_GW[0, (id := id_of(tokenizer, name)) // 32] >> (id % 32) & 1}
     assert allowed == {"<|end|>"}
 
@@ -203,7 +203,7 @@ def test_holes_of_a_vocabulary_never_come(tmp_path: Path) -> None:
     for letter in (None, *"ÿþ300".encode()):  # as what fills a hole is spelled, and as its letters are
         if letter is not None:
             matcher.take(letter)
-        grammars.fill([matcher], torch.from_numpy(masks))
+        grammars.fill([(matcher, ())], torch.from_numpy(masks))
         allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
         assert len(allowed) and set(allowed) <= {*range(256), end}
 

@@ -17,7 +17,8 @@ from scripted import rambling
 from spawn import run_ranks
 
 from epmoe.config.compose import from_keys
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.matcher import Grammars
 from epmoe.engine.request import Finished, Request, Result, SamplingParams
 from epmoe.errors import UserError

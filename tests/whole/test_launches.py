@@ -14,7 +14,7 @@ from loading import load_rank, rank_of
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.engine.request import ALL_KEPT, Level, Variant
 from epmoe.engine.state import State
-from epmoe.engine.step import StaticStep
+from epmoe.engine.step import Sizes, StaticStep
 from epmoe.kernels import symmetric as memory
 from epmoe.layers.twin import switched
 from epmoe.moe.exchange import symmetric
@@ -66,7 +66,7 @@ def step(
         patch.setattr(memory, "two_shot", lambda flat, group: flat.neg_())
         state = State(cache, config.vocab, rank_of(0, 1))
         state.keep(ALL_KEPT if kept else frozenset())
-        decode = StaticStep(model, cache, state, rows, 16)
+        decode = StaticStep(model, cache, state, Sizes(rows, 16))
         decode.sequence_M.copy_(torch.tensor([cache.admit(20) for _ in range(rows)]))
         with torch.inference_mode():
             decode.decode(rows, Variant(level, False))

@@ -14,7 +14,8 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks

@@ -10,7 +10,8 @@ from spawn import run_ranks
 from steps import make_step
 
 from epmoe.cache.cache import Cache, CacheConfig
-from epmoe.engine.engine import Engine, EngineConfig
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint

@@ -1,5 +1,7 @@
 """Decode: one token of each sequence, in splits of their positions, and the splits' combination.
 
+Where sequences have drafts, a row is a token of one of them, and all keys and values are put into place before.
+
 Letters: softmax.py. B rows, the first tokens of a step.
 """
 
@@ -47,6 +49,7 @@ def decode_kernel(
     M: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     N: tl.constexpr,
+    PLACED: tl.constexpr,  # whether place_rows_kernel has written the rows' keys and values
     PDL: tl.constexpr,
 ):
     """Write each sequence's new key and value, rotated, and attend: one (split, key/value head) after the other.
@@ -92,7 +95,9 @@ def decode_kernel(
         cos_D = tl.load(cos_ptr + turn_D, real_D, other=0)[None, :]
         sin_D = tl.load(sin_ptr + turn_D, real_D, other=0)[None, :]
         q_MD = rotated(q_ptr + b * q_stride + head_M[:, None] * D, cos_D, sin_D, real_MD, D, DP)
-        if end > position:  # the sequence's last split
+        if PLACED:
+            pass
+        elif end > position:  # the sequence's last split
             k_1D = rotated(
                 k_ptr + b * k_stride + j * D + tl.zeros((1, 1), tl.int32), cos_D, sin_D, real_D[None, :], D, DP
             )
@@ -130,6 +135,46 @@ def decode_kernel(
             tl.store(top_ptr + to_M, top_M, m_M < G)
             tl.store(sum_ptr + to_M, sum_M, m_M < G)
             tl.store(part_ptr + to_M[:, None] * D + d_D[None, :], acc_MD, real_MD)
+
+
+@triton.jit(do_not_specialize=["most", "table_stride"])
+def place_rows_kernel(
+    k_ptr,  # [T, J, D], not rotated; rows k_stride apart
+    v_ptr,  # [T, J, D]
+    cos_ptr,  # float32 [T, F]
+    sin_ptr,  # float32 [T, F]
+    position_ptr,  # int64 [B]
+    sequence_ptr,  # int64 [B]
+    rows_ptr,  # int32 [1], B; None: `most`
+    table_ptr,  # int32 [sequences, pages], rows table_stride apart
+    key_ptr,  # out [J, R, D]
+    value_ptr,  # out [J, R, D]
+    most,  # rows
+    k_stride,
+    v_stride,
+    table_stride,
+    cache_rows,  # R
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Program (tile, j): M rows' keys, rotated, and values, before any row attends: in a draft it sees those before."""
+    j = tl.program_id(1)
+    b_M, d_D = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, DP)
+    real_M = b_M < _rows(rows_ptr, most)
+    real_MD = real_M[:, None] & (d_D < D)[None, :]
+    turn_MD = b_M[:, None] * (D // 2) + (d_D % (D // 2))[None, :]
+    cos_MD = tl.load(cos_ptr + turn_MD, real_MD, other=0)
+    sin_MD = tl.load(sin_ptr + turn_MD, real_MD, other=0)
+    k_MD = rotated(k_ptr + b_M[:, None] * k_stride + j * D, cos_MD, sin_MD, real_MD, D, DP)
+    v_MD = tl.load(v_ptr + b_M[:, None] * v_stride + j * D + d_D[None, :], real_MD, other=0)
+    position_M = tl.load(position_ptr + b_M, real_M, other=0).to(tl.int32)
+    sequence_M = tl.load(sequence_ptr + b_M, real_M, other=0)
+    row_M = row(table_ptr, sequence_M, position_M, table_stride, PAGE)
+    to_MD = (j * cache_rows.to(tl.int64) + row_M)[:, None] * D + d_D[None, :]
+    tl.store(key_ptr + to_MD, k_MD, real_MD)
+    tl.store(value_ptr + to_MD, v_MD, real_MD)
 
 
 @triton.jit(do_not_specialize=["most"])

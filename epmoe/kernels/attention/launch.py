@@ -16,10 +16,10 @@ from functools import cache
 import torch
 import triton
 
-from epmoe.cache.pages import SHARED
+from epmoe.cache.pages import DRAFTED, SHARED
 from epmoe.cache.plan import Plan, Rows, Spans
 from epmoe.cache.rows import PagedRows
-from epmoe.kernels.attention.decode import combine_kernel, decode_kernel
+from epmoe.kernels.attention.decode import combine_kernel, decode_kernel, place_rows_kernel
 from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
 from epmoe.kernels.gpu import dependent, generation
 
@@ -59,6 +59,7 @@ WINDOW_PREFILL: dict[torch.dtype, AttentionTile] = {
 }
 # Tokens that one program of the placing kernel moves.
 PLACED = 64
+PLACED_ROWS = 16  # likewise of rows with drafts
 # No multiplication is fused with an addition but where a kernel says so: each kernel would choose for itself.
 AS_WRITTEN = {"enable_fp_fusion": False}
 
@@ -93,11 +94,11 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
 
 
 def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
-    """One launch for a window within SPLIT, else two."""
+    """One launch for a window within SPLIT, else two; one more before them where sequences have drafts."""
     q_TED, k_TJD, v_TJD = heads
     (_, query_heads, head_dim), kv_heads, most = q_TED.shape, k_TJD.shape[1], len(rows.sequence_B)
     tile, pool = DECODE[q_TED.dtype], rows.pool
-    tiles = most_tiles(pool, most)
+    tiles = most_tiles(pool, most, drafted=rows.drafted)
     single = tiles == most  # no sequence has more than one split
     part = torch.empty(0 if single else tiles * query_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     parts = (
@@ -105,6 +106,8 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         if not single
         else (part,) * 3
     )
+    if rows.drafted:
+        _place_rows(heads, cos_sin, cached, rows)
     shared = {"WINDOW": pool.window or 0, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
     shared["PDL"] = dependent(q_TED.device)
     decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
@@ -132,6 +135,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         PAGE=pool.page,
         M=max(tile.queries, triton.next_power_of_2(query_heads // kv_heads)),
         N=tile.positions,
+        PLACED=rows.drafted,
         **shared,
         **AS_WRITTEN,
         num_warps=tile.warps,
@@ -152,6 +156,31 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
             **AS_WRITTEN,
             **combine_options(query_heads // kv_heads, head_dim),
         )
+
+
+def _place_rows(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows) -> None:
+    _, k_TJD, v_TJD = heads
+    (_, kv_heads, head_dim), most, pool = k_TJD.shape, len(rows.sequence_B), rows.pool
+    place_rows_kernel[(triton.cdiv(most, PLACED_ROWS), kv_heads)](
+        k_TJD,
+        v_TJD,
+        *cos_sin,
+        rows.position_B,
+        rows.sequence_B,
+        rows.count_1,
+        pool.table,
+        *cached,
+        most,
+        k_TJD.stride(0),
+        v_TJD.stride(0),
+        pool.table.stride(0),
+        cached[0].shape[1],
+        D=head_dim,
+        PAGE=pool.page,
+        M=PLACED_ROWS,
+        DP=_padded(head_dim),
+        **AS_WRITTEN,
+    )
 
 
 def combine_options(group: int, head_dim: int) -> dict[str, int]:
@@ -206,12 +235,13 @@ def _prefill(
     )
 
 
-def most_tiles(pool: PagedRows, rows: int) -> int:
-    """The most splits that `rows` sequences can have together, whatever their lengths."""
+def most_tiles(pool: PagedRows, rows: int, *, drafted: bool = False) -> int:
+    """The most splits that `rows` sequences, or with `drafted` rows, can have together, whatever their lengths."""
     if pool.window is not None:  # one that is longer than a split may begin and end within one
         return rows if pool.window <= SPLIT else rows * (triton.cdiv(pool.window - 1, SPLIT) + 1)
     # Each sequence may have one split that is not full; the spare one has one position.
-    return min(rows * triton.cdiv(pool.positions, SPLIT), SHARED * pool.pages * pool.page // SPLIT + rows)
+    free = rows * triton.cdiv(DRAFTED, SPLIT) if drafted else 0
+    return min(rows * triton.cdiv(pool.positions, SPLIT), SHARED * pool.pages * pool.page // SPLIT + rows + free)
 
 
 def _check(heads: Heads, cos_sin: Pair, cached: Pair, sink_E: torch.Tensor) -> None:

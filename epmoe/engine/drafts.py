@@ -1,0 +1,193 @@
+"""Drafts: what a sequence will probably say next, found in what was said (prompt lookup), and how much of it is tried.
+
+    prompt and answer   … a b c d e f … a b c        its last tokens stood there before: d e f may follow, a draft
+    rows of a step              c  d  e  f           its last token and the draft's, each at its own position
+    chosen                      d  e  x  y           the draft was right up to e, so d, e and x are the answer's
+
+A token follows from those before it and from nothing else, a row's bits from no other row: so an answer with drafts is
+the answer without, bit for bit, and a wrong draft costs the time of its rows.
+
+Whether a draft is right is measured without trying one: each token that comes is compared with what would have been
+drafted. A step has drafts where the tokens that they probably bring are more than the step becomes dearer by: `Costs`.
+No choice depends on a clock, so all ranks make the same.
+
+Letters: E experts of a layer · K of them a token's.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MOST_DRAFT = 15  # tokens of a draft
+MOST_ROWS = 256  # of a step with drafts
+LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of them tell no more
+PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
+MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
+
+# How often a drafted token was the one that came, by how many tokens before it were drafted rightly or had matched:
+# fewer than 3, fewer than 6, more. What is held before anything has come counts as so many trials; older ones fade.
+MATCHES = (3, 6)
+HELD, HELD_TRIALS, FADE = (0.2, 0.5, 0.8), 2.0, 0.95
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a decode step of so many rows takes, beside what it takes for a row without experts' weights: 1.
+
+    The defaults are fitted to gpt-oss-20b's steps on one H200 (1.65, 3.38, 4.77 and 8.16 ms at 1, 16, 64 and 256 rows;
+    scripts/bench/NOTES.md): of 1.35 ms, 2.3 are what all 768 experts' weights take, 0.018 a row. Whoever drafts waits
+    for the tokens of the step before: an estimate of 0.25 ms and 4 µs a row.
+
+    Args:
+        experts: of a layer on this rank.
+        untouched: share of them of which one row needs no weight, 1 - K / E.
+    """
+
+    experts: float
+    untouched: float
+    expert: float = 0.053
+    row: float = 0.013
+    wait: float = 0.19
+    wait_row: float = 0.003
+
+    @classmethod
+    def of(cls, num_experts: int, top_k: int, ranks: int = 1) -> "Costs":
+        """Of a model whose experts so many ranks share."""
+        return cls(num_experts / ranks, 1.0 - top_k / num_experts)
+
+    def steps(self, most: int) -> list[float]:
+        """Of 0 … `most` rows. By multiplications, which every machine rounds alike."""
+        found, untouched = [], 1.0
+        for rows in range(most + 1):
+            found.append(1.0 + self.expert * self.experts * (1.0 - untouched) + self.row * rows)
+            untouched *= self.untouched
+        return found
+
+
+class History:
+    """A sequence's tokens so far, and what followed when the last ones stood there before."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.count, self.ids = len(ids), np.empty(len(ids) + 512, np.int32)
+        self.ids[: self.count] = ids
+        self.next = -1  # place of the token that is drafted first; -1: none
+        self.matched = 0  # tokens before it that agree with the last ones, as far as was looked
+        self.vain, self.pause = 0, 0  # searches without use, one after the other; tokens until the next one
+        self.tried, self.right = [HELD_TRIALS] * len(HELD), [HELD_TRIALS * held for held in HELD]
+        self._search()
+
+    def take(self, token: int) -> None:
+        """A token has come."""
+        if self.count == len(self.ids):
+            self.ids = np.concatenate((self.ids, np.empty(self.count, np.int32)))
+        place, right = self.next, False
+        if place >= 0:
+            right = bool(self.ids[place] == token)
+            self._learn(right)
+        self.ids[self.count] = token
+        self.count += 1
+        if right:
+            self.next, self.matched, self.vain, self.pause = place + 1, self.matched + 1, 0, 0
+            return
+        followed = self.matched >= MATCHES[0]
+        self.next, self.matched = -1, 0
+        if self.pause:
+            self.pause -= 1
+        else:
+            self._search()
+        if self.next < 0 and place >= 0 and followed:
+            self.next = place + 1  # a token was replaced, perhaps: the text goes on behind it
+
+    def draft(self, most: int) -> list[int]:
+        """Up to so many next tokens; a text that runs into its own end goes on as it did before."""
+        if self.next < 0:
+            return []
+        found = self.ids[self.next : min(self.next + most, self.count)].tolist()
+        for place in range(len(found), most):
+            found.append(found[place - (self.count - self.next)])
+        return found
+
+    def chance(self, ahead: int) -> float:
+        """That the draft's token after `ahead` right ones is right."""
+        kind = _kind(self.matched + ahead)
+        return self.right[kind] / self.tried[kind]
+
+    def _learn(self, right: bool) -> None:
+        kind = _kind(self.matched)
+        self.tried[kind] = FADE * self.tried[kind] + 1.0
+        self.right[kind] = FADE * self.right[kind] + right
+
+    def _search(self) -> None:
+        """The place behind the longest earlier match of the last tokens, of equal ones the latest."""
+        ids = self.ids[: self.count]
+        end_X: np.ndarray[Any, Any] = np.flatnonzero(ids[:-1] == ids[-1]) if self.count else np.empty(0, np.int64)
+        length = 1
+        while len(end_X) and length < MOST_MATCH:
+            longer_X = end_X[end_X >= length]
+            longer_X = longer_X[ids[longer_X - length] == ids[self.count - 1 - length]]
+            if not len(longer_X):
+                break
+            end_X, length = longer_X, length + 1
+        if len(end_X) and length >= LEAST_MATCH:
+            self.next, self.matched = int(end_X[-1]) + 1, length
+        self.vain += 1  # until a token proves it right
+        self.pause = min(2 ** min(self.vain, 8) // 4, PATIENCE)
+
+
+def _kind(matched: int) -> int:
+    return sum(matched >= least for least in MATCHES)
+
+
+def most_rows(sequences: int) -> int:
+    """Rows of a step of so many sequences at most, and their drafts; a step of more takes as much longer as it brings.
+
+    >>> most_rows(1), most_rows(64), most_rows(300)
+    (16, 256, 300)
+    """
+    return max(sequences, min((1 + MOST_DRAFT) * sequences, MOST_ROWS))
+
+
+Drafter = tuple[History, int]  # and how many tokens it may draft, at most
+
+
+class Drafting:
+    """Decides how much is drafted in steps of up to `most_rows` rows."""
+
+    def __init__(self, costs: Costs, most_rows: int) -> None:
+        self.costs, self.most_rows, self.steps = costs, most_rows, costs.steps(most_rows)
+        self.drafted = self.refused = 0  # tokens so far
+
+    def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
+        """How many tokens each drafts, so that a step brings the most tokens in its time; none where none is worth it.
+
+        Args:
+            rows: of the step without drafts.
+            room: rows for drafts, at most.
+        """
+        counts, taken, best = [0] * len(drafters), list[int](), 0
+        those = [each for each, (history, most) in enumerate(drafters) if most > 0 and history.next >= 0]
+        chances = [(-drafters[each][0].chance(0), each) for each in those]
+        heapq.heapify(chances)
+        tokens, wait = float(rows), self.costs.wait + self.costs.wait_row * rows
+        best_rate = MARGIN * tokens / self.steps[rows]
+        while chances and len(taken) < room:
+            chance, each = chances[0]
+            if -chance * self.steps[rows] < self.costs.row * tokens:
+                break  # less than a row takes, and no other brings more
+            history, most = drafters[each]
+            taken.append(each)
+            counts[each] += 1
+            tokens -= chance
+            rate = tokens / (self.steps[rows + len(taken)] + wait)
+            if rate > best_rate:
+                best_rate, best = rate, len(taken)
+            if counts[each] < most:
+                heapq.heapreplace(chances, (chance * history.chance(counts[each]), each))
+            else:
+                heapq.heappop(chances)
+        for each in taken[best:]:
+            counts[each] -= 1
+        return counts

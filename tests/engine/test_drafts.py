@@ -1,0 +1,123 @@
+"""Drafts: what is found in what was said, what is learnt of its worth, and when it is tried; on the host alone."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epmoe.engine.drafts import MOST_DRAFT, MOST_MATCH, PATIENCE, Costs, Drafting, History
+
+COSTS = Costs.of(num_experts=32, top_k=4)
+FREE = Costs(0, 0, row=0, wait=0, wait_row=0)
+
+
+def said(ids: list[int], more: list[int] | None = None) -> History:
+    found = History(ids)
+    for each in more or []:
+        found.take(each)
+    return found
+
+
+def test_what_stood_there_before_comes_again() -> None:
+    assert said([1, 2, 3, 4, 9, 1, 2]).draft(3) == [3, 4, 9]
+    assert said([1, 2, 3, 7, 1, 2, 4, 8, 1, 2]).draft(2) == [4, 8]  # of equal matches the latest
+    assert said([5, 1, 2, 3, 7, 1, 2, 4, 5, 1, 2]).draft(2) == [3, 7]  # before it the longest
+    assert said([1, 2, 3, 4, 9, 2]).draft(3) == []  # one token is no match
+    assert said([]).draft(3) == said([1]).draft(3) == said([1, 2, 3]).draft(3) == []
+
+
+def test_a_text_that_runs_into_its_own_end_goes_on_as_it_did() -> None:
+    assert said([8, 1, 2, 3, 1, 2, 3, 1, 2]).draft(7) == [3, 1, 2, 3, 1, 2, 3]
+    assert said([4, 4, 4]).draft(4) == [4] * 4
+
+
+def test_it_follows_what_comes() -> None:
+    history = said([1, 2, 3, 4, 5, 6, 7, 1, 2], [3, 4])
+    assert history.draft(2) == [5, 6]
+    history.take(9)  # replaced: the text goes on behind it, perhaps
+    assert history.draft(2) == [6, 7]
+    history.take(6)
+    assert history.draft(1) == [7]
+    history.take(2)
+    history.take(2)
+    assert history.draft(1) == []  # twice in vain
+
+
+def test_more_tokens_than_were_expected() -> None:
+    ids = [random.Random(5).randrange(9) for _ in range(3000)]
+    grown = said(ids[:1], ids[1:])
+    assert grown.ids[: grown.count].tolist() == ids
+    assert grown.count == 3000
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 20))
+def test_a_draft_is_what_followed_a_match(ids: list[int], most: int) -> None:
+    history = said(ids)
+    draft = history.draft(most)
+    assert len(draft) in (0, most)
+    if draft:
+        place, known = history.next, ids + draft
+        assert known[place : place + most] == draft
+        matched = next(n for n in range(place + 1) if n == place or ids[place - 1 - n] != ids[-1 - n])
+        assert min(matched, MOST_MATCH) == history.matched >= 2
+
+
+def test_who_finds_nothing_looks_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+    search = History._search
+
+    def counted(self: History) -> None:
+        searches.append(self.count)
+        search(self)
+
+    monkeypatch.setattr(History, "_search", counted)
+    history = said(list(range(100)), list(range(100, 400)))
+    assert 300 / (PATIENCE + 1) < len(searches) < 300 / PATIENCE + 12
+    for token in (*range(50, 90),):  # a copy begins, and is found in time
+        history.take(token)
+    assert history.draft(2) == [90, 91]
+    history.take(90)
+    assert (history.vain, history.pause) == (0, 0)
+
+
+def test_what_is_right_is_learnt_by_how_much_matched() -> None:
+    wrong = said([1, 2, 3] * 4)
+    before = wrong.chance(0)
+    for token in (3, 3, 3):
+        wrong.take(token)
+    right = said([1, 2, 3] * 4, [1, 2, 3] * 5)
+    assert right.chance(0) > 0.9 > before > wrong.right[2] / wrong.tried[2]
+
+
+def test_costs_are_those_of_the_fit() -> None:
+    """gpt-oss-20b on one H200, in ms; the unit is what a row takes without experts' weights."""
+    steps = COSTS.steps(256)
+    for rows, measured in ((1, 1.65), (64, 4.77), (256, 8.16)):
+        assert abs(1.35 * steps[rows] - measured) < 0.1 * measured
+    assert steps == sorted(steps) and len(steps) == 257
+
+
+def test_a_draft_of_one_sequence_is_as_long_as_it_is_probable() -> None:
+    drafting = Drafting(COSTS, 16)
+    sure, unsure = said([1, 2, 3] * 30, [1, 2, 3] * 20), said([1, 2, 3, 4, 1, 2])
+    assert drafting.allot([(sure, MOST_DRAFT)], 1, 15) == [15]
+    assert drafting.allot([(sure, 4)], 1, 15) == [4] and drafting.allot([(sure, 15)], 1, 3) == [3]
+    assert drafting.allot([(unsure, MOST_DRAFT)], 1, 15) == [0]  # two tokens matched: the wait is dearer
+    assert drafting.allot([(said([1, 2, 3]), 15)], 1, 15) == [0]
+
+
+def test_one_that_is_sure_does_not_make_all_others_wait() -> None:
+    """Among 64 rows a draft brings little, and each waits; where half of them are sure it is worth it."""
+    sure, nothing = said([1, 2, 3] * 30, [1, 2, 3] * 20), said([1, 2, 3])
+    drafting = Drafting(COSTS, 256)
+    assert sum(drafting.allot([(sure, 3), *[(nothing, 3)] * 63], 64, 192)) == 0
+    half = drafting.allot([*[(sure, 15)] * 32, *[(nothing, 15)] * 32], 64, 192)
+    assert sum(half) == 192 and not any(half[32:]) and min(half[:32]) >= 5
+
+
+def test_drafts_go_to_who_is_surer() -> None:
+    sure, likely = said([1, 2, 3] * 30, [1, 2, 3] * 20), said([1, 2, 3, 4] * 2)
+    assert Drafting(FREE, 64).allot([(likely, 15), (sure, 15)], 2, 12) == [0, 12]
+    assert Drafting(FREE, 64).allot([(likely, 15), (sure, 15)], 2, 20) == [5, 15]
+    assert Drafting(FREE, 64).allot([], 2, 12) == []

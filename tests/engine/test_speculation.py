@@ -1,0 +1,183 @@
+"""The engine with drafts on the fake model: the tokens of plain decoding in fewer steps, whatever is drafted.
+
+A fake model that remembers few tokens repeats itself, as a copy or a table does. `corrupted` makes drafts that are
+right or wrong anywhere, so that every way in which a draft can end comes up.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from fake_model import EOS, VOCAB, FakeCache, FakeModel, outputs, some_requests
+from loading import rank_of
+
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History
+from epmoe.engine.engine import Engine
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token
+
+COSTS = Costs.of(num_experts=32, top_k=4)
+
+
+def engine(model: FakeModel, cache: Any = None, drafts: Costs | None = COSTS, **limits: Any) -> Engine:
+    config = EngineConfig(eos_ids=[EOS], drafts=drafts, **limits)
+    held: Any = cache or FakeCache()
+    tested: Any = model
+    return Engine(tested, held, rank_of(0, 1), config)
+
+
+def looping(count: int, **params: Any) -> list[Request]:
+    """Requests whose answers come to repeat themselves."""
+    asked = some_requests(count, **params)
+    long = SamplingParams(max_new_tokens=80, ignore_eos=True, **params)
+    return [*asked, *(Request(each.ids, long) for each in asked[: count // 2])]
+
+
+@pytest.fixture
+def corrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sequence drafts, any number of tokens, each of them wrong now and then."""
+    draft, chance = History.draft, random.Random(3)
+
+    def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
+        counts: list[int] = []
+        for _, most in drafters:
+            counts.append(chance.randint(0, max(0, min(most, room - sum(counts)))))
+        return counts
+
+    def wrong(self: History, most: int) -> list[int]:
+        found = draft(self, most) or [chance.randrange(VOCAB) for _ in range(most)]
+        return [token if chance.random() < 0.8 else chance.randrange(VOCAB) for token in found]
+
+    monkeypatch.setattr(Drafting, "allot", some)
+    monkeypatch.setattr(History, "draft", wrong)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.1},
+    "top_p, penalties": {"temperature": 0.2, "top_p": 0.5, "repetition_penalty": 1.02, "frequency_penalty": 0.02},
+    "bias, allowed": {"logit_bias": {3: 2.0}, "allowed_token_ids": tuple(range(0, 60))},
+    "log-probabilities": {"temperature": 0.1, "logprobs": 3, "prompt_logprobs": 2},
+}
+
+
+def plain(model: Callable[[], FakeModel], requests: list[Request]) -> list[Result]:
+    return engine(model(), drafts=None).generate(requests)
+
+
+def same(found: list[Result], wanted: list[Result]) -> None:
+    assert outputs(found) == outputs(wanted)
+    assert [each.logprobs for each in found] == [each.logprobs for each in wanted]
+    assert [each.prompt_logprobs for each in found] == [each.prompt_logprobs for each in wanted]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fewer_steps_and_the_same_answers(case: str) -> None:
+    requests = looping(12, **CASES[case])
+    model, without = FakeModel(memory=1), FakeModel(memory=1)
+    held = FakeCache()
+    tested = engine(model, held)
+    same(tested.generate(requests), engine(without, drafts=None).generate(requests))
+    assert len(model.steps) < len(without.steps)
+    drafting = tested.scheduler.drafting
+    assert drafting is not None and drafting.drafted - drafting.refused > 100
+    assert held.empty()
+
+
+@pytest.mark.usefixtures("corrupted")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"max_batch": 1}, {"max_batch": 5, "prefill_chunk": 7}, {"prefill_chunk": 3}],
+    ids=["all", "one", "few in chunks", "chunks"],
+)
+def test_wrong_drafts_change_nothing(case: str, limits: dict[str, Any]) -> None:
+    requests = looping(10, **CASES[case])
+    tested = engine(FakeModel(memory=1), **limits)
+    same(tested.generate(requests), plain(lambda: FakeModel(memory=1), requests))
+    drafting = tested.scheduler.drafting
+    assert drafting is not None and drafting.drafted > drafting.refused > 100
+
+
+@pytest.mark.usefixtures("corrupted")
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_who_is_put_back_and_who_finds_a_prefix(prefix_cache: bool) -> None:
+    """A cache of few pages: nobody is put back for a draft's sake, and what a draft has written is nobody's prefix."""
+    requests = looping(10) * 2
+    cache = FakeCache(tokens=160, prefix_cache=prefix_cache)
+    tested = engine(FakeModel(memory=2), cache)
+    same(tested.generate(requests), plain(lambda: FakeModel(memory=2), requests))
+    assert tested.scheduler.put_back and cache.empty()
+
+
+@pytest.mark.usefixtures("corrupted")
+def test_a_listener_ends_an_answer_within_a_draft() -> None:
+    """What came behind the token is nobody's: as without drafts, where it has not come."""
+    requests = looping(8, logprobs=2)
+
+    def ended(tested: Engine) -> list[Result]:
+        seen: dict[int, int] = {}
+
+        def on_token(request: int, token: int) -> bool:
+            seen[request] = seen.get(request, 0) + 1
+            return seen[request] == 3 + request % 7
+
+        results = tested.generate(requests, on_token)
+        assert all(count <= 3 + request % 7 for request, count in seen.items())
+        return results
+
+    found = ended(engine(FakeModel(memory=1)))
+    same(found, ended(engine(FakeModel(memory=1), drafts=None)))
+    assert "stop" in {each.finish_reason for each in found}
+
+
+@pytest.mark.usefixtures("corrupted")
+@torch.inference_mode()
+def test_requests_that_come_and_go() -> None:
+    """Added and aborted between steps; the tokens of those that stay are those of each alone."""
+    requests, chance = looping(12), random.Random(1)
+    tested = engine(FakeModel(memory=2), max_batch=6)
+    wanted = outputs(plain(lambda: FakeModel(memory=2), requests))
+    told: dict[int, list[int]] = {}
+    ended: dict[int, Result] = {}
+    waiting, gone = list(enumerate(requests)), set()
+    while waiting or tested.busy:
+        if waiting and chance.random() < 0.4:
+            number, request = waiting.pop(0)
+            assert tested.add(request) == number
+        for event in tested.step():
+            if isinstance(event, Token):
+                told.setdefault(event.id, []).append(event.token)
+            if isinstance(event, Finished):
+                ended[event.id] = event.result
+        if told and chance.random() < 0.05:
+            number = chance.choice(list(told))
+            if tested.abort(number):
+                gone.add(number)
+    assert gone and len(ended) + len(gone) == len(requests)
+    for number, result in ended.items():
+        assert (result.ids, result.finish_reason) == wanted[number]
+        assert [*told.get(number, []), *result.ids[len(told.get(number, [])) :]] == list(result.ids)
+
+
+def test_drafts_end_where_an_answer_must() -> None:
+    """Neither beyond max_new_tokens nor beyond the model's positions; each step's rows have room."""
+    model = FakeModel(memory=1, max_positions=50)
+    tested = engine(model)
+    asked = [Request((1, 2, 3), SamplingParams(max_new_tokens=count, ignore_eos=True)) for count in (1, 2, 9, 300)]
+    found = tested.generate(asked)
+    assert [len(each.ids) for each in found] == [1, 2, 9, 47]
+    assert all(len(step.sequence_B) <= (1 + MOST_DRAFT) * 4 for step in model.steps)
+    assert max(int(step.position_T.max()) for step in model.steps) == 48
+
+
+def test_nothing_to_draft_is_plain_decoding() -> None:
+    """Answers that never repeat themselves: the same steps, launched before the last one's ids are read."""
+    requests = [Request((n, n + 1), SamplingParams(max_new_tokens=60, ignore_eos=True)) for n in range(4)]
+    model, without = FakeModel(), FakeModel()
+    tested = engine(model)
+    same(tested.generate(requests), engine(without, drafts=None).generate(requests))
+    drafting = tested.scheduler.drafting
+    assert drafting is not None and drafting.drafted == 0 and model.batches() == without.batches()
