@@ -158,7 +158,7 @@ class Drafting:
 
     def __init__(self, costs: Costs, most_rows: int) -> None:
         self.costs, self.most_rows, self.steps = costs, most_rows, costs.steps(most_rows)
-        self.drafted = self.refused = 0  # tokens so far
+        self.drafted = self.accepted = 0  # tokens so far
 
     def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
         """How many tokens each drafts, so that a step brings the most tokens in its time; none where none is worth it.

@@ -326,12 +326,10 @@ class Engine:
         before: scheduler.Sequence | None = None
         for sequence, token, logprobs in flight.land(self.config.timeout_s):
             drafted, before = sequence is before, sequence
+            if sequence.finished or token < 0:
+                continue  # it ended while this step was under way; of its draft a token before was another
             if drafted:
-                self.scheduler.drafted(sequence, token)
-            if token < 0:
-                continue
-            if sequence.finished:
-                continue  # it ended while this step was under way
+                self.scheduler.accept(sequence)
             now = time.perf_counter()
             if token == self.vocab or not sequence.finite:  # no token: its logits are not finite, or its prompt's
                 self.failed[sequence.id] = sequence

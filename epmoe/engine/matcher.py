@@ -40,6 +40,22 @@ class Matcher:
         """Why it can say nothing any more: the grammar is too complex from here on; else ""."""
         return _line(self.matcher.get_error()) if self.matcher.is_error() else ""
 
+    def along(self, draft: Sequence[int]) -> list[LLMatcher]:
+        """Here, and after each of these tokens up to the first that the grammar refuses.
+
+        By copies, some microseconds each: llguidance's own way, there and back on one matcher, loses its place where a
+        grammar names tokens by their ids.
+        """
+        states = [self.matcher]
+        for token in draft:
+            state = states[-1].deep_copy()
+            if not state.is_stopped():  # else nothing changes any more
+                if not state.validate_tokens([token]):
+                    break
+                state.consume_token(token)
+            states.append(state)
+        return states
+
     def take(self, token: int) -> None:
         """A token that the last mask allowed. Once the grammar has come to its end nothing changes any more."""
         if not self.matcher.is_stopped():
@@ -114,17 +130,14 @@ class Grammars:
         Returns:
             how many rows were written.
         """
-        rows, drafted = 0, []
+        rows, states = 0, list[tuple[LLMatcher, int]]()
         for each, draft in asked:
-            drafted.append((each.matcher, rows, list(draft)))
+            states += ((state, rows + ahead) for ahead, state in enumerate(each.along(draft)))
             rows += 1 + len(draft)
         assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= rows
-        memory = words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW)
-        if rows > len(drafted):
-            words_GW[:rows] = -1  # a mask that nobody writes allows everything
-            self.executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
-        else:
-            self.executor.unsafe_compute_mask_ptr([(matcher, row) for matcher, row, _ in drafted], *memory)
+        if len(states) < rows:
+            words_GW[:rows] = -1  # what nobody writes allows everything
+        self.executor.unsafe_compute_mask_ptr(states, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
         return rows
 
 

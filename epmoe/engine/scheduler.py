@@ -311,11 +311,11 @@ class Scheduler:
         if self.pages.prefix_cache:
             extend(sequence.keys, sequence.tokens, self.pages.size, count)
 
-    def drafted(self, sequence: Sequence, token: int) -> None:
-        """What a row of its draft has chosen has come; -1: a token before it was another, so it does not count."""
+    def accept(self, sequence: Sequence) -> None:
+        """A token of its draft was right: what its row has chosen counts."""
         assert self.drafting is not None
-        self.drafting.refused += token < 0
-        sequence.launched += token >= 0
+        self.drafting.accepted += 1
+        sequence.launched += 1
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """A chosen token has come; the reason when it ends the sequence ("eos", "stop" or "length"), else ""."""

@@ -368,7 +368,7 @@ class Door:
         if (service := self.service) is None:
             return None
         engine = service.engine
-        scheduler, pages = engine.scheduler, engine.cache.pages
+        scheduler, pages, drafting = engine.scheduler, engine.cache.pages, engine.scheduler.drafting
         return Load(
             queued=service.queued,
             queued_tokens=service.queued_tokens,
@@ -379,6 +379,8 @@ class Door:
             pages_free=pages.left,
             steps=service.steps,
             step_s=service.step_s,
+            drafted=drafting.drafted if drafting else 0,
+            accepted=drafting.accepted if drafting else 0,
         )
 
 

@@ -164,6 +164,8 @@ class Load(Frame, frozen=True):
     pages_free: int
     steps: int
     step_s: float
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of them, those that came
 
 
 class Drain(Frame, frozen=True):

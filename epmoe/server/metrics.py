@@ -19,6 +19,8 @@ ALIASES = {
     "epmoe_completion_tokens": "vllm:generation_tokens",
     "epmoe_first_token_seconds": "vllm:time_to_first_token_seconds",
     "epmoe_between_tokens_seconds": "vllm:inter_token_latency_seconds",
+    "epmoe_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
+    "epmoe_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
 
 
@@ -70,6 +72,8 @@ class _Loaded:
         yield CounterMetricFamily("epmoe_put_back", "times that a request was put back", value=load.put_back)
         yield CounterMetricFamily("epmoe_steps", "steps of the engine", value=load.steps)
         yield CounterMetricFamily("epmoe_step_seconds", "what they have taken together", value=load.step_s)
+        yield CounterMetricFamily("epmoe_drafted_tokens", "tokens that were drafted", value=load.drafted)
+        yield CounterMetricFamily("epmoe_accepted_tokens", "of them, those that came", value=load.accepted)
 
 
 class _Twice:

@@ -43,6 +43,24 @@ def test_masks_follow_what_has_come(grammars: Grammars) -> None:
     assert masks(grammars, [grammars.matcher('start: "ab" | "ac"')]) == [[a]]  # a copy of its own
 
 
+@pytest.mark.parametrize("grammar", ['start: "ab" | "ac"', "start: <[65]> <[66-67]>", "start: /a(b|c)/"])
+def test_masks_along_a_draft(grammar: str, grammars: Grammars) -> None:
+    """Those of each token after the one before; behind a refused one they mean nothing; the matcher stays."""
+    a, b, c, other = 65, 66, 67, 68
+    matchers = [grammars.matcher(grammar), grammars.matcher("start: /[0-9]{1,2}/")]
+    word_GW = torch.zeros(9, words(VOCAB), dtype=torch.int32)
+    for _ in range(2):
+        drafts = [(a, b, EOS, EOS), (16, other, 17)]
+        assert grammars.fill(list(zip(matchers, drafts, strict=True)), word_GW) == 9
+        found = [mask.nonzero()[:, 0].tolist() for mask in unpacked(word_GW, VOCAB)]
+        digits = list(range(16, 26))
+        assert found[:7] == [[a], [b, c], [EOS], [EOS], [EOS], digits, [*digits, EOS]]
+    assert masks(grammars, matchers) == [[a], digits]
+    for token in (a, c, EOS):
+        matchers[0].take(token)
+        assert not matchers[0].failure
+
+
 WRONG = {
     "start: (": r"^the grammar is refused \(.*Expected token '\)'.*\): mend it$",
     "": "refused",

@@ -69,9 +69,10 @@ def compare_drafts(count: int, seen: bool, device: str) -> None:
     )
     position_B = torch.randint(1000, (count,), generator=random)
     counted_B = sequence_state.advance(id_B, sequence_B, position_B, ours.sequences, VOCAB, drafted)
-    here = [each.to(device) for each in (id_B, sequence_B, position_B)]
+    id_B, sequence_B, position_B = id_B.to(device), sequence_B.to(device), position_B.to(device)
     moved = SequenceState(*(None if each is None else each.to(device) for each in theirs.sequences))  # type: ignore[arg-type]
-    got_B = decode_triton.advance(*here, moved, VOCAB, Drafted(*(each.to(device) for each in drafted)))
+    drafted = Drafted(*(each.to(device) for each in drafted))
+    got_B = decode_triton.advance(id_B, sequence_B, position_B, moved, VOCAB, drafted)
     assert torch.equal(got_B.cpu(), counted_B) and (counted_B < 0).any() == (count > 30)
     for got, wanted in zip(moved, ours.sequences, strict=True):
         assert got is None or wanted is None or torch.equal(got[:SEQUENCES].cpu(), wanted[:SEQUENCES])
@@ -138,7 +139,7 @@ def test_branches_know_the_tokens_before_them() -> None:
     made = state(seen=True, branches=5)
     made.keep(ALL_KEPT)
     params = SamplingParams(
-        temperature=0.5, seed=11, frequency_penalty=1.0, logit_bias={3: 1.5}, allowed_token_ids=(1, 2, 3, 9)
+        temperature=0.5, seed=11, frequency_penalty=1.0, logit_bias=((3, 1.5),), allowed_token_ids=(1, 2, 3, 9)
     ).settled()
     made.admit(6, (1, 2), params, said=(2,))
     before = made.adjustments()[torch.tensor([6])]

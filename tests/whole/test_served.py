@@ -25,13 +25,14 @@ LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 """
 
 ITS_OWN_RANKS = """
-async def main(ranks):
-    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE) as llm:
+async def main(ranks, speculate):
+    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE, speculate=speculate) as llm:
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
-        assert llm.llm.engine.scheduler.put_back > 0
+        scheduler = llm.llm.engine.scheduler
+        assert scheduler.put_back > 0
+        assert speculate == "off" or scheduler.drafting.drafted > scheduler.drafting.accepted > 0
 
-for ranks in map(int, sys.argv[3].split(",")):
-    asyncio.run(main(ranks))
+asyncio.run(main(int(sys.argv[3]), sys.argv[4]))
 """
 
 TORCHRUN = """
@@ -77,19 +78,27 @@ def run(
     return done.returncode, done.stdout, done.stderr
 
 
-STORMS = [(1, 220), (2, 120), (4, 90), *(pytest.param(ranks, 500, marks=pytest.mark.slow) for ranks in (1, 2, 4))]
+STORMS = [
+    *((1, 220, "ngram"), (2, 120, "off"), (4, 90, "ngram")),
+    *(pytest.param(ranks, 500, how, marks=pytest.mark.slow) for ranks in (1, 2, 4) for how in ("off", "ngram")),
+]
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize(("ranks", "count"), STORMS)
-def test_every_answer_is_the_one_that_it_is_alone(ranks: int, count: int, known: Path, tmp_path: Path) -> None:
-    """Requests at random times: priorities, shared prefixes, stop strings, several answers, put-backs; some leave."""
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, limit_s=600)
+@pytest.mark.parametrize(("ranks", "count", "speculate"), STORMS)
+def test_every_answer_is_the_one_that_it_is_alone(
+    ranks: int, count: int, speculate: str, known: Path, tmp_path: Path
+) -> None:
+    """Requests at random times: priorities, shared prefixes, stop strings, several answers, put-backs; some leave.
+
+    Alone there were no drafts.
+    """
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, limit_s=600)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of gpt-oss-20b's shapes."""
     place = make_checkpoint(tmp_path / "20b", "20b", layers=2)
@@ -97,8 +106,9 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     monkeypatch.setenv("EPMOE_STORM", json.dumps(where))
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1)
-    assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
+    for speculate in ("off", "ngram"):
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate)
+        assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
 AGENT = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -1,0 +1,101 @@
+"""Drafts on real models: the tokens and log-probabilities of plain decoding, bit for bit, on any number of ranks."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from spawn import run_ranks
+
+from epmoe.config.compose import from_keys
+from epmoe.engine.drafts import Drafter, Drafting, History
+from epmoe.engine.request import SamplingParams
+from epmoe.llm import LLM
+from epmoe.ranks.mesh import Ranks
+
+LIST = "one cup, two cups, three cups; one cup, two cups, three cups; one cup, two"
+PROMPTS = ["And the king said", LIST, "a b c d e f g a b c d e", LIST, "And it came to pass", LIST, "b", LIST]
+KINDS: list[dict[str, Any]] = [
+    {"logprobs": 2},
+    {"temperature": 0.6, "seed": 5, "logprobs": 3, "prompt_logprobs": 1},
+    {"temperature": 0.8, "top_p": 0.8, "top_k": 40, "seed": 6, "frequency_penalty": 0.4, "logprobs": 1},
+    {"repetition_penalty": 1.05, "presence_penalty": 0.2, "logit_bias": {70: 3.0}},
+    {"stop": ("e",), "logprobs": 1},
+    {"grammar": "start: /([a-z]{2,7}, ){3,30}/", "logprobs": 2},
+    {"min_tokens": 20, "allowed_token_ids": tuple(range(300, 330)), "temperature": 0.3, "seed": 9},
+    {"grammar": "start: (<[72]> <[73]> <[300]> <[301-340]>){3,9}", "temperature": 0.9, "seed": 4},
+]
+Answers = list[tuple[Any, ...]]
+
+
+def hold_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row drafts any number of tokens, one of seven wrong; by a generator, so the same on every rank."""
+    draft, chance = History.draft, random.Random(1)
+
+    def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
+        counts: list[int] = []
+        for _, most in drafters:
+            counts.append(chance.randint(0, max(0, min(most, 7, room - sum(counts)))))
+        return counts
+
+    def wrong(self: History, most: int) -> list[int]:
+        found = draft(self, most) or [chance.randrange(300) for _ in range(most)]
+        return [token if chance.random() < 6 / 7 else chance.randrange(300) for token in found]
+
+    monkeypatch.setattr(Drafting, "allot", some)
+    monkeypatch.setattr(History, "draft", wrong)
+
+
+def answers(mine: Ranks, speculate: str, wrong: bool, runtime: dict[str, Any]) -> tuple[Answers, tuple[int, int]]:
+    """All answers, and how many tokens were drafted and right."""
+    keys = {"speculate": speculate, "chat": "off", "runtime": {"device": mine.device.type, **runtime}}
+    with LLM.opened(from_keys(keys), mine) as llm, pytest.MonkeyPatch.context() as monkeypatch:
+        llm.load()
+        if wrong:
+            hold_some(monkeypatch)
+        params = [SamplingParams(max_tokens=48, ignore_eos=True, **kind) for kind in KINDS]
+        found = llm.generate(PROMPTS, params)
+        drafting = llm.engine.scheduler.drafting
+        counts = (drafting.drafted, drafting.accepted) if drafting else (0, 0)
+        said = [(each.text, each.ids, each.finish_reason, each.logprobs) for one in found for each in one.outputs]
+        return [*said, tuple(one.prompt_logprobs for one in found)], counts
+
+
+SMALL = {"max_batch": 3, "prefill_chunk": 8, "cache_tokens": 240, "page": 4}  # put back now and then
+RUNS = [
+    *((1, True, SMALL), (2, True, {}), (3, False, {"max_batch": 5})),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, False, {}), (4, True, SMALL), (8, True, {}))),
+]
+
+
+@pytest.fixture(scope="module")
+def known() -> Answers:
+    return run_ranks(answers, 1, "off", False, {})[0][0]
+
+
+@pytest.mark.parametrize(("size", "wrong", "runtime"), RUNS)
+def test_the_same_bits(size: int, wrong: bool, runtime: dict[str, Any], known: Answers) -> None:
+    check(run_ranks(answers, size, "ngram", wrong, runtime, timeout=200), known)
+
+
+def check(found: Sequence[tuple[Answers, tuple[int, int]]], known: Answers) -> None:
+    for said, (drafted, accepted) in found:
+        assert said == known
+        assert drafted > accepted > 20 and (drafted, accepted) == found[0][1]
+
+
+@pytest.fixture(scope="module")
+def known_on_a_gpu() -> Answers:
+    return run_ranks(answers, 1, "off", False, {}, timeout=200, device="cuda")[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("runtime", [{}, {"graphs": "false"}, SMALL], ids=["graphs", "no graphs", "small"])
+def test_the_same_bits_on_a_gpu(runtime: dict[str, Any], wrong: bool, known_on_a_gpu: Answers) -> None:
+    check(run_ranks(answers, 1, "ngram", wrong, runtime, timeout=200, device="cuda"), known_on_a_gpu)
+
+
+@pytest.mark.multigpu
+def test_the_same_bits_on_two_gpus(known_on_a_gpu: Answers) -> None:
+    check(run_ranks(answers, 2, "ngram", True, {}, timeout=200, device="cuda"), known_on_a_gpu)
