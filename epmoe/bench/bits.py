@@ -19,6 +19,7 @@ from epmoe.bench.weights import RandomCheckpoint
 from epmoe.config.compose import parse
 from epmoe.config.keys import Names, Range, key
 from epmoe.config.schema import ModelKeys
+from epmoe.engine.drafts import Costs, Drafter, Drafting, History
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
@@ -69,6 +70,7 @@ class Way:
     others: int = 0  # prompts beside these, which are not compared
     again: bool = False  # the first half of what was answered is part of the prompt, and only the rest is compared
     found: bool = False  # what the way before has left in the cache is found
+    drafts: bool = False  # of the tokens that are known to come, one of eight another one
 
 
 def ways(prompts: int, company: int) -> list[Way]:
@@ -86,6 +88,8 @@ def ways(prompts: int, company: int) -> list[Way]:
         Way(f"among {company}", company, chunk=2000, others=max(0, company - prompts)),
         Way("half of the answer computed again", prompts, again=True),
         Way("prompts found in the cache", prompts, found=True),
+        Way("with drafts", prompts, drafts=True),
+        Way("with drafts, alone", 1, chunk=64, drafts=True),
     ]
 
 
@@ -129,14 +133,46 @@ def others(count: int, vocab: int) -> list[Request]:
     ]
 
 
-def run(llm: LLM, way: Way, asked: Sequence[Request]) -> list[Result]:
-    """Results in the prompts' order; a collective."""
+class Known(History):
+    """Drafts an answer that is known, one of eight tokens wrong: the same ones each time."""
+
+    def __init__(self, ids: Sequence[int], answer: Sequence[int]) -> None:
+        super().__init__(ids)
+        self.answer, self.begin, self.dice = answer, len(ids), random.Random(len(ids))
+
+    def draft(self, most: int) -> list[int]:
+        said = self.count - self.begin
+        ids = [*self.answer[said : said + most], *[0] * most][:most]
+        return [id if self.dice.random() < 7 / 8 else id ^ 1 for id in ids]
+
+
+class Told(Drafting):
+    """Each sequence drafts 0 to 7 tokens, as far as there is room."""
+
+    def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
+        counts: list[int] = []
+        for history, most in drafters:
+            counts.append(max(0, min(history.count % 8, most, room - sum(counts))))
+        return counts
+
+
+def run(llm: LLM, way: Way, asked: Sequence[Request], known: Sequence[Result] = ()) -> list[Result]:
+    """Results in the prompts' order; a collective. `known` are those of another way, for one with drafts."""
     config = replace(
-        llm.engine.config, max_batch=way.batch, prefill_chunk=way.chunk, graphs=way.graphs and llm.engine.config.graphs
+        llm.engine.config,
+        max_batch=way.batch,
+        prefill_chunk=way.chunk,
+        graphs=way.graphs and llm.engine.config.graphs,
+        drafts=Costs.of(1, 1) if way.drafts else None,
     )
     if not way.found:
         llm.cache.pages.forget()
     engine = Engine(llm.model, llm.cache, llm.ranks, config)
+    if way.drafts:
+        answers = {each.ids: result.ids for each, result in zip(asked, known, strict=True)}
+        engine.scheduler.drafting = Told(
+            Costs.of(1, 1), engine.most_rows, lambda ids: Known(ids, answers.get(tuple(ids), ()))
+        )
     ordered = list(asked)[::-1] if way.reverse else list(asked)
     ordered += others(way.others, llm.architecture.vocab)
     engine.prepare(Workload.of(ordered, way.batch))
@@ -177,7 +213,7 @@ def bits() -> None:
         first: list[Result] = []
         for way in ways(config.prompts, most):
             half = config.new // 2 if way.again else 0
-            results = run(llm, way, continued(asked, first, half) if way.again else asked)
+            results = run(llm, way, continued(asked, first, half) if way.again else asked, first)
             first = first or results
             tokens, same = compare(results, [rest(each, half) for each in first])
             cached = sum(each.cached_tokens for each in results)

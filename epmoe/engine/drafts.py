@@ -15,7 +15,7 @@ Letters: E experts of a layer · K of them a token's.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,8 @@ class History:
 
 
 def _kind(matched: int) -> int:
-    return sum(matched >= least for least in MATCHES)
+    few, some = MATCHES
+    return 0 if matched < few else 1 if matched < some else 2
 
 
 def most_rows(sequences: int) -> int:
@@ -154,10 +155,15 @@ Drafter = tuple[History, int]  # and how many tokens it may draft, at most
 
 
 class Drafting:
-    """Decides how much is drafted in steps of up to `most_rows` rows."""
+    """Decides how much is drafted in steps of up to `most_rows` rows.
 
-    def __init__(self, costs: Costs, most_rows: int) -> None:
+    Args:
+        history: makes what drafts, of a prompt's ids.
+    """
+
+    def __init__(self, costs: Costs, most_rows: int, history: Callable[[Sequence[int]], History] = History) -> None:
         self.costs, self.most_rows, self.steps = costs, most_rows, costs.steps(most_rows)
+        self.history = history
         self.drafted = self.accepted = 0  # tokens so far
 
     def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:

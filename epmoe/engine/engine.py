@@ -116,9 +116,9 @@ class Engine:
 
     def _prepare_steps(self, load: Workload, found: int | None) -> None:
         rows = min(self.max_batch, load.sequences)
-        bodies = self._bodies(load, rows, found)
-        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
         drafted = min(self.most_rows, rows * (1 + MOST_DRAFT)) if self.runner.static.drafted else rows
+        bodies = self._bodies(load, min(self.max_batch, drafted), found)
+        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
         kinds = self.graphs.missing(load.variants(), (rows, drafted), bodies)
         if prefills or kinds:
             if self.graphs.capture:
@@ -206,7 +206,7 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         events: list[Event] = []
-        if any(flight.drafted for flight in self.flights) or self.scheduler.drafts_soon():
+        if self.flights and (self.flights[-1].drafted or self.scheduler.drafts_soon()):
             events += self._land_all()  # what has come says where the next rows are, and what their drafts
         work = self.scheduler.schedule()
         for sequence in work.begun:

@@ -150,7 +150,7 @@ class Graphs:
 
     def ragged(self, ragged: Ragged) -> None:
         """Start a step with prompts, or with drafts, up to its head."""
-        if not ragged.spans and self.capture:
+        if not ragged.spans:
             self.static.cache.write()
             self.static.order_step(ragged)
             self._run(Kind("drafts", self.bucket(len(ragged.rows)), None))
@@ -191,8 +191,8 @@ class Graphs:
         wanted = [Kind("decode", *each) for each in decodes if not each[1].adjusted]
         wanted += [Kind("head", *each) for each in (kinds if self.capture else adjusted)]
         wanted += [Kind("rows", size, None) for size in sizes if adjusted]
-        if self.capture:
-            wanted += [*(Kind("drafts", size, None) for size in drafted if self.static.drafted), *bodies]
+        wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]
+        wanted += bodies if self.capture else []
         return [kind for kind in reversed(wanted) if kind not in self.ready]
 
     def prepare(self, new: Sequence[Kind]) -> None:

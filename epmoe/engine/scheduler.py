@@ -324,7 +324,7 @@ class Scheduler:
         sequence.ids.append(token)
         if self.drafting is not None:
             if sequence.history is None:
-                sequence.history = History(sequence.request.ids)
+                sequence.history = self.drafting.history(sequence.request.ids)
             sequence.history.take(token)
         if logprobs is not None:
             own = logprobs.top[: sequence.request.params.logprobs]
