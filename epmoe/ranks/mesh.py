@@ -126,10 +126,28 @@ class Ranks:
         dist.all_reduce(everyone, group=self.expert_group)  # exact: every other rank adds zero
         return everyone
 
+    def beside(self, tensor_RX: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
+        """All ranks' columns side by side, by expert rank, each rank's so many: [R, sum]; a collective of the group.
+
+        Copies, so bits stay, those of a negative zero too.
+        """
+        if self.expert_group is None:
+            return tensor_RX
+        mine = tensor_RX.new_zeros(len(tensor_RX), max(columns))
+        mine[:, : tensor_RX.shape[1]] = tensor_RX
+        everyone = mine.new_empty(self.expert_size * len(mine), mine.shape[1])
+        _all_gather(everyone, mine, group=self.expert_group)
+        parts = everyone.view(self.expert_size, *mine.shape)
+        return torch.cat([each[:, :count] for each, count in zip(parts, columns, strict=True)], dim=1)
+
     def barrier(self) -> None:
         """Wait for every rank of the expert group, at most the group's timeout."""
         if self.expert_group is not None:
             dist.barrier(group=self.expert_group)
+
+
+# Its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextmanager

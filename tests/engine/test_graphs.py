@@ -157,12 +157,18 @@ def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set
 
     model.logits = spy
     first = outcome(engine.generate(greedy))
-    alone = set(parts)
-    return [first, outcome(engine.generate([*greedy[:6], *mixed()[6:]]))], alone
+    others = outcome(engine.generate([*greedy[:6], *mixed()[6:]]))
+    few = set(parts)
+    parts.clear()
+    engine.runner.static.most_shared = 0
+    engine.graphs.close()
+    assert outcome(engine.generate([*greedy[:6], *mixed()[6:]])) == others  # of many rows each has all logits
+    assert None in parts
+    return [first, others], few
 
 
 def test_ranks_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
-    """Each projects to its chunks where all rows are greedy; the tokens are those of one rank."""
+    """Each projects to its chunks; where rows are not greedy, logits are exchanged; the tokens are those of one rank."""
     ((one, parts),) = run_ranks(run_greedy, 1, checkpoint, 64)
     assert parts == {None}
     found = run_ranks(run_greedy, 3, checkpoint, 64)

@@ -40,6 +40,22 @@ def test_values_travel_between_ranks(size: int) -> None:
     assert run_ranks(share, size) == [({"é": [1, None, 0.1, "\ud800"]}, [], gathered)] * size
 
 
+def columns(mine: Ranks) -> bytes:
+    widths = [3, 1, 4][: mine.size]
+    begin = sum(widths[: mine.rank])
+    numbers = torch.arange(16.0).view(2, 8) * -1.0  # begins with a negative zero
+    found = mine.beside(numbers[:, begin : begin + widths[mine.rank]], widths)
+    return found.numpy().tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_columns_side_by_side(size: int) -> None:
+    """Of several widths; every bit is copied."""
+    width = [3, 4, 8][size - 1]
+    wanted = (torch.arange(16.0).view(2, 8) * -1.0)[:, :width].contiguous().numpy().tobytes()
+    assert run_ranks(columns, size) == [wanted] * size
+
+
 def fail_on_rank_1(mine: Ranks) -> None:
     if mine.rank == 1:
         raise KeyError("x")
