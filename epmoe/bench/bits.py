@@ -170,7 +170,8 @@ def run(llm: LLM, way: Way, asked: Sequence[Request], known: Sequence[Result] = 
     engine = Engine(llm.model, llm.cache, llm.ranks, config)
     if way.drafts:
         answers = {each.ids: result.ids for each, result in zip(asked, known, strict=True)}
-        engine.scheduler.drafting = Told(
+        assert engine.scheduler.speculation
+        engine.scheduler.speculation.drafting = Told(
             Costs.of(1, 1), engine.most_rows, lambda ids: Known(ids, answers.get(tuple(ids), ()))
         )
     ordered = list(asked)[::-1] if way.reverse else list(asked)

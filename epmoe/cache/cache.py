@@ -44,6 +44,9 @@ class CacheConfig:
     step: int | None = None  # tokens of prompts in one step, at most; None: as many as `tokens`
     positions: int | None = None  # of a sequence, at most; None: as many as `tokens`
     prefix_cache: bool = True
+    draft: tuple[int, int] | None = (
+        None  # key/value heads and head dimension of a draft model's layer; None: there is none
+    )
 
     @property
     def pages(self) -> dict[int | None, int]:
@@ -69,9 +72,17 @@ class CacheConfig:
         return [(2, self.kv_heads, (pages[window] + 1) * self.page, self.head_dim) for window in self.windows]
 
     @property
+    def draft_shape(self) -> tuple[int, ...]:
+        """Of the draft model's keys and values: it sees all positions, in the pages of the layers that do."""
+        if self.draft is None:
+            return (0,)
+        kv_heads, head_dim = self.draft
+        return 2, kv_heads, (self.pages[None] + 1) * self.page, head_dim
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
+        return sum(map(math.prod, [*self.shapes, self.draft_shape])) * self.dtype.itemsize
 
 
 class Cache:
@@ -101,6 +112,8 @@ class Cache:
         }
         try:
             self.layers = [torch.empty(shape, dtype=config.dtype, device=self.device) for shape in config.shapes]
+            # Zeros: what a draft model has not seen, of a prefix that is found, weighs little, and harms no text.
+            self.draft_layer = torch.zeros(config.draft_shape, dtype=config.dtype, device=self.device)
         except (MemoryError, RuntimeError) as error:
             if not is_full(error):
                 raise
@@ -165,6 +178,12 @@ class Cache:
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [J, R, D] each; attention reads and writes them at the plan's rows."""
         key_JRD, value_JRD = self.layers[index]
+        return key_JRD, value_JRD
+
+    @property
+    def draft(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft model's, likewise."""
+        key_JRD, value_JRD = self.draft_layer
         return key_JRD, value_JRD
 
     @property

@@ -44,6 +44,7 @@ class CacheSettings:
     tokens: int = 0  # runtime.cache_tokens; 0: what the requests need, as far as memory goes
     step: int | None = None  # tokens of prompts in one step, at most; None: any number
     prefix_cache: bool = True
+    draft: tuple[int, int] | None = None  # as CacheConfig's
 
 
 def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, settings: CacheSettings) -> Cache:
@@ -71,6 +72,7 @@ def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, set
             step=settings.step,
             positions=config.max_positions,
             prefix_cache=settings.prefix_cache,
+            draft=settings.draft,
         )
 
     neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory

@@ -9,6 +9,7 @@ from llguidance import LLTokenizer
 
 from epmoe.config.schema import Runtime
 from epmoe.engine.drafts import Costs
+from epmoe.models import DraftModel
 from epmoe.ranks.mesh import Ranks
 
 
@@ -22,7 +23,7 @@ class EngineConfig:
     `progress` standard error shows what is prepared. Logits of prompts' tokens, where their log-probabilities are asked
     for, are made of `score_rows` rows at a time, at most: with 201,088 ids 0.8 MB each, and several times that to sort.
     `vocabulary` makes what grammars must know of the ids; without it there are none. With `drafts` answers are drafted
-    (drafts.py) where it is worth it by these costs.
+    (drafts.py) where it is worth it by these costs, by `draft_model` too, where there is one.
     """
 
     eos_ids: Sequence[int] = ()
@@ -34,6 +35,7 @@ class EngineConfig:
     score_rows: int = 64
     vocabulary: Callable[[], LLTokenizer] | None = None
     drafts: Costs | None = None
+    draft_model: DraftModel | None = None
 
     @classmethod
     def of(cls, run: Runtime, device: torch.device) -> "EngineConfig":

@@ -27,6 +27,9 @@ LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of t
 PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
 MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
 
+# A sequence of whose tokens a draft model has guessed less than a share, after so many, goes on without it.
+MODEL_TRIALS, MODEL_LEAST = 32, 0.3
+
 # How often a drafted token was the one that came, by how many tokens before it were drafted rightly or had matched:
 # fewer than 3, fewer than 6, more. What is held before anything has come counts as so many trials; older ones fade.
 MATCHES = (3, 6)
@@ -70,6 +73,8 @@ class Costs:
 class History:
     """A sequence's tokens so far, and what followed when the last ones stood there before."""
 
+    modelled = False  # whether a draft model goes on with it
+
     def __init__(self, ids: Sequence[int]) -> None:
         self.count, self.ids = len(ids), np.empty(len(ids) + 512, np.int32)
         self.ids[: self.count] = ids
@@ -100,6 +105,11 @@ class History:
             self._search()
         if self.next < 0 and place >= 0 and followed:
             self.next = place + 1  # a token was replaced, perhaps: the text goes on behind it
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it can draft now."""
+        return MOST_DRAFT if self.next >= 0 else 0
 
     def draft(self, most: int) -> list[int]:
         """Up to so many next tokens; a text that runs into its own end goes on as it did before."""
@@ -137,6 +147,55 @@ class History:
         self.pause = min(2 ** min(self.vain, 8) // 4, PATIENCE)
 
 
+class Modelled(History):
+    """The same, and what a draft model has said of the next tokens: whichever of the two is likelier to be right."""
+
+    modelled = True
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(ids)
+        self.said: list[int] = []
+        self.place = 0  # how many of these have come, all right
+        self.depth_tried, self.depth_right = [HELD_TRIALS] * MOST_DRAFT, [HELD_TRIALS * 0.6] * MOST_DRAFT
+        self.trials = 0
+
+    def told(self, ids: list[int]) -> None:
+        """What the draft model says of the tokens behind the last one."""
+        self.said, self.place = ids, 0
+
+    def take(self, token: int) -> None:
+        if self.place < len(self.said):
+            right = self.said[self.place] == token
+            self.depth_tried[self.place] = FADE * self.depth_tried[self.place] + 1.0
+            self.depth_right[self.place] = FADE * self.depth_right[self.place] + right
+            self.trials += self.place == 0
+            self.place = self.place + 1 if right else len(self.said)
+        if self.trials >= MODEL_TRIALS and self._depth(0) < MODEL_LEAST:
+            self.modelled, self.said = False, []
+        super().take(token)
+
+    @property
+    def longest(self) -> int:
+        return len(self.said) if self._by_model() else super().longest
+
+    def draft(self, most: int) -> list[int]:
+        return self.said[:most] if self._by_model() else super().draft(most)
+
+    def chance(self, ahead: int) -> float:
+        return self._depth(ahead) if self._by_model() else super().chance(ahead)
+
+    def _depth(self, ahead: int) -> float:
+        return self.depth_right[ahead] / self.depth_tried[ahead]
+
+    def _by_model(self) -> bool:
+        """Of two tokens it brings more than a match; nothing of what it said has come yet."""
+        if not self.said or self.place:
+            return False
+        first = super().chance(0) if self.next >= 0 else 0.0
+        second = super().chance(1) if self.next >= 0 else 0.0
+        return self._depth(0) * (1.0 + self._depth(1)) >= first * (1.0 + second)
+
+
 def _kind(matched: int) -> int:
     few, some = MATCHES
     return 0 if matched < few else 1 if matched < some else 2
@@ -159,10 +218,17 @@ class Drafting:
 
     Args:
         history: makes what drafts, of a prompt's ids.
+        depth: tokens that a draft model says; 0: there is none.
     """
 
-    def __init__(self, costs: Costs, most_rows: int, history: Callable[[Sequence[int]], History] = History) -> None:
-        self.costs, self.most_rows, self.steps = costs, most_rows, costs.steps(most_rows)
+    def __init__(
+        self,
+        costs: Costs,
+        most_rows: int,
+        history: Callable[[Sequence[int]], History] = History,
+        depth: int = 0,
+    ) -> None:
+        self.costs, self.most_rows, self.steps, self.depth = costs, most_rows, costs.steps(most_rows), depth
         self.history = history
         self.drafted = self.accepted = 0  # tokens so far
 
@@ -174,7 +240,8 @@ class Drafting:
             room: rows for drafts, at most.
         """
         counts, taken, best = [0] * len(drafters), list[int](), 0
-        those = [each for each, (history, most) in enumerate(drafters) if most > 0 and history.next >= 0]
+        drafters = [(history, min(most, history.longest)) for history, most in drafters]
+        those = [each for each, (_, most) in enumerate(drafters) if most > 0]
         chances = [(-drafters[each][0].chance(0), each) for each in those]
         heapq.heapify(chances)
         tokens, wait = float(rows), self.costs.wait + self.costs.wait_row * rows

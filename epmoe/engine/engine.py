@@ -25,16 +25,18 @@ from functools import cached_property
 import torch
 
 from epmoe.cache.cache import Cache
-from epmoe.engine import scheduler
+from epmoe.engine import sequence as kinds
 from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.config import EngineConfig, resolve_chunk
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.drafts import MOST_DRAFT, Drafting, most_rows
+from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, most_rows
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
+from epmoe.engine.proposer import DRAFTED
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner, Started
 from epmoe.engine.scheduler import Scheduler
+from epmoe.engine.speculation import Speculation
 from epmoe.engine.step import Sizes
 from epmoe.engine.warm import Prefill, Warm
 from epmoe.errors import UserError, warn
@@ -62,17 +64,19 @@ class Engine:
         self.most_rows = self.max_batch
         if config.drafts is not None:
             self.most_rows = most_rows(self.max_batch)
-            self.scheduler.drafting = Drafting(config.drafts, self.most_rows)
+            kind, depth = (Modelled, DRAFTED) if config.draft_model else (History, 0)
+            drafting = Drafting(config.drafts, self.most_rows, kind, depth)
+            self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
         with torch.inference_mode():
             self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
             sizes = Sizes(self.max_batch, self.most_tokens, self.most_rows if config.drafts else 0)
-            self.runner = Runner(model, cache, ranks, sizes, config.score_rows)
+            self.runner = Runner(model, cache, ranks, sizes, config.score_rows, config.draft_model)
         self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
         self.flights: deque[Flight] = deque()
         self.landed: Flight | None = None  # the last one
         self.first = 0  # id of the first request of this run: messages number prompts from it
-        self.failed: dict[int, scheduler.Sequence] = {}  # by id, until `clear`: their logits were not finite
+        self.failed: dict[int, kinds.Sequence] = {}  # by id, until `clear`: their logits were not finite
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -206,12 +210,12 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         events: list[Event] = []
-        if self.flights and (self.flights[-1].drafted or self.scheduler.drafts_soon()):
+        if self.flights and (self.flights[-1].waits or self._drafts_soon()):
             events += self._land_all()  # what has come says where the next rows are, and what their drafts
         work = self.scheduler.schedule()
         for sequence in work.begun:
             self.runner.admit(sequence, self.scheduler.ends(sequence.request))
-        started = self.runner.begin(work.rows, work.pieces, work.drafts, self.graphs)
+        started = self.runner.begin(work, self.graphs)
         events += self._restrict(started) if started else []
         launched = started and self.runner.finish(started, self.graphs)
         self.scheduler.launched(work)
@@ -295,6 +299,10 @@ class Engine:
         where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
         raise NotFinite(prompts, sequence.length - 1, where)
 
+    def _drafts_soon(self) -> bool:
+        speculation = self.scheduler.speculation
+        return speculation is not None and speculation.soon(self.scheduler.running)
+
     def _land_all(self) -> list[Event]:
         events: list[Event] = []
         while self.flights:
@@ -323,13 +331,13 @@ class Engine:
         """What a step has brought, when it has ended."""
         self.landed = flight  # let go of beside a later step: to give pinned memory back takes a while
         events: list[Event] = []
-        before: scheduler.Sequence | None = None
+        before, speculation = None, self.scheduler.speculation
         for sequence, token, logprobs in flight.land(self.config.timeout_s):
             drafted, before = sequence is before, sequence
             if sequence.finished or token < 0:
                 continue  # it ended while this step was under way; of its draft a token before was another
-            if drafted:
-                self.scheduler.accept(sequence)
+            if drafted and speculation:
+                speculation.accept(sequence)
             now = time.perf_counter()
             if token == self.vocab or not sequence.finite:  # no token: its logits are not finite, or its prompt's
                 self.failed[sequence.id] = sequence
@@ -348,6 +356,9 @@ class Engine:
                 events.append(Token(sequence.id, token, own, prompt, cached))
             if reason:
                 events.append(Finished(sequence.id, self.scheduler.finish(sequence, reason, now)))
+        for sequence, ids in zip(flight.told, flight.drafts, strict=True):
+            if speculation:
+                speculation.tell(sequence, ids)
         return events
 
 

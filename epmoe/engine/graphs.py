@@ -38,6 +38,7 @@ from epmoe.streams import on_terminal, tell
 STEPS = ((2, 1), (4, 2), (8, 4), (64, 8), (256, 32), (sys.maxsize, 128))
 # The same of a step's tokens. A step of more takes the GPU longer than its launches take the host.
 MOST_TOKENS = 2048
+EXTENDED = ("drafts", "prompts", "mixed")  # parts that a draft model goes over
 MOST_PREPARED = 4096  # loads that are remembered
 TOKEN_STEPS = ((32, 16), (64, 32), (512, 64), (1024, 128), (sys.maxsize, 256))
 
@@ -101,7 +102,7 @@ def with_bar(jobs: Sequence[Job], what: str, ranks: Ranks, *, progress: bool) ->
 
 class Kind(NamedTuple):
     """A part of a step: "decode", "rows" or "drafts" of so many rows, "prompts" or "mixed" of so many tokens, "head" of
-    so many outputs."""
+    so many outputs; where a model drafts, "extend" and one of EXTENDED, and "propose" of so many sequences."""
 
     part: str
     size: int
@@ -124,6 +125,7 @@ class Graphs:
         self.graphs: dict[Kind, Graph] = {}
         self.bodies: dict[str, list[int]] = {"prompts": [], "mixed": []}  # sizes of those that are graphs, ascending
         self.handles: list[int] = []  # what the device's sequence_M holds
+        self.body: Kind | None = None  # of the step with prompts or drafts that was started last; None: none of these
         if self.capture:
             ranks.at_end.add(self)
 
@@ -153,15 +155,18 @@ class Graphs:
         if not ragged.spans:
             self.static.cache.write()
             self.static.order_step(ragged)
-            self._run(Kind("drafts", self.bucket(len(ragged.rows)), None))
+            self.body = Kind("drafts", self.bucket(len(ragged.rows)), None)
+            self._run(self.body)
             return
         part = "mixed" if ragged.rows else "prompts"
         size, static = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None), self.static
         if size is not None:
             room = static.changes(size, static.most(size, rows=part == "mixed"))
             static.order_step(ragged, static.cache.write(leave=room))
-            self._run(Kind(part, size, None))
+            self.body = Kind(part, size, None)
+            self._run(self.body)
         else:
+            self.body = None
             static.cache.write()
             static.order_step(ragged)
             static.run(ragged)
@@ -170,6 +175,20 @@ class Graphs:
         """Choose the ids [O] of the step that was started, as `decode` gives them."""
         self._run(Kind("head", self.bucket(outputs) if self.capture else outputs, variant))
         return self.static.id_M[:outputs]
+
+    def propose(self, ragged: Ragged, most: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Let the draft model go over the step whose ids were chosen, and say what comes behind: [len(most), K], on the
+        device until the next step. `most` as in `Proposer.order_step`."""
+        proposer = self.static.proposer
+        assert proposer is not None
+        proposer.order_step(ragged, most)
+        if self.body is None:
+            self.static.extend_known(ragged)
+        else:
+            self._run(Kind(f"extend {self.body.part}", self.body.size, None))
+        if most:
+            self._run(Kind("propose", self.bucket(len(most)), None))
+        return proposer.draft_MK[: len(most)]
 
     def holds(self, part: str, size: int, ragged: Ragged) -> bool:
         """Whether a body has room for a step; none leaves what is to be scored."""
@@ -193,6 +212,9 @@ class Graphs:
         wanted += [Kind("rows", size, None) for size in sizes if adjusted]
         wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]
         wanted += bodies if self.capture else []
+        if self.static.proposer:
+            wanted += [kind._replace(part=f"extend {kind.part}") for kind in wanted if kind.part in EXTENDED]
+            wanted += [Kind("propose", size, None) for size in sizes]
         return [kind for kind in reversed(wanted) if kind not in self.ready]
 
     def prepare(self, new: Sequence[Kind]) -> None:
@@ -235,6 +257,11 @@ class Graphs:
     def _part(self, kind: Kind) -> Callable[[], None]:
         if kind.part in ("rows", "drafts"):
             return partial(self.static.rows if kind.part == "rows" else self.static.drafts, kind.size)
+        if kind.part.startswith("extend "):
+            return partial(self.static.extend, kind.part.removeprefix("extend "), kind.size)
+        if kind.part == "propose":
+            assert self.static.proposer is not None
+            return partial(self.static.proposer.propose, kind.size)
         if kind.variant is None:
             return partial(self.static.body, kind.size, rows=kind.part == "mixed")
         return partial(self.static.decode if kind.part == "decode" else self.static.head, kind.size, kind.variant)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from epmoe.batch import Span
-from epmoe.engine import scheduler
-from epmoe.engine.scheduler import Piece
+from epmoe.engine import sequence as engine
+from epmoe.engine.sequence import Piece
 
-Drafts = Mapping[scheduler.Sequence, Sequence[int]]
-Score = tuple[scheduler.Sequence, range]  # places of the prompt's tokens whose log-probabilities come
+Drafts = Mapping[engine.Sequence, Sequence[int]]
+Score = tuple[engine.Sequence, range]  # places of the prompt's tokens whose log-probabilities come
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,25 @@ class Ragged:
     rows: list[int]  # handles
     spans: list[Span]
     outputs: list[int]  # tokens
-    ended: list[scheduler.Sequence]  # the outputs' sequences
+    ended: list[engine.Sequence]  # the outputs' sequences
     nexts: list[int]  # the outputs' next positions
     ahead: list[int] = field(
         default_factory=list
     )  # of the outputs: see `batch.Drafted`; empty where there are no drafts
     wanted: list[int] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # handles by whose parameters the outputs are; empty: their own
+
+    @property
+    def behind(self) -> list[int]:
+        """The token behind each one; 0 where it has yet to be chosen."""
+        return [*[0] * len(self.rows), *self.follow]
+
+    follow: list[int] = field(default_factory=list)  # tokens behind those of the prompts
     scored: list[int] = field(default_factory=list)  # tokens
     scores: list[Score] = field(default_factory=list)  # whose they are
 
     @classmethod
-    def of(cls, rows: Sequence[scheduler.Sequence], work: Sequence[Piece], drafts: Drafts | None = None) -> "Ragged":
+    def of(cls, rows: Sequence[engine.Sequence], work: Sequence[Piece], drafts: Drafts | None = None) -> "Ragged":
         """The rows' next tokens and their drafts', and the next tokens of prompts."""
         if drafts:
             made = cls._drafted(rows, drafts)
@@ -58,7 +65,7 @@ class Ragged:
         return made
 
     @classmethod
-    def _drafted(cls, rows: Sequence[scheduler.Sequence], drafts: Drafts) -> "Ragged":
+    def _drafted(cls, rows: Sequence[engine.Sequence], drafts: Drafts) -> "Ragged":
         made = cls([], [], [], [], [], [], [])
         for row in rows:
             draft = drafts.get(row, ())
@@ -73,11 +80,13 @@ class Ragged:
                 made.ahead.append(ahead)
         return made
 
-    def _add(self, sequence: scheduler.Sequence, count: int) -> None:
+    def _add(self, sequence: engine.Sequence, count: int) -> None:
         """The next so many tokens of its prompt."""
         begin, cached = len(self.given), sequence.cached
         self.given.extend(sequence.prompt[cached : cached + count])
         self.positions.extend(range(cached, cached + count))
+        self.follow.extend(sequence.prompt[cached + 1 : cached + count + 1])
+        self.follow.extend([0] * (len(self.given) - len(self.rows) - len(self.follow)))
         self.spans.append((begin, begin + count, cached, sequence.handle))
         last = min(cached + count, sequence.scored + sequence.unscored)
         if last > sequence.scored:

@@ -9,22 +9,23 @@ from typing import NamedTuple, Protocol
 import torch
 
 from epmoe.cache.cache import Cache
-from epmoe.engine import scheduler
+from epmoe.engine import sequence as engine
 from epmoe.engine.matcher import Grammars
 from epmoe.engine.ragged import Drafts, Ragged, Score
 from epmoe.engine.request import TokenLogprobs, Variant
 from epmoe.engine.sampler import to_logprobs, top_logprobs
-from epmoe.engine.scheduler import Piece
 from epmoe.engine.scores import deliver, scored
+from epmoe.engine.sequence import Piece, Work
 from epmoe.engine.state import State
 from epmoe.engine.step import Sizes, StaticStep
-from epmoe.models import Model
+from epmoe.models import DraftModel, Model
 from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, staging, to_device
 
-Sequences = Sequence[scheduler.Sequence]
+Sequences = Sequence[engine.Sequence]
 Prompts = tuple[Sequence[Score], Sequence[torch.Tensor]]
-Landed = tuple[scheduler.Sequence, int, TokenLogprobs | None]
+Told = tuple[Sequences, torch.Tensor | None]
+Landed = tuple[engine.Sequence, int, TokenLogprobs | None]
 
 
 class Flight:
@@ -32,14 +33,15 @@ class Flight:
 
     Args:
         sequences: of the ids; several in a row are of one that has a draft.
+        told: sequences, and what a draft model says of their next tokens, [sequences, K].
         prompts: `scores` of prompts' tokens, and what `scores.scored` has found of them.
     """
 
     def __init__(
-        self, sequences: Sequences, id_B: torch.Tensor, logits_BV: torch.Tensor | None, prompts: Prompts
+        self, sequences: Sequences, id_B: torch.Tensor, logits_BV: torch.Tensor | None, prompts: Prompts, told: Told
     ) -> None:
-        self.sequences, (self.scores, found) = sequences, prompts
-        self.drafted = len(set(sequences)) < len(sequences)
+        self.sequences, (self.scores, found), (self.told, draft_BK) = sequences, prompts, told
+        self.waits = bool(self.told) or len(set(sequences)) < len(sequences)  # the next step's rows follow from it
         self.asked = [row for row, each in enumerate(sequences) if each.request.params.logprobs]
         tensors = [id_B]
         if self.asked:
@@ -52,7 +54,8 @@ class Flight:
             # Logits that are not finite have chosen no token, and what does not count means nothing.
             chosen_O = id_O.clamp(0, logits_BV.shape[1] - 1)
             tensors += top_logprobs(logits_OV, chosen_O, top)
-        self.arrival = Arrival([*tensors, *found])
+        self.arrival = Arrival([*tensors, *found, *([draft_BK] if draft_BK is not None else ())])
+        self.drafts: list[list[int]] = []  # of those in `told`, once it has landed
 
     def land(self, timeout_s: float) -> Iterator[Landed]:
         """Each sequence's new id and its log-probabilities, once sequences have those of their prompts.
@@ -63,6 +66,8 @@ class Flight:
             NoArrival: the step did not end in time.
         """
         id_B, *found = self.arrival.wait(timeout_s)
+        if self.told:
+            self.drafts = found.pop().tolist()
         if self.scores:
             deliver(self.scores, found[-3:])
             del found[-3:]
@@ -81,20 +86,22 @@ class Launcher(Protocol):
     def rows(self, handles: Sequence[int]) -> None: ...
     def ragged(self, ragged: Ragged) -> None: ...
     def head(self, outputs: int, variant: Variant) -> torch.Tensor: ...
+    def propose(self, ragged: Ragged, most: Sequence[tuple[int, int]]) -> torch.Tensor: ...
 
 
 class Started(NamedTuple):
     """A step that has begun."""
 
     sequences: Sequences  # whose next ids it is to choose
-    drafts: Drafts
-    chosen: Sequence[int]  # handles by whose parameters they are
+    work: Work
+    ragged: Ragged | None  # None: it has nothing but rows, which the device knows
+    chosen: Sequence[int]  # handles by whose parameters the ids are
     variant: Variant | None  # how; None: there are none
     scores: Sequence[Score]
     id_B: torch.Tensor | None  # the ids, where it is launched whole
 
     @property
-    def restricted(self) -> list[scheduler.Sequence]:
+    def restricted(self) -> list[engine.Sequence]:
         """Those that need the masks of their grammars before its head."""
         adjusted = self.variant is not None and self.variant.adjusted
         return [each for each in dict.fromkeys(self.sequences) if each.matcher] if adjusted else []
@@ -108,13 +115,21 @@ class Runner:
         score_rows: logits of prompts' tokens are made of so many rows at a time, at most.
     """
 
-    def __init__(self, model: Model, cache: Cache, ranks: Ranks, sizes: Sizes, score_rows: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        ranks: Ranks,
+        sizes: Sizes,
+        score_rows: int,
+        drafter: DraftModel | None = None,
+    ) -> None:
         self.model, self.cache, self.ranks, self.score_rows = model, cache, ranks, score_rows
         self.state = State(cache, model.config.vocab, ranks, sizes.drafted_rows)
         self.masks_MW: torch.Tensor | None = None  # on the host
-        self.static = StaticStep(model, cache, self.state, sizes)
+        self.static = StaticStep(model, cache, self.state, sizes, drafter)
 
-    def admit(self, sequence: scheduler.Sequence, ends: Iterable[int] = ()) -> None:
+    def admit(self, sequence: engine.Sequence, ends: Iterable[int] = ()) -> None:
         """Tell the device of a sequence that begins: its parameters, and its ids where they count.
 
         `ends` are those that end its answer.
@@ -123,17 +138,19 @@ class Runner:
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
-        started = self.begin(rows, work, {}, launcher)
+        started = self.begin(Work(list(rows), list(work), []), launcher)
         return started and self.finish(started, launcher)
 
-    def begin(self, rows: Sequences, work: Sequence[Piece], drafts: Drafts, launcher: Launcher) -> Started | None:
-        """Launch such a step, some of whose rows have drafts, up to its head, or whole where nothing adjusts its logits
-        and nobody drafts. None: nothing comes of it."""
-        if not (work or drafts):
+    def begin(self, work: Work, launcher: Launcher) -> Started | None:
+        """Launch a step up to its head, or whole where nothing adjusts its logits and nobody drafts. None: nothing
+        comes of it."""
+        rows, drafts = work.rows, work.drafts
+        listed = bool(work.pieces or drafts or (rows and work.modelled))
+        if not listed:
             self.cache.write()  # else the launcher does, with what the step has to know
-        if not (rows or work):
+        if not (rows or work.pieces):
             return None
-        ragged = Ragged.of(rows, work, drafts) if work or drafts else None
+        ragged = Ragged.of(rows, work.pieces, drafts) if listed else None
         sequences, scores = (ragged.ended, ragged.scores) if ragged else (rows, ())
         variant = Variant.joined([each.request.variant for each in sequences]) if sequences else None
         id_B = None
@@ -146,14 +163,14 @@ class Runner:
         elif variant:
             id_B = launcher.decode([each.handle for each in rows], variant)
         chosen = ragged.chosen if ragged and ragged.chosen else [each.handle for each in sequences]
-        started = Started(sequences, drafts, chosen, variant, scores, id_B)
-        for sequence, tokens in work:
+        started = Started(sequences, work, ragged, chosen, variant, scores, id_B)
+        for sequence, tokens in work.pieces:
             sequence.cached += tokens
         for sequence in dict.fromkeys(sequences):
             sequence.launched += 1
         for sequence, places in scores:
             sequence.scored += len(places)
-        return started if sequences or scores else None
+        return started if sequences or scores or work.modelled else None
 
     def _branch(self, ragged: Ragged, drafts: Drafts) -> list[int]:
         """For each output a handle by whose parameters it is chosen: in a draft one that knows the tokens before."""
@@ -167,7 +184,7 @@ class Runner:
         assert words is not None, "State.keep was not called"
         if self.masks_MW is None:
             self.masks_MW = staging(words[: len(self.static.id_M)])
-        asked = [(each.matcher, started.drafts.get(each, ())) for each in sequences if each.matcher]
+        asked = [(each.matcher, started.work.drafts.get(each, ())) for each in sequences if each.matcher]
         rows = grammars.fill(asked, self.masks_MW)
         masked = set(sequences)
         outputs = zip(started.sequences, started.chosen, strict=True)
@@ -175,8 +192,13 @@ class Runner:
 
     def finish(self, started: Started, launcher: Launcher) -> Flight:
         """Launch the rest of a step, after which no other one has begun."""
-        sequences, _, _, variant, scores, id_B = started
+        sequences, work, ragged, _, variant, scores, id_B = started
         if id_B is None:
             id_B = launcher.head(len(sequences), variant) if variant else self.static.id_M[:0]
         found = scored(self.model, self.static.take_scored(), scores, self.score_rows) if scores else ()
-        return Flight(sequences, id_B, self.static.logits_MV if variant and variant.logits else None, (scores, found))
+        told: Told = (), None
+        if work.modelled and ragged:
+            draft_BK = launcher.propose(ragged, [(each.handle, most) for each, most in work.told.items()])
+            told = (list(work.told), draft_BK) if work.told else told
+        logits_MV = self.static.logits_MV if variant and variant.logits else None
+        return Flight(sequences, id_B, logits_MV, (scores, found), told)

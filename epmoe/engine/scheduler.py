@@ -14,100 +14,13 @@ Every rank has one, is told the same and so makes the same choices; no choice de
 """
 
 from collections import deque
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from epmoe.cache.pages import Pages, extend
-from epmoe.engine.drafts import MOST_DRAFT, Drafter, Drafting, History
 from epmoe.engine.matcher import Matcher
-from epmoe.engine.request import PromptLogprobs, Request, Result, TokenLogprobs
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way."""
-
-    id: int
-    request: Request
-    end: int  # length at which it must stop
-    added_s: float  # on the engine's clock
-    handle: int = -1  # in the cache, once it runs
-    prompt: tuple[int, ...] = ()  # what it begins with: the request's ids, and what it had said when it was put back
-    cached: int = 0  # tokens of `prompt` that were fed, or found
-    found: int | None = None  # of them, those whose pages were there when it began
-    keys: list[bytes] = field(default_factory=list)  # of its first pages
-    launched: int = 0  # new tokens whose step was launched; of a draft those that have come
-    ids: list[int] = field(default_factory=list)  # new tokens that have come
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    scored: int = 0  # tokens of the prompt after each of which the next one's log-probability was launched
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # that have come
-    finite: bool = True  # whether all logits are, of which these are made
-    first_token_s: float = 0.0  # since it was added
-    finished: bool = False
-    stop_ids: Set[int] = frozenset()  # that end it besides the end of text
-    matcher: Matcher | None = None  # where it stands in its grammar, once `ids` have come
-    history: History | None = None  # likewise, where there are drafts
-
-    def __post_init__(self) -> None:
-        self.prompt = self.request.ids
-
-    @property
-    def pending(self) -> int:
-        """Tokens of the prompt that the model has not seen yet."""
-        return len(self.prompt) - self.cached
-
-    @property
-    def unscored(self) -> int:
-        """How many more of its first tokens are to be scored; the last one's is the first new token's."""
-        return 0 if self.request.params.prompt_logprobs is None else len(self.request.ids) - 1 - self.scored
-
-    @property
-    def computed(self) -> int:
-        """Positions whose keys and values are there, once what was launched is done."""
-        return self.cached if self.pending else self.next - 1
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the next decode step is to have it."""
-        return not self.pending and self.next < self.end
-
-    @property
-    def next(self) -> int:
-        """The position of the next token to be launched, once the prompt was fed."""
-        return len(self.request.ids) + self.launched
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and output so far."""
-        return len(self.request.ids) + len(self.ids)
-
-    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
-        """Those of prompt and output at these positions."""
-        own = len(self.request.ids)
-        return (*self.request.ids[begin:end], *self.ids[max(begin - own, 0) : max(end - own, 0)])
-
-    def told_of_prompt(self) -> PromptLogprobs:
-        """What has come of the log-probabilities of its prompt's tokens, if they are asked for."""
-        return () if self.request.params.prompt_logprobs is None else (None, *self.prompt_logprobs)
-
-    def result(self, reason: str, now: float) -> Result:
-        times = self.first_token_s, now - self.added_s
-        logprobs = tuple(self.logprobs)
-        return Result(tuple(self.ids), reason, *times, logprobs, self.found or 0, self.told_of_prompt())
-
-
-NOTHING = History(())  # of one that has said nothing yet
-Piece = tuple[Sequence, int]  # of a prompt: how many of its tokens
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step is to do."""
-
-    rows: list[Sequence]  # a token of each
-    pieces: list[Piece]
-    begun: list[Sequence]  # of which the device knows nothing yet
-    drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # further tokens of some rows, if those come
+from epmoe.engine.request import Request, Result, TokenLogprobs
+from epmoe.engine.sequence import Piece, Sequence, Work
+from epmoe.engine.speculation import Speculation
 
 
 class Scheduler:
@@ -128,7 +41,7 @@ class Scheduler:
         self.max_batch, self.prefill_chunk = min(max_batch, pages.sequences), prefill_chunk
         # Of a step at most, rows and pieces of prompts together, and of one without rows; 0: no other bound.
         self.step_tokens = self.alone_tokens = 0
-        self.drafting: Drafting | None = None  # nobody drafts
+        self.speculation: Speculation | None = None  # nobody drafts
         self.waiting: deque[Sequence] = deque()  # by priority, then by arrival; who was put back stands in front
         self.running: list[Sequence] = []  # the oldest first
         self.added = 0  # requests so far; their ids count from 0
@@ -189,40 +102,9 @@ class Scheduler:
             left -= self._add_piece(work, self.running[-1], max(share, 1))
             if not share:
                 break
-        self._draft(work)
+        if self.speculation:
+            self.speculation.add_to(work)
         return work
-
-    def drafts_soon(self) -> bool:
-        """Whether the next step would have drafts, for all that has come; it needs the tokens that are under way."""
-        rows = [sequence for sequence in self.running if sequence.decodes]
-        return self.drafting is not None and any(self._counts(rows, self.drafting.most_rows - len(rows)))
-
-    def _draft(self, work: Work) -> None:
-        """Let rows have drafts, where all their tokens have come, and nobody gives a page for it."""
-        if self.drafting is None or not work.rows:
-            return
-        outputs = len(work.rows) + len(work.pieces)
-        room = (self.max_batch if work.pieces else self.drafting.most_rows) - outputs
-        known = [sequence for sequence in work.rows if sequence.launched == len(sequence.ids)]
-        for sequence, count in zip(known, self._counts(known, room, len(work.rows)), strict=True):
-            begin = sequence.computed
-            got = self.pages.grow(sequence.handle, begin, begin + 1 + count) - 1 if count else 0
-            if got > 0 and sequence.history:
-                work.drafts[sequence] = sequence.history.draft(got)
-                self.drafting.drafted += got
-
-    def _counts(self, sequences: list[Sequence], room: int, rows: int = 0) -> list[int]:
-        """How many tokens each drafts in a step of so many rows; 0: of these."""
-        assert self.drafting is not None
-        drafters: list[Drafter] = []
-        for sequence in sequences:
-            if sequence.history is None:
-                drafters.append((NOTHING, 0))
-            else:
-                most = min(sequence.end - 1 - sequence.next, MOST_DRAFT)
-                most = self.pages.readable(sequence.handle, most, len(sequences))
-                drafters.append((sequence.history, most))
-        return self.drafting.allot(drafters, rows or len(sequences), room)
 
     def _shares(self) -> dict[Sequence, int]:
         """What each prompt may have of a bounded step; those that may begin have a share."""
@@ -311,21 +193,13 @@ class Scheduler:
         if self.pages.prefix_cache:
             extend(sequence.keys, sequence.tokens, self.pages.size, count)
 
-    def accept(self, sequence: Sequence) -> None:
-        """A token of its draft was right: what its row has chosen counts."""
-        assert self.drafting is not None
-        self.drafting.accepted += 1
-        sequence.launched += 1
-
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """A chosen token has come; the reason when it ends the sequence ("eos", "stop" or "length"), else ""."""
         if not sequence.ids:
             sequence.first_token_s = now - sequence.added_s
         sequence.ids.append(token)
-        if self.drafting is not None:
-            if sequence.history is None:
-                sequence.history = self.drafting.history(sequence.request.ids)
-            sequence.history.take(token)
+        if self.speculation:
+            self.speculation.learn(sequence, token)
         if logprobs is not None:
             own = logprobs.top[: sequence.request.params.logprobs]
             sequence.logprobs.append(TokenLogprobs(logprobs.chosen, own))

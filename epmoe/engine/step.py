@@ -15,6 +15,7 @@ CUDA graph (epmoe/engine/graphs.py):
     drafts(rows)             the same, of the host's rows: several of a sequence that has a draft
     body(tokens, rows)       a step with prompts, up to the last norm
     head(count, variant)     the rest of these: the vocabulary, the sampler, which of a draft's ids count
+    extend(part, size)       where a model drafts: it goes over what `drafts` or a `body` has fed (proposer.py)
 
 Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs · M the most rows, pieces and outputs ·
 H hidden · V vocabulary · S tokens of prompts that are to be scored.
@@ -26,10 +27,11 @@ import torch
 
 from epmoe.batch import Drafted, Step
 from epmoe.cache.cache import Cache, Changes
+from epmoe.engine.proposer import Proposer
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Variant
 from epmoe.engine.state import State
-from epmoe.models import Model
+from epmoe.models import DraftModel, Model
 from epmoe.ranks.transfer import Stage, to_device
 
 # Up to so many rows ranks of one node exchange logits. gpt-oss' are 0.8 MB a row: of 64, which two GPUs exchange in
@@ -65,9 +67,12 @@ class StaticStep:
 
     Args:
         sizes: of a step, at most.
+        drafter: that drafts; None: nothing is trained to.
     """
 
-    def __init__(self, model: Model, cache: Cache, state: State, sizes: Sizes) -> None:
+    def __init__(
+        self, model: Model, cache: Cache, state: State, sizes: Sizes, drafter: DraftModel | None = None
+    ) -> None:
         self.model, self.cache, self.state = model, cache, state
         self.pieces, tokens, self.drafted = sizes.sequences, sizes.tokens, sizes.drafted_rows > 0
         rows = max(sizes.sequences, sizes.drafted_rows)
@@ -90,6 +95,7 @@ class StaticStep:
         self.norm_MH: torch.Tensor | None = None  # what a body leaves for the head
         self.scored_SH: torch.Tensor | None = None  # what `run` leaves of the tokens that are to be scored
         self.id_M = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.proposer = None if drafter is None else Proposer(drafter, model, cache, state, (rows, tokens))
         self.logits_MV: torch.Tensor | None = None
 
     def keep_logits(self) -> None:
@@ -124,8 +130,11 @@ class StaticStep:
 
         No size in it depends on anything but `rows`.
         """
-        token_B, sequence_B = self.state.tokens(self.given_T[:rows]), self.row_M[:rows]
-        self._keep(self.model.hidden(Step(token_B, self.position_T[:rows], sequence_B, drafted=True), self.cache))
+        self._keep(self.model.hidden(self._drafts(rows), self.cache))
+
+    def _drafts(self, rows: int) -> Step:
+        token_B = self.state.tokens(self.given_T[:rows])
+        return Step(token_B, self.position_T[:rows], self.row_M[:rows], drafted=True)
 
     def most(self, tokens: int, *, rows: bool) -> int:
         """Pieces of prompts, and outputs, that a `body` of so many tokens has room for.
@@ -173,10 +182,13 @@ class StaticStep:
 
         No size in it depends on anything but `tokens`, and on whether there may be `rows` beside the prompts.
         """
-        most = self.most(tokens, rows=rows)
-        room = self.changes(tokens, most)
+        room = self.changes(tokens, self.most(tokens, rows=rows))
         self.cache.set(self.place_U[:room], self.page_U[:room])
-        step = Step(
+        self._keep(self.model.hidden(self._body(tokens, rows=rows), self.cache))
+
+    def _body(self, tokens: int, *, rows: bool) -> Step:
+        most = self.most(tokens, rows=rows)
+        return Step(
             token_T=self.state.tokens(self.given_T[:tokens]),
             position_T=self.position_T[:tokens],
             sequence_B=self.row_M[: most if rows else 0],
@@ -186,12 +198,29 @@ class StaticStep:
             output_O=self.output_M[:most],
             drafted=self.drafted,
         )
-        self._keep(self.model.hidden(step, self.cache))
+
+    def extend(self, part: str, size: int) -> None:
+        """Let the draft model go over the tokens of `drafts`, or of a `body`: "mixed", or "prompts" alone."""
+        assert self.proposer is not None
+        step = self._drafts(size) if part == "drafts" else self._body(size, rows=part == "mixed")
+        self.proposer.extend(step, self.id_M, self.ended_M)
 
     def run(self, ragged: Ragged) -> None:
         """What `body` does, for a step of any size, whose sizes the host knows. A collective."""
-        device, outputs = self.id_M.device, len(ragged.outputs)
-        step = Step(
+        outputs = len(ragged.outputs)
+        norm_XH = self.model.hidden(self._known(ragged), self.cache)
+        self._keep(norm_XH[:outputs])
+        if ragged.scored:
+            self.scored_SH = norm_XH[outputs:]
+
+    def extend_known(self, ragged: Ragged) -> None:
+        """What `extend` does, after `run`."""
+        assert self.proposer is not None
+        self.proposer.extend_known(self._known(ragged), ragged, self.id_M, self.ended_M)
+
+    def _known(self, ragged: Ragged) -> Step:
+        device = self.id_M.device
+        return Step(
             token_T=self.state.tokens(to_device(ragged.given, torch.int64, device)),
             position_T=to_device(ragged.positions, torch.int64, device),
             sequence_B=to_device(ragged.rows, torch.int64, device),
@@ -199,10 +228,6 @@ class StaticStep:
             output_O=to_device([*ragged.outputs, *ragged.scored], torch.int64, device),
             drafted=bool(ragged.ahead),
         )
-        norm_XH = self.model.hidden(step, self.cache)
-        self._keep(norm_XH[:outputs])
-        if ragged.scored:
-            self.scored_SH = norm_XH[outputs:]
 
     def head(self, count: int, variant: Variant) -> None:
         """The next ids of the first `count` outputs. A collective."""
@@ -222,6 +247,8 @@ class StaticStep:
         if self.norm_MH is None:
             self.norm_MH = norm_OH.new_zeros(len(self.id_M), norm_OH.shape[1])
         self.norm_MH[: len(norm_OH)] = norm_OH
+        if self.proposer is not None:
+            self.proposer.keep()
 
     def _choose(
         self, norm_OH: torch.Tensor, sequence_O: torch.Tensor, next_O: torch.Tensor, variant: Variant

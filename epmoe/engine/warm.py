@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from epmoe.engine import scheduler
+from epmoe.engine import sequence as engine
 from epmoe.engine.graphs import Graphs, with_bar
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.engine.runner import Runner
@@ -65,14 +65,14 @@ class Warm:
         if load.prompt_logprobs or True in load.logprobs:
             top_logprobs(nothing_1V, id_1, 1)
 
-    def _admit(self, kind: Prefill, load: Workload) -> list[scheduler.Sequence]:
+    def _admit(self, kind: Prefill, load: Workload) -> list[engine.Sequence]:
         """Prompts with as many tokens together as `kind` has and the cache holds, none longer than the load's longest.
 
         Those of two tokens, where `kind` wants no more of one; none of it is read by anyone.
         """
         most, each = kind
         pages, found = self.runner.cache.pages, 0
-        running: list[scheduler.Sequence] = []
+        running: list[engine.Sequence] = []
         while found < most and len(running) < load.sequences and pages.free_handles:
             handle, _ = pages.admit()
             length = pages.grow(handle, 0, min(load.prompt_tokens, most - found, each))
@@ -81,7 +81,7 @@ class Warm:
                 break
             scores = 0 if load.prompt_logprobs else None
             request = Request((0,) * length, SamplingParams(max_new_tokens=1, prompt_logprobs=scores))
-            sequence = scheduler.Sequence(len(running), request, length + 1, 0.0, handle)
+            sequence = engine.Sequence(len(running), request, length + 1, 0.0, handle)
             self.runner.admit(sequence)
             running.append(sequence)
             found += length

@@ -12,6 +12,7 @@ from torch import nn
 
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
+from epmoe.cache.plan import Plan
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.layer import MoE
 
@@ -87,9 +88,59 @@ class Model(Protocol):
         """
         ...
 
+    # What a draft model reads: the residual stream in front of these layers, side by side, of the last step's tokens.
+    feature_layers: tuple[int, ...]
+    feature_TX: torch.Tensor | None
+
     def sublayers(self) -> list[tuple[str, nn.Module]]:
         """Its parts and what to call them in a message, in the order in which numbers pass through them."""
         ...
+
+
+class DraftModel(Protocol):
+    """A trained head that drafts (EAGLE3): one layer over features of the model, and over its own results."""
+
+    @property
+    def config(self) -> "DraftShape": ...
+
+    def fuse(self, feature_TX: torch.Tensor, /) -> torch.Tensor:
+        """[T, features · H] → [T, H]."""
+        ...
+
+    def __call__(
+        self,
+        token_T: torch.Tensor,
+        feature_TH: torch.Tensor,
+        position_T: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        plan: Plan,
+        /,
+    ) -> torch.Tensor:
+        """[T, H], its residual stream. Writes keys and values into `cached` as `plan` says.
+
+        Args:
+            token_T: the token behind each position.
+            feature_TH: what `fuse` gives of the position, or this function of the position before.
+        """
+        ...
+
+    def propose(self, hidden_BH: torch.Tensor, /) -> torch.Tensor:
+        """The likeliest ids of the model's vocabulary behind `token_T`: int64 [B]."""
+        ...
+
+
+class DraftShape(Protocol):
+    """What the engine asks of its configuration."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The residual stream in front of these layers of the model is its feature."""
+        ...
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 class Family(Model, Protocol):

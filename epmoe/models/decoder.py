@@ -79,7 +79,7 @@ class Layer(nn.Module):
         self.moe = MoE(config.hidden, config.num_experts, config.top_k, eps=config.rms_eps)
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatch:
     """A step, or one of its halves, on its way through the layers."""
 
@@ -112,6 +112,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=weight_VH)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = AddNorm(config.hidden, config.rms_eps)
+        self.feature_layers: tuple[int, ...] = ()  # the residual stream in front of these is what a draft model reads
+        self.feature_TX: torch.Tensor | None = None  # of the last step's tokens, side by side
         if not config.tied:
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
@@ -138,15 +140,27 @@ class Decoder(nn.Module):
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
+        features = self._new_features(halves)
         for index in self._of_each_kind() if is_brief() else range(len(layers)):
             layer = layers[index]
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
+                if index in features:
+                    features[index].split([each.tokens for each in halves])[halves.index(half)].copy_(half.x_TH)
                 half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
         norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]
         return norm_OH
+
+    def _new_features(self, halves: list[MicroBatch]) -> dict[int, torch.Tensor]:
+        """Memory for what a draft model reads: by layer [T, H], a column of `feature_TX` each."""
+        self.feature_TX = None
+        if not self.feature_layers:
+            return {}
+        tokens, hidden = sum(half.tokens for half in halves), self.config.hidden
+        self.feature_TX = halves[0].x_TH.new_empty(tokens, len(self.feature_layers) * hidden)
+        return dict(zip(self.feature_layers, self.feature_TX.split(hidden, dim=1), strict=True))
 
     def _of_each_kind(self) -> list[int]:
         """A layer for each set of kernels that a layer launches."""

@@ -368,7 +368,8 @@ class Door:
         if (service := self.service) is None:
             return None
         engine = service.engine
-        scheduler, pages, drafting = engine.scheduler, engine.cache.pages, engine.scheduler.drafting
+        scheduler, pages = engine.scheduler, engine.cache.pages
+        drafting = scheduler.speculation and scheduler.speculation.drafting
         return Load(
             queued=service.queued,
             queued_tokens=service.queued_tokens,

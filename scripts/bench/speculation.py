@@ -33,8 +33,8 @@ import epmoe
 from epmoe import LLM, SamplingParams
 from epmoe.config.keys import keys_of
 from epmoe.config.schema import Config
-from epmoe.engine.drafts import Drafting
 from epmoe.engine.request import Request, Result
+from epmoe.engine.speculation import Speculation
 
 PACKAGE = Path(epmoe.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"), key=lambda each: (-each.stat().st_size, each.as_posix()))
@@ -57,13 +57,13 @@ def main() -> None:
     with LLM(options.checkpoint, speculate="ngram", runtime={"max_batch": max(users)}) as llm:
         encode: Encode = lambda text: llm.tokenizer.encode(text, special=False)  # noqa: E731
         most = min(options.prompt_tokens, llm.architecture.max_positions - options.tokens) - 24  # of a text
-        drafting = llm.engine.scheduler.drafting
+        speculation = llm.engine.scheduler.speculation
         for count in users:
             free = rate(llm, [unforced(encode, each, options.tokens) for each in range(count)], None, options.repeat)
             print(f"{count} at a time, free: {free['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
             for kind in options.kinds.split(","):
                 requests = [forced(*KINDS[kind](encode, each, most), options.tokens) for each in range(count)]
-                without, found = (rate(llm, requests, each, options.repeat) for each in (None, drafting))
+                without, found = (rate(llm, requests, each, options.repeat) for each in (None, speculation))
                 record = {"kind": kind, "users": count, "free": free["tokens_per_s"], "off": without, "ngram": found}
                 record["gain"] = found["tokens_per_s"] / without["tokens_per_s"]
                 runs.append(record)
@@ -117,9 +117,10 @@ def unforced(encode: Encode, number: int, tokens: int) -> Request:
     return Request(tuple(prompt), SamplingParams(max_new_tokens=tokens, ignore_eos=True))
 
 
-def rate(llm: LLM, requests: Sequence[Request], drafting: Drafting | None, repeat: int) -> dict[str, float]:
+def rate(llm: LLM, requests: Sequence[Request], speculation: Speculation | None, repeat: int) -> dict[str, float]:
     """Tokens a second after each answer's first, tokens of a step and answer, and which share of drafts was right."""
     engine, rates, steps = llm.engine, [], 0
+    drafting = speculation and speculation.drafting
     drafted = (drafting.drafted, drafting.accepted) if drafting else (0, 0)
     step = engine.step
 
@@ -128,7 +129,7 @@ def rate(llm: LLM, requests: Sequence[Request], drafting: Drafting | None, repea
         steps += 1
         return step()
 
-    engine.scheduler.drafting, engine.step = drafting, counted  # type: ignore[method-assign]
+    engine.scheduler.speculation, engine.step = speculation, counted  # type: ignore[method-assign]
     engine.generate(requests)  # whatever compiles
     steps = 0
     for _ in range(repeat):

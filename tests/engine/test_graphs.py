@@ -22,7 +22,7 @@ from spawn import commands, run_ranks
 from steps import make_step
 
 from epmoe.cache.fit import CacheSettings, fit_cache
-from epmoe.engine import scheduler
+from epmoe.engine import sequence
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import buckets, resolve_graphs
@@ -158,17 +158,15 @@ def run_greedy(mine: Ranks, checkpoint: str, chunk: int) -> tuple[list[Any], set
     model.logits = spy
     first = outcome(engine.generate(greedy))
     others = outcome(engine.generate([*greedy[:6], *mixed()[6:]]))
-    few = set(parts)
-    parts.clear()
-    engine.runner.static.most_shared = 0
+    few, engine.runner.static.most_shared = set(parts), 0
     engine.graphs.close()
     assert outcome(engine.generate([*greedy[:6], *mixed()[6:]])) == others  # of many rows each has all logits
-    assert None in parts
+    assert parts == few | {None}
     return [first, others], few
 
 
 def test_ranks_share_the_vocabulary_and_choose_the_same(checkpoint: str) -> None:
-    """Each projects to its chunks; where rows are not greedy, logits are exchanged; the tokens are those of one rank."""
+    """Each projects to its chunks; logits are exchanged where rows are not greedy; the tokens are those of one rank."""
     ((one, parts),) = run_ranks(run_greedy, 1, checkpoint, 64)
     assert parts == {None}
     found = run_ranks(run_greedy, 3, checkpoint, 64)
@@ -286,7 +284,7 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         engine.runner.state.sequences.position_S.zero_()
         graphs, variants = engine.graphs, sorted({kind.variant for kind in engine.graphs.ready if kind.variant})
         row, *prompts = (  # a sequence's second token, a piece of a prompt, a whole one
-            scheduler.Sequence(n, Request((3,) * (1, 9, 5)[n], SamplingParams()), 30, 0.0, handles[n]) for n in range(3)
+            sequence.Sequence(n, Request((3,) * (1, 9, 5)[n], SamplingParams()), 30, 0.0, handles[n]) for n in range(3)
         )
         ragged = Ragged.of([row], [(prompts[0], 8), (prompts[1], 5)])
         assert any(kind.part == "mixed" and kind.size >= 14 for kind in graphs.ready)

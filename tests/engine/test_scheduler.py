@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, SamplingParams
-from epmoe.engine.scheduler import Scheduler, Sequence, Work, shares
+from epmoe.engine.scheduler import Scheduler, shares
+from epmoe.engine.sequence import Sequence, Work
 from epmoe.errors import UserError
 
 

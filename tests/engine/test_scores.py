@@ -11,12 +11,12 @@ import torch
 from fake_model import EOS, FakeCache, FakeModel, expected, logits_of, outputs, some_requests
 from loading import rank_of
 
-from epmoe.engine import scheduler
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import Kind
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Finished, Request, SamplingParams, Token, TokenLogprobs, Workload, choices
+from epmoe.engine.sequence import Sequence
 from epmoe.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_the_bits_follow_from_the_prompt_alone(case: str) -> None:
     tested = engine(FakeCache(**sizes), **limits)
     put_back, half_way = tested.scheduler._put_back, []
 
-    def counted(sequence: scheduler.Sequence) -> None:
+    def counted(sequence: Sequence) -> None:
         half_way.append(sequence.scored > 0 and sequence.unscored > 0)
         put_back(sequence)
 
@@ -134,7 +134,7 @@ def test_steps_of_others_have_the_same_outputs() -> None:
     plain, scored = Request((5, 6, 7), params), Request((5, 6, 8, 9), replace(params, prompt_logprobs=0))
     pieces = []
     for number, request in enumerate((plain, scored)):
-        sequence = scheduler.Sequence(number, request, 9, 0.0, handle=number, cached=1)
+        sequence = Sequence(number, request, 9, 0.0, handle=number, cached=1)
         sequence.scored = 1
         pieces.append((sequence, len(request.ids) - 1))
     (one, _), (other, _) = pieces

@@ -81,8 +81,10 @@ def test_fewer_steps_and_the_same_answers(case: str) -> None:
     tested = engine(model, held)
     same(tested.generate(requests), engine(without, drafts=None).generate(requests))
     assert len(model.steps) < len(without.steps)
-    drafting = tested.scheduler.drafting
-    assert drafting is not None and drafting.accepted > 100
+    speculation = tested.scheduler.speculation
+    assert speculation
+    drafting = speculation.drafting
+    assert drafting.accepted > 100
     assert held.empty()
 
 
@@ -97,8 +99,10 @@ def test_wrong_drafts_change_nothing(case: str, limits: dict[str, Any]) -> None:
     requests = looping(10, **CASES[case])
     tested = engine(FakeModel(memory=1), **limits)
     same(tested.generate(requests), plain(lambda: FakeModel(memory=1), requests))
-    drafting = tested.scheduler.drafting
-    assert drafting is not None and drafting.drafted - 100 > drafting.accepted > 0
+    speculation = tested.scheduler.speculation
+    assert speculation
+    drafting = speculation.drafting
+    assert drafting.drafted - 100 > drafting.accepted > 0
 
 
 @pytest.mark.usefixtures("corrupted")
@@ -179,5 +183,7 @@ def test_nothing_to_draft_is_plain_decoding() -> None:
     model, without = FakeModel(), FakeModel()
     tested = engine(model)
     same(tested.generate(requests), engine(without, drafts=None).generate(requests))
-    drafting = tested.scheduler.drafting
-    assert drafting is not None and drafting.drafted == 0 and model.batches() == without.batches()
+    speculation = tested.scheduler.speculation
+    assert speculation
+    drafting = speculation.drafting
+    assert drafting.drafted == 0 and model.batches() == without.batches()

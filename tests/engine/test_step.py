@@ -11,9 +11,9 @@ from loading import load_rank, rank_of
 
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import extend
-from epmoe.engine import scheduler
 from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Level, Request, SamplingParams, Variant
+from epmoe.engine.sequence import Sequence
 from epmoe.engine.state import State
 from epmoe.engine.step import Sizes, StaticStep, vocabulary_part
 from epmoe.layers.twin import switched
@@ -44,11 +44,10 @@ class Served:
         extend(self.keys, lambda begin, end: prompts[SHARED][begin:end], 4, 5)
         requests = [Request(each, SamplingParams()) for each in prompts]
         self.sequences = [
-            scheduler.Sequence(number, each, 400, 0.0, self.cache.pages.admit()[0])
-            for number, each in enumerate(requests)
+            Sequence(number, each, 400, 0.0, self.cache.pages.admit()[0]) for number, each in enumerate(requests)
         ]
 
-    def grow(self, sequence: scheduler.Sequence, count: int) -> None:
+    def grow(self, sequence: Sequence, count: int) -> None:
         """Pages for its next tokens. What begins like another one finds what that has computed."""
         if not sequence.computed and sequence is self.sequences[-1]:
             self.cache.pages.release(sequence.handle)

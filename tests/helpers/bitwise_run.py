@@ -32,6 +32,8 @@ class Recorder:
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.vocab_chunk = model, model.config, model.vocab_chunk
         self.distinct, self.sublayers = model.distinct, model.sublayers
+        self.feature_layers: tuple[int, ...] = ()
+        self.feature_TX: torch.Tensor | None = None
         self.made: list[torch.Tensor] = []
         self.real_O: torch.Tensor | None = None
 

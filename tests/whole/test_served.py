@@ -30,7 +30,8 @@ async def main(ranks, speculate):
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
         scheduler = llm.llm.engine.scheduler
         assert scheduler.put_back > 0
-        assert speculate == "off" or scheduler.drafting.drafted > scheduler.drafting.accepted > 0
+        drafting = scheduler.speculation and scheduler.speculation.drafting
+        assert speculate == "off" or drafting.drafted > drafting.accepted > 0
 
 asyncio.run(main(int(sys.argv[3]), sys.argv[4]))
 """

@@ -55,8 +55,8 @@ def answers(mine: Ranks, speculate: str, wrong: bool, runtime: dict[str, Any]) -
             hold_some(monkeypatch)
         params = [SamplingParams(max_tokens=48, ignore_eos=True, **kind) for kind in KINDS]
         found = llm.generate(PROMPTS, params)
-        drafting = llm.engine.scheduler.drafting
-        counts = (drafting.drafted, drafting.accepted) if drafting else (0, 0)
+        speculation = llm.engine.scheduler.speculation
+        counts = (speculation.drafting.drafted, speculation.drafting.accepted) if speculation else (0, 0)
         said = [(each.text, each.ids, each.finish_reason, each.logprobs) for one in found for each in one.outputs]
         return [*said, tuple(one.prompt_logprobs for one in found)], counts
 
