@@ -5,6 +5,7 @@ Letters: T tokens · H heads · D head dimension · F = D/2 frequencies.
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -28,6 +29,11 @@ class Rope:
     original_max_position: int
     truncate: bool
     concentration: float
+
+    @classmethod
+    def plain(cls, head_dim: int, theta: float) -> Self:
+        """Without YaRN: each pair keeps its frequency, bit for bit, since the ramp of so short a context is empty."""
+        return cls(head_dim, theta, 1.0, 32.0, 1.0, 1, truncate=True, concentration=1.0)
 
     def ramp_ends(self) -> tuple[float, float]:
         """The ramp's ends as frequency indices: up to the first, frequencies stay; from the second, they are slow."""
@@ -55,6 +61,23 @@ class Rope:
         low, high = self.ramp_ends()
         keep_F = 1 - ((index_F - low) / (high - low)).clamp(0, 1)
         return (1 - keep_F) / (self.factor * wavelength_F) + keep_F / wavelength_F
+
+
+@dataclass(frozen=True)
+class Llama3Rope(Rope):
+    """Rotary positions as Llama 3.1 stretches them: `Rope` with a ramp that is linear in how often a pair turns.
+
+    Pairs that turn more than `beta_fast` times within the original context (config.json: high_freq_factor) keep their
+    frequency, those that turn less than `beta_slow` times (low_freq_factor) are slowed down by `factor`.
+    """
+
+    def frequency_F(self) -> torch.Tensor:
+        """Radians a position, [D/2] float32 on the CPU."""
+        index_F = torch.arange(self.head_dim // 2, dtype=torch.float32, device="cpu")
+        frequency_F = 1 / self.theta ** (2 * index_F / self.head_dim)
+        turns_F = self.original_max_position * frequency_F / (2 * math.pi)
+        keep_F = ((turns_F - self.beta_slow) / (self.beta_fast - self.beta_slow)).clamp(0, 1)
+        return (1 - keep_F) * frequency_F / self.factor + keep_F * frequency_F
 
 
 class Rotary:

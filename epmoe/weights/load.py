@@ -83,11 +83,11 @@ def load(
     reader = ExpertReader(source, ids, ranks.device, limits)
     shown = progress and ranks.is_main and on_terminal()
     with (
-        _fitting(manifest.bytes_of_weights(len(ids), compute), ranks.device),
+        fitting(manifest.bytes_of_weights(len(ids), compute), ranks.device),
         _bar(manifest.bytes_to_read(len(ids)), source, shown) as advance,
     ):
         for name, target in manifest.shared.items():
-            _assign(model, target, source.read(name, ranks.device, compute))
+            assign(model, target, source.read(name, ranks.device, compute))
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
@@ -104,7 +104,7 @@ def load(
     return model.eval().requires_grad_(False), report
 
 
-def _assign(model: Family, target: Target, value: torch.Tensor) -> None:
+def assign(model: Family | nn.Module, target: Target, value: torch.Tensor) -> None:
     """Put `value` where it goes: a parameter that is on meta, or rows of one whose first rows may be there."""
     owner, _, leaf = target.parameter.rpartition(".")
     module = model.get_submodule(owner)
@@ -160,7 +160,7 @@ def _check_sizes(config: ModelConfig, source: Source) -> None:
 
 
 @contextmanager
-def _fitting(need: int, device: torch.device) -> Iterator[None]:
+def fitting(need: int, device: torch.device) -> Iterator[None]:
     """Refuse to begin when `need` bytes are not free, and say the same when memory runs out on the way."""
     free = free_bytes(device)
     message = (

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from epmoe.layers.rotary import Rope
+from epmoe.layers.rotary import Llama3Rope, Rope
 from epmoe.models.gpt_oss import GptOssConfig
 from tests.models.test_gpt_oss import PUBLISHED
 
@@ -50,3 +50,30 @@ def test_published_ramp() -> None:
     frequency = rope.frequency_F()
     assert frequency[0] == 1.0 and torch.equal(frequency[18:], ROPES[1].frequency_F()[18:])
     assert not torch.equal(frequency[9:17], ROPES[1].frequency_F()[9:17])
+
+
+def test_plain_frequencies_are_a_llamas() -> None:
+    """Bit for bit: no ramp rounds them."""
+    for head_dim in (2, 10, 64, 128):
+        index_F = torch.arange(head_dim // 2, dtype=torch.float32)
+        for theta in (500.0, 10000.0, 5e5):
+            assert torch.equal(Rope.plain(head_dim, theta).frequency_F(), 1 / theta ** (2 * index_F / head_dim))
+
+
+def test_llama3_table_by_wavelengths() -> None:
+    """Protects the frequencies, with the formulation of Llama 3.1 by wavelengths instead of ours by turns."""
+    rope = Llama3Rope(128, 5e5, 8.0, 4.0, 1.0, 8192, False, 1.0)
+    got, kinds = rope.frequency_F().double(), set()
+    for i in range(64):
+        fast = 5e5 ** (-i / 64)
+        wavelength = 2 * math.pi / fast
+        if wavelength < 8192 / 4:
+            wanted, kind = fast, "fast"
+        elif wavelength > 8192:
+            wanted, kind = fast / 8, "slow"
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            wanted, kind = (1 - smooth) * fast / 8 + smooth * fast, "between"
+        kinds.add(kind)
+        assert got[i] == pytest.approx(wanted, rel=1e-5)
+    assert len(kinds) == 3
