@@ -21,13 +21,15 @@ from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
+
+from torch import nn
 
 from epmoe.cache.cache import Cache
 from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
-from epmoe.config.schema import LLMConfig, ModelKeys, Serve
+from epmoe.config.schema import LLMConfig, ModelKeys
 from epmoe.engine.config import EngineConfig, resolve_drafts
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine
@@ -36,8 +38,9 @@ from epmoe.engine.request import Finished, Request, SamplingParams, Token, check
 from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.models import Family
+from epmoe.models.decoder import DecoderConfig
 from epmoe.ranks.control import Control
-from epmoe.ranks.local import Followers, Orders, as_rank_0, followers, ordered
+from epmoe.ranks.local import Followers, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
 from epmoe.text.asked import Conversations, Params, PromptLike, Prompts, conversations, digest, each_of, encoded, listed
@@ -51,6 +54,7 @@ from epmoe.text.variables import Tools, with_tools
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
+from epmoe.weights.eagle3 import load_head, open_head
 from epmoe.weights.hub import resolve
 from epmoe.weights.load import LoadReport, load, model_of
 from epmoe.weights.manifest import Manifest
@@ -124,6 +128,8 @@ class LLM:
         self.config = config
         ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
+        drafts = getattr(config, "draft_model", "")
+        self.draft = open_head(resolve(drafts), cast(DecoderConfig, self.architecture)) if drafts else None
         self.model: Family
         self.report: LoadReport
         self.cache: Cache
@@ -149,7 +155,21 @@ class LLM:
         self.model, self.report = load(self.source, self.ranks, parts, progress=progress)
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
-        settings = CacheSettings(dtype, run.page, run.max_batch, run.cache_tokens, base.prefill_chunk, run.prefix_cache)
+        drafter, draft, shape = None, self.draft, None
+        if draft:
+            shape = draft.kv_heads, draft.head_dim
+            place, embedding = resolve(self.config.draft_model), self.model.get_submodule("embedding")
+            assert isinstance(embedding, nn.Embedding)
+            drafter = load_head(place, draft, embedding, self.ranks.device, dtype)
+        settings = CacheSettings(
+            dtype,
+            run.page,
+            run.max_batch,
+            run.cache_tokens,
+            base.prefill_chunk,
+            run.prefix_cache,
+            shape,
+        )
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
         known = self.source.tokenizer_file
@@ -158,7 +178,8 @@ class LLM:
             eos_ids=eos,
             graphs=resolve_graphs(run.graphs, self.ranks, self.report.waits),
             vocabulary=(lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None,
-            drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks),
+            drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks, trained=drafter is not None),
+            draft_model=drafter,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 
@@ -293,37 +314,6 @@ class LLM:
         if not stayed:
             self.engine.graphs.close()  # the next call captures them anew
         self.ranks.agree(lambda: shared_digests(self.model), "give every rank the same tensors")
-
-    def follow(self, orders: Orders) -> None:
-        """Make the calls of rank 0, which has started this process, until it closes.
-
-        Raises:
-            UserError: one of the two has failed alone.
-        """
-        streams: list[Generator[str]] = []
-        while order := orders.next():
-            if order["call"] == "failed":
-                raise UserError(f"rank 0 alone failed: {order['text']}")
-            try:
-                match order:
-                    case {"call": "close"}:
-                        return
-                    case {"call": "serve", "step_tokens": tokens}:
-                        self.serve(Service(self.engine, Serve(step_tokens=tokens)))
-                    case {"call": "update_weights", "table": table}:
-                        self._update(table, None)
-                    case {"call": "stream", "purpose": purpose}:
-                        streams.append(self._begin(self._shared("stream", purpose)))
-                    case {"call": "next", "stream": number}:
-                        next(streams[number], None)
-                    case {"call": "drop", "stream": number}:
-                        streams[number].close()
-                    case {"call": call, "purpose": purpose}:
-                        self._complete(self._shared(call, purpose))
-            except UserError as error:
-                # Rank 0 finds the same at the same moment; one that does not may wait in a collective, for timeout_s.
-                if orders.next(self.config.runtime.timeout_s / 2) != {"call": "failed", "text": str(error)}:
-                    raise
 
     def _check_open(self, call: str) -> None:
         if not hasattr(self, "engine"):

@@ -53,6 +53,7 @@ The table goes to standard output and ends in one line of JSON."""
     )
 
     def check(self) -> None:
+        super().check()
         if self.size and self.checkpoint:
             raise UserError(f"size={self.size} and checkpoint={self.checkpoint!r} exclude each other: give one")
 

@@ -83,6 +83,7 @@ The tables go to standard output and end in one line of JSON. Others, each with 
   python -m epmoe.bench bits ...                        the same bits in any company"""
 
     def check(self) -> None:
+        super().check()
         check_size(self.size, self.checkpoint)
         if self.compare and not self.checkpoint:
             raise UserError(f"compare={self.compare} needs files to read: give checkpoint=DIRECTORY")
@@ -138,6 +139,7 @@ The table goes to standard output and ends in one line of JSON, which scripts/be
     serve: Serve = key(Serve(), "requests that come and go")
 
     def check(self) -> None:
+        super().check()
         check_size(self.size, self.checkpoint)
         self.serve.check(self.max_batch)
         for name in ("prompt_tokens", "answer_tokens"):
@@ -187,4 +189,5 @@ first token.
 The table goes to standard output and ends in one line of JSON."""
 
     def check(self) -> None:
+        super().check()
         check_size(self.size, self.checkpoint)

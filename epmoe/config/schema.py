@@ -161,16 +161,15 @@ class ModelKeys:
     placement: str = key(
         "contiguous", "which expert lives on which rank", Names(table="epmoe.moe.placement:PLACEMENTS")
     )
-    speculate: str = key(
-        "off",
-        "draft an answer's next tokens where they were said before; changes no bit",
-        Names(("off", "ngram", "auto")),
-    )
+    speculate: str = key("off", "draft next tokens, where they were said before", Names(("off", "ngram", "auto")))
+    draft_model: str = key("", "directory or Hub id of a trained head (EAGLE3) that drafts; empty: none")
     mesh: Mesh = key(Mesh(), "how the ranks are arranged")
     runtime: Runtime = key(Runtime(), "devices, memory and time")
 
     def check(self) -> None:
         """Raises UserError for keys that exclude each other."""
+        if self.draft_model and self.speculate == "off":
+            raise UserError(f"draft_model={self.draft_model!r} drafts nothing with speculate=off: take speculate=auto")
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,7 @@ class ServeConfig(LLMConfig):
     serve: Serve = key(Serve(), "requests that come and go")
 
     def check(self) -> None:
+        super().check()
         self.serve.check(self.runtime.max_batch)
 
 
@@ -236,6 +236,7 @@ Each line is a message; /help says what else there is. Ctrl-C stops an answer, C
     model: str = key("", "the model's name at base_url; empty: the first that it lists")
 
     def check(self) -> None:
+        super().check()
         if self.base_url and self.checkpoint:
             raise UserError(f"base_url={self.base_url} and checkpoint={self.checkpoint!r} exclude each other: give one")
         if self.model and not self.base_url:
@@ -263,6 +264,7 @@ Generated text goes to standard output, everything else to standard error."""
     resume: bool = key(False, "go on from the answers that an earlier run has left at `output`")
 
     def check(self) -> None:
+        super().check()
         if self.prompt is not None and self.prompts:
             raise UserError(f"prompt and prompts={self.prompts!r} exclude each other: give one of them")
         if self.resume and not self.output:

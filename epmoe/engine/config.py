@@ -64,8 +64,9 @@ class Shape(Protocol):
     def top_k(self) -> int: ...
 
 
-def resolve_drafts(wanted: str, model: Shape, ranks: Ranks) -> Costs | None:
-    """What `speculate` stands for; `auto` drafts on an accelerator, where several rows take little more than one."""
-    if wanted == "off" or (wanted == "auto" and ranks.device.type == "cpu"):
+def resolve_drafts(wanted: str, model: Shape, ranks: Ranks, *, trained: bool = False) -> Costs | None:
+    """What `speculate` stands for; `auto` drafts with a `trained` head, and on an accelerator, where several rows take
+    little more than one."""
+    if wanted == "off" or (wanted == "auto" and ranks.device.type == "cpu" and not trained):
         return None
     return Costs.of(model.num_experts, model.top_k, ranks.expert_size)

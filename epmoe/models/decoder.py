@@ -23,7 +23,7 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
 from epmoe.layers.attention import Attention, Where
-from epmoe.layers.norm import AddNorm
+from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.layers.owed import Owed
 from epmoe.layers.rotary import Rope, Rotary
 from epmoe.layers.twin import twin
@@ -140,14 +140,18 @@ class Decoder(nn.Module):
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
-        features = self._new_features(halves)
+        features, sizes = self._new_features(halves), [half.tokens for half in halves]
         for index in self._of_each_kind() if is_brief() else range(len(layers)):
             layer = layers[index]
             window, cached, last = self.config.windows[index], cache.layer(index), index == self.config.layers - 1
             for half in halves:
+                feature_TH = features[index].split(sizes)[halves.index(half)] if index in features else None
+                if feature_TH is not None and last:  # of which attention keeps the wanted tokens alone
+                    rows_TKH = half.owed.wait()
+                    feature_TH.copy_(half.x_TH if rows_TKH is None else half.x_TH + add_rows(rows_TKH))
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
-                if index in features:
-                    features[index].split([each.tokens for each in halves])[halves.index(half)].copy_(half.x_TH)
+                if feature_TH is not None and not last:
+                    feature_TH.copy_(half.x_TH)
                 half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
         norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]

@@ -14,7 +14,7 @@ from epmoe.config.schema import ChatConfig, Config, LLMConfig, ModelKeys, ServeC
 SHARED = {
     "quant", "experts", "router", "combine", "placement",
     "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
-    "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate",
+    "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate", "draft_model",
 }  # fmt: skip
 MEASURED = {
     "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",

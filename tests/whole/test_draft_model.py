@@ -1,0 +1,149 @@
+"""A draft model beside a real one: what it says is what it says of the whole text at once, and it changes no bit."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heads import RandomHead, write_head
+from spawn import run_ranks
+from steps import make_step
+
+from epmoe.batch import Step
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.config.compose import from_keys
+from epmoe.engine.drafts import Drafter, Drafting
+from epmoe.engine.proposer import DRAFTED
+from epmoe.engine.request import SamplingParams
+from epmoe.errors import UserError
+from epmoe.llm import LLM
+from epmoe.models.decoder import Decoder
+from epmoe.ranks.mesh import Ranks
+
+PROMPTS = [
+    "And the king said",
+    "one cup, two cups, three cups; one cup, two",
+    "b",
+    "In the days of old there was a man",
+]
+KINDS: list[dict[str, Any]] = [
+    {"logprobs": 2},
+    {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.3, "logprobs": 1},
+    {"stop": ("e",), "prompt_logprobs": 1},
+    {"grammar": "start: /([a-z]{2,7}, ){3,30}/"},
+]
+# For the embedded model, whose layers are 0 to 5.
+HEAD = RandomHead(hidden=256, heads=8, head_dim=32, vocab=3072, draft_vocab=512, layers=(0, 2, 5))
+Said = list[tuple[tuple[int, ...], list[int]]]  # tokens so far, and what the draft model says of the next ones
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("head")
+    write_head(folder, HEAD)
+    return str(folder)
+
+
+def answers(mine: Ranks, head: str, runtime: dict[str, Any]) -> tuple[list[Any], Said, int]:
+    """All answers, what the draft model said on the way, and how many tokens were tried."""
+    keys = {"chat": "off", "runtime": {"device": mine.device.type, **runtime}}
+    keys |= {"draft_model": head, "speculate": "auto"} if head else {}
+    with LLM.opened(from_keys(keys), mine) as llm, pytest.MonkeyPatch.context() as patch:
+        llm.load()
+        said: Said = []
+        speculation, drafted = llm.engine.scheduler.speculation, 0
+        if speculation:
+            tell, dice = speculation.tell, random.Random(2)
+
+            def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
+                counts: list[int] = []
+                for history, most in drafters:
+                    counts.append(dice.randint(0, max(0, min(most, history.longest, room - sum(counts)))))
+                return counts
+
+            def told(sequence: Any, ids: list[int]) -> None:
+                if not sequence.finished:
+                    said.append((sequence.tokens(0, sequence.length), ids))
+                tell(sequence, ids)
+
+            patch.setattr(Drafting, "allot", some)
+            patch.setattr(speculation, "tell", told)
+        params = [SamplingParams(max_tokens=30, ignore_eos=True, **kind) for kind in KINDS]
+        found = llm.generate(PROMPTS, params)
+        if speculation:
+            drafted = speculation.drafting.drafted
+            check_said(llm, said if runtime.get("prefix_cache") is False else [])
+        texts = [(each.text, each.ids, each.finish_reason, each.logprobs) for one in found for each in one.outputs]
+        return [*texts, tuple(one.prompt_logprobs for one in found)], said, drafted
+
+
+def check_said(llm: LLM, said: Said) -> None:
+    """The same of the whole text, fed at once."""
+    model, drafter = llm.model, llm.engine.config.draft_model
+    assert isinstance(model, Decoder) and drafter is not None
+    config = llm.cache.config
+    for tokens, ids in said:
+        cache = Cache(
+            CacheConfig(config.windows, config.kv_heads, config.head_dim, 200, 2, 4, config.dtype, draft=config.draft),
+            llm.ranks.device,
+        )
+        with torch.inference_mode():
+            assert list(whole(model, drafter, cache, tokens)) == ids, (tokens, ids)
+
+
+def whole(model: Decoder, drafter: Any, cache: Cache, tokens: tuple[int, ...]) -> list[int]:
+    handle = cache.admit(len(tokens) + DRAFTED)
+    step = make_step([(handle, tokens[:-1], 0)], device=cache.device)
+    model.hidden(step, cache)
+    assert model.feature_TX is not None
+    behind_T = torch.tensor(tokens[1:], device=cache.device)
+    plan = cache.plan(step)[None]
+    hidden_TH = drafter(behind_T, drafter.fuse(model.feature_TX), step.position_T, cache.draft, plan)
+    hidden_1H, found = hidden_TH[-1:], []
+    for position in range(len(tokens) - 1, len(tokens) - 1 + DRAFTED):
+        token_1 = drafter.propose(hidden_1H)
+        found.append(int(token_1))
+        at = torch.tensor([position], device=cache.device)
+        row = Step(token_1, at, torch.tensor([handle], device=cache.device))
+        hidden_1H = drafter(token_1, hidden_1H, at, cache.draft, cache.plan(row)[None])
+    cache.release(handle)
+    return found
+
+
+@pytest.fixture(scope="module")
+def known() -> list[Any]:
+    return run_ranks(answers, 1, "", {})[0][0]
+
+
+WHOLE = {"prefix_cache": False}
+SMALL = {"max_batch": 2, "prefill_chunk": 8, "cache_tokens": 120, "page": 4}
+
+
+@pytest.mark.parametrize(("size", "runtime"), [(1, WHOLE), (1, SMALL), (2, {**WHOLE, "prefill_chunk": 5})])
+def test_the_same_bits_whatever_it_says(size: int, runtime: dict[str, Any], head: str, known: list[Any]) -> None:
+    found = run_ranks(answers, size, head, runtime, timeout=200)
+    for texts, said, drafted in found:
+        assert texts == known and drafted > 30
+        assert said == found[0][1] and len({token for _, ids in said for token in ids}) > 10
+
+
+def test_without_drafts_it_does_nothing(head: str) -> None:
+    with pytest.raises(UserError, match=r"^draft_model='x' drafts nothing with speculate=off: take speculate=auto$"):
+        from_keys({"draft_model": "x"})
+
+
+def test_one_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_head(tmp_path, replace(HEAD, hidden=128))
+    with pytest.raises(UserError, match="take a head that was trained for this model"):
+        LLM(draft_model=str(tmp_path), speculate="auto", runtime={"device": "cpu"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", [{}, {"graphs": "false"}, SMALL], ids=["graphs", "no graphs", "small"])
+def test_the_same_bits_on_a_gpu(runtime: dict[str, Any], head: str) -> None:
+    known = run_ranks(answers, 1, "", {}, timeout=200, device="cuda")[0][0]
+    ((texts, _, drafted),) = run_ranks(answers, 1, head, runtime, timeout=200, device="cuda")
+    assert texts == known and drafted > 30
