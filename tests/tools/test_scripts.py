@@ -71,6 +71,7 @@ runpy.run_path(file, run_name="__main__")
         "bench/moe",
         "bench/orders",
         "bench/router",
+        "bench/speculation",
         "bench/start",
         "bench/tune",
     ],
