@@ -37,8 +37,9 @@ class Proposer:
         model.feature_layers = drafter.config.layers
         (rows, tokens), device = sizes, cache.device
         self.tokens, self.rows = tokens, rows
-        self.feature_TX: torch.Tensor | None = None
-        self.hidden_TH: torch.Tensor | None = None
+        hidden, dtype = model.config.hidden, cache.config.dtype
+        self.feature_TX = torch.zeros(tokens, len(drafter.config.layers) * hidden, dtype=dtype, device=device)
+        self.hidden_MH = torch.zeros(rows, hidden, dtype=dtype, device=device)  # the draft model's, of the outputs
         self.at_S = torch.zeros(state.spare + 1, dtype=torch.int64, device=device)  # token of a sequence's last output
         self.draft_MK = torch.zeros(rows, DRAFTED, dtype=torch.int64, device=device)
         # What the host orders: the token behind each one, where it is known; the outputs' tokens, those beyond them the
@@ -70,9 +71,7 @@ class Proposer:
         """Take over the features of the step that has just run, before another one overwrites them."""
         feature_TX = self.model.feature_TX
         assert feature_TX is not None
-        if self.feature_TX is None:
-            self.feature_TX = feature_TX.new_zeros(self.tokens, feature_TX.shape[1])
-        if len(feature_TX) <= self.tokens:
+        if len(feature_TX) <= self.tokens:  # else `extend_known` finds them where they are
             self.feature_TX[: len(feature_TX)] = feature_TX
 
     def extend(self, step: Step, id_M: torch.Tensor, ended_M: torch.Tensor) -> None:
@@ -83,7 +82,6 @@ class Proposer:
             ended_M: handles of the outputs.
         """
         tokens, outputs = len(step.token_T), min(len(step.token_T), self.rows)
-        assert self.feature_TX is not None
         self.behind_T.index_copy_(0, self.output_M[:outputs], id_M[:outputs].clamp(min=0))
         self._extend(step, self.behind_T[:tokens], self.feature_TX[:tokens], id_M[:outputs], ended_M[:outputs])
 
@@ -102,10 +100,8 @@ class Proposer:
     ) -> None:
         plan = self.cache.plan(step)[None]
         hidden_TH = self.drafter(behind_T, self.drafter.fuse(feature_TX), step.position_T, self.cache.draft, plan)
-        if self.hidden_TH is None or len(self.hidden_TH) < self.rows:
-            self.hidden_TH = hidden_TH.new_zeros(self.rows, hidden_TH.shape[1])
         outputs = len(id_O)
-        self.hidden_TH[:outputs] = hidden_TH[self.output_M[:outputs].clamp(max=len(hidden_TH) - 1)]
+        self.hidden_MH[:outputs] = hidden_TH[self.output_M[:outputs].clamp(max=len(hidden_TH) - 1)]
         # A sequence's last output that counts: the next one is another's, or does not.
         counts_O = id_O >= 0
         goes_on_O = torch.zeros_like(counts_O)
@@ -116,9 +112,8 @@ class Proposer:
 
     def propose(self, rows: int) -> None:
         """K tokens for the first so many of the handles, in `draft_MK`. A collective: they are rank 0's."""
-        assert self.hidden_TH is not None
         handle_B, most_B = self.handle_M[:rows], self.most_M[:rows]
-        hidden_BH = self.hidden_TH[self.at_S[handle_B]]
+        hidden_BH = self.hidden_MH[self.at_S[handle_B]]
         position_B, draft_BK = self.state.sequences.position_S[handle_B], self.draft_MK[:rows]
         draft_BK[:, 0] = token_B = self.drafter.propose(hidden_BH)
         for ahead in range(DRAFTED - 1):

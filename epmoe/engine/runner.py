@@ -138,7 +138,8 @@ class Runner:
 
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step: the next token of each row, and so many tokens of each prompt; the ids that it gives."""
-        started = self.begin(Work(list(rows), list(work), []), launcher)
+        modelled = self.static.proposer is not None
+        started = self.begin(Work(list(rows), list(work), [], modelled=modelled), launcher)
         return started and self.finish(started, launcher)
 
     def begin(self, work: Work, launcher: Launcher) -> Started | None:

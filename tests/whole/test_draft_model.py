@@ -1,6 +1,7 @@
 """A draft model beside a real one: what it says is what it says of the whole text at once, and it changes no bit."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.config.compose import from_keys
 from epmoe.engine.drafts import Drafter, Drafting
 from epmoe.engine.proposer import DRAFTED
-from epmoe.engine.request import SamplingParams
+from epmoe.engine.request import SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.models.decoder import Decoder
@@ -128,6 +129,28 @@ def test_the_same_bits_whatever_it_says(size: int, runtime: dict[str, Any], head
     for texts, said, drafted in found:
         assert texts == known and drafted > 30
         assert said == found[0][1] and len({token for _, ids in said for token in ids}) > 10
+
+
+def prepared(mine: Ranks, head: str) -> Counter[str]:
+    """Run what would be captured on a GPU, in that order, before anything else has run; then answer."""
+    keys = {"draft_model": head, "speculate": "auto", "runtime": {"device": "cpu", "max_batch": 3, "prefill_chunk": 40}}
+    with LLM.opened(from_keys(keys), mine) as llm, torch.inference_mode():
+        llm.load()
+        engine, load = llm.engine, Workload.unknown(3, 40, 40, 512)
+        engine.runner.state.keep(load.kept)
+        engine.runner.static.keep_logits()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.graphs, "capture", object())
+            kinds = engine.graphs.missing(load.variants(), (3, 48), engine._bodies(load, 3, None))
+        engine.graphs.prepare(kinds)
+        assert llm.generate("And the king said", SamplingParams(max_tokens=9))[0].text
+        return Counter(kind.part for kind in kinds)
+
+
+def test_every_part_runs_by_itself(head: str) -> None:
+    (counts,) = run_ranks(prepared, 1, head, timeout=120)
+    assert {"drafts", "extend drafts", "extend mixed", "extend prompts", "propose", "head", "decode"} < set(counts)
+    assert counts["extend drafts"] == counts["drafts"] == 9 and counts["propose"] == 3
 
 
 def test_without_drafts_it_does_nothing(head: str) -> None:
