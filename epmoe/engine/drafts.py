@@ -27,9 +27,9 @@ LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of t
 PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
 MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
 
-# A sequence of whose tokens a draft model has guessed less than a share, after so many, goes on without it: to go over a
-# step and to draft four tokens takes about as long as a third of a step of one row, and the host waits for it (an
-# estimate by the bytes that a head of gpt-oss' width reads).
+# A sequence of whose tokens a draft model has guessed less than a share, after so many, goes on without it: to go over
+# a step and to draft four tokens takes about a third of a step of one row, and the host waits for it (an estimate by
+# the bytes that a head of gpt-oss' width reads).
 MODEL_TRIALS, MODEL_LEAST = 32, 0.5
 
 # How often a drafted token was the one that came, by how many tokens before it were drafted rightly or had matched:

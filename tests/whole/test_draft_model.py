@@ -142,7 +142,9 @@ def prepared(mine: Ranks, head: str) -> Counter[str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.graphs, "capture", object())
             kinds = engine.graphs.missing(load.variants(), (3, 48), engine._bodies(load, 3, None))
-        engine.graphs.prepare(kinds)
+        engine.graphs._forget()
+        for kind in kinds:
+            engine.graphs._part(kind)()
         assert llm.generate("And the king said", SamplingParams(max_tokens=9))[0].text
         return Counter(kind.part for kind in kinds)
 
