@@ -7,8 +7,8 @@
     gate_up_proj_bias, down_proj_bias                where the family has biases
 
 These are parameters, so loading, expert parallelism (which shards the first dimension) and saving treat them as any
-other. A backend with a layout of its own takes them over in `settle`: until somebody asks for the state dict or moves
-the module they are in its layout only, not in memory twice.
+other. A backend with a layout of its own takes them over in `settle`, so that they are not in memory twice; the state
+dict still has them.
 
 Letters: E experts · L experts on this rank · H hidden · I intermediate · T tokens · K experts per token · N output rows
 of a matrix · C its contraction columns.
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 from epmoe.errors import UserError
 from epmoe.formats import ExpertWeights
@@ -37,14 +38,26 @@ STORED = tuple(name + suffix for name in PROJECTIONS for suffix in (BLOCKS, SCAL
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """How a parameter lay over the ranks, to make the same of what a backend gives back; None: it was no DTensor."""
+class _Spread:
+    """How a parameter lies over the ranks, to make the same again of what a backend gives back."""
 
-    like: DTensor | None
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, value: torch.Tensor) -> "_Shard":
-        return cls(value.detach() if isinstance(value, DTensor) else None)
+    def of(cls, value: torch.Tensor) -> "_Spread | None":
+        """None: all of it is here."""
+        if not isinstance(value, DTensor):
+            return None
+        return cls(value.device_mesh, value.placements, value.shape, value.stride())
+
+    def wrap(self, local: torch.Tensor) -> torch.Tensor:
+        """This rank's part as a tensor over the ranks."""
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
 
 
 class PackedExperts(nn.Module):
@@ -71,6 +84,7 @@ class PackedExperts(nn.Module):
         self._packed: Experts | None = None
         self._made_of: tuple[tuple[int, int], ...] = ()  # whether what is packed is still what the parameters hold
         self._settled = False
+        self._spread: dict[str, _Spread | None] = {}
         self.shapes = {name: _logical(getattr(module, name), layout) for name in PROJECTIONS}
         for name, (experts_E, rows, columns) in self.shapes.items():
             if columns % GROUP:
@@ -125,9 +139,11 @@ class PackedExperts(nn.Module):
 
     def backend(self, device: torch.device) -> type[Experts]:
         """The class that runs these experts there; auto is the first of the table that serves the device."""
-        names = EXPERTS if self.backend_name == "auto" else (self.backend_name,)
-        classes: list[type[Experts]] = [lookup("experts", EXPERTS, name, Experts) for name in names]
-        return classes[0] if len(classes) == 1 else next(each for each in classes if each.serves(device))
+        if self.backend_name != "auto":
+            chosen: type[Experts] = lookup("experts", EXPERTS, self.backend_name, Experts)
+            return chosen
+        classes: list[type[Experts]] = [lookup("experts", EXPERTS, name, Experts) for name in EXPERTS]
+        return next(each for each in classes if each.serves(device) and Mxfp4Matrix.format in each.formats)
 
     def packed(self) -> Experts:
         """The experts in their backend's layout, made anew where the parameters have changed."""
@@ -137,7 +153,7 @@ class PackedExperts(nn.Module):
         values = {name: _local(value) for name, value in self.named_parameters(recurse=False)}
         if any(value.is_meta for value in values.values()):
             raise UserError(f"{self.of}: its experts have no values: load the model with from_pretrained")
-        made_of = tuple((value.data_ptr(), value._version) for value in values.values())
+        made_of = tuple((value.data_ptr(), _version(value)) for value in values.values())
         if self._packed is None or made_of != self._made_of:
             backend = self.backend(values[STORED[0]].device)
             self._packed, self._made_of = backend.pack(self._weights(values), self.layout.activation), made_of
@@ -145,39 +161,48 @@ class PackedExperts(nn.Module):
 
     def settle(self) -> None:
         """Leave the blocks and scales to a backend that has a layout of its own, so that they are in memory once."""
-        first = _local(self._parameters[STORED[0]])
-        if self._settled or first.is_meta or issubclass(self.backend(first.device), ReferenceExperts):
+        first = _local(self._parameters[STORED[0]]) if not self._settled else None
+        if first is None or first.is_meta or issubclass(self.backend(first.device), ReferenceExperts):
             return
         self.packed()
-        self._shards = {name: _Shard.of(self._parameters.pop(name)) for name in STORED}  # type: ignore[arg-type]
-        for shard in self._shards.values():
-            if shard.like is not None:
-                shard.like._local_tensor = shard.like._local_tensor.new_empty(0)
+        given_up = {name: self._parameters.pop(name) for name in STORED}
+        self._spread = {name: _Spread.of(value) for name, value in given_up.items() if value is not None}
         self._settled = True
 
     def unsettle(self) -> None:
         """The blocks and scales are parameters again, bit for bit what they were."""
-        if not self._settled:
-            return
+        if self._settled:
+            values = self._unpacked()
+            self._settled, self._packed = False, None
+            for name, value in values.items():
+                self._set(name, value)
+
+    def _unpacked(self) -> dict[str, torch.Tensor]:
+        """What a backend has taken over, by the parameters' names."""
         assert self._packed is not None
-        weights = self._packed.unpack()
-        self._settled, self._packed = False, None
+        weights, found = self._packed.unpack(), {}
         for name, matrix in zip(PROJECTIONS, (weights.gate_up, weights.down), strict=True):
             assert isinstance(matrix, Mxfp4Matrix)
             for stored, value in ((name + BLOCKS, matrix.blocks_LNG16), (name + SCALES, matrix.scales_LNG)):
-                self._set(stored, _like(value, self._shards[stored].like))
+                spread = self._spread[stored]
+                found[stored] = value if spread is None else spread.wrap(value)
+        return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.unsettle()  # the next forward packs again
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._settled:
+            destination |= {prefix + name: value for name, value in self._unpacked().items()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unsettle()
         super()._load_from_state_dict(*args)
+        self.settle()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.unsettle()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.settle()
+        return self
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -210,10 +235,7 @@ def _local(value: torch.Tensor | None) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _like(value: torch.Tensor, like: DTensor | None) -> torch.Tensor:
-    """A rank's part as a DTensor over the ranks, laid out as `like` was."""
-    if like is None:
-        return value
-    return DTensor.from_local(
-        value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+
+def _version(value: torch.Tensor) -> int:
+    """How often it was written to in place; tensors of the inference mode do not count."""
+    return 0 if value.is_inference() else value._version

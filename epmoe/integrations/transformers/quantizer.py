@@ -46,6 +46,7 @@ class EpmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = NAME
         self.modules_to_not_convert, self.experts = modules_to_not_convert, experts
         self.written = NAME  # the quant_method that `save_pretrained` writes
+        self.asked: list[str] = []  # of modules_to_not_convert, those that a checkpoint's own config.json has not
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json keeps."""
@@ -139,10 +140,11 @@ def replace_with_epmoe_experts(model: nn.Module, config: EpmoeConfig, *, stored:
         if not all(getattr(getattr(module, each, None), "ndim", 0) == 3 for each in PROJECTIONS):
             continue
         if not should_convert_module(name, kept):
-            if stored and config.written == STORED_METHOD:
+            theirs = [each for each in kept or [] if each not in config.asked]
+            if stored and should_convert_module(name, theirs):
                 raise UserError(
-                    f"EpmoeConfig: modules_to_not_convert={kept} keeps {name}, which this checkpoint stores in MXFP4: "
-                    "leave it out"
+                    f"EpmoeConfig: modules_to_not_convert={config.asked} keeps {name}, which this checkpoint stores in "
+                    "MXFP4: leave it out"
                 )
             continue
         try:
@@ -191,12 +193,11 @@ def _takes_stored(merge: Any) -> Any:
             return merge(stored, asked)
         values = stored if isinstance(stored, dict) else stored.to_dict()
         method = str(getattr(values["quant_method"], "value", values["quant_method"]))
-        if method == STORED_METHOD:
-            config = EpmoeConfig(asked.modules_to_not_convert, asked.experts)
-            config.written = STORED_METHOD
+        if method in (NAME, STORED_METHOD):
+            theirs, asked_too = values.get("modules_to_not_convert") or [], asked.modules_to_not_convert or []
+            config = EpmoeConfig([*theirs, *asked_too] or None, asked.experts)
+            config.written, config.asked = method, [each for each in asked_too if each not in theirs]
             return config
-        if method == NAME:  # which experts it left out, its file knows
-            return EpmoeConfig(values.get("modules_to_not_convert"), asked.experts)
         raise UserError(
             f"EpmoeConfig: the checkpoint is quantised as {method}, and this reads {STORED_METHOD}, {NAME} or plain "
             "weights: load it without quantization_config"
