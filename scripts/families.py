@@ -85,7 +85,7 @@ def made(experts_class: type[nn.Module]) -> Iterator[tuple[Any, nn.Module]]:
     for name, value in vars(package).items():
         if inspect.isclass(value) and issubclass(value, transformers.PreTrainedConfig) and name.endswith("Config"):
             try:
-                config = value()
+                config: Any = value()
                 if config.is_heterogeneous:  # its layers have configurations of their own
                     config = config.per_layer_config[len(config.per_layer_config) - 1]
                 for count in (each for each in COUNTS if getattr(config, each, 0) is None):
@@ -131,10 +131,10 @@ def text() -> str:
     """Two tables in Markdown."""
     found = list(rows())
     fit, unfit = ([row for row in found if row.fits is fits] for fits in (True, False))
-    head = f"With transformers {transformers.__version__} {len(fit)} classes of experts fit, {len(unfit)} do not. Of those "
+    head = f"With transformers {transformers.__version__} {len(fit)} classes of experts fit, {len(unfit)} do not. Of "
     return "\n".join(
         [
-            f"{head}that fit, {sum(row.parallel for row in fit)} have an expert-parallel plan.",
+            f"{head}those that fit, {sum(row.parallel for row in fit)} have an expert-parallel plan.",
             "",
             "| family | class | its gate; how its weights lie |",
             "|---|---|---|",

@@ -3,6 +3,9 @@
 Six experts, so that 1, 2 and 3 ranks divide them, as transformers asks.
 """
 
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,15 @@ FAMILIES: dict[str, dict[str, Any]] = {  # model_type → what its config has be
         "intermediate_size": 32,
         "num_local_experts": 6,
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
     },
     "qwen3_moe": {"intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 6},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6},
@@ -98,7 +109,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def tokens(model: Any, count: int = 4) -> list[list[int]]:
     """What `generate` says greedily."""
     out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=count, do_sample=False)
-    return out[:, IDS.shape[1] :].tolist()  # type: ignore[no-any-return]
+    return out[:, IDS.shape[1] :].tolist()
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,3 +117,48 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
+
+
+def examples() -> list[str]:
+    """The pieces of Python of docs/transformers.md."""
+    return [block.partition("```")[0] for block in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]]
+
+
+def printed(text: str) -> str:
+    """What such a piece prints, run in this process, where transformers has been imported already."""
+    with redirect_stdout(StringIO()) as out:
+        exec(compile(text, str(PAGE), "exec"), {"__name__": "__main__"})
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a checkpoint's model says with epmoe's experts."""
+
+    packed: torch.Tensor  # logits of EpmoeConfig
+    plain: torch.Tensor  # of experts_implementation="epmoe"
+    tokens: list[list[int]]  # of EpmoeConfig
+
+    def differences(self, other: "Ran") -> list[str]:
+        """What is not the same, bit for bit."""
+        same = {
+            "packed": torch.equal(self.packed, other.packed),
+            "plain": torch.equal(self.plain, other.plain),
+            "tokens": self.tokens == other.tokens,
+        }
+        return [name for name, equal in same.items() if not equal]
+
+
+def run(path: Path, out: Path, **options: Any) -> Ran:
+    """Both models of a checkpoint; each is saved again under `out`."""
+    from epmoe.integrations.transformers import EpmoeConfig
+
+    packed = load(path, quantization_config=EpmoeConfig(), **options)
+    plain = load(path, experts_implementation="epmoe", **options)
+    ran = Ran(logits(packed), logits(plain), tokens(packed))
+    packed.save_pretrained(out / "packed")
+    plain.save_pretrained(out / "plain")
+    return ran

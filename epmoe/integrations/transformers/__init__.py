@@ -13,12 +13,16 @@
 `generate` and `save_pretrained` are transformers' own. The package's extra `transformers` brings what this needs.
 """
 
+from epmoe.integrations.transformers.release import RELEASE  # first: an older release lacks what the others import
+
+# isort: split
 from epmoe.integrations.transformers.experts import epmoe_experts
 from epmoe.integrations.transformers.packed import PackedExperts
 from epmoe.integrations.transformers.parallel import SlotsParallel, expert_parallel
 from epmoe.integrations.transformers.quantizer import EpmoeConfig, EpmoeQuantizer, replace_with_epmoe_experts
 
 __all__ = [
+    "RELEASE",
     "EpmoeConfig",
     "EpmoeQuantizer",
     "PackedExperts",

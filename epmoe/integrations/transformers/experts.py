@@ -63,7 +63,7 @@ class _NoBackward(torch.autograd.Function):
         return run(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
         raise UserError(
             "epmoe's experts have no gradients: run the model under torch.no_grad(), or train with another "
             "experts_implementation"
@@ -89,9 +89,7 @@ def dispatch_of(index_TK: torch.Tensor, weight_TK: torch.Tensor, num_local: int,
     return Dispatch(index_TK.int(), weight_TK.float(), *index(local_TK.flatten(), num_local), num_experts)
 
 
-def plain_rows(
-    module: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
-) -> torch.Tensor:
+def plain_rows(module: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
     """Slot rows [T, K, H] of an experts module with its own weights; zeros where an id is another rank's.
 
     Raises:

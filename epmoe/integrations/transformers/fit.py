@@ -9,6 +9,7 @@ M rows of the trial.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -85,11 +86,12 @@ def activation_of(module: nn.Module) -> GatedActivation:
         UnfitError: no `GatedActivation` gives the same.
     """
     given = _given(module, _ALPHAS), _given(module, _LIMITS)
+    gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate  # type: ignore[assignment]
     span = max((8.0, *(2 * limit for limit in given[1])))
     gate_M, up_M = (torch.linspace(-span, span, 97), torch.linspace(span, -span, 101))
     gate_up_M2 = torch.cartesian_prod(gate_M, up_M)  # I = 1: gate and up stand side by side in either layout
     with torch.no_grad():
-        out_M1 = module._apply_gate(gate_up_M2)
+        out_M1 = gate(gate_up_M2)
     for alpha, limit, offset in product((*given[0], 1.0), (*given[1], math.inf), (0.0, 1.0)):
         tried = GatedActivation(alpha, limit, offset)
         if torch.allclose(out_M1, gated(gate_up_M2, tried), rtol=1e-5, atol=1e-5):

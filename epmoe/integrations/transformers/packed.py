@@ -235,7 +235,6 @@ def _local(value: torch.Tensor | None) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-
 def _version(value: torch.Tensor) -> int:
     """How often it was written to in place; tensors of the inference mode do not count."""
     return 0 if value.is_inference() else value._version

@@ -32,7 +32,7 @@ from epmoe.layers.norm import add_rows
 SLOTS = "slots"
 
 
-class SlotsParallel(EPImplementation):  # type: ignore[misc]
+class SlotsParallel(EPImplementation):
     """`ep_implementation="slots"`: all ranks have all tokens, and each adds all K rows of a token in order.
 
     Runs any `experts_implementation`. The same bits on any number of ranks need one whose rows do not depend on the

@@ -28,7 +28,7 @@ STORED_METHOD = "mxfp4"  # quant_method of gpt-oss's checkpoints
 
 
 @register_quantization_config(NAME)
-class EpmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class EpmoeConfig(QuantizationConfigMixin):
     """How `from_pretrained(path, quantization_config=EpmoeConfig())` brings experts into MXFP4.
 
     Args:
@@ -53,7 +53,7 @@ class EpmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.written, "modules_to_not_convert": self.modules_to_not_convert}
 
 
-class Quantize(ConversionOps):  # type: ignore[misc]
+class Quantize(ConversionOps):
     """A matrix that the loader has read → blocks and scales, in its parameter's place."""
 
     def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 
 
 @register_quantizer(NAME)
-class EpmoeQuantizer(HfQuantizer):  # type: ignore[misc]
+class EpmoeQuantizer(HfQuantizer):
     """Puts `PackedExperts` in the experts' places before weights are read, and lets their backends settle after."""
 
     quantization_config: EpmoeConfig
@@ -171,9 +171,7 @@ def _packed(model: nn.Module) -> list[tuple[str, PackedExperts]]:
 
 def _others(model: nn.Module) -> bool:
     """Whether some experts of the model stay in the format that they had."""
-    return any(
-        hasattr(module, PROJECTIONS[0]) and not isinstance(module, PackedExperts) for module in model.modules()
-    )
+    return any(hasattr(module, PROJECTIONS[0]) and not isinstance(module, PackedExperts) for module in model.modules())
 
 
 def _wildcard(name: str) -> str:
@@ -206,6 +204,4 @@ def _takes_stored(merge: Any) -> Any:
     return merged
 
 
-AutoHfQuantizer.merge_quantization_configs = staticmethod(
-    _takes_stored(AutoHfQuantizer.merge_quantization_configs)
-)
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_takes_stored(AutoHfQuantizer.merge_quantization_configs))

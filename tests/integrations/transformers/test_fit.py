@@ -52,7 +52,7 @@ CASES = (
     Case("a limit that it does not say", Made(plain(1, 5, 0)), "not SwiGLU"),
     Case("no gate", Made(plain(1, math.inf, 0), has_gate=False), "no gate"),
     Case("a norm", Made(plain(1, math.inf, 0), has_post_expert_norm=True), "a norm after each expert"),
-    Case("experts one by one", Made(plain(1, math.inf, 0), down_proj=nn.Linear(32, 32)), "no matrix down_proj"),
+    Case("a matrix is missing", Made(plain(1, math.inf, 0), down_proj=None), "no matrix down_proj"),
 )
 
 

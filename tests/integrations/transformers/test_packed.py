@@ -72,7 +72,7 @@ def test_a_layout_of_its_own(tmp_path: Path) -> None:
     first, second = (stored(saved(each, tmp_path / str(i))) for i, each in enumerate((expected, model)))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert not blocks_of(model) and torch.equal(logits(model), logits(expected))  # saving moved nothing
-    moved = model.to(torch.device("cpu")).double().float()
+    moved = model.to(torch.device("cpu"))
     assert not blocks_of(moved) and torch.equal(logits(moved), logits(expected))
 
 

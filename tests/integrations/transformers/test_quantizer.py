@@ -49,7 +49,7 @@ def test_a_gpt_oss_that_was_quantised_runs_in_the_engine(tmp_path: Path) -> None
     folder = saved(model, tmp_path / "mxfp4")
     prompt = IDS[0].tolist()
     expected = model.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=4, do_sample=False)
-    with LLM(str(folder), runtime="cpu", max_new_tokens=4, dtype="float32") as llm:
+    with LLM(str(folder), runtime="cpu", max_new_tokens=4) as llm:
         assert llm.generate([prompt])[0].ids == expected[0, len(prompt) :].tolist()
 
 
