@@ -141,7 +141,7 @@ def _bias(module: nn.Module, matrix: PlainMatrix) -> torch.Tensor:
     """[L, N], zeros where the family has none."""
     experts, rows, _ = matrix.shape
     if not matrix.layout.bias:
-        return torch.zeros((), device=matrix.value.device).expand(experts, rows)
+        return torch.zeros((), dtype=torch.float32, device=matrix.value.device).expand(experts, rows)
     bias_LN: torch.Tensor = getattr(module, f"{matrix.projection}_bias")
     return matrix.layout.interleave(bias_LN) if matrix.projection == PROJECTIONS[0] else bias_LN
 

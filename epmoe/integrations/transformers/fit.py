@@ -88,7 +88,8 @@ def activation_of(module: nn.Module) -> GatedActivation:
     given = _given(module, _ALPHAS), _given(module, _LIMITS)
     gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate  # type: ignore[assignment]
     span = max((8.0, *(2 * limit for limit in given[1])))
-    gate_M, up_M = (torch.linspace(-span, span, 97), torch.linspace(span, -span, 101))
+    # Where a model is being made, the default dtype is its own and the default device may be meta.
+    gate_M, up_M = (torch.linspace(-span, span, count, dtype=torch.float32, device="cpu") for count in (97, 101))
     gate_up_M2 = torch.cartesian_prod(gate_M, up_M)  # I = 1: gate and up stand side by side in either layout
     with torch.no_grad():
         out_M1 = gate(gate_up_M2)

@@ -123,7 +123,7 @@ class PackedExperts(nn.Module):
     def rows(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Slot rows [T, K, H] in x's dtype; zeros where an id is not in [0, L)."""
         packed = self.packed()
-        return packed.forward(x_TH, dispatch_of(index_TK, weight_TK, self.num_experts, self.all_experts))
+        return packed.forward(x_TH.contiguous(), dispatch_of(index_TK, weight_TK, self.num_experts, self.all_experts))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -215,7 +215,7 @@ class PackedExperts(nn.Module):
         """[L, N] in the order of the matrix's rows, zeros where the family has none."""
         bias_LN = values.get(f"{PROJECTIONS[which]}_bias")
         if bias_LN is None:
-            return torch.zeros(matrix.shape[:2], device=matrix.device)
+            return torch.zeros(matrix.shape[:2], dtype=torch.float32, device=matrix.device)
         return self.layout.interleave(bias_LN) if which == 0 else bias_LN
 
     def extra_repr(self) -> str:

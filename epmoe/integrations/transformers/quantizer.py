@@ -73,7 +73,19 @@ class EpmoeQuantizer(HfQuantizer):
     """Puts `PackedExperts` in the experts' places before weights are read, and lets their backends settle after."""
 
     quantization_config: EpmoeConfig
+    # Of the parameters that go as they are quantised: what comes of them has parameters, and bytes, of its own.
+    quantized_element_size = 0.0
     serialized_names = {name: [name + BLOCKS, name + SCALES] for name in PROJECTIONS}  # noqa: RUF012 (the base's own)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The same.
+
+        Raises:
+            UserError: one that epmoe's backends do not run.
+        """
+        if dtype == torch.float16:
+            raise UserError(f"EpmoeConfig: dtype={dtype}: these experts run bfloat16 or float32: load with one of them")
+        return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
         config = self.quantization_config

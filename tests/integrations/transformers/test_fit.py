@@ -80,3 +80,15 @@ def test_families(family: str) -> None:
 def test_a_module_of_somebody_else() -> None:
     with pytest.raises(UnfitError, match="not made for transformers' experts interface"):
         layout_of(nn.Linear(2, 2))
+
+
+def test_while_a_model_is_being_made() -> None:
+    """Its dtype is the default one then, and its weights are nowhere."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = layout_of(Made(plain(1.702, 7, 1), alpha=1.702, limit=7.0))
+    finally:
+        torch.set_default_dtype(kept)
+    assert found.activation == GatedActivation()

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from moe_families import FAMILIES, Ran, config_of, examples, load, logits, make, printed, run, saved, stored
 from spawn import run_ranks
 
+from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.ranks.mesh import Ranks
 
 FOREIGN = "tests.integrations.transformers.test_packed:Turned"
@@ -29,30 +31,41 @@ def all_families(ranks: Ranks, folder: Path) -> dict[str, Ran]:
 
 
 def others(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """The library's own experts under our exchange; a backend that takes weights over; attention split."""
+    """The library's experts under our exchange, ours under its exchanges; a backend that takes weights over."""
     from transformers.distributed import DistributedConfig
 
     from epmoe.integrations.transformers import EpmoeConfig, expert_parallel
 
     path, whole = folder / "qwen3_moe", expert_parallel(config_of("qwen3_moe"), ranks.size)
-    split = DistributedConfig(tp_size=ranks.size, ep_size=ranks.size, ep_implementation="slots")
-    without_ep = DistributedConfig(tp_size=ranks.size)
+    theirs = {  # attention is split, too
+        name: DistributedConfig(tp_size=ranks.size, ep_size=ranks.size, ep_implementation=name)
+        for name in ("slots", "auto", "all_to_all")
+    }
+    theirs["without ep"] = DistributedConfig(tp_size=ranks.size)
     foreign = load(path, quantization_config=EpmoeConfig(experts=FOREIGN), distributed_config=whole)
     made = {
-        "eager": load(path, distributed_config=whole),
-        "foreign": foreign,
-        "split": load(path, quantization_config=EpmoeConfig(), distributed_config=split),
-        "without ep": load(path, quantization_config=EpmoeConfig(), distributed_config=without_ep),
+        name: load(path, quantization_config=EpmoeConfig(), distributed_config=each) for name, each in theirs.items()
     }
+    made["eager"] = load(path, distributed_config=whole)
+    made["foreign"] = foreign
+    made["plain"] = load(path, experts_implementation="epmoe", distributed_config=theirs["without ep"])
     found: dict[str, Any] = {name: logits(model) for name, model in made.items()}
     found["here"] = [name for name, _ in foreign.named_parameters() if "_blocks" in name]
     foreign.save_pretrained(folder / "foreign-2")
+    found["packs"] = packs_of_a_forward(made["slots"])
     found["page"] = printed(examples()[1])
     try:
         load(folder / "five", distributed_config=expert_parallel(config_of("qwen3_moe", num_experts=5), ranks.size))
     except ValueError as error:
         found["refused"] = str(error)
     return found
+
+
+def packs_of_a_forward(model: Any) -> int:
+    """How often a forward packs experts anew."""
+    with mock.patch.object(ReferenceExperts, "pack", wraps=ReferenceExperts.pack) as pack:
+        logits(model)
+    return pack.call_count
 
 
 def both(ranks: Ranks, folder: Path) -> tuple[dict[str, Ran], dict[str, Any]]:
@@ -80,12 +93,13 @@ def test_two_ranks(folder: Path, alone: dict[str, Ran], monkeypatch: pytest.Monk
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     page = printed(examples()[1]).replace("on 1 ranks", "on 2 ranks")
     for _, found in ran:
-        assert found["page"] == page
+        assert found["page"] == page and found["packs"] == 0
         assert torch.equal(found["foreign"], expected) and found["here"] == []
         # eager adds a token's experts in the order of their ids, slots in that of the choices
         assert (found["eager"] - plain).abs().max() < 1e-5 * plain.std()
-        for name in ("split", "without ep"):  # sums of attention's parts, in another order
+        for name in ("slots", "auto", "all_to_all", "without ep"):  # sums of attention's parts, in another order
             assert (found[name] - expected).abs().max() < 1e-4 * expected.std(), name
+        assert (found["plain"] - plain).abs().max() < 1e-4 * plain.std()
         assert "Cannot evenly shard 5 experts across 2" in found["refused"]
     assert torch.equal(ran[0][1]["eager"], ran[1][1]["eager"])
     found, first = stored(folder / "foreign-2"), stored(folder / "qwen3_moe-1" / "packed")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import IDS, load, logits, make, saved, stored
+from moe_families import IDS, load, logits, make, saved, stored, tokens
+from oracle import load_oracle, load_ours, trace_ours
 
-from epmoe import LLM
 from epmoe.errors import UserError
 from epmoe.integrations.transformers import EpmoeConfig, PackedExperts, quantizer, replace_with_epmoe_experts
 from epmoe.weights.synthetic import make_checkpoint
@@ -27,8 +27,6 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_stored_mxfp4_stays_as_stored(gpt_oss: Path, tmp_path: Path) -> None:
     """The same values as transformers' own dequantised model, and the same bytes when saved again."""
-    from oracle import load_oracle
-
     model = load(gpt_oss, quantization_config=EpmoeConfig())
     assert packed_names(model) == [f"model.layers.{i}.mlp.experts" for i in range(model.config.num_hidden_layers)]
     expected = logits(load_oracle(gpt_oss), IDS % 32)
@@ -42,15 +40,15 @@ def test_stored_mxfp4_stays_as_stored(gpt_oss: Path, tmp_path: Path) -> None:
     assert (logits(load_oracle(tmp_path), IDS % 32) - expected).abs().max() < 1e-5 * expected.std()
 
 
-def test_a_gpt_oss_that_was_quantised_runs_in_the_engine(tmp_path: Path) -> None:
+def test_a_gpt_oss_that_was_quantised_runs_in_epmoe(tmp_path: Path) -> None:
     """What is saved is a checkpoint that epmoe's own loader takes."""
     source = saved(make("gpt_oss"), tmp_path / "plain")
     model = load(source, quantization_config=EpmoeConfig())
     folder = saved(model, tmp_path / "mxfp4")
     prompt = IDS[0].tolist()
     expected = model.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=4, do_sample=False)
-    with LLM(str(folder), runtime="cpu", max_new_tokens=4) as llm:
-        assert llm.generate([prompt])[0].ids == expected[0, len(prompt) :].tolist()
+    ((found, _),) = trace_ours(load_ours(folder), [prompt], 4, chunk=len(prompt))
+    assert found == expected[0, len(prompt) :].tolist()
 
 
 def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +122,33 @@ def test_a_model_that_is_loaded_already(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(load(source, quantization_config=EpmoeConfig())))
 
 
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": "auto"}, {"device_map": "auto"}])
+def test_as_people_load(options: dict[str, Any], tmp_path: Path) -> None:
+    source = saved(make("mixtral").to(torch.bfloat16), tmp_path / "plain")
+    model = load(source, quantization_config=EpmoeConfig(), **options)
+    exact = load(source, quantization_config=EpmoeConfig())
+    assert model.dtype == (torch.float32 if "device_map" in options else torch.bfloat16)
+    assert len(packed_names(model)) == 2 and len(tokens(model)[0]) == 4
+    for name, value in exact.state_dict().items():
+        if name.endswith(("_blocks", "_scales")):  # the values were bfloat16, whatever they are loaded as
+            assert torch.equal(model.state_dict()[name], value)
+    saved(model, tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", **options)), logits(model))
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = load(saved(make("olmoe"), tmp_path / "plain"), quantization_config=EpmoeConfig())
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(tmp_path / "shards")), logits(model))
+
+
 def test_mistakes(tmp_path: Path, gpt_oss: Path) -> None:
     folder = saved(make("olmoe"), tmp_path)
     with pytest.raises(UserError, match=r"experts='nowhere' is unknown; known: triton, reference"):
         load(folder, quantization_config=EpmoeConfig(experts="nowhere"))
+    with pytest.raises(UserError, match=r"dtype=torch.float16: these experts run bfloat16 or float32"):
+        load(folder, quantization_config=EpmoeConfig(), dtype=torch.float16)
     with pytest.raises(UserError, match=r"quant_method='mxfp4'"):
         EpmoeConfig(quant_method="mxfp4")
     config = json.loads((folder / "config.json").read_text())
