@@ -113,7 +113,15 @@ class PackedExperts(nn.Module):
         self._parameters.pop(projection, None)
 
     def take(self, module: nn.Module) -> None:
-        """Quantise the weights that `module` has, one matrix after the other; it is without them afterwards."""
+        """Quantise the weights that `module` has, one matrix after the other; it is without them afterwards.
+
+        Raises:
+            UserError: they are spread over ranks.
+        """
+        if any(isinstance(value, DTensor) for value in module.parameters()):
+            raise UserError(
+                f"{self.of}: its experts are spread over ranks already: load the model with quantization_config"
+            )
         for name in PROJECTIONS:
             for stored, value in self.quantize(name, getattr(module, name)).items():
                 self._set(stored, value)

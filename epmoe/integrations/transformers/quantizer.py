@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -88,11 +89,14 @@ class EpmoeQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
-        config = self.quantization_config
-        replaced = replace_with_epmoe_experts(model, config, stored=self.pre_quantized)
+        replace_with_epmoe_experts(model, self.quantization_config, stored=self.pre_quantized)
+        self.know(model)
+
+    def know(self, model: Any) -> None:
+        """What the model's files will say: a whole gpt-oss is one that others read, too."""
         layouts = [module.layout for _, module in _packed(model)]
-        if replaced and all(layout.of_gpt_oss for layout in layouts) and not _others(model):
-            config.written = STORED_METHOD
+        whole = layouts and all(layout.of_gpt_oss for layout in layouts) and not _others(model)
+        self.quantization_config.written = STORED_METHOD if whole else NAME
 
     def _process_model_after_weight_loading(self, model: Any, **given: Any) -> Any:
         for _, module in _packed(model):
@@ -133,8 +137,8 @@ class EpmoeQuantizer(HfQuantizer):
 def replace_with_epmoe_experts(model: nn.Module, config: EpmoeConfig, *, stored: bool = False) -> int:
     """Put a `PackedExperts` in the place of every experts module that fits; says on standard error if none does.
 
-    Experts that have values are quantised, one matrix after the other, and their own go. Those on the meta device
-    wait for the loader.
+    Those on the meta device wait for the loader. Experts that have values are quantised, one matrix after the other,
+    and their own go; then the model knows its quantiser, so that it is saved as any other.
 
     Args:
         model: any; changed in place.
@@ -145,9 +149,10 @@ def replace_with_epmoe_experts(model: nn.Module, config: EpmoeConfig, *, stored:
         how many were replaced.
 
     Raises:
-        UserError: experts that the checkpoint stores in MXFP4 shall stay as they were.
+        UserError: experts that the checkpoint stores in MXFP4 shall stay as they were; or weights that are loaded are
+            spread over ranks already.
     """
-    found, unfit, kept = 0, "", config.modules_to_not_convert
+    found, unfit, kept, taken = 0, "", config.modules_to_not_convert, False
     for name, module in list(model.named_modules()):
         if not all(getattr(getattr(module, each, None), "ndim", 0) == 3 for each in PROJECTIONS):
             continue
@@ -166,6 +171,7 @@ def replace_with_epmoe_experts(model: nn.Module, config: EpmoeConfig, *, stored:
             continue
         if not any(parameter.is_meta for parameter in module.parameters()):
             packed.take(module)
+            taken = True
         model.set_submodule(name, packed)
         found += 1
     if not found:
@@ -174,6 +180,10 @@ def replace_with_epmoe_experts(model: nn.Module, config: EpmoeConfig, *, stored:
             f"{' and '.join(PROJECTIONS)} of three dimensions and a SwiGLU gate, outside "
             f"modules_to_not_convert={kept}{unfit}: the model stays as it is"
         )
+    if taken and isinstance(model, PreTrainedModel):
+        model.hf_quantizer = EpmoeQuantizer(config, pre_quantized=False)
+        model.hf_quantizer.know(model)
+        model.hf_quantizer.postprocess_model(model)
     return found
 
 

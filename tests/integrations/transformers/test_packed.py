@@ -11,7 +11,8 @@ from moe_families import load, logits, make, saved, stored
 from epmoe.errors import UserError
 from epmoe.formats import ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix
-from epmoe.integrations.transformers import EpmoeConfig, PackedExperts
+from epmoe.integrations.transformers import EpmoeConfig, PackedExperts, replace_with_epmoe_experts
+from epmoe.integrations.transformers.experts import plain_rows
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.router import Dispatch
@@ -81,8 +82,6 @@ def test_other_weights_are_loaded_into_it() -> None:
         first, second = (make("olmoe"), make("olmoe", num_experts_per_tok=2))
         for parameter in second.model.layers[0].mlp.experts.parameters():
             parameter.data.mul_(2)
-        from epmoe.integrations.transformers import replace_with_epmoe_experts
-
         for model in (first, second):
             replace_with_epmoe_experts(model, EpmoeConfig(experts=name))
         before = logits(first)
@@ -100,6 +99,26 @@ def test_without_values(tmp_path: Path) -> None:
     packed = PackedExperts(experts, layout_of(experts))
     with pytest.raises(UserError, match="OlmoeExperts: its experts have no values: load the model"):
         packed(torch.zeros(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+def test_gates_first_with_biases_and_transposed() -> None:
+    """A layout that only one family has: the rows of the same values in the module's own parameters, bit for bit."""
+    from transformers.models.openai_privacy_filter import modeling_openai_privacy_filter as family
+
+    torch.manual_seed(0)
+    config = family.OpenAIPrivacyFilterConfig(hidden_size=64, intermediate_size=32, num_local_experts=4)
+    model = torch.nn.ModuleDict({"experts": family.OpenAIPrivacyFilterExperts(config).requires_grad_(False)})
+    for parameter in model.parameters():
+        parameter.normal_()
+    plain = model["experts"]
+    for name in ("gate_up_proj", "down_proj"):
+        value = getattr(plain, name)
+        value.copy_(Mxfp4Matrix.quantize(value.transpose(1, 2)).dequantize(torch.float32).transpose(1, 2))
+    given = torch.randn(5, 64), torch.tensor([[0, 3], [1, 2], [3, 0], [2, 2], [4, 1]]), torch.rand(5, 2)
+    expected = plain_rows(plain, *given)
+    assert replace_with_epmoe_experts(model, EpmoeConfig()) == 1
+    packed = model["experts"]
+    assert isinstance(packed, PackedExperts) and torch.equal(packed.rows(*given), expected)
 
 
 def triton_and_reference() -> None:
@@ -127,3 +146,18 @@ def triton_and_reference() -> None:
 
 def test_triton_takes_the_weights_over() -> None:
     interpreted(triton_and_reference)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """The embedded model, in bfloat16: Triton's experts hold the weights, and say what the reference says there."""
+    import epmoe
+
+    path = Path(epmoe.__file__).parent / "demo"
+    options = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    ids = torch.arange(2, 66, device="cuda")[None]
+    model = load(path, quantization_config=EpmoeConfig(), **options)
+    expected = logits(load(path, quantization_config=EpmoeConfig(experts="reference"), **options), ids)
+    assert not blocks_of(model)
+    # Sums in two orders: now and then a row's value is rounded to the neighbouring bfloat16, 2^-8 of it, in six layers.
+    assert (logits(model, ids) - expected).abs().max() < 0.2 * expected.std()

@@ -9,6 +9,7 @@ import torch
 from moe_families import FAMILIES, Ran, config_of, examples, load, logits, make, printed, run, saved, stored
 from spawn import run_ranks
 
+from epmoe.errors import UserError
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.ranks.mesh import Ranks
 
@@ -34,7 +35,7 @@ def others(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """The library's experts under our exchange, ours under its exchanges; a backend that takes weights over."""
     from transformers.distributed import DistributedConfig
 
-    from epmoe.integrations.transformers import EpmoeConfig, expert_parallel
+    from epmoe.integrations.transformers import EpmoeConfig, expert_parallel, replace_with_epmoe_experts
 
     path, whole = folder / "qwen3_moe", expert_parallel(config_of("qwen3_moe"), ranks.size)
     theirs = {  # attention is split, too
@@ -54,6 +55,8 @@ def others(ranks: Ranks, folder: Path) -> dict[str, Any]:
     foreign.save_pretrained(folder / "foreign-2")
     found["packs"] = packs_of_a_forward(made["slots"])
     found["page"] = printed(examples()[1])
+    with pytest.raises(UserError, match="Qwen3MoeExperts: its experts are spread over ranks already"):
+        replace_with_epmoe_experts(made["eager"], EpmoeConfig())
     try:
         load(folder / "five", distributed_config=expert_parallel(config_of("qwen3_moe", num_experts=5), ranks.size))
     except ValueError as error:

@@ -115,11 +115,19 @@ def test_rows_that_groups_do_not_divide(tmp_path: Path, capfd: pytest.CaptureFix
     assert "has rows of 48 values in down_proj, and MXFP4 needs a multiple of 32" in capfd.readouterr().err
 
 
-def test_a_model_that_is_loaded_already(tmp_path: Path) -> None:
-    source = saved(make("deepseek_v3"), tmp_path)
+@pytest.mark.parametrize(("family", "method"), [("deepseek_v3", "epmoe"), ("gpt_oss", "mxfp4")])
+def test_a_model_that_is_loaded_already(family: str, method: str, tmp_path: Path) -> None:
+    """It becomes what it would have been loaded as, and is saved so."""
+    source = saved(make(family), tmp_path / "plain")
+    expected = load(source, quantization_config=EpmoeConfig())
     model = load(source)
-    assert replace_with_epmoe_experts(model, EpmoeConfig()) == 1
-    assert torch.equal(logits(model), logits(load(source, quantization_config=EpmoeConfig())))
+    assert replace_with_epmoe_experts(model, EpmoeConfig()) == len(packed_names(expected))
+    assert torch.equal(logits(model), logits(expected))
+    names = [{name for name, _ in each.named_parameters()} for each in (model, expected)]
+    assert names[0] == names[1]
+    folder = saved(model, tmp_path / "saved")
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == method
+    assert torch.equal(logits(load(folder, quantization_config=EpmoeConfig())), logits(expected))
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": "auto"}, {"device_map": "auto"}])
