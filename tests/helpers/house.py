@@ -35,7 +35,7 @@ FLOORS = (
     {"llm"},
     {"async_llm"},
     {"__init__"},
-    {"bench", "chat", "demo", "follow", "generate", "serve"},
+    {"bench", "chat", "demo", "follow", "generate", "integrations", "serve"},
     {"__main__"},
 )
 
