@@ -143,8 +143,11 @@ def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
         assert psutil.wait_procs(ranks, 10)[1] == []
 
 
+SLOW_INTERRUPT = pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)  # tests/whole/test_served.py has one
+
+
 @pytest.mark.alone
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), SLOW_INTERRUPT])
 def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, tmp_path: Path) -> None:
     with ready(tmp_path) as (script, ranks):
         script.send_signal(number)
@@ -156,7 +159,11 @@ def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, t
 
 def test_a_script_that_ends_without_close_or_with_an_error(tmp_path: Path) -> None:
     for last, code in (("", 0), ("raise ValueError('mine')", 1), ("sys.exit(7)", 7)):
-        text = READY.replace("sys.stdin.readline()\nllm", "llm").replace("\nsys.stdin.readline()\n", f"\n{last}\n")
+        text = (
+            READY.replace("ranks=3", "ranks=2")
+            .replace("sys.stdin.readline()\nllm", "llm")
+            .replace("\nsys.stdin.readline()\n", f"\n{last}\n")
+        )
         script = run(tmp_path / "script.py", text)
         assert script.stdout is not None and script.stdout.readline() == "ready\n"
         ranks = psutil.Process(script.pid).children()

@@ -31,6 +31,25 @@ def _start() -> None:
     import torch
 
     torch.set_num_threads(1)
+    _patch_once()
+
+
+def _patch_once() -> None:
+    """Let the interpreter's changes of `triton.language` stay: it makes them anew for each call of each function, which
+    takes as long as all that the functions do, and this process does nothing else with the language.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    known: set[int] = set()  # modules of kernels, which live as long as the process
+
+    def once(function: Callable[..., Any]) -> Any:
+        if (module := id(function.__globals__)) not in known:
+            patch(function)
+            known.add(module)
+        return interpreter._LangPatchScope()  # restores nothing
+
+    interpreter._patch_lang = once
 
 
 def _call(function: Callable[..., T], args: tuple[Any, ...]) -> T:

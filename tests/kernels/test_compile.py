@@ -86,9 +86,17 @@ def test_one_scale_a_register(arch: int) -> None:
         compiled(down_kernel, dtype, tile, arch=arch, columns=448)
 
 
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kernel", [hopper_kernels.gate_up_kernel, hopper_kernels.down_kernel], ids=["gate_up", "down"])
-@pytest.mark.parametrize("tile", HOPPER, ids=str)
+@pytest.mark.parametrize(
+    ("tile", "wide"),
+    # Scales of any size: with each tile where there is time.
+    [
+        *((tile, False) for tile in HOPPER),
+        (HOPPER[0], True),
+        *(pytest.param(tile, True, marks=pytest.mark.slow) for tile in HOPPER[1:]),
+    ],
+    ids=str,
+)
 def test_hopper_kernels(tile: ExpertTile, kernel: Any, wide: bool) -> None:
     """Nothing spills, and the assembler lets the products run beside the conversions (it warns when it does not)."""
 

@@ -29,7 +29,9 @@ def generate_slowly(step: str, slow: int, *keys: str) -> None:
     generate.generate()
 
 
-@pytest.mark.parametrize(("step", "slow"), [("resolve", 1), ("load", 0), ("load", 2)])
+@pytest.mark.parametrize(
+    ("step", "slow"), [("resolve", 1), ("load", 0), pytest.param("load", 2, marks=pytest.mark.slow)]
+)
 def test_a_slow_node_is_waited_for(step: str, slow: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A download and the reading of weights may take one node longer than a collective may wait."""
     keys = [f"checkpoint={tiny_checkpoint}", "prompt=x", "max_new_tokens=4"]

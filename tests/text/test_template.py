@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hostile import HOSTILE
+from hostile import HOSTILE, LONG
 from templates import HARMONY, STYLES, Style
 
 from epmoe.text.bounded import Bounded, ExceededError, Limits
@@ -16,13 +16,15 @@ from epmoe.text.template import Template, answer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 HURRIED = Bounded("epmoe.text.template:answer", Limits(seconds=0.2))
+# Where another bound must come first, however slow the machine is: some hundred megabytes may take it a second.
+PATIENT = Bounded("epmoe.text.template:answer", Limits(seconds=30))
 
 
-def said(source: str) -> str:
-    """What is said of a template that must be refused, in the words of `ChatTemplate`, in less time than it gives."""
+def said(source: str, template: Bounded) -> str:
+    """What is said of a template that must be refused, in the words of `ChatTemplate`."""
     call = {"source": source, "messages": [{"role": "user", "content": "Hi"}], "variables": {}, "now": "2026-01-01"}
     try:
-        match HURRIED(call):
+        match template(call):
             case {"refused": words}:
                 return f"refuses the messages: {words}"
             case {"broken": words}:
@@ -35,7 +37,8 @@ def said(source: str) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused(name: str) -> None:
     source, says = HOSTILE[name]
-    assert re.match(says, words := said(source)), words
+    template = HURRIED if LONG in says else PATIENT
+    assert re.match(says, words := said(source, template)), words
 
 
 REFUSED = """

@@ -50,34 +50,45 @@ def test_chosen_interpreter() -> None:
     assert done.returncode == 2 and "EPMOE_PYTHON=/no/such/python is no program" in done.stderr
 
 
-# As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path.
+SCRIPTS = (
+    "make_checkpoint",
+    "train_demo",
+    "bench/attention",
+    "bench/experts",
+    "bench/load",
+    "bench/moe",
+    "bench/orders",
+    "bench/router",
+    "bench/speculation",
+    "bench/start",
+    "bench/tune",
+)
+# As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path. Each in a process of its
+# own, all of which have torch from the first one.
 BARE = """
-import runpy, sys
-root, file = sys.argv[1:]
+import os, runpy, sys
+import torch
+root, *files = sys.argv[1:]
 sys.path = [each for each in sys.path if each != root]
-sys.argv = [file, "--help"]
-runpy.run_path(file, run_name="__main__")
+for number, file in enumerate(files):
+    if not (child := os.fork()):
+        os.dup2(os.open(f"{number}.out", os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(os.open(f"{number}.err", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = [file, "--help"]
+        runpy.run_path(file, run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "make_checkpoint",
-        "train_demo",
-        "bench/attention",
-        "bench/experts",
-        "bench/load",
-        "bench/moe",
-        "bench/orders",
-        "bench/router",
-        "bench/speculation",
-        "bench/start",
-        "bench/tune",
-    ],
-)
-def test_runs_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", BARE, str(ROOT), str(ROOT / "scripts" / f"{name}.py")]
+def test_they_run_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    files = [str(ROOT / "scripts" / f"{name}.py") for name in SCRIPTS]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", BARE, str(ROOT), *files]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    codes = done.stdout.split()
+    assert len(codes) == len(SCRIPTS)
+    for number, name in enumerate(SCRIPTS):
+        out, errors = ((tmp_path / f"{number}.{kind}").read_text() for kind in ("out", "err"))
+        assert codes[number] == "0" and "usage:" in out, f"{name}: {errors}"

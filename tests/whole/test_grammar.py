@@ -239,9 +239,9 @@ def obeying(tokenizer: Tokenizer, number: int) -> str:
     return grammar
 
 
-def test_a_hundred_json_schemas() -> None:
+def test_forty_json_schemas() -> None:
     """Every answer that was not cut is valid; a cut one says so, and is a valid beginning."""
-    (found,) = run_ranks(schemas_on, 1, range(100), timeout=200)
+    (found,) = run_ranks(schemas_on, 1, range(40), timeout=200)
     cut = 0
     for number, (answered, reason, _) in enumerate(found):
         if reason == "length":
@@ -249,7 +249,7 @@ def test_a_hundred_json_schemas() -> None:
             continue
         assert reason == "eos"
         jsonschema.Draft202012Validator(schema(number)).validate(json.loads(answered))
-    assert cut <= 5
+    assert cut <= 2
     some = [number for number, each in enumerate(found) if number % 13 == 0 or each[1] == "length"]
     on_two = run_ranks(schemas_on, 2, some, timeout=200)
     assert on_two[0] == on_two[1] == [found[number] for number in some]

@@ -80,7 +80,7 @@ def _settled(process: psutil.Process) -> int:
     return now
 
 
-CASES = [(0, 40), *(pytest.param(ranks, 200, marks=pytest.mark.slow) for ranks in (0, 2, 4))]
+CASES = [(0, 28), *(pytest.param(ranks, 200, marks=pytest.mark.slow) for ranks in (0, 2, 4))]
 
 
 @pytest.mark.timeout(900)
@@ -98,7 +98,7 @@ def alone(llm: LLM, count: int) -> Kinds:
 
 
 def test_clients_of_all_manners(llm: LLM, tmp_path: Path) -> None:
-    first, last = rage(tmp_path, alone(llm, 10), [range(75), range(75, 150)], tuple(WAYS))
+    first, last = rage(tmp_path, alone(llm, 10), [range(35), range(35, 70)], tuple(WAYS))
     assert last.descriptors == first.descriptors
 
 

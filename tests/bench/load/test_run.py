@@ -30,9 +30,12 @@ def run(*keys: str, ranks: int = 1) -> tuple[list[str], dict[str, Any]]:
     return lines, json.loads(last)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", [["load=poisson", "rate=20"], ["load=concurrent", "users=3"]])
-def test_the_command(ranks: int, kind: list[str]) -> None:
+POISSON, CONCURRENT = ["load=poisson", "rate=20"], ["load=concurrent", "users=3"]
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((POISSON, 1), (CONCURRENT, 2))]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [(POISSON, 2), (CONCURRENT, 1), *SLOW])
+def test_the_command(kind: list[str], ranks: int) -> None:
     lines, record = run(*kind, *SMALL, ranks=ranks)
     told = "\n".join(lines)
     assert (record["bench"], record["model"], record["ranks"], record["requests"]) == ("load", "demo", ranks, 12)

@@ -60,10 +60,17 @@ def served(ranks: Ranks, kind: str, traffic: Traffic) -> tuple[dict[int, Any], l
     return answers, found, cost_us, wrong
 
 
-@pytest.mark.parametrize("kind", ["poisson", "concurrent"])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("traffic", [TRAFFIC, TURNS], ids=["single", "turns"])
-def test_every_request_is_answered(ranks: int, kind: str, traffic: Traffic) -> None:
+# Each two of traffic, ranks and kind together; all three where there is time.
+LOADS = [(TRAFFIC, 1, "poisson"), (TRAFFIC, 2, "concurrent"), (TURNS, 1, "concurrent"), (TURNS, 2, "poisson")]
+REST = [(TRAFFIC, 1, "concurrent"), (TRAFFIC, 2, "poisson"), (TURNS, 1, "poisson"), (TURNS, 2, "concurrent")]
+
+
+@pytest.mark.parametrize(
+    ("traffic", "ranks", "kind"),
+    [*LOADS, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)],
+    ids=lambda value: f"{value.turns} turns" if isinstance(value, Traffic) else str(value),
+)
+def test_every_request_is_answered(traffic: Traffic, ranks: int, kind: str) -> None:
     by_rank = run_ranks(served, ranks, kind, traffic)
     lengths = sorted(length for each in schedule(traffic, 40.0, 2) for length in each.turns)
     for answers, found, cost_us, wrong in by_rank:
