@@ -55,7 +55,7 @@ from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
 from epmoe.weights.eagle3 import load_head, open_head
-from epmoe.weights.hub import resolve
+from epmoe.weights.hub import resolve, resolve_draft_model
 from epmoe.weights.load import LoadReport, load, model_of
 from epmoe.weights.manifest import Manifest
 from epmoe.weights.update import NamedTensors, Update, broadcast
@@ -129,7 +129,7 @@ class LLM:
         ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
         drafts = getattr(config, "draft_model", "")
-        self.draft = open_head(resolve(drafts), cast(DecoderConfig, self.architecture)) if drafts else None
+        self.draft = open_head(resolve_draft_model(drafts), cast(DecoderConfig, self.architecture)) if drafts else None
         self.model: Family
         self.report: LoadReport
         self.cache: Cache
@@ -158,7 +158,7 @@ class LLM:
         drafter, draft, shape = None, self.draft, None
         if draft:
             shape = draft.kv_heads, draft.head_dim
-            place, embedding = resolve(self.config.draft_model), self.model.get_submodule("embedding")
+            place, embedding = resolve_draft_model(self.config.draft_model), self.model.get_submodule("embedding")
             assert isinstance(embedding, nn.Embedding)
             drafter = load_head(place, draft, embedding, self.ranks.device, dtype)
         settings = CacheSettings(

@@ -27,6 +27,14 @@ FILES = ("config.json", TOKENIZER, *OPTIONAL, *RARE, INDEX, "model*.safetensors"
 WAIT_S = 6 * 3600.0  # 65 GB at 3 MB/s
 
 
+def resolve_draft_model(name: str) -> Path:
+    """As `resolve`, of the key `draft_model`."""
+    try:
+        return resolve(name)
+    except UserError as error:
+        raise UserError(str(error).replace(f"checkpoint={name}", f"draft_model={name}")) from None
+
+
 def resolve(checkpoint: str) -> Path:
     """The directory of `checkpoint`: a path, a Hub id `owner/name`, or the model that ships with epmoe ("").
 

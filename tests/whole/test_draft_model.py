@@ -161,6 +161,8 @@ def test_without_drafts_it_does_nothing(head: str) -> None:
 
 
 def test_one_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^draft_model=/nowhere/x is no directory"):
+        LLM(draft_model="/nowhere/x", speculate="auto", runtime={"device": "cpu"})
     write_head(tmp_path, replace(HEAD, hidden=128))
     with pytest.raises(UserError, match="take a head that was trained for this model"):
         LLM(draft_model=str(tmp_path), speculate="auto", runtime={"device": "cpu"})
