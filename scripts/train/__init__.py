@@ -1,1 +1,1 @@
-"""What scripts/train_demo.py is made of: corpus, model, loop, export, evaluation."""
+"""What scripts/train_demo.py and train_eagle3.py are made of: corpus, models, loop, export, evaluation."""

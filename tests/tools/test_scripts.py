@@ -53,6 +53,7 @@ def test_chosen_interpreter() -> None:
 SCRIPTS = (
     "make_checkpoint",
     "train_demo",
+    "train_eagle3",
     "bench/attention",
     "bench/experts",
     "bench/load",
