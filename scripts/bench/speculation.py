@@ -3,6 +3,7 @@
 
     scripts/bench/speculation.py DIRECTORY --users 1,8,64 --tokens 512
     scripts/bench/speculation.py "" --tokens 64 --repeat 1                 the embedded model
+    scripts/bench/speculation.py "" --tokens 96 --kinds own --draft-model epmoe/demo/eagle3
 
 The weights may be random: a grammar lets each token of an answer be one alone, so prompt lookup meets the acceptance of
 the text at the model's whole cost. The texts are this package's own:
@@ -12,6 +13,7 @@ the text at the model's whole cost. The texts are this package's own:
     json      a table of the configuration's keys, and a list of objects with the same values
     prose     what a file says of itself, and what others say: little of it was said before
     random    ids of no order, of which nothing is ever accepted
+    own       not forced: what the model itself says, greedily; for one that is trained, and its draft model
 
 With a grammar the host must have a step's tokens before it can choose the next ones, with and without drafts; `free` is
 the rate without grammar and drafts. Both ways take turns on one engine. The rate is that of all tokens after the first.
@@ -50,11 +52,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of an answer")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="of a prompt, at most")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each way; the median counts")
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of texts, with commas; all but own")
+    parser.add_argument("--draft-model", default="", help="that drafts, too")
     options = parser.parse_args()
     users = [int(each) for each in options.users.split(",")]
     runs: list[dict[str, Any]] = []
-    with LLM(options.checkpoint, speculate="ngram", runtime={"max_batch": max(users)}) as llm:
+    how = {"speculate": "auto" if options.draft_model else "ngram", "draft_model": options.draft_model}
+    with LLM(options.checkpoint, runtime={"max_batch": max(users)}, **how) as llm:
         encode: Encode = lambda text: llm.tokenizer.encode(text, special=False)  # noqa: E731
         most = min(options.prompt_tokens, llm.architecture.max_positions - options.tokens) - 24  # of a text
         speculation = llm.engine.scheduler.speculation
@@ -62,13 +66,16 @@ def main() -> None:
             free = rate(llm, [unforced(encode, each, options.tokens) for each in range(count)], None, options.repeat)
             print(f"{count} at a time, free: {free['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
             for kind in options.kinds.split(","):
-                requests = [forced(*KINDS[kind](encode, each, most), options.tokens) for each in range(count)]
+                if kind == OWN:
+                    requests = [unforced(encode, each, options.tokens) for each in range(count)]
+                else:
+                    requests = [forced(*KINDS[kind](encode, each, most), options.tokens) for each in range(count)]
                 without, found = (rate(llm, requests, each, options.repeat) for each in (None, speculation))
-                record = {"kind": kind, "users": count, "free": free["tokens_per_s"], "off": without, "ngram": found}
+                record = {"kind": kind, "users": count, "free": free["tokens_per_s"], "off": without, "drafts": found}
                 record["gain"] = found["tokens_per_s"] / without["tokens_per_s"]
                 runs.append(record)
                 print(line(record), file=sys.stderr)
-    print(json.dumps({"bench": "speculation", "tokens": options.tokens, "runs": runs}))
+    print(json.dumps({"bench": "speculation", **how, "tokens": options.tokens, "runs": runs}))
 
 
 def copy(encode: Encode, number: int, most: int) -> Text:
@@ -102,6 +109,7 @@ def unordered(encode: Encode, number: int, most: int) -> Text:
     return chance.choices(known, k=min(most, 128)), chance.choices(known, k=8192)
 
 
+OWN = "own"
 KINDS = {"copy": copy, "edit": edit, "json": table, "prose": prose, "random": unordered}
 
 
@@ -149,7 +157,7 @@ def rate(llm: LLM, requests: Sequence[Request], speculation: Speculation | None,
 
 
 def line(run: dict[str, Any]) -> str:
-    off, found = run["off"], run["ngram"]
+    off, found = run["off"], run["drafts"]
     return (
         f"{run['users']} at a time, {run['kind']}: {off['tokens_per_s']:,.0f} → {found['tokens_per_s']:,.0f} tokens/s, "
         f"{run['gain']:.2f} times; {found['tokens_a_step']:.2f} tokens a step, "
