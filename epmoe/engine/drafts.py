@@ -27,10 +27,8 @@ LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of t
 PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
 MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
 
-# A sequence of whose tokens a draft model has guessed less than a share, after so many, goes on without it: to go over
-# a step and to draft four tokens takes about a third of a step of one row, and the host waits for it (an estimate by
-# the bytes that a head of gpt-oss' width reads).
-MODEL_TRIALS, MODEL_LEAST = 32, 0.5
+# After so many tokens a sequence goes on without a draft model that has guessed too few of them (`least_share`).
+MODEL_TRIALS = 32
 
 # How often a drafted token was the one that came, by how many tokens before it were drafted rightly or had matched:
 # fewer than 3, fewer than 6, more. What is held before anything has come counts as so many trials; older ones fade.
@@ -150,12 +148,17 @@ class History:
 
 
 class Modelled(History):
-    """The same, and what a draft model has said of the next tokens: whichever of the two is likelier to be right."""
+    """The same, and what a draft model has said of the next tokens: whichever of the two is likelier to be right.
+
+    Args:
+        least: share of its first tokens that must be right.
+    """
 
     modelled = True
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int], least: float = 0.5) -> None:
         super().__init__(ids)
+        self.least = least
         self.said: list[int] = []
         self.place = 0  # how many of these have come, all right
         self.depth_tried, self.depth_right = [HELD_TRIALS] * MOST_DRAFT, [HELD_TRIALS * 0.6] * MOST_DRAFT
@@ -163,7 +166,7 @@ class Modelled(History):
 
     def told(self, ids: list[int]) -> None:
         """What the draft model says of the tokens behind the last one."""
-        self.said, self.place = ids, 0
+        self.said, self.place = ids if self.modelled else [], 0
 
     def take(self, token: int) -> None:
         if self.place < len(self.said):
@@ -172,7 +175,7 @@ class Modelled(History):
             self.depth_right[self.place] = FADE * self.depth_right[self.place] + right
             self.trials += self.place == 0
             self.place = self.place + 1 if right else len(self.said)
-        if self.trials >= MODEL_TRIALS and self._depth(0) < MODEL_LEAST:
+        if self.trials >= MODEL_TRIALS and self._depth(0) < self.least:
             self.modelled, self.said = False, []
         super().take(token)
 
@@ -201,6 +204,18 @@ class Modelled(History):
 def _kind(matched: int) -> int:
     few, some = MATCHES
     return 0 if matched < few else 1 if matched < some else 2
+
+
+def least_share(costs: Costs, cost: float, depth: int) -> float:
+    """Which share of what a draft model says must be right, so that steps bring more tokens than they take longer.
+
+    Args:
+        cost: of its `depth` tokens, in steps of one row.
+    """
+    steps = costs.steps(1 + depth)
+    longer = (steps[1 + depth] + costs.wait + costs.wait_row) / steps[1] + cost
+    shares = (percent / 100 for percent in range(5, 100, 5))
+    return next((share for share in shares if sum(share**ahead for ahead in range(depth + 1)) > longer), 1.0)
 
 
 def most_rows(sequences: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -29,7 +29,7 @@ from epmoe.engine import sequence as kinds
 from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.config import EngineConfig, resolve_chunk
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, most_rows
+from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, least_share, most_rows
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
 from epmoe.engine.proposer import DRAFTED
@@ -40,7 +40,7 @@ from epmoe.engine.speculation import Speculation
 from epmoe.engine.step import Sizes
 from epmoe.engine.warm import Prefill, Warm
 from epmoe.errors import UserError, warn
-from epmoe.models import Model
+from epmoe.models import Model, values
 from epmoe.ranks.mesh import Ranks
 
 
@@ -64,7 +64,7 @@ class Engine:
         self.most_rows = self.max_batch
         if config.drafts is not None:
             self.most_rows = most_rows(self.max_batch)
-            kind, depth = (Modelled, DRAFTED) if config.draft_model else (History, 0)
+            kind, depth = (History, 0) if config.draft_model is None else (self._modelled(config), DRAFTED)
             drafting = Drafting(config.drafts, self.most_rows, kind, depth)
             self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
         with torch.inference_mode():
@@ -77,6 +77,12 @@ class Engine:
         self.landed: Flight | None = None  # the last one
         self.first = 0  # id of the first request of this run: messages number prompts from it
         self.failed: dict[int, kinds.Sequence] = {}  # by id, until `clear`: their logits were not finite
+
+    def _modelled(self, config: EngineConfig) -> Callable[[Sequence[int]], History]:
+        """What drafts with a draft model, as long as that is worth it."""
+        assert config.draft_model is not None and config.drafts is not None
+        cost = (1 + DRAFTED) * config.draft_model.values / values(self.model.config)
+        return partial(Modelled, least=least_share(config.drafts, cost, DRAFTED))
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -63,6 +63,13 @@ class ModelConfig(Protocol):
     def max_positions(self) -> int: ...
 
 
+def values(model: ModelConfig) -> float:
+    """Weights that a model reads for a token, about; those of experts count as a quarter, for their 4 bits."""
+    attention = 2 * model.hidden * (model.hidden + model.kv_heads * model.head_dim)
+    experts = 3 * model.hidden * model.intermediate * model.top_k / 4
+    return model.layers * (attention + experts) + model.vocab * model.hidden
+
+
 class Model(Protocol):
     """What the engine runs."""
 
@@ -102,6 +109,10 @@ class DraftModel(Protocol):
 
     @property
     def config(self) -> "DraftShape": ...
+    @property
+    def values(self) -> int:
+        """Weights that it reads for a token."""
+        ...
 
     def fuse(self, feature_TX: torch.Tensor, /) -> torch.Tensor:
         """[T, features · H] → [T, H]."""

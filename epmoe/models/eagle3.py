@@ -210,6 +210,12 @@ class Eagle3(nn.Module):
         self.register_buffer("target_D", torch.empty(config.draft_vocab + 1, dtype=torch.int64), persistent=False)
         self.rotary = Rotary(config.rope)
 
+    @property
+    def values(self) -> int:
+        """Weights that it reads for a token: all but the embedding."""
+        own = (each for name, each in self.named_parameters() if not name.startswith("embedding."))
+        return sum(each.numel() for each in own)
+
     def fuse(self, feature_TX: torch.Tensor) -> torch.Tensor:
         """The target's residual streams before `config.layers`, side by side → features [T, H]."""
         return _linear(feature_TX, self.fc)

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epmoe.engine.drafts import MOST_DRAFT, MOST_MATCH, PATIENCE, Costs, Drafting, History
+from epmoe.engine.drafts import (
+    MODEL_TRIALS,
+    MOST_DRAFT,
+    MOST_MATCH,
+    PATIENCE,
+    Costs,
+    Drafting,
+    History,
+    Modelled,
+    least_share,
+)
 
 COSTS = Costs.of(num_experts=32, top_k=4)
 FREE = Costs(0, 0, row=0, wait=0, wait_row=0)
@@ -114,6 +124,32 @@ def test_one_that_is_sure_does_not_make_all_others_wait() -> None:
     assert sum(drafting.allot([(sure, 3), *[(nothing, 3)] * 63], 64, 192)) == 0
     half = drafting.allot([*[(sure, 15)] * 32, *[(nothing, 15)] * 32], 64, 192)
     assert sum(half) == 192 and not any(half[32:]) and min(half[:32]) >= 5
+
+
+def test_a_dear_draft_model_has_to_be_right_more_often() -> None:
+    shares = [least_share(COSTS, cost, 4) for cost in (0.0, 0.3, 1.0, 2.0, 9.0)]
+    assert shares == sorted(set(shares)) and shares[0] > 0.3 and shares[-1] == 1.0
+    guesses = Modelled([1, 2], least=0.5)
+    for number in range(MODEL_TRIALS + 1):
+        assert guesses.modelled == (number < MODEL_TRIALS)
+        guesses.told([7, 8])
+        assert guesses.longest == 2 * guesses.modelled
+        guesses.take(7 if number % 4 == 0 else 100 + number)
+    assert guesses.draft(2) == []
+
+
+def test_what_a_draft_model_says_is_drafted_where_it_is_likelier() -> None:
+    guesses = Modelled([1, 2, 3] * 9)
+    guesses.told([5, 6, 7])
+    assert guesses.draft(3) == [1, 2, 3]  # a long match
+    for new in range(100, 160, 3):
+        guesses.told([new, new + 1, 7])
+        for token in (new, new + 1, new + 2):
+            guesses.take(token)
+    guesses.told([8, 9, 7])
+    assert guesses.draft(3) == [8, 9, 7] and guesses.chance(0) > 0.9 > 0.5 > guesses.chance(2)
+    guesses.take(8)
+    assert guesses.draft(3) == []  # what it said is of the token before
 
 
 def test_drafts_go_to_who_is_surer() -> None:
