@@ -82,7 +82,7 @@ class Proposer:
             ended_M: handles of the outputs.
         """
         tokens, outputs = len(step.token_T), min(len(step.token_T), self.rows)
-        self.behind_T.index_copy_(0, self.output_M[:outputs], id_M[:outputs].clamp(min=0))
+        self.behind_T.index_copy_(0, self.output_M[:outputs], self._tokens(id_M[:outputs]))
         self._extend(step, self.behind_T[:tokens], self.feature_TX[:tokens], id_M[:outputs], ended_M[:outputs])
 
     def extend_known(self, step: Step, ragged: Ragged, id_M: torch.Tensor, ended_M: torch.Tensor) -> None:
@@ -92,8 +92,12 @@ class Proposer:
         behind_T = to_device(ragged.behind, torch.int64, id_M.device)
         output_O = to_device(ragged.outputs, torch.int64, id_M.device)
         self.output_M[:outputs] = output_O
-        behind_T.index_copy_(0, output_O, id_M[:outputs].clamp(min=0))
+        behind_T.index_copy_(0, output_O, self._tokens(id_M[:outputs]))
         self._extend(step, behind_T, feature_TX, id_M[:outputs], ended_M[:outputs])
+
+    def _tokens(self, id_O: torch.Tensor) -> torch.Tensor:
+        """Ids of which the head can take each: what does not count, or is none since logits were not finite, too."""
+        return id_O.clamp(0, self.state.vocab - 1)
 
     def _extend(
         self, step: Step, behind_T: torch.Tensor, feature_TX: torch.Tensor, id_O: torch.Tensor, ended_O: torch.Tensor

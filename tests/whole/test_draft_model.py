@@ -16,9 +16,10 @@ from steps import make_step
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.config.compose import from_keys
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Drafter, Drafting
 from epmoe.engine.proposer import DRAFTED
-from epmoe.engine.request import SamplingParams, Workload
+from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.models.decoder import Decoder
@@ -153,6 +154,18 @@ def test_every_part_runs_by_itself(head: str) -> None:
     (counts,) = run_ranks(prepared, 1, head, timeout=120)
     assert {"drafts", "extend drafts", "extend mixed", "extend prompts", "propose", "head", "decode"} < set(counts)
     assert counts["extend drafts"] == counts["drafts"] == 9 and counts["propose"] == 3
+
+
+def test_logits_that_are_not_finite_end_one_request(head: str) -> None:
+    """What stands for its next token is no id, and the draft model takes another one."""
+    with LLM(draft_model=head, speculate="auto", chat="off", runtime={"device": "cpu"}) as llm, torch.no_grad():
+        asked = [Request((3, last, 5), SamplingParams(max_new_tokens=6, ignore_eos=True)) for last in (77, 78)]
+        (_, known) = llm.engine.generate(asked)
+        llm.model.get_parameter("embedding.weight")[77] = torch.nan
+        found: dict[int, Result] = {}
+        with pytest.raises(NotFinite, match="of prompt 1;"):
+            llm.engine.generate(asked, on_finish=lambda request, result: found.update({request: result}))
+    assert (found[0].ids, found[0].finish_reason) == ((), "error") and found[1].ids == known.ids
 
 
 def test_without_drafts_it_does_nothing(head: str) -> None:
