@@ -320,12 +320,14 @@ class Engine:
         going = [each for each in sequences if not each.finished]
         if going:
             self.runner.mask(started, going, self.grammars)
-        for sequence in going:
-            if sequence.matcher and (failure := sequence.matcher.failure):
-                warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
-                result = self.scheduler.finish(sequence, "error", time.perf_counter())
-                events.append(Finished(sequence.id, replace(result, failure=failure)))
-        return events
+        return [*events, *(self._fail(each) for each in going if _failure(each))]
+
+    def _fail(self, sequence: kinds.Sequence) -> Finished:
+        """Its grammar has failed: it ends."""
+        failure = _failure(sequence)
+        warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
+        result = self.scheduler.finish(sequence, "error", time.perf_counter())
+        return Finished(sequence.id, replace(result, failure=failure))
 
     def _land(self, flight: Flight) -> list[Event]:
         """What a step has brought, when it has ended."""
@@ -336,6 +338,9 @@ class Engine:
             drafted, before = sequence is before, sequence
             if sequence.finished or token < 0:
                 continue  # it ended while this step was under way; of its draft a token before was another
+            if drafted and _failure(sequence):  # nothing allowed this token
+                events.append(self._fail(sequence))
+                continue
             if drafted and speculation:
                 speculation.accept(sequence)
             now = time.perf_counter()
@@ -360,6 +365,11 @@ class Engine:
             if speculation:
                 speculation.tell(sequence, ids)
         return events
+
+
+def _failure(sequence: kinds.Sequence) -> str:
+    """Why its grammar cannot go on; else ""."""
+    return sequence.matcher.failure if sequence.matcher else ""
 
 
 @contextmanager
