@@ -18,6 +18,7 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.config.compose import from_keys
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Drafter, Drafting
+from epmoe.engine.graphs import Kind
 from epmoe.engine.proposer import DRAFTED
 from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
@@ -166,6 +167,28 @@ def test_logits_that_are_not_finite_end_one_request(head: str) -> None:
         with pytest.raises(NotFinite, match="of prompt 1;"):
             llm.engine.generate(asked, on_finish=lambda request, result: found.update({request: result}))
     assert (found[0].ids, found[0].finish_reason) == ((), "error") and found[1].ids == known.ids
+
+
+def test_what_is_prepared_beside_answers_leaves_theirs_alone(
+    head: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that run before they are captured draft for nobody: all that they write is the spare sequence's."""
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    with LLM(draft_model=head, speculate="auto", chat="off", runtime={"device": "cpu"}) as llm, torch.inference_mode():
+        engine, cache = llm.engine, llm.cache
+        asked = [Request((3, 4, last), SamplingParams(max_new_tokens=40, ignore_eos=True)) for last in (77, 78)]
+        engine.prepare_for(asked)
+        for each in asked:
+            engine.add(each)
+        for _ in range(3):
+            engine.step()
+        before = cache.draft_layer.clone()
+        for kind in (Kind("extend drafts", 2, None), Kind("propose", 2, None)):  # for one load, then for another
+            engine.graphs.prepare([kind])
+        page, changed = cache.pages.size, (cache.draft_layer != before).any(dim=(0, 1, 3))
+        assert not changed[:-page].any() and changed[-page:].any() and before[:, :, :-page].any()
+        engine.clear()
+    assert "1 kinds of step warmed up" in capsys.readouterr().err
 
 
 def test_without_drafts_it_does_nothing(head: str) -> None:
