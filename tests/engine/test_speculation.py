@@ -177,6 +177,17 @@ def test_drafts_end_where_an_answer_must() -> None:
     assert max(int(step.position_T.max()) for step in model.steps) == 48
 
 
+@pytest.mark.usefixtures("corrupted")
+def test_more_rows_with_drafts_than_a_graph_of_prompts_has_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many may run at a time, few do, and all of these draft as much as they may."""
+    monkeypatch.setattr(Drafting, "allot", lambda self, drafters, rows, room: [most for _, most in drafters])
+    requests = [Request((n % 90, 5), SamplingParams(max_new_tokens=18, ignore_eos=True)) for n in range(150)]
+    model = FakeModel(memory=1)
+    tested = engine(model, FakeCache(sequences=2400), max_batch=2400)
+    same(tested.generate(requests), plain(lambda: FakeModel(memory=1), requests))
+    assert max(len(step.sequence_B) for step in model.steps) > tested.most_tokens == 2048
+
+
 def test_nothing_to_draft_is_plain_decoding() -> None:
     """Answers that never repeat themselves: the same steps, launched before the last one's ids are read."""
     requests = [Request((n, n + 1), SamplingParams(max_new_tokens=60, ignore_eos=True)) for n in range(4)]
