@@ -6,6 +6,7 @@ right or wrong anywhere, so that every way in which a draft can end comes up.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,24 @@ def test_drafts_end_where_an_answer_must() -> None:
     assert [len(each.ids) for each in found] == [1, 2, 9, 47]
     assert all(len(step.sequence_B) <= (1 + MOST_DRAFT) * 4 for step in model.steps)
     assert max(int(step.position_T.max()) for step in model.steps) == 48
+
+
+@torch.inference_mode()
+def test_nobody_waits_for_drafts_that_have_no_room() -> None:
+    """Beside a prompt in a full batch there are none: the next step is launched before the last one's ids are read."""
+    tested = engine(FakeModel(memory=1), max_batch=2, prefill_chunk=4)
+    long = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    tested.add(Request((1, 2, 3), long))
+    speculation = tested.scheduler.speculation
+    assert speculation
+    waits: dict[bool, list[bool]] = {True: [], False: []}  # by whether a prompt is there
+    while tested.busy:
+        running = tested.scheduler.running
+        waits[any(each.pending for each in running)].append(speculation.soon(running))
+        if len(waits[False]) == 40:
+            tested.add(Request(tuple(range(90)), replace(long, max_new_tokens=1)))
+        tested.step()
+    assert len(waits[True]) > 15 and not any(waits[True]) and sum(waits[False][40:]) > 5
 
 
 @pytest.mark.usefixtures("corrupted")
