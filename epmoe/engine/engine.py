@@ -226,7 +226,11 @@ class Engine:
         return events
 
     def abort(self, id: int, reason: str = "abort") -> Result | None:
-        """End a request now, whether it waits or runs; what came of it. None when it has ended already."""
+        """End a request now, whether it waits or runs; what came of it. None when it has ended already.
+
+        If its logits are not finite at one of a draft's tokens, that is behind its end, and harms nobody.
+        """
+        self.failed.pop(id, None)
         sequence = self.scheduler.find(id)
         return None if sequence is None else self.scheduler.finish(sequence, reason, time.perf_counter())
 

@@ -15,6 +15,7 @@ from fake_model import EOS, VOCAB, FakeCache, FakeModel, outputs, some_requests
 from loading import rank_of
 
 from epmoe.engine.config import EngineConfig
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token
@@ -136,6 +137,36 @@ def test_a_listener_ends_an_answer_within_a_draft() -> None:
     found = ended(engine(FakeModel(memory=1)))
     same(found, ended(engine(FakeModel(memory=1), drafts=None)))
     assert "stop" in {each.finish_reason for each in found}
+
+
+class Broken(FakeModel):
+    """Its logits are not finite behind a token."""
+
+    token = -1
+
+    def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        logits_OV = super().logits(norm_O1, part)
+        broken_O = [self.outputs[int(number)][-1] == self.token for number in norm_O1[:, 0]]
+        return logits_OV.masked_fill(torch.tensor(broken_O)[:, None], torch.nan)
+
+
+def test_what_is_not_finite_behind_a_listeners_end_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came with the token that ended the answer, by a draft; without one it would not have come."""
+    asked = [Request((1, 2), SamplingParams(max_new_tokens=12, ignore_eos=True))]
+    ((ids, _),) = outputs(plain(FakeModel, asked))
+    monkeypatch.setattr(Drafting, "allot", lambda self, drafters, rows, room: [most for _, most in drafters])
+    monkeypatch.setattr(History, "draft", lambda self, most: list(ids[self.count - 2 :][:most]))
+
+    def ended(drafts: Costs | None, at: int) -> list[tuple[tuple[int, ...], str]]:
+        model = Broken()
+        model.token = ids[5]
+        return outputs(engine(model, drafts=drafts).generate(asked, lambda request, token: token == ids[at]))
+
+    assert ids.index(ids[5]) == 5
+    assert ended(COSTS, 4) == ended(None, 4) == [(ids[:5], "stop")]
+    for drafts in (None, COSTS):
+        with pytest.raises(NotFinite):
+            ended(drafts, 6)
 
 
 @pytest.mark.usefixtures("corrupted")
