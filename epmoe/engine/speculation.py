@@ -67,7 +67,8 @@ class Speculation:
         work.modelled = any(_goes_on(sequence) for sequence in in_step)
         fed = {sequence: count for sequence, count in work.pieces if count == sequence.pending}
         fed |= {sequence: 1 + len(work.drafts.get(sequence, ())) for sequence in work.rows}
-        for sequence, count in fed.items() if work.modelled else ():
+        pays = work.modelled and self.drafting.pays(len(fed))  # else nobody drafts, and nobody waits to hear of it
+        for sequence, count in fed.items() if pays else ():
             if _goes_on(sequence):
                 begin = sequence.computed
                 work.told[sequence] = begin + self._grow(sequence, count + self.drafting.depth) - 1

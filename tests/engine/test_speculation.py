@@ -14,11 +14,15 @@ import torch
 from fake_model import EOS, VOCAB, FakeCache, FakeModel, outputs, some_requests
 from loading import rank_of
 
+from epmoe.cache.pages import Pages
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History
+from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History, Modelled, most_rows
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token
+from epmoe.engine.sequence import Sequence as Running
+from epmoe.engine.sequence import Work
+from epmoe.engine.speculation import Speculation
 
 COSTS = Costs.of(num_experts=32, top_k=4)
 
@@ -225,6 +229,19 @@ def test_nobody_waits_for_drafts_that_have_no_room() -> None:
             tested.add(Request(tuple(range(90)), replace(long, max_new_tokens=1)))
         tested.step()
     assert len(waits[True]) > 15 and not any(waits[True]) and sum(waits[False][40:]) > 5
+
+
+def test_a_draft_model_is_not_asked_where_no_draft_pays() -> None:
+    """It goes over the step all the same, since fewer may run later; the next step waits for none of its words."""
+    for rows in (64, 256):
+        pages = Pages({None: 600}, 16, rows, most=160)
+        speculation = Speculation(pages, Drafting(COSTS, most_rows(rows), Modelled, depth=4), rows)
+        running = [Running(n, Request((1, 2, 3), SamplingParams()), 100, 0.0, pages.admit()[0]) for n in range(rows)]
+        for each in running:
+            each.cached = pages.grow(each.handle, 0, 3)
+        work = Work(running, [], [])
+        speculation.add_to(work)
+        assert work.modelled and len(work.told) == (rows if rows == 64 else 0)
 
 
 @pytest.mark.usefixtures("corrupted")
