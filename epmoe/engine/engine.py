@@ -32,7 +32,7 @@ from epmoe.engine.diagnose import NotFinite, locate
 from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, most_rows
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
-from epmoe.engine.proposer import DRAFTED
+from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner, Started
 from epmoe.engine.scheduler import Scheduler
@@ -64,7 +64,7 @@ class Engine:
         self.most_rows = self.max_batch
         if config.drafts is not None:
             self.most_rows = most_rows(self.max_batch)
-            kind, depth = (Modelled, DRAFTED) if config.draft_model else (History, 0)
+            kind, depth = (Modelled, DEPTH) if config.draft_model else (History, 0)
             drafting = Drafting(config.drafts, self.most_rows, kind, depth)
             self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
         with torch.inference_mode():

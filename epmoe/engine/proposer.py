@@ -22,7 +22,7 @@ from epmoe.engine.state import State
 from epmoe.models import DraftModel, Model
 from epmoe.ranks.transfer import Stage, to_device
 
-DRAFTED = 4  # K
+DEPTH = 4  # K
 
 
 class Proposer:
@@ -41,7 +41,7 @@ class Proposer:
         self.feature_TX = torch.zeros(tokens, len(drafter.config.layers) * hidden, dtype=dtype, device=device)
         self.hidden_MH = torch.zeros(rows, hidden, dtype=dtype, device=device)  # the draft model's, of the outputs
         self.at_S = torch.zeros(state.spare + 1, dtype=torch.int64, device=device)  # token of a sequence's last output
-        self.draft_MK = torch.zeros(rows, DRAFTED, dtype=torch.int64, device=device)
+        self.draft_MK = torch.zeros(rows, DEPTH, dtype=torch.int64, device=device)
         # What the host orders: the token behind each one, where it is known; the outputs' tokens, those beyond them the
         # one that is nobody's; handles, and up to which position each has pages.
         self.parts = [tokens + 2 - tokens % 2, *[rows + rows % 2] * 3]
@@ -120,7 +120,7 @@ class Proposer:
         hidden_BH = self.hidden_MH[self.at_S[handle_B]]
         position_B, draft_BK = self.state.sequences.position_S[handle_B], self.draft_MK[:rows]
         draft_BK[:, 0] = token_B = self.drafter.propose(hidden_BH)
-        for ahead in range(DRAFTED - 1):
+        for ahead in range(DEPTH - 1):
             # One without a page writes over its last one: what it drafts from there on means little.
             step = Step(token_B, torch.minimum(position_B + ahead, most_B), handle_B)
             plan = self.cache.plan(step)[None]

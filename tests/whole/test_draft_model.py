@@ -19,7 +19,7 @@ from epmoe.config.compose import from_keys
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Drafter, Drafting
 from epmoe.engine.graphs import Kind
-from epmoe.engine.proposer import DRAFTED
+from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.llm import LLM
@@ -98,7 +98,7 @@ def check_said(llm: LLM, said: Said) -> None:
 
 
 def whole(model: Decoder, drafter: Any, cache: Cache, tokens: tuple[int, ...]) -> list[int]:
-    handle = cache.admit(len(tokens) + DRAFTED)
+    handle = cache.admit(len(tokens) + DEPTH)
     step = make_step([(handle, tokens[:-1], 0)], device=cache.device)
     model.hidden(step, cache)
     assert model.feature_TX is not None
@@ -106,7 +106,7 @@ def whole(model: Decoder, drafter: Any, cache: Cache, tokens: tuple[int, ...]) -
     plan = cache.plan(step)[None]
     hidden_TH = drafter(behind_T, drafter.fuse(model.feature_TX), step.position_T, cache.draft, plan)
     hidden_1H, found = hidden_TH[-1:], []
-    for position in range(len(tokens) - 1, len(tokens) - 1 + DRAFTED):
+    for position in range(len(tokens) - 1, len(tokens) - 1 + DEPTH):
         token_1 = drafter.propose(hidden_1H)
         found.append(int(token_1))
         at = torch.tensor([position], device=cache.device)
@@ -162,7 +162,7 @@ def test_logits_that_are_not_finite_end_one_request(head: str) -> None:
     with LLM(draft_model=head, speculate="auto", chat="off", runtime={"device": "cpu"}) as llm, torch.no_grad():
         asked = [Request((3, last, 5), SamplingParams(max_new_tokens=6, ignore_eos=True)) for last in (77, 78)]
         (_, known) = llm.engine.generate(asked)
-        llm.model.get_parameter("embedding.weight")[77] = torch.nan
+        dict(llm.model.named_parameters())["embedding.weight"][77] = torch.nan
         found: dict[int, Result] = {}
         with pytest.raises(NotFinite, match="of prompt 1;"):
             llm.engine.generate(asked, on_finish=lambda request, result: found.update({request: result}))
