@@ -249,6 +249,12 @@ class Drafting:
         self.history = history
         self.drafted = self.accepted = 0  # tokens so far
 
+    def pays(self, rows: int) -> bool:
+        """Whether any drafts can be worth it beside so many rows: those that are all right."""
+        before, wait = MARGIN * rows / self.steps[rows], self.costs.wait + self.costs.wait_row * rows
+        most = min(self.most_rows, (1 + MOST_DRAFT) * rows)
+        return any(each / (self.steps[each] + wait) > before for each in range(rows + 1, most + 1))
+
     def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
         """How many tokens each drafts, so that a step brings the most tokens in its time; none where none is worth it.
 

@@ -32,7 +32,7 @@ from epmoe.engine.diagnose import NotFinite, locate
 from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, least_share, most_rows
 from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
-from epmoe.engine.proposer import DRAFTED
+from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner, Started
 from epmoe.engine.scheduler import Scheduler
@@ -64,7 +64,7 @@ class Engine:
         self.most_rows = self.max_batch
         if config.drafts is not None:
             self.most_rows = most_rows(self.max_batch)
-            kind, depth = (History, 0) if config.draft_model is None else (self._modelled(config), DRAFTED)
+            kind, depth = (History, 0) if config.draft_model is None else (self._modelled(config), DEPTH)
             drafting = Drafting(config.drafts, self.most_rows, kind, depth)
             self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
         with torch.inference_mode():
@@ -81,8 +81,8 @@ class Engine:
     def _modelled(self, config: EngineConfig) -> Callable[[Sequence[int]], History]:
         """What drafts with a draft model, as long as that is worth it."""
         assert config.draft_model is not None and config.drafts is not None
-        cost = (1 + DRAFTED) * config.draft_model.values / values(self.model.config)
-        return partial(Modelled, least=least_share(config.drafts, cost, DRAFTED))
+        cost = (1 + DEPTH) * config.draft_model.values / values(self.model.config)
+        return partial(Modelled, least=least_share(config.drafts, cost, DEPTH))
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -232,7 +232,11 @@ class Engine:
         return events
 
     def abort(self, id: int, reason: str = "abort") -> Result | None:
-        """End a request now, whether it waits or runs; what came of it. None when it has ended already."""
+        """End a request now, whether it waits or runs; what came of it. None when it has ended already.
+
+        If its logits are not finite at one of a draft's tokens, that is behind its end, and harms nobody.
+        """
+        self.failed.pop(id, None)
         sequence = self.scheduler.find(id)
         return None if sequence is None else self.scheduler.finish(sequence, reason, time.perf_counter())
 
@@ -326,12 +330,14 @@ class Engine:
         going = [each for each in sequences if not each.finished]
         if going:
             self.runner.mask(started, going, self.grammars)
-        for sequence in going:
-            if sequence.matcher and (failure := sequence.matcher.failure):
-                warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
-                result = self.scheduler.finish(sequence, "error", time.perf_counter())
-                events.append(Finished(sequence.id, replace(result, failure=failure)))
-        return events
+        return [*events, *(self._fail(each) for each in going if _failure(each))]
+
+    def _fail(self, sequence: kinds.Sequence) -> Finished:
+        """Its grammar has failed: it ends."""
+        failure = _failure(sequence)
+        warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
+        result = self.scheduler.finish(sequence, "error", time.perf_counter())
+        return Finished(sequence.id, replace(result, failure=failure))
 
     def _land(self, flight: Flight) -> list[Event]:
         """What a step has brought, when it has ended."""
@@ -342,6 +348,9 @@ class Engine:
             drafted, before = sequence is before, sequence
             if sequence.finished or token < 0:
                 continue  # it ended while this step was under way; of its draft a token before was another
+            if drafted and _failure(sequence):  # nothing allowed this token
+                events.append(self._fail(sequence))
+                continue
             if drafted and speculation:
                 speculation.accept(sequence)
             now = time.perf_counter()
@@ -366,6 +375,11 @@ class Engine:
             if speculation:
                 speculation.tell(sequence, ids)
         return events
+
+
+def _failure(sequence: kinds.Sequence) -> str:
+    """Why its grammar cannot go on; else ""."""
+    return sequence.matcher.failure if sequence.matcher else ""
 
 
 @contextmanager

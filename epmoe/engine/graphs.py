@@ -252,7 +252,10 @@ class Graphs:
         """Let the buffers hold spare rows and nobody's tokens."""
         self.handles = [self.static.state.spare] * len(self.static.sequence_M)
         self.static.sequence_M.fill_(self.static.state.spare)
-        self.static.order_step(Ragged.of([], []))
+        nobody = Ragged.of([], [])
+        self.static.order_step(nobody)
+        if self.static.proposer:
+            self.static.proposer.order_step(nobody, [])
 
     def _part(self, kind: Kind) -> Callable[[], None]:
         if kind.part in ("rows", "drafts"):

@@ -22,7 +22,7 @@ from epmoe.engine.state import State
 from epmoe.models import DraftModel, Model
 from epmoe.ranks.transfer import Stage, to_device
 
-DRAFTED = 4  # K
+DEPTH = 4  # K
 
 
 class Proposer:
@@ -41,7 +41,7 @@ class Proposer:
         self.feature_TX = torch.zeros(tokens, len(drafter.config.layers) * hidden, dtype=dtype, device=device)
         self.hidden_MH = torch.zeros(rows, hidden, dtype=dtype, device=device)  # the draft model's, of the outputs
         self.at_S = torch.zeros(state.spare + 1, dtype=torch.int64, device=device)  # token of a sequence's last output
-        self.draft_MK = torch.zeros(rows, DRAFTED, dtype=torch.int64, device=device)
+        self.draft_MK = torch.zeros(rows, DEPTH, dtype=torch.int64, device=device)
         # What the host orders: the token behind each one, where it is known; the outputs' tokens, those beyond them the
         # one that is nobody's; handles, and up to which position each has pages.
         self.parts = [tokens + 2 - tokens % 2, *[rows + rows % 2] * 3]
@@ -82,7 +82,7 @@ class Proposer:
             ended_M: handles of the outputs.
         """
         tokens, outputs = len(step.token_T), min(len(step.token_T), self.rows)
-        self.behind_T.index_copy_(0, self.output_M[:outputs], id_M[:outputs].clamp(min=0))
+        self.behind_T.index_copy_(0, self.output_M[:outputs], self._tokens(id_M[:outputs]))
         self._extend(step, self.behind_T[:tokens], self.feature_TX[:tokens], id_M[:outputs], ended_M[:outputs])
 
     def extend_known(self, step: Step, ragged: Ragged, id_M: torch.Tensor, ended_M: torch.Tensor) -> None:
@@ -92,8 +92,12 @@ class Proposer:
         behind_T = to_device(ragged.behind, torch.int64, id_M.device)
         output_O = to_device(ragged.outputs, torch.int64, id_M.device)
         self.output_M[:outputs] = output_O
-        behind_T.index_copy_(0, output_O, id_M[:outputs].clamp(min=0))
+        behind_T.index_copy_(0, output_O, self._tokens(id_M[:outputs]))
         self._extend(step, behind_T, feature_TX, id_M[:outputs], ended_M[:outputs])
+
+    def _tokens(self, id_O: torch.Tensor) -> torch.Tensor:
+        """Ids of which the head can take each: what does not count, or is none since logits were not finite, too."""
+        return id_O.clamp(0, self.state.vocab - 1)
 
     def _extend(
         self, step: Step, behind_T: torch.Tensor, feature_TX: torch.Tensor, id_O: torch.Tensor, ended_O: torch.Tensor
@@ -116,7 +120,7 @@ class Proposer:
         hidden_BH = self.hidden_MH[self.at_S[handle_B]]
         position_B, draft_BK = self.state.sequences.position_S[handle_B], self.draft_MK[:rows]
         draft_BK[:, 0] = token_B = self.drafter.propose(hidden_BH)
-        for ahead in range(DRAFTED - 1):
+        for ahead in range(DEPTH - 1):
             # One without a page writes over its last one: what it drafts from there on means little.
             step = Step(token_B, torch.minimum(position_B + ahead, most_B), handle_B)
             plan = self.cache.plan(step)[None]

@@ -42,7 +42,8 @@ class Speculation:
     def soon(self, running: Several[Sequence]) -> bool:
         """Whether the next step would have drafts, for all that has come; it needs the tokens that are under way."""
         rows = [sequence for sequence in running if sequence.decodes]
-        return any(self._counts(rows, self.drafting.most_rows - len(rows), len(rows)))
+        room = self._room(len(rows), sum(sequence.pending > 0 for sequence in running))
+        return any(self._counts(rows, room, len(rows)))
 
     def add_to(self, work: Work) -> None:
         """Let rows have drafts, where all their tokens have come; and the draft model go over the step."""
@@ -52,8 +53,7 @@ class Speculation:
             self._model(work)
 
     def _draft(self, work: Work) -> None:
-        outputs = len(work.rows) + len(work.pieces)
-        room = (self.most_outputs if work.pieces else self.drafting.most_rows) - outputs
+        room = self._room(len(work.rows), len(work.pieces))
         known = [sequence for sequence in work.rows if sequence.launched == len(sequence.ids)]
         for sequence, count in zip(known, self._counts(known, room, len(work.rows)), strict=True):
             got = self._grow(sequence, 1 + count) - 1 if count else 0
@@ -67,10 +67,15 @@ class Speculation:
         work.modelled = any(_goes_on(sequence) for sequence in in_step)
         fed = {sequence: count for sequence, count in work.pieces if count == sequence.pending}
         fed |= {sequence: 1 + len(work.drafts.get(sequence, ())) for sequence in work.rows}
-        for sequence, count in fed.items() if work.modelled else ():
+        pays = work.modelled and self.drafting.pays(len(fed))  # else nobody drafts, and nobody waits to hear of it
+        for sequence, count in fed.items() if pays else ():
             if _goes_on(sequence):
                 begin = sequence.computed
                 work.told[sequence] = begin + self._grow(sequence, count + self.drafting.depth) - 1
+
+    def _room(self, rows: int, pieces: int) -> int:
+        """For rows of drafts, beside so many rows and pieces of prompts."""
+        return (self.most_outputs if pieces else self.drafting.most_rows) - rows - pieces
 
     def _counts(self, sequences: Several[Sequence], room: int, rows: int) -> list[int]:
         """How many tokens each drafts in a step of so many rows."""

@@ -74,7 +74,7 @@ class StaticStep:
         self, model: Model, cache: Cache, state: State, sizes: Sizes, drafter: DraftModel | None = None
     ) -> None:
         self.model, self.cache, self.state = model, cache, state
-        self.pieces, tokens, self.drafted = sizes.sequences, sizes.tokens, sizes.drafted_rows > 0
+        self.pieces, self.tokens, self.drafted = sizes.sequences, sizes.tokens, sizes.drafted_rows > 0
         rows = max(sizes.sequences, sizes.drafted_rows)
         device, ranks = state.ranks.device, state.ranks
         size = ranks.expert_size
@@ -84,7 +84,8 @@ class StaticStep:
 
         # What the host orders lies in one buffer, so that a step takes one copy; each part begins at 16 bytes.
         even = rows + rows % 2
-        self.parts = [tokens] * 2 + [even] * 7 + [2 * even] + [2] + [self.changes(tokens, self.pieces)] * 2
+        tokens = max(self.tokens, even)  # those of `drafts` may be more than a body's
+        self.parts = [tokens] * 2 + [even] * 7 + [2 * even] + [2] + [self.changes(self.tokens, self.pieces)] * 2
         self.order = torch.zeros(sum(self.parts), dtype=torch.int64, device=device)
         self.given_T, self.position_T, *of_M, spans, one, self.place_U, self.page_U = self.order.split(self.parts)
         self.row_M, self.output_M, self.ended_M, self.next_M, self.chosen_M, *drafted = (each[:rows] for each in of_M)
@@ -142,7 +143,7 @@ class StaticStep:
         `pieces` beside rows, which are outputs too, and in the largest body; else a quarter of the tokens: room that is
         not used takes time (a program that finds nothing to do for each piece, a row of the last layer's experts).
         """
-        every = rows or tokens == len(self.given_T)
+        every = rows or tokens == self.tokens
         return min(tokens, self.pieces, self.pieces if every else max(8, tokens // 4))
 
     def changes(self, tokens: int, pieces: int) -> int:

@@ -152,6 +152,17 @@ def test_what_a_draft_model_says_is_drafted_where_it_is_likelier() -> None:
     assert guesses.draft(3) == []  # what it said is of the token before
 
 
+def test_among_many_rows_no_draft_pays() -> None:
+    """Where the surest draft would not be tried, a draft model need not be asked."""
+    sure, drafting = said([1, 2, 3] * 30, [1, 2, 3] * 90), Drafting(COSTS, 256)
+    assert sure.chance(0) > 0.98
+    for rows in (1, 16, 64, 128, 180, 200, 255, 256):
+        tried = sum(drafting.allot([(sure, 15)] * rows, rows, 256 - rows)) > 0
+        assert drafting.pays(rows) or not tried
+        assert drafting.pays(rows) == (rows < 200)
+    assert Drafting(FREE, 512).pays(500) and not Drafting(FREE, 512).pays(512)
+
+
 def test_drafts_go_to_who_is_surer() -> None:
     sure, likely = said([1, 2, 3] * 30, [1, 2, 3] * 20), said([1, 2, 3, 4] * 2)
     assert Drafting(FREE, 64).allot([(likely, 15), (sure, 15)], 2, 12) == [0, 12]

@@ -151,6 +151,20 @@ def test_a_failure_later_is_told(grammars: Grammars) -> None:
     assert matcher.failure and "\n" not in matcher.failure and len(matcher.failure) <= 200
 
 
+@pytest.mark.parametrize("draft", [(65, 66, EOS), (65, 67), (65, 66, 20)])
+def test_a_draft_that_comes_brings_its_masks_failure(grammars: Grammars, draft: tuple[int, ...]) -> None:
+    """The mask after the last token fails as it does without a draft: no sooner, and not for another draft."""
+    matcher, word_GW = grammars.matcher('start: "ab" "\u00e9"'), torch.zeros(4, words(VOCAB), dtype=torch.int32)
+    grammars.fill([(matcher, draft)], word_GW)
+    assert not matcher.failure
+    matcher.take(65)
+    assert not matcher.failure
+    matcher.take(66)
+    assert bool(matcher.failure) == (draft[1] == 66)
+    masks(grammars, [matcher])
+    assert matcher.failure
+
+
 def test_threads_may_ask_at_the_same_time(grammars: Grammars) -> None:
     """The one that serves fills masks while others submit requests with the same grammar, and with new ones."""
     wanted, found, stop = "start: /[a-f]{1,30}/", list[str](), threading.Event()

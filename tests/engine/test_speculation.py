@@ -6,6 +6,7 @@ right or wrong anywhere, so that every way in which a draft can end comes up.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,15 @@ import torch
 from fake_model import EOS, VOCAB, FakeCache, FakeModel, outputs, some_requests
 from loading import rank_of
 
+from epmoe.cache.pages import Pages
 from epmoe.engine.config import EngineConfig
-from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History
+from epmoe.engine.diagnose import NotFinite
+from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History, Modelled, most_rows
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token
+from epmoe.engine.sequence import Sequence as Running
+from epmoe.engine.sequence import Work
+from epmoe.engine.speculation import Speculation
 
 COSTS = Costs.of(num_experts=32, top_k=4)
 
@@ -137,6 +143,36 @@ def test_a_listener_ends_an_answer_within_a_draft() -> None:
     assert "stop" in {each.finish_reason for each in found}
 
 
+class Broken(FakeModel):
+    """Its logits are not finite behind a token."""
+
+    token = -1
+
+    def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        logits_OV = super().logits(norm_O1, part)
+        broken_O = [self.outputs[int(number)][-1] == self.token for number in norm_O1[:, 0]]
+        return logits_OV.masked_fill(torch.tensor(broken_O)[:, None], torch.nan)
+
+
+def test_what_is_not_finite_behind_a_listeners_end_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came with the token that ended the answer, by a draft; without one it would not have come."""
+    asked = [Request((1, 2), SamplingParams(max_new_tokens=12, ignore_eos=True))]
+    ((ids, _),) = outputs(plain(FakeModel, asked))
+    monkeypatch.setattr(Drafting, "allot", lambda self, drafters, rows, room: [most for _, most in drafters])
+    monkeypatch.setattr(History, "draft", lambda self, most: list(ids[self.count - 2 :][:most]))
+
+    def ended(drafts: Costs | None, at: int) -> list[tuple[tuple[int, ...], str]]:
+        model = Broken()
+        model.token = ids[5]
+        return outputs(engine(model, drafts=drafts).generate(asked, lambda request, token: token == ids[at]))
+
+    assert ids.index(ids[5]) == 5
+    assert ended(COSTS, 4) == ended(None, 4) == [(ids[:5], "stop")]
+    for drafts in (None, COSTS):
+        with pytest.raises(NotFinite):
+            ended(drafts, 6)
+
+
 @pytest.mark.usefixtures("corrupted")
 @torch.inference_mode()
 def test_requests_that_come_and_go() -> None:
@@ -175,6 +211,48 @@ def test_drafts_end_where_an_answer_must() -> None:
     assert [len(each.ids) for each in found] == [1, 2, 9, 47]
     assert all(len(step.sequence_B) <= (1 + MOST_DRAFT) * 4 for step in model.steps)
     assert max(int(step.position_T.max()) for step in model.steps) == 48
+
+
+@torch.inference_mode()
+def test_nobody_waits_for_drafts_that_have_no_room() -> None:
+    """Beside a prompt in a full batch there are none: the next step is launched before the last one's ids are read."""
+    tested = engine(FakeModel(memory=1), max_batch=2, prefill_chunk=4)
+    long = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    tested.add(Request((1, 2, 3), long))
+    speculation = tested.scheduler.speculation
+    assert speculation
+    waits: dict[bool, list[bool]] = {True: [], False: []}  # by whether a prompt is there
+    while tested.busy:
+        running = tested.scheduler.running
+        waits[any(each.pending for each in running)].append(speculation.soon(running))
+        if len(waits[False]) == 40:
+            tested.add(Request(tuple(range(90)), replace(long, max_new_tokens=1)))
+        tested.step()
+    assert len(waits[True]) > 15 and not any(waits[True]) and sum(waits[False][40:]) > 5
+
+
+def test_a_draft_model_is_not_asked_where_no_draft_pays() -> None:
+    """It goes over the step all the same, since fewer may run later; the next step waits for none of its words."""
+    for rows in (64, 256):
+        pages = Pages({None: 600}, 16, rows, most=160)
+        speculation = Speculation(pages, Drafting(COSTS, most_rows(rows), Modelled, depth=4), rows)
+        running = [Running(n, Request((1, 2, 3), SamplingParams()), 100, 0.0, pages.admit()[0]) for n in range(rows)]
+        for each in running:
+            each.cached = pages.grow(each.handle, 0, 3)
+        work = Work(running, [], [])
+        speculation.add_to(work)
+        assert work.modelled and len(work.told) == (rows if rows == 64 else 0)
+
+
+@pytest.mark.usefixtures("corrupted")
+def test_more_rows_with_drafts_than_a_graph_of_prompts_has_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many may run at a time, few do, and all of these draft as much as they may."""
+    monkeypatch.setattr(Drafting, "allot", lambda self, drafters, rows, room: [most for _, most in drafters])
+    requests = [Request((n % 90, 5), SamplingParams(max_new_tokens=18, ignore_eos=True)) for n in range(150)]
+    model = FakeModel(memory=1)
+    tested = engine(model, FakeCache(sequences=2400), max_batch=2400)
+    same(tested.generate(requests), plain(lambda: FakeModel(memory=1), requests))
+    assert max(len(step.sequence_B) for step in model.steps) > tested.most_tokens == 2048
 
 
 def test_nothing_to_draft_is_plain_decoding() -> None:

@@ -16,9 +16,11 @@ from steps import make_step
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.config.compose import from_keys
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Drafter, Drafting
-from epmoe.engine.proposer import DRAFTED
-from epmoe.engine.request import SamplingParams, Workload
+from epmoe.engine.graphs import Kind
+from epmoe.engine.proposer import DEPTH
+from epmoe.engine.request import Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.models.decoder import Decoder
@@ -96,7 +98,7 @@ def check_said(llm: LLM, said: Said) -> None:
 
 
 def whole(model: Decoder, drafter: Any, cache: Cache, tokens: tuple[int, ...]) -> list[int]:
-    handle = cache.admit(len(tokens) + DRAFTED)
+    handle = cache.admit(len(tokens) + DEPTH)
     step = make_step([(handle, tokens[:-1], 0)], device=cache.device)
     model.hidden(step, cache)
     assert model.feature_TX is not None
@@ -104,7 +106,7 @@ def whole(model: Decoder, drafter: Any, cache: Cache, tokens: tuple[int, ...]) -
     plan = cache.plan(step)[None]
     hidden_TH = drafter(behind_T, drafter.fuse(model.feature_TX), step.position_T, cache.draft, plan)
     hidden_1H, found = hidden_TH[-1:], []
-    for position in range(len(tokens) - 1, len(tokens) - 1 + DRAFTED):
+    for position in range(len(tokens) - 1, len(tokens) - 1 + DEPTH):
         token_1 = drafter.propose(hidden_1H)
         found.append(int(token_1))
         at = torch.tensor([position], device=cache.device)
@@ -153,6 +155,40 @@ def test_every_part_runs_by_itself(head: str) -> None:
     (counts,) = run_ranks(prepared, 1, head, timeout=120)
     assert {"drafts", "extend drafts", "extend mixed", "extend prompts", "propose", "head", "decode"} < set(counts)
     assert counts["extend drafts"] == counts["drafts"] == 9 and counts["propose"] == 3
+
+
+def test_logits_that_are_not_finite_end_one_request(head: str) -> None:
+    """What stands for its next token is no id, and the draft model takes another one."""
+    with LLM(draft_model=head, speculate="auto", chat="off", runtime={"device": "cpu"}) as llm, torch.no_grad():
+        asked = [Request((3, last, 5), SamplingParams(max_new_tokens=6, ignore_eos=True)) for last in (77, 78)]
+        (_, known) = llm.engine.generate(asked)
+        dict(llm.model.named_parameters())["embedding.weight"][77] = torch.nan
+        found: dict[int, Result] = {}
+        with pytest.raises(NotFinite, match="of prompt 1;"):
+            llm.engine.generate(asked, on_finish=lambda request, result: found.update({request: result}))
+    assert (found[0].ids, found[0].finish_reason) == ((), "error") and found[1].ids == known.ids
+
+
+def test_what_is_prepared_beside_answers_leaves_theirs_alone(
+    head: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that run before they are captured draft for nobody: all that they write is the spare sequence's."""
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    with LLM(draft_model=head, speculate="auto", chat="off", runtime={"device": "cpu"}) as llm, torch.inference_mode():
+        engine, cache = llm.engine, llm.cache
+        asked = [Request((3, 4, last), SamplingParams(max_new_tokens=40, ignore_eos=True)) for last in (77, 78)]
+        engine.prepare_for(asked)
+        for each in asked:
+            engine.add(each)
+        for _ in range(3):
+            engine.step()
+        before = cache.draft_layer.clone()
+        for kind in (Kind("extend drafts", 2, None), Kind("propose", 2, None)):  # for one load, then for another
+            engine.graphs.prepare([kind])
+        page, changed = cache.pages.size, (cache.draft_layer != before).any(dim=(0, 1, 3))
+        assert not changed[:-page].any() and changed[-page:].any() and before[:, :, :-page].any()
+        engine.clear()
+    assert "1 kinds of step warmed up" in capsys.readouterr().err
 
 
 def test_without_drafts_it_does_nothing(head: str) -> None:

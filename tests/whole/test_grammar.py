@@ -18,6 +18,7 @@ from spawn import run_ranks
 
 from epmoe.config.compose import from_keys
 from epmoe.engine.config import EngineConfig
+from epmoe.engine.drafts import Costs, Drafting, History
 from epmoe.engine.engine import Engine
 from epmoe.engine.matcher import Grammars
 from epmoe.engine.request import Finished, Request, Result, SamplingParams
@@ -141,6 +142,19 @@ def test_aborts_and_failures_are_one_requests_own(known: list[Any], capsys: pyte
         assert result.finish_reason == "abort" or told([result]) == [known[number]]
     assert 3 < sum(each.finish_reason == "abort" for each in results.values()) < 30
     tested.check_finite()  # a grammar's failure is not the model's
+
+
+def test_a_failure_within_a_draft_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind where nothing can follow no drafted token counts, whatever its mask held."""
+    asked = [Request((3, 4), SamplingParams(max_new_tokens=9, grammar=UNSPELLED))]
+    ((ids, *_),) = known = told(engine().generate(asked))
+
+    def right(self: History, most: int) -> list[int]:
+        return [*ids[self.count - 2 :], *[5] * most][:most]
+
+    monkeypatch.setattr(Drafting, "allot", lambda self, drafters, rows, room: [min(most, 5) for _, most in drafters])
+    monkeypatch.setattr(History, "draft", right)
+    assert told(engine(drafts=Costs.of(32, 4)).generate(asked)) == known and known[0][1] == "error"
 
 
 class Spy:
