@@ -150,9 +150,8 @@ class LLM:
             UserError: see `epmoe.weights.load.load` and `epmoe.cache.fit.fit_cache`.
         """
         config, run = self.config, self.config.runtime
-        parts = Choices(config.quant, config.experts, config.router, config.combine, config.placement, run.dtype)
         progress = run.progress and bool(self.source.files)
-        self.model, self.report = load(self.source, self.ranks, parts, progress=progress)
+        self.model, self.report = load(self.source, self.ranks, Choices.of(config), progress=progress)
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
         drafter, draft, shape = None, self.draft, None

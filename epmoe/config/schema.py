@@ -26,6 +26,17 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Hub:
+    """The community's kernels, for experts=hub."""
+
+    kernel: str = key(
+        "kernels-community/gpt-oss-triton-kernels@v1",
+        "which, and at which version or commit: owner/name@v1, owner/name@COMMIT, or a directory",
+    )
+    bitwise: bool = key(False, "the same bits in any batch and on any number of ranks, which takes longer")
+
+
+@dataclass(frozen=True)
 class Runtime:
     """What a run may use."""
 
@@ -164,6 +175,7 @@ class ModelKeys:
     speculate: str = key("off", "draft next tokens, where they were said before", Names(("off", "ngram", "auto")))
     draft_model: str = key("", "directory or Hub id of a trained head (EAGLE3) that drafts; empty: none")
     mesh: Mesh = key(Mesh(), "how the ranks are arranged")
+    hub: Hub = key(Hub(), "the kernels of experts=hub")
     runtime: Runtime = key(Runtime(), "devices, memory and time")
 
     def check(self) -> None:

@@ -4,10 +4,12 @@ Backends say themselves what they serve: `auto` is the first of a table that fit
 """
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 
+from epmoe.config.schema import Hub, ModelKeys
 from epmoe.errors import UserError
 from epmoe.moe import exchange
 from epmoe.moe.exchange import EXCHANGES
@@ -36,6 +38,18 @@ class Choices:
     combine: str = AUTO  # of EXCHANGES; auto: by the number of nodes
     placement: str = "contiguous"  # of PLACEMENTS
     dtype: str = AUTO  # of DTYPES, of all but the experts' matrices; auto: bfloat16 on an accelerator, else float32
+    hub: Hub = Hub()  # what an expert backend may ask for: `experts_of`
+
+    @classmethod
+    def of(cls, keys: ModelKeys) -> Self:
+        """What the configuration says."""
+        return cls(keys.quant, keys.experts, keys.router, keys.combine, keys.placement, keys.runtime.dtype, keys.hub)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The parts by their keys."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
@@ -79,6 +93,18 @@ def experts_class(name: str) -> type[Experts]:
     """
     found: type[Experts] = lookup("experts", EXPERTS, name, Experts)
     return found
+
+
+def experts_of(chosen: Choices) -> type[Experts]:
+    """The chosen backend, with what the configuration says of it: a class that has `configured` takes it.
+
+    Raises:
+        UserError: what it says cannot be.
+    """
+    found = experts_class(chosen.experts)
+    configured = getattr(found, "configured", None)
+    made: type[Experts] = found if configured is None else configured(chosen.hub)
+    return made
 
 
 def router_class(name: str) -> type[Router]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from epmoe.ranks.mesh import Ranks
 from epmoe.streams import on_terminal
 from epmoe.tables import lookup
 from epmoe.weights import layouts
-from epmoe.weights.choices import DTYPES, Choices, experts_class, placement_of, resolve, router_class, waiting
+from epmoe.weights.choices import DTYPES, Choices, experts_of, placement_of, resolve, router_class, waiting
 from epmoe.weights.experts import ExpertReader, Limits
 from epmoe.weights.manifest import Manifest
 from epmoe.weights.source import Source
@@ -74,10 +74,10 @@ def load(
     placement = placement_of(asked.placement, config.num_experts, ranks)
     chosen = resolve(asked, {matrix.wanted.format for matrix in manifest.matrices()}, ranks)
     # auto may choose otherwise where a package is lacking or nodes are counted otherwise; an exchange is a collective.
-    ranks.agree(lambda: asdict(chosen), "name it, in the place of auto")
+    ranks.agree(lambda: chosen.names, "name it, in the place of auto")
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
-    backend, router = experts_class(chosen.experts), router_class(chosen.router)()
+    backend, router = experts_of(chosen), router_class(chosen.router)()
     exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
     local_E = placement.local_E(ranks.expert_rank, ranks.device)
     reader = ExpertReader(source, ids, ranks.device, limits)
@@ -100,7 +100,7 @@ def load(
     tensors = [value for _, value in (*model.named_parameters(), *model.named_buffers())]
     assert not any(value.is_meta for value in tensors), "a tensor was not loaded"
     seconds = time.perf_counter() - begin
-    report = LoadReport(source.bytes_read, seconds, waits=waiting(chosen), **asdict(chosen))
+    report = LoadReport(source.bytes_read, seconds, waits=waiting(chosen), **chosen.names)
     return model.eval().requires_grad_(False), report
 
 

@@ -13,6 +13,7 @@ from epmoe.moe.router import Dispatch
 
 EXPERTS = {  # by preference: `experts=auto` is the first that serves the device and runs the formats
     "triton": "epmoe.moe.experts.triton:TritonExperts",
+    "hub": "epmoe.moe.experts.hub:HubExperts",
     "reference": "epmoe.moe.experts.reference:ReferenceExperts",
 }
 
