@@ -66,7 +66,7 @@ class Mistake:
 
 
 MISTAKES = [
-    Mistake("fast", r"experts='fast' is unknown; known: triton, reference, or package\.module:Class"),
+    Mistake("fast", r"experts='fast' is unknown; known: triton, hub, reference, or package\.module:Class"),
     Mistake("outside.Whole", r"experts='outside\.Whole' is unknown; known: .* or package\.module:Class"),
     Mistake(
         "nowhere.at_all:X", r"nowhere\.at_all cannot be imported \(No module named 'nowhere'\): give .* PYTHONPATH"

@@ -47,13 +47,16 @@ def bench() -> None:
         config = replace(config, runtime=runtime)
         config.check_steps(chunk)
         if config.compare:
-            peer.check(ranks.size)
+            peer.check(config, ranks.size)
         source, floor, record = measure(config, ranks)
         gc.collect()  # the model is gone: its memory is the peer's and that of the arrays that measure the limits
         if ranks.device.type != "cpu":
             torch.accelerator.empty_cache()
         add_limits(record, floor, config, ranks)
-        if config.compare:
+        if config.compare == "hub":
+            _, _, other = measure(replace(config, experts="hub"), ranks)
+            peer.add_other(record, other, config)
+        elif config.compare:
             peer.add_peer(record, config, source, ranks)
         if ranks.is_main:
             print(table(record))

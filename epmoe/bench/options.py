@@ -18,6 +18,8 @@ WAYS: dict[str, dict[str, float]] = {
     "penalty": {"repetition_penalty": 1.1},
 }
 
+PEERS = ("transformers", "hub")
+
 
 @dataclass(frozen=True)
 class Size:
@@ -61,7 +63,7 @@ class Measurement(Size):
     repeat: int = key(3, "times that each other run is repeated; the median counts", Range(above=0))
     bandwidth: float = key(0.0, "TB/s that the floor assumes; 0: measured", Range(low=0))
     flops: float = key(0.0, "TFLOP/s that the bounds of prompts assume; 0: measured", Range(low=0))
-    compare: str | None = key(None, "run this peer on the same checkpoint beside it", Names(("transformers",)))
+    compare: str | None = key(None, "run beside it: a peer, or the same with experts=hub", Names(PEERS))
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ The tables go to standard output and end in one line of JSON. Others, each with 
     def check(self) -> None:
         super().check()
         check_size(self.size, self.checkpoint)
-        if self.compare and not self.checkpoint:
+        if self.compare == "hub" and self.experts == "hub":
+            raise UserError("compare=hub with experts=hub is twice the same: choose another backend, or leave one out")
+        if self.compare == "transformers" and not self.checkpoint:
             raise UserError(f"compare={self.compare} needs files to read: give checkpoint=DIRECTORY")
-        if self.compare and self.sampling != "greedy":
+        if self.compare == "transformers" and self.sampling != "greedy":
             raise UserError(f"compare={self.compare} is greedy, and sampling={self.sampling}: leave one of them out")
 
     def check_steps(self, chunk: int) -> None:

@@ -1,11 +1,15 @@
-"""transformers' GptOssForCausalLM as the benchmark's peer: the same checkpoint, the same prompts, the same two lengths.
+"""Who is measured beside this engine: the same prompts, the same two lengths.
 
-It runs as its users get it: eager decoding, on an accelerator its MXFP4 kernels where they are installed (otherwise it
-turns the experts into bf16 and says so), on the CPU experts in the model's dtype.
+hub: this engine once more, with experts=hub, which leaves all but the experts as it is.
+
+transformers: its GptOssForCausalLM on the same checkpoint, as its users get it: eager decoding, on an accelerator its
+MXFP4 kernels where they are installed (otherwise it turns the experts into bf16 and says so), on the CPU experts in the
+model's dtype.
 """
 
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,17 @@ from epmoe.bench.conditions import Record
 from epmoe.bench.decode import Batch
 from epmoe.bench.options import BenchConfig
 from epmoe.errors import UserError
+from epmoe.moe.experts.hub.kernel import kernel_package
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES
 
 
-def check(ranks: int) -> None:
+def check(config: BenchConfig, ranks: int) -> None:
     """Raises UserError where the peer cannot run, before anything is measured."""
+    if config.compare == "hub":
+        kernel_package(config.hub.kernel)
+        return
     if ranks > 1:
         raise UserError("compare=transformers runs on one rank: its own expert parallelism is not measured here")
     try:
@@ -70,6 +78,17 @@ class Transformers:
         self.seconds(ids_BP, new)
         times = [taken for taken in (self.seconds(ids_BP, new) for _ in range(repeat)) if taken is not None]
         return statistics.median(times) if times else None
+
+
+def add_other(record: Record, other: Record, config: BenchConfig) -> None:
+    """What the same measurements gave with other experts, `other`, beside those of `record`."""
+    facts = {"release": version("kernels"), "experts": config.hub.kernel, "load_s": other["load_s"]}
+    record["peer"] = {"name": f"experts={other['experts']}", **facts, "measured": other}
+    rows = [*zip(record["decode"], other["decode"], strict=True), *zip(record["first"], other["first"], strict=True)]
+    for row, theirs in rows:
+        row |= {"peer_ms": theirs["ms"], "speedup": theirs["ms"] / row["ms"]}
+    if record["prefill"]:
+        record["prefill"]["peer_tokens_per_s"] = other["prefill"]["tokens_per_s"]
 
 
 def add_peer(record: Record, config: BenchConfig, source: Checkpoint, ranks: Ranks) -> None:

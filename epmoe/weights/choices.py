@@ -4,8 +4,8 @@ Backends say themselves what they serve: `auto` is the first of a table that fit
 """
 
 from collections.abc import Set
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 
@@ -38,7 +38,7 @@ class Choices:
     combine: str = AUTO  # of EXCHANGES; auto: by the number of nodes
     placement: str = "contiguous"  # of PLACEMENTS
     dtype: str = AUTO  # of DTYPES, of all but the experts' matrices; auto: bfloat16 on an accelerator, else float32
-    hub: Hub = Hub()  # what an expert backend may ask for: `experts_of`
+    hub: Hub = field(default_factory=Hub)  # what an expert backend may ask for: `experts_of`
 
     @classmethod
     def of(cls, keys: ModelKeys) -> Self:
@@ -68,7 +68,7 @@ def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
         "combine": exchange.by_nodes(ranks.nodes),
         "dtype": "float32" if ranks.device.type == "cpu" else "bfloat16",
     }
-    chosen = {key: name for key, name in auto.items() if getattr(asked, key) == AUTO}
+    chosen: dict[str, Any] = {key: name for key, name in auto.items() if getattr(asked, key) == AUTO}
     names = replace(asked, **chosen)
     if names.dtype not in DTYPES:
         raise UserError(f"dtype={names.dtype!r} is unknown; known: {', '.join(DTYPES)}")

@@ -2,13 +2,15 @@
 """One MoE layer's two expert products on one GPU: µs a call, against the machine's limits and the community kernels.
 
     scripts/bench/moe.py                                     (the table)
-    scripts/bench/moe.py --peer /path/to/kernel-repository   (gpt-oss-triton-kernels in the same run)
+    scripts/bench/moe.py --peer KERNEL                       (gpt-oss-triton-kernels in the same run; as hub.kernel)
     scripts/bench/moe.py --experts 32/32 --tokens 1,64 --variants
 
 A CUDA graph holds CALLS calls, each with other tokens, another routing and, in turn, other copies of the layer's
 weights: as many copies as it takes to pass four times the L2 cache before one comes back. Time: the median of REPLAYS
 replays, divided by CALLS. Of "L/E" experts, L live here; tokens choose K of all E, so a call has about T·K·L/E rows.
-The router, and the sum over a token's K rows, are not in it (the peer sums those rows inside its second product).
+The router, and the sum over a token's K rows, are not in it. Of the peer there are three times: peer_us as others use
+it, its index made before and a token's rows added inside its second product; hub_us as experts=hub, rows of slots, the
+index included; bitwise_us the same with hub.bitwise=true.
 
 floor: the larger of (bytes of the chosen experts, x, h and y, each once) / bandwidth and products / FLOP/s, meaned over
 the calls. Both limits are measured at the start (an elementwise kernel over 2 GiB, read and written
@@ -31,15 +33,17 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
+from epmoe.config.schema import Hub
 from epmoe.formats import ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import generation
 from epmoe.moe.experts import GatedActivation
+from epmoe.moe.experts.hub import HubExperts
 from epmoe.moe.experts.triton import TritonExperts
 from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table
 from epmoe.moe.router import Dispatch
 from epmoe.moe.router.reference import route
-from scripts.bench.hub_peer import HubExperts
+from scripts.bench.hub_peer import routing, summed
 
 CALLS, REPLAYS = 16, 20
 Forward = Callable[[int], Any]  # the number of the call → its launches
@@ -165,12 +169,15 @@ def only_tile(tile: ExpertTile | None):
 def bench(layer: Layer, tokens_list: list[int], options: argparse.Namespace, limit: tuple[float, float]) -> list[dict]:
     """Rows of the table for one number of experts."""
     copies = max(copies_needed(layer, tokens, options.copies) for tokens in tokens_list)
-    ours, peers = [], []
+    ours: list[TritonExperts] = []
+    peers: list[list[HubExperts]] = []
+    if options.peer:
+        by_size, bitwise = (HubExperts.configured(Hub(options.peer, same)) for same in (False, True))
     for seed in range(copies):
         weights = random_weights(layer, seed)
         ours.append(TritonExperts.pack(weights, GatedActivation()))
         if options.peer:
-            peers.append(HubExperts(options.peer, weights, GatedActivation()))
+            peers.append([hub.pack(weights, GatedActivation()) for hub in (by_size, bitwise)])
         del weights
     return [bench_tokens(layer, tokens, ours, peers, options, limit) for tokens in tokens_list]
 
@@ -179,7 +186,7 @@ def bench_tokens(
     layer: Layer,
     tokens: int,
     ours: list[TritonExperts],
-    peers: list[HubExperts],
+    peers: list[list[HubExperts]],
     options: argparse.Namespace,
     limit: tuple[float, float],
 ) -> dict:
@@ -195,11 +202,15 @@ def bench_tokens(
     row["us"] = measure_us(forward)
     row["of_floor"] = row["us"] / row["floor_us"]
     if peers:
-        routings = [peers[0].routing(dispatch) for dispatch in dispatches]
-        both_TH = (ours[0].forward(xs[0], dispatches[0]).float().sum(1), peers[0].forward(xs[0], routings[0]).float())
+        index = [routing(peers[0][0], dispatch) for dispatch in dispatches]
+        both_TH = (ours[0].forward(xs[0], dispatches[0]).float().sum(1), summed(peers[0][0], xs[0], index[0]).float())
         row["peer_difference"] = float((both_TH[0] - both_TH[1]).norm() / both_TH[0].norm().clamp(min=1e-9))
-        row["peer_us"] = measure_us(lambda call: peers[call % used].forward(xs[call], routings[call]))
+        row["peer_us"] = measure_us(lambda call: summed(peers[call % used][0], xs[call], index[call]))
         row["speedup"] = row["peer_us"] / row["us"]
+        for key, which in (("hub_us", 0), ("bitwise_us", 1)):
+            row[key] = measure_us(
+                lambda call, which=which: peers[call % used][which].forward(xs[call], dispatches[call])  # type: ignore[misc]
+            )
     print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     if options.variants:
         row["variants"] = sweep(options.variants, forward)
@@ -230,7 +241,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=0.0, help="TB/s for the floor; 0: measured")
     parser.add_argument("--flops", type=float, default=0.0, help="TFLOP/s for the floor; 0: measured")
     parser.add_argument("--copies", type=int, default=16, help="most copies of a layer's weights")
-    parser.add_argument("--peer", type=Path, help="a local repository of gpt-oss-triton-kernels")
+    parser.add_argument("--peer", default="", help="gpt-oss-triton-kernels, as hub.kernel names them")
     parser.add_argument(
         "--variants", nargs="?", const=VARIANTS, help="time these tiles too (a list, or the built-in one)"
     )

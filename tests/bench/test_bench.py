@@ -12,7 +12,6 @@ import torch
 import yaml
 from spawn import run_ranks
 
-from epmoe.bench import peer
 from epmoe.bench.floor import Floor, measure_bandwidth
 from epmoe.bench.model import bench
 from epmoe.bench.options import WAYS, BenchConfig, Measurement
@@ -245,21 +244,6 @@ def test_benchmark_of_the_routers() -> None:
     assert all(set(row["us"]) == set(ROUTERS) and min(row["us"].values()) > 0 for row in record["rows"])
 
 
-def test_the_peer_runs_the_same_checkpoint(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keys = [f"checkpoint={tiny_checkpoint}", "runtime=cpu", "compare=transformers", *SMALL, "repeat=1"]
-    monkeypatch.setattr(sys, "argv", ["bench", *keys])
-    bench()
-    *lines, last = capsys.readouterr().out.splitlines()
-    record = json.loads(last)
-    assert record["peer"]["name"] == "transformers" and record["peer"]["load_s"] > 0
-    for row in (*record["decode"], *record["first"]):
-        assert row["speedup"] == pytest.approx(row["peer_ms"] / row["ms"])
-    assert record["prefill"]["peer_tokens_per_s"] > 0
-    assert any("peer, ms | speedup" in line for line in lines)
-
-
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run of each batch is recorded, beside what is measured."""
     monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *SMALL, f"runtime.profile={tmp_path}"])
@@ -318,7 +302,8 @@ MISTAKES = {
     ),
     "repeat": (["repeat=0"], "repeat=0", "a whole number above 0"),
     "several sizes": (["size=tiny,20b"], "size='tiny,20b' holds several values", "one of tiny, 20b, 120b"),
-    "another peer": (["compare=vllm"], "compare='vllm' is unknown", "known: transformers"),
+    "another peer": (["compare=vllm"], "compare='vllm' is unknown", "known: transformers, hub"),
+    "twice the same": (["experts=hub", "compare=hub"], "compare=hub with experts=hub", "is twice the same"),
 }
 
 
@@ -349,11 +334,6 @@ def test_mistakes_found_with_the_model(case: str, tiny_checkpoint: Path, monkeyp
     with pytest.raises(UserError) as error:
         bench()
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_peer_takes_one_rank() -> None:
-    with pytest.raises(UserError, match="runs on one rank"):
-        peer.check(2)
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from epmoe.config.schema import ChatConfig, Config, LLMConfig, ModelKeys, ServeC
 SHARED = {
     "quant", "experts", "router", "combine", "placement",
     "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
-    "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate", "draft_model",
+    "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate", "draft_model", "hub.kernel",
+    "hub.bitwise",
 }  # fmt: skip
 MEASURED = {
     "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",

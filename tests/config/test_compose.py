@@ -71,6 +71,7 @@ def test_every_text_key_is_literal(key: str) -> None:
 
 def test_text_keys_are_those_of_the_design() -> None:
     assert {*PLAIN_TEXT_KEYS} == {"checkpoint", "prompt", "prompts", "system", "output", "runtime.profile"} | {
+        "hub.kernel",
         "reasoning_effort",
         "draft_model",
         "tools",
@@ -344,7 +345,7 @@ def test_experts_from_outside(name: str) -> None:
     "name", [":Class", "package.module:", "a:b:c", "a b:c", "package/module:Class", "package.module"]
 )
 def test_what_is_no_class_from_outside(name: str) -> None:
-    with pytest.raises(UserError, match=r"^experts=.* is unknown; known: auto, triton, reference"):
+    with pytest.raises(UserError, match=r"^experts=.* is unknown; known: auto, triton, hub, reference"):
         parse([f"experts={name}"])
 
 
@@ -371,7 +372,7 @@ def test_mistake_on_two_ranks(tmp_path: Path) -> None:
         [*launch, "experts=tritn"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    line = "epmoe: error: experts='tritn' is unknown; known: auto, triton, reference (did you mean triton?)"
+    line = "epmoe: error: experts='tritn' is unknown; known: auto, triton, hub, reference (did you mean triton?)"
     assert done.stderr.splitlines().count(line) == 1 and done.stderr.count("is unknown") == 1
     assert "a process group was started" not in done.stderr and done.stdout == ""
     assert "exitcode  : 2" in done.stderr

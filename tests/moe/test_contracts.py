@@ -10,6 +10,7 @@ import torch
 from epmoe import kernels
 from epmoe.formats import FORMATS
 from epmoe.moe.experts import EXPERTS, Experts
+from epmoe.moe.experts.hub import HubExperts
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.experts.triton import TritonExperts
 from epmoe.moe.router import ROUTERS, Router
@@ -19,7 +20,7 @@ from epmoe.tables import lookup
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
-experts: dict[str, type[Experts]] = {"triton": TritonExperts, "reference": ReferenceExperts}
+experts: dict[str, type[Experts]] = {"triton": TritonExperts, "hub": HubExperts, "reference": ReferenceExperts}
 routers: dict[str, type[Router]] = {"triton": TritonRouter, "reference": ReferenceRouter}
 
 
@@ -31,7 +32,8 @@ def test_these_are_the_tables_in_their_order() -> None:
 @pytest.mark.parametrize("kind", [experts, routers], ids=["experts", "router"])
 def test_what_they_serve(kind: dict[str, type[Experts] | type[Router]]) -> None:
     """The fast one comes first, and leaves the CPU to the reference; which no graph is captured with."""
-    assert {name: (each.serves(CPU), each.serves(GPU), each.waits) for name, each in kind.items()} == {
+    found = {name: (each.serves(CPU), each.serves(GPU), each.waits) for name, each in kind.items() if name != "hub"}
+    assert found == {
         "triton": (False, True, False),
         "reference": (True, True, True),
     }
@@ -48,13 +50,22 @@ def test_sizes_that_compile_anew(kind: dict[str, type[Experts] | type[Router]], 
     assert set(found) == kernels.distinct(tokens) and list(found) == sorted(found)
 
 
+def test_hub_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves no CPU, and a GPU where its kernels can be loaded."""
+    for there in (True, False):
+        monkeypatch.setattr("epmoe.moe.experts.hub.find_spec", lambda name, there=there: there or None)
+        assert (HubExperts.serves(CPU), HubExperts.serves(GPU), HubExperts.waits) == (False, there, False)
+
+
 def test_formats() -> None:
-    assert experts["triton"].formats == {"mxfp4"} and experts["reference"].formats == set(FORMATS)
+    assert experts["triton"].formats == experts["hub"].formats == {"mxfp4"} and experts["reference"].formats == set(
+        FORMATS
+    )
 
 
 ASK = """
 import sys, torch
-sys.modules["triton"] = None  # an import of it fails
+sys.modules["triton"] = sys.modules["kernels"] = None  # an import of either fails
 from epmoe.moe.experts import EXPERTS
 from epmoe.moe.router import ROUTERS
 from epmoe.tables import lookup
@@ -71,6 +82,7 @@ def test_a_machine_without_triton_can_ask() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "experts triton True False (1, 2)",
+        "experts hub False False (1, 2)",
         "experts reference True True ()",
         "router triton True False (1, 2)",
         "router reference True True ()",

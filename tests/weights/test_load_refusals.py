@@ -13,7 +13,6 @@ from loading import EXPERTS, load_rank, rank_of, rewrite_config, rewrite_tensors
 from epmoe.errors import UserError
 from epmoe.text.tokenizer import Tokenizer
 from epmoe.weights.checkpoint import INDEX, Checkpoint
-from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 from epmoe.weights.synthetic import make_checkpoint
 
@@ -176,8 +175,9 @@ def test_bf16_experts_under_an_mxfp4_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["quant", "experts", "router", "combine", "placement", "dtype"])
 def test_an_unknown_name_lists_the_known_ones(key: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
+    asked: dict[str, Any] = {key: "nope"}
     with pytest.raises(UserError, match=f"{key}='nope' is unknown; known: "):
-        load(Checkpoint.open(tmp_path), rank_of(0, 1), Choices(**{key: "nope"}))
+        load_rank(tmp_path, **asked)
 
 
 def test_more_ranks_than_experts(tmp_path: Path) -> None:

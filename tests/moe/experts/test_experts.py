@@ -11,7 +11,7 @@ from interpret import interpreted
 from epmoe.errors import UserError
 from epmoe.formats import FORMATS, ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix, decode
-from epmoe.moe.experts import EXPERTS
+from epmoe.moe.experts import EXPERTS, Experts
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.experts.triton.words import WordMatrix, words_to_values
 from epmoe.tables import lookup
@@ -27,13 +27,20 @@ from scripts.bench.expert_cases import (
     relative_error,
 )
 
+BACKENDS = [name for name in EXPERTS if name != "hub"]  # which has bfloat16 alone: tests/moe/experts/hub/
 
-def run_case(backend: str, format: str, case: Case, device: str, dtype: torch.dtype) -> None:
+
+def class_of(backend: str | type[Experts]) -> type[Experts]:
+    """A name of the table, or the class itself."""
+    return lookup("experts", EXPERTS, backend) if isinstance(backend, str) else backend
+
+
+def run_case(backend: str | type[Experts], format: str, case: Case, device: str, dtype: torch.dtype) -> None:
     """One forward of one backend against the equations; other ranks' slots are exact zeros."""
     weights = random_weights(case, format, dtype, device)
     x_TH, logits_TE = random_input(case, dtype, device)
     dispatch = dispatched(case, logits_TE)
-    experts = lookup("experts", EXPERTS, backend).pack(of_experts(weights, case.ids), case.activation)
+    experts = class_of(backend).pack(of_experts(weights, case.ids), case.activation)
     y_TKH = experts.forward(x_TH, dispatch)
     assert y_TKH.shape == (case.tokens, case.top_k, case.hidden) and y_TKH.dtype == dtype
     wanted_TKH = expected(x_TH, weights, dispatch, case.ids, case.activation)
@@ -55,21 +62,21 @@ def run_cases(backend: str, format: str, cases: tuple[Case, ...], dtype: torch.d
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", EXPERTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_forward(backend: str, case: Case) -> None:
     """Every backend computes the layer's equations, at every edge of shape and routing."""
     on_cpu(backend, run_case, "mxfp4", case, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("backend", EXPERTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_formats(backend: str, format: str) -> None:
     """A backend runs each format that it names and refuses the others with the names of its own."""
     on_cpu(backend, run_format, format)
 
 
 def run_format(backend: str, format: str) -> None:
-    formats = lookup("experts", EXPERTS, backend).formats
+    formats = class_of(backend).formats
     if format in formats:
         run_case(backend, format, CASES[1], "cpu", torch.float32)
     else:
@@ -95,13 +102,13 @@ def test_reference_decodes_large_layers_on_the_fly() -> None:
     assert torch.equal(kept.forward(x_TH, dispatch), decoding.forward(x_TH, dispatch))
 
 
-@pytest.mark.parametrize("backend", EXPERTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pack_round_trip(backend: str) -> None:
     """`unpack` gives back every byte, for even and odd numbers of groups."""
     on_cpu(backend, run_round_trip)
 
 
-def run_round_trip(backend: str) -> None:
+def run_round_trip(backend: str | type[Experts], device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(3)
     for hidden, inter, experts in ((32, 32, 1), (96, 64, 5), (128, 160, 2), (544, 448, 2)):
         matrices = [
@@ -111,11 +118,10 @@ def run_round_trip(backend: str) -> None:
             )
             for rows, columns in ((2 * inter, hidden), (hidden, inter))
         ]
-        biases = [torch.randn(experts, m.shape[1], generator=generator).bfloat16() for m in matrices]
+        biases = [torch.randn(experts, m.shape[1], generator=generator).to(device, torch.bfloat16) for m in matrices]
+        matrices = [matrix.to(torch.device(device)) for matrix in matrices]
         weights = ExpertWeights(matrices[0], biases[0], matrices[1], biases[1])
-        packed = lookup("experts", EXPERTS, backend).pack(
-            of_experts(weights, tuple(range(experts))), CASES[0].activation
-        )
+        packed = class_of(backend).pack(of_experts(weights, tuple(range(experts))), CASES[0].activation)
         back = packed.unpack()
         for a, b in ((back.gate_up, weights.gate_up), (back.down, weights.down)):
             assert isinstance(a, Mxfp4Matrix) and isinstance(b, Mxfp4Matrix) and a.shape == b.shape
@@ -128,17 +134,17 @@ def run_round_trip(backend: str) -> None:
 BITS = Case("bits", tokens=37, hidden=96, intermediate=64, experts=5, top_k=3)
 
 
-@pytest.mark.parametrize("backend", EXPERTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_do_not_follow_the_placement(backend: str) -> None:
     """A slot's row has the same bits whichever other experts live on the rank."""
     case = Case("placement", tokens=6, hidden=96, experts=4) if backend == "triton" else BITS
     on_cpu(backend, run_placements, case, "cpu", torch.float32)
 
 
-def run_placements(backend: str, case: Case, device: str, dtype: torch.dtype) -> None:
+def run_placements(backend: str | type[Experts], case: Case, device: str, dtype: torch.dtype) -> None:
     weights = random_weights(case, "mxfp4", dtype, device)
     x_TH, logits_TE = random_input(case, dtype, device)
-    pack = lookup("experts", EXPERTS, backend).pack
+    pack = class_of(backend).pack
     whole_TKH = pack(of_experts(weights, case.ids), case.activation).forward(x_TH, dispatched(case, logits_TE))
     for ranks in ([(e,) for e in case.ids], [case.ids[:2], case.ids[2:]], [case.ids[0::2], case.ids[1::2]]):
         parts = [
@@ -150,11 +156,13 @@ def run_placements(backend: str, case: Case, device: str, dtype: torch.dtype) ->
             assert torch.equal(part_TKH[mine_TK], whole_TKH[mine_TK]) and not part_TKH[~mine_TK].any()
 
 
-def run_batches(backend: str, case: Case, device: str, dtype: torch.dtype, counts: Sequence[int]) -> None:
+def run_batches(
+    backend: str | type[Experts], case: Case, device: str, dtype: torch.dtype, counts: Sequence[int]
+) -> None:
     """A token alone, in the whole batch, at other places of a shuffled batch, and in the first so many tokens."""
     weights = random_weights(case, "mxfp4", dtype, device)
     x_TH, logits_TE = random_input(case, dtype, device)
-    experts = lookup("experts", EXPERTS, backend).pack(of_experts(weights, case.ids), case.activation)
+    experts = class_of(backend).pack(of_experts(weights, case.ids), case.activation)
     whole_TKH = experts.forward(x_TH, dispatched(case, logits_TE))
     for t in range(0, case.tokens, 1 + case.tokens // 16):
         alone_1KH = experts.forward(x_TH[t : t + 1], dispatched(case, logits_TE[t : t + 1]))
@@ -225,11 +233,11 @@ def test_nan_scales_reach_the_output() -> None:
 
 def run_nan(device: str) -> None:
     case = CASES[1]
-    for backend in EXPERTS:
+    for backend in BACKENDS:
         for column, name in ((0, "gate"), (1, "up")):
             weights = random_weights(case, "mxfp4", torch.float32, device)
             assert isinstance(weights.gate_up, Mxfp4Matrix)
             weights.gate_up.scales_LNG[:, column] = 255
             x_TH, logits_TE = random_input(case, torch.float32, device)
-            experts = lookup("experts", EXPERTS, backend).pack(weights, case.activation)
+            experts = class_of(backend).pack(weights, case.activation)
             assert experts.forward(x_TH, dispatched(case, logits_TE)).isnan().all(), f"{backend} {name}"

@@ -7,7 +7,6 @@ import torch
 
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels.gpu import generation
-from epmoe.moe.experts import EXPERTS
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.experts.triton import TritonExperts
 from epmoe.moe.experts.triton.products import down, down_torch, gate_up, gate_up_torch
@@ -23,7 +22,7 @@ from scripts.bench.expert_cases import (
     random_weights,
     relative_error,
 )
-from tests.moe.experts.test_experts import run_batches, run_case, run_decode, run_nan, run_placements
+from tests.moe.experts.test_experts import BACKENDS, run_batches, run_case, run_decode, run_nan, run_placements
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +33,7 @@ ACROSS_TILES = Case("across tiles", tokens=700, hidden=288, intermediate=416, ex
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", EXPERTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_forward(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Every backend computes the layer's equations, at every edge of shape and routing."""
     run_case(backend, "mxfp4", case, "cuda", dtype)

@@ -95,7 +95,7 @@ class HubExperts:
         self.package, self.gate_up, self.down, self.dtype = package, gate_up, down, dtype
         ogs = package.matmul_ogs
         specs = ogs.FnSpecs("swiglu", package.swiglu.swiglu_fn, ("alpha", "limit"))
-        self._fused = ogs.FusedActivation(specs, (activation.alpha, activation.limit), 2)
+        self.fused = ogs.FusedActivation(specs, (activation.alpha, activation.limit), 2)
         # A later version's words, without which tiles follow the rows of this rank, T·K / L, and not T·K / E.
         known = {field.name for field in fields(package.routing.RoutingData)}
         self._expects = "expected_tokens_per_expt" in known
@@ -114,7 +114,7 @@ class HubExperts:
     @classmethod
     def serves(cls, device: torch.device) -> bool:
         """Where there is the package that loads them; the first product tells whether they run on this very one."""
-        return device.type != "cpu" and find_spec("kernels") is not None
+        return device.type != "cpu" and _installed()
 
     @classmethod
     def distinct(cls, tokens: int) -> tuple[int, ...]:
@@ -138,8 +138,8 @@ class HubExperts:
             )
         if activation.up_offset != 1.0:
             raise UserError(
-                f"experts=hub has gpt-oss's activation, gate · (up + 1), and this model's adds {activation.up_offset:g}: "
-                "choose experts=triton or experts=reference"
+                f"experts=hub has gpt-oss's activation, gate · (up + 1), and this model's adds {activation.up_offset:g}"
+                ": choose experts=triton or experts=reference"
             )
         package, bitwise = kernel_package(cls.settings.kernel), cls.settings.bitwise
         made = cls(
@@ -169,13 +169,15 @@ class HubExperts:
         offset_L1[0] = 0
         x_1H = torch.zeros(1, self.gate_up.shape[2], dtype=self.dtype, device=device)
         try:
-            self.forward(x_1H, Dispatch(row[None], torch.ones(1, 1, device=device), offset_L1, row, row, len(offset_L1)))
+            self.forward(
+                x_1H, Dispatch(row[None], torch.ones(1, 1, device=device), offset_L1, row, row, len(offset_L1))
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler's, a driver's, an assertion of the kernels'
             raise UserError(
-                f"experts=hub: hub.kernel={self.settings.kernel} does not run on {device} ({first_line(error)}): choose "
-                "other experts=, reference runs everywhere"
+                f"experts=hub: hub.kernel={self.settings.kernel} does not run on {device} ({first_line(error)}): "
+                "choose other experts=, reference runs everywhere"
             ) from error
 
     def unpack(self) -> ExpertWeights:
@@ -210,7 +212,7 @@ class HubExperts:
                 routing.RoutingData(weight_R, count_L, len(count_L), top_k, rows, **more),
                 gather_indx=routing.GatherIndx(src_indx=slot_R, dst_indx=dispatch.row_S),
                 precision_config=self.gate_up.precision,
-                fused_activation=self._fused,
+                fused_activation=self.fused,
             )
         with named("down"):
             matmul(
@@ -224,6 +226,13 @@ class HubExperts:
                 y=y_TKH.view(1, slots, hidden),
             )
         return y_TKH
+
+
+def _installed() -> bool:
+    try:
+        return find_spec("kernels") is not None
+    except ValueError:  # its entry in sys.modules says that there is none
+        return False
 
 
 def _plain(tensor: Any) -> torch.Tensor:

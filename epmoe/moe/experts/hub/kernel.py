@@ -38,17 +38,21 @@ def kernel_package(kernel: str) -> Any:
     """
     module = _imported(kernel)
     lacking = [
-        f"{part}.{name}" for part, names in NAMES.items() for name in names if not hasattr(getattr(module, part, None), name)
+        f"{part}.{name}"
+        for part, names in NAMES.items()
+        for name in names
+        if not hasattr(getattr(module, part, None), name)
     ]
     if lacking:
-        raise UserError(f"hub.kernel={kernel} is no gpt-oss-triton-kernels, it lacks {', '.join(lacking[:3])}: {REMEDY}")
+        raise UserError(
+            f"hub.kernel={kernel} is no gpt-oss-triton-kernels, it lacks {', '.join(lacking[:3])}: {REMEDY}"
+        )
     return module
 
 
 def _imported(kernel: str) -> Any:
-    folder = Path(kernel).expanduser()
-    pinned = None if folder.is_dir() else _PINNED.fullmatch(kernel)
-    if pinned is None and not folder.is_dir():
+    folder, pinned = Path(kernel).expanduser(), _PINNED.fullmatch(kernel)
+    if pinned is None and not (kernel and folder.is_dir()):
         raise UserError(
             f"hub.kernel={kernel} is neither a directory nor a pinned name: give a directory, owner/name@v1, or "
             "owner/name@COMMIT with its 40 digits"
