@@ -15,7 +15,8 @@ from typing import ClassVar
 from epmoe.config.keys import Biases, ByToken, Names, Numbers, Range, Variables, key
 from epmoe.errors import UserError
 
-SPELLINGS = {"max_tokens": "max_new_tokens"}  # vLLM's and OpenAI's → ours
+# vLLM's and OpenAI's → ours; a key that belongs to another, not to a group → its name as a field
+SPELLINGS = {"max_tokens": "max_new_tokens", "quant.scale": "quant_scale"}
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class ModelKeys:
 
     checkpoint: str = key("", "directory or Hub id; empty: the embedded model")
     quant: str = key("auto", "format of the experts in memory", Names(("auto",), "epmoe.formats:FORMATS"))
+    quant_scale: str = key("ocp", "quant.scale: how experts are rounded to mxfp4", Names(table="epmoe.formats:SCALES"))
     experts: str = key("auto", "backend of the experts", Names(("auto",), "epmoe.moe.experts:EXPERTS", open=True))
     router: str = key("auto", "backend of the router", Names(("auto",), "epmoe.moe.router:ROUTERS"))
     combine: str = key(

@@ -14,6 +14,9 @@ FORMATS = {
     "bf16": "epmoe.formats.bf16:Bf16Matrix",
 }
 
+# How a format whose values share scales picks one: `quant.scale`; epmoe/formats/mxfp4.py says what each is.
+SCALES = ("ocp", "up", "best")
+
 # (tensor name, expert ids) → the slice [len(ids), ...] of that tensor on the rank's device
 ReadExperts = Callable[[str, Sequence[int]], torch.Tensor]
 
@@ -49,8 +52,8 @@ class ExpertMatrix(Protocol):
         ...
 
     @classmethod
-    def quantize(cls, value_LNC: torch.Tensor) -> Self:
-        """Encode values; for `bf16` a cast."""
+    def quantize(cls, value_LNC: torch.Tensor, scale: str = "ocp") -> Self:
+        """Encode values; for `bf16` a cast. `scale` is of SCALES, for formats that have any."""
         ...
 
     @classmethod

@@ -58,7 +58,7 @@ class Bf16Matrix:
         return torch.stack([value_NC.isfinite().all() for value_NC in self.value_LNC])
 
     @classmethod
-    def quantize(cls, value_LNC: torch.Tensor) -> Self:
+    def quantize(cls, value_LNC: torch.Tensor, scale: str = "ocp") -> Self:
         """Round to the nearest bfloat16, ties to even; shares memory with a bfloat16 argument."""
         return cls(value_LNC.to(torch.bfloat16))
 

@@ -14,31 +14,44 @@ smallest product 0.5·2^-127, a subnormal. What leaves their range becomes infin
 s = 254 and 4, 6 at s = 253. Zeros keep their sign and stay zero at every scale but NaN. Every value of a group with
 s = 255 is NaN.
 
-**Encoding** takes the specification's scale, s - 127 = floor(log2(largest magnitude)) - 2 (2 is the exponent of E2M1's
-largest power of two, 4), not below s = 0, and rounds each value to the nearest of the sixteen, ties to the even
-mantissa; magnitudes beyond 6·scale become 6·scale. The cases which that leaves open:
+**Encoding** picks a group's scale by one of three rules, and rounds each value to the nearest of the sixteen;
+magnitudes beyond 6·scale become 6·scale. m is the group's largest magnitude.
+
+    ocp     s - 127 = floor(log2 m) - 2, the specification's rule (2 is the exponent of E2M1's largest power of two,
+            4): up to a quarter of m may be cut off. Ties go to the even mantissa.
+    up      s - 127 = ceil(log2(m / 6)): nothing is cut off, and the values stand farther apart. Ties go away from
+            zero. This is the conversion of the community's kernels (`downcast_to_mxfp_torch` in
+            kernels-community/gpt-oss-triton-kernels), which transformers calls, bit for bit where values are finite.
+    best    of ocp's s and s + 1, of which `up` takes one, that with the smaller sum of squared errors of the group; the
+            former where both are equal. Ties go to the even mantissa.
+
+s is not below 0, by up not below 1 but for zeros. The cases which that leaves open:
 
     all zeros     s = 0, signs kept
     a NaN         the whole group becomes NaN (s = 255)
     an infinity   s = 253, where 6·scale overflows: infinities come back as infinities. The group's other values are
                   rounded at that scale, 2^126, so small ones become zero.
 
-So encode(decode(x)) has the values of x for all bytes and scales (the bytes may differ: 1·2^0 is also 4·2^-2).
+So by ocp and best encode(decode(x)) has the values of x for all bytes and scales (the bytes may differ: 1·2^0 is also
+4·2^-2); by up for scales from 2 to 252.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import ClassVar, Self
 
 import torch
 
 from epmoe.errors import UserError
-from epmoe.formats import ReadExperts
+from epmoe.formats import SCALES, ReadExperts
 
 GROUP = 32  # values that share a scale
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Between two neighbours, and whether the code below it is odd: then the even one is above.
+_MIDPOINTS = tuple(((a + b) / 2, code % 2 == 1) for code, (a, b) in enumerate(pairwise(_MAGNITUDES)))
 _E2M1 = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 _NAN_SCALE, _INF_SCALE = 255, 253
 
@@ -72,11 +85,14 @@ def decode(
     return value.flatten(-2)
 
 
-def encode(values: torch.Tensor, chunk_values: int = CHUNK_VALUES) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest MXFP4 values, ties to even, with the scale rule at the top of this file.
+def encode(
+    values: torch.Tensor, chunk_values: int = CHUNK_VALUES, scale: str = "ocp"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest MXFP4 values, with one of the rules at the top of this file.
 
     Args:
         values: floating point [..., C] of at most float32's precision.
+        scale: one of SCALES.
 
     Returns:
         blocks uint8 [..., C/32, 16] and scales uint8 [..., C/32]; temporaries are bounded by `chunk_values`.
@@ -84,34 +100,54 @@ def encode(values: torch.Tensor, chunk_values: int = CHUNK_VALUES) -> tuple[torc
     Raises:
         UserError: C is not a multiple of 32.
     """
-    assert values.dtype in (torch.float32, torch.bfloat16, torch.float16), values.dtype
+    assert values.dtype in (torch.float32, torch.bfloat16, torch.float16) and scale in SCALES, (values.dtype, scale)
     *lead, columns = values.shape
     groups = _groups("encode", columns)
     scales = torch.empty((*lead, groups), dtype=torch.uint8, device=values.device)
     blocks = torch.empty((*lead, groups, GROUP // 2), dtype=torch.uint8, device=values.device)
     value_M32, block_M16, scale_M = values.reshape(-1, GROUP), blocks.view(-1, GROUP // 2), scales.view(-1)
-    for part in _chunks(scale_M.numel(), chunk_values // GROUP):
-        block_M16[part], scale_M[part] = _encode_groups(value_M32[part].float())
+    step = chunk_values // (4 if scale == "best" else 1)  # which holds both, and their errors
+    for part in _chunks(scale_M.numel(), max(1, step // GROUP)):
+        block_M16[part], scale_M[part] = _encode_groups(value_M32[part].float(), scale)
     return blocks, scales
 
 
-def _encode_groups(value_M32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    magnitude_M32 = value_M32.abs()
-    largest_M = magnitude_M32.amax(-1)
-    # float32's exponent field is floor(log2) + 127, so the scale rule is a subtraction; subnormals read 0: clamped.
-    scale_M = ((largest_M.view(torch.int32) >> 23) - 2).clamp_(min=0)
+def _encode_groups(value_M32: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ratio_M32 = value_M32.abs()
+    largest_M = ratio_M32.amax(-1)
+    # float32's exponent field is floor(log2) + 127, so a rule is a subtraction or a carry; subnormals read 0: clamped.
+    if scale == "up":
+        scale_M = (largest_M / 6.0).view(torch.int32).add_(0x7FFFFF) >> 23
+    else:
+        scale_M = ((largest_M.view(torch.int32) >> 23) - 2).clamp_(min=0)
     scale_M.masked_fill_(largest_M.isinf(), _INF_SCALE).masked_fill_(largest_M.isnan(), _NAN_SCALE)
-    ratio_M32 = magnitude_M32.mul_(_inverse_scales(value_M32.device).index_select(0, scale_M)[:, None])
-    # The code of a magnitude is how many midpoints of neighbours lie below it. A midpoint itself goes to the even code.
-    code_M32 = (ratio_M32 > 0.25).to(torch.uint8)
-    code_M32 += ratio_M32 >= 0.75
-    code_M32 += ratio_M32 > 1.25
-    code_M32 += ratio_M32 >= 1.75
-    code_M32 += ratio_M32 > 2.5
-    code_M32 += ratio_M32 >= 3.5
-    code_M32 += ratio_M32 > 5.0
+    ratio_M32.mul_(_inverse_scales(value_M32.device).index_select(0, scale_M)[:, None])
+    code_M32 = _codes(ratio_M32, away=scale == "up")
+    if scale == "best":
+        half_M32 = ratio_M32 / 2
+        other_M32 = _codes(half_M32, away=False)
+        # Beyond, the wider scale's largest values are infinities. A NaN is less than nothing, so such groups stay.
+        wider_M = (4 * _error(half_M32, other_M32) < _error(ratio_M32, code_M32)) & (scale_M < _INF_SCALE - 1)
+        code_M32, scale_M = torch.where(wider_M[:, None], other_M32, code_M32), scale_M + wider_M.int()
     code_M32 |= value_M32.signbit().to(torch.uint8) << 3
     return code_M32[:, 0::2] | code_M32[:, 1::2] << 4, scale_M.to(torch.uint8)
+
+
+def _codes(ratio_M32: torch.Tensor, *, away: bool) -> torch.Tensor:
+    """Codes of magnitudes in units of their scale: uint8.
+
+    A code is how many midpoints of neighbours lie below. A midpoint itself goes to the even code, or `away` from zero.
+    """
+    code_M32 = torch.zeros_like(ratio_M32, dtype=torch.uint8)
+    for midpoint, odd_below in _MIDPOINTS:
+        code_M32 += ratio_M32 >= midpoint if odd_below or away else ratio_M32 > midpoint
+    return code_M32
+
+
+def _error(ratio_M32: torch.Tensor, code_M32: torch.Tensor) -> torch.Tensor:
+    """A group's sum of squared errors, in units of its scale: [M]."""
+    magnitude_8 = torch.tensor(_MAGNITUDES, device=ratio_M32.device)
+    return (magnitude_8.index_select(0, code_M32.flatten().int()).view_as(ratio_M32) - ratio_M32).square_().sum(1)
 
 
 def _chunks(groups: int, step: int) -> Iterator[slice]:
@@ -190,13 +226,13 @@ class Mxfp4Matrix:
         return (self.scales_LNG < _INF_SCALE).flatten(1).all(1)
 
     @classmethod
-    def quantize(cls, value_LNC: torch.Tensor) -> Self:
-        """Encode values.
+    def quantize(cls, value_LNC: torch.Tensor, scale: str = "ocp") -> Self:
+        """Encode values by a rule of SCALES.
 
         Raises:
             UserError: C is not a multiple of 32.
         """
-        return cls(*encode(value_LNC, cls.chunk_values))
+        return cls(*encode(value_LNC, cls.chunk_values, scale))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

@@ -27,10 +27,17 @@ class Limits:
 
 
 class ExpertReader:
-    """Reads the experts `ids` (this rank's, ascending) of a source onto a device."""
+    """Reads the experts `ids` (this rank's, ascending) of a source onto a device; `scale` is of SCALES."""
 
-    def __init__(self, source: Source, ids: Sequence[int], device: torch.device, limits: Limits | None = None) -> None:
-        self.source, self.ids, self.device, self.limits = source, ids, device, limits or Limits()
+    def __init__(
+        self,
+        source: Source,
+        ids: Sequence[int],
+        device: torch.device,
+        limits: Limits | None = None,
+        scale: str = "ocp",
+    ) -> None:
+        self.source, self.ids, self.device, self.limits, self.scale = source, ids, device, limits or Limits(), scale
         self.on_host = device.type == "cpu"  # where conversions run; the host too once the device was too full
         self.finite: dict[str, torch.Tensor] = {}  # bool [L] by the stored name; on the device until `check_finite`
 
@@ -90,7 +97,7 @@ class ExpertReader:
         parts = []
         for start in range(0, len(self.ids), count):
             part = matrix.stored.read(matrix.name, self.ids[start : start + count], self._to(device))
-            parts.append(matrix.wanted.quantize(part.dequantize(torch.bfloat16)))
+            parts.append(matrix.wanted.quantize(part.dequantize(torch.bfloat16), self.scale))
         return parts[0] if len(parts) == 1 else matrix.wanted.cat(parts)
 
     def bias(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:

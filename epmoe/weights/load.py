@@ -42,6 +42,7 @@ class LoadReport:
     combine: str
     placement: str
     dtype: str
+    scale: str
     waits: tuple[str, ...]  # what of it waits for the device in a step, as "key=name": no graph can capture it
 
 
@@ -80,7 +81,7 @@ def load(
     backend, router = experts_of(chosen), router_class(chosen.router)()
     exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
     local_E = placement.local_E(ranks.expert_rank, ranks.device)
-    reader = ExpertReader(source, ids, ranks.device, limits)
+    reader = ExpertReader(source, ids, ranks.device, limits, chosen.scale)
     shown = progress and ranks.is_main and on_terminal()
     with (
         fitting(manifest.bytes_of_weights(len(ids), compute), ranks.device),

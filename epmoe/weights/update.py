@@ -116,7 +116,7 @@ class Update:
         placement = placement_of(report.placement, model.config.num_experts, ranks)
         ids, dtype = placement.experts[ranks.expert_rank], DTYPES[report.dtype]
         self.check_finite(ids, dtype, ranks)
-        stayed = self.write(model, ids, dtype, ranks.device)
+        stayed = self.write(model, ids, report, ranks.device)
         return all(each for (each,) in ranks.gather([stayed]))
 
     def check_finite(self, ids: Sequence[int], dtype: torch.dtype, ranks: Ranks) -> None:
@@ -146,8 +146,8 @@ class Update:
                     yield numbers[min(form.stored(matrix.name, matrix.shape))], expert
 
     @torch.no_grad()
-    def write(self, model: Family, ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
-        """Change the model's weights; whether all of them stayed in their memory.
+    def write(self, model: Family, ids: Sequence[int], report: LoadReport, device: torch.device) -> bool:
+        """Change the weights of the model, loaded as `report` says; whether all of them stayed in their memory.
 
         Raises:
             torch.OutOfMemoryError: a layer more of experts does not fit; some weights are the new ones then.
@@ -156,7 +156,8 @@ class Update:
         for name, target in self.manifest.shared.items():
             if name in self.given.values:
                 target.of(parameters[target.parameter]).copy_(self.given.values[name])
-        reader, stayed = ExpertReader(self.given, ids, device), True
+        dtype, stayed = DTYPES[report.dtype], True
+        reader = ExpertReader(self.given, ids, device, scale=report.scale)
         for pair, layer in zip(self.manifest.layers, model.moe_layers(), strict=True):
             names = {name for matrix in pair for name in (matrix.name, matrix.bias)}
             if not names.isdisjoint({*self.forms, *self.given.values}):

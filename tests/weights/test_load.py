@@ -168,20 +168,25 @@ def test_targets_cover_a_parameter_once(rows: list[tuple[int, int] | None]) -> N
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype_experts", "quant"), [("bf16", "mxfp4"), ("mxfp4", "bf16")])
-def test_converting_slices_by_chunks_is_converting_the_whole(dtype_experts: str, quant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype_experts", "quant", "scale"),
+    [("bf16", "mxfp4", "ocp"), ("bf16", "mxfp4", "up"), ("bf16", "mxfp4", "best"), ("mxfp4", "bf16", "ocp")],
+)
+def test_converting_slices_by_chunks_is_converting_the_whole(
+    dtype_experts: str, quant: str, scale: str, tmp_path: Path
+) -> None:
     make_checkpoint(tmp_path, dtype_experts=dtype_experts, experts=7)
     tensors = stored(tmp_path)
     limits = Limits(chunk_bytes=2 * 128 * 96 * 2)  # two experts of gate_up at a time, four of down
     for size in (1, 2, 3):
         for rank, ids in enumerate(contiguous(7, size).experts):
-            model, report = load_rank(tmp_path, rank, size, quant=quant, limits=limits)
-            assert report.quant == quant
+            model, report = load_rank(tmp_path, rank, size, quant=quant, scale=scale, limits=limits)
+            assert (report.quant, report.scale) == (quant, scale)
             for layer, weights in enumerate(weights_of(model)):
                 for matrix, name in ((weights.gate_up, "gate_up_proj"), (weights.down, "down_proj")):
                     name = EXPERTS.format(layer) + name
                     if quant == "mxfp4":
-                        whole = Mxfp4Matrix.quantize(tensors[name].mT.contiguous())
+                        whole = Mxfp4Matrix.quantize(tensors[name].mT.contiguous(), scale)
                         assert isinstance(matrix, Mxfp4Matrix)
                         assert torch.equal(matrix.blocks_LNG16, whole.blocks_LNG16[list(ids)])
                         assert torch.equal(matrix.scales_LNG, whole.scales_LNG[list(ids)])

@@ -139,6 +139,20 @@ def test_plain_experts_are_quantised_and_packed_ones_decoded(mxfp4: tuple[Path, 
             assert answers(llm) == wanted
 
 
+def test_plain_experts_are_rounded_as_the_model_was_told_to(mxfp4: tuple[Path, Path]) -> None:
+    old, _ = mxfp4
+    blocks = stored(old)[f"{GATE_UP}_blocks"]
+    value = torch.randn(len(blocks), 32 * blocks.shape[2], blocks.shape[1], generator=torch.Generator().manual_seed(3))
+    value = value.bfloat16()
+    with LLM(old, **KEYS, **{"quant.scale": "best"}) as llm:
+        llm.update_weights({GATE_UP: value})
+        found = llm.model.moe_layers()[0].experts.unpack().gate_up
+    wanted, other = (Mxfp4Matrix.quantize(value.mT.contiguous(), scale) for scale in ("best", "ocp"))
+    assert isinstance(found, Mxfp4Matrix) and torch.equal(found.scales_LNG, wanted.scales_LNG)
+    assert torch.equal(found.blocks_LNG16, wanted.blocks_LNG16)
+    assert not torch.equal(wanted.scales_LNG, other.scales_LNG)
+
+
 def spoiled(tensors: dict[str, Any], name: str, change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
     changed = tensors[name].clone()
     change(changed)

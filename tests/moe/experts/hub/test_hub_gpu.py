@@ -11,6 +11,7 @@ import torch
 
 from epmoe.config.schema import Hub
 from epmoe.errors import UserError
+from epmoe.formats.mxfp4 import encode
 from epmoe.moe.experts.hub import HubExperts
 from epmoe.moe.experts.hub.kernel import kernel_package
 from epmoe.moe.experts.triton import TritonExperts
@@ -121,3 +122,13 @@ def test_graphs(backend: type[HubExperts], tokens: int) -> None:
         getattr(dispatch, name).copy_(getattr(other, name))
     graph.replay()
     assert torch.equal(y_TKH, experts.forward(x_TH, dispatch))
+
+
+def test_rounding_up_is_theirs(backend: type[HubExperts]) -> None:
+    """quant.scale=up has the bytes of the package's own conversion, whatever the group's size."""
+    generator = torch.Generator().manual_seed(6)
+    exponent = torch.randint(-100, 100, (4000, 1), generator=generator)
+    value = torch.ldexp(torch.randn(4000, 96, generator=generator), exponent).to("cuda", torch.bfloat16)
+    code, scale = kernel_package(Hub().kernel).numerics_details.mxfp.downcast_to_mxfp_torch(value, torch.uint8, axis=-1)
+    blocks, scales = encode(value, scale="up")
+    assert torch.equal(blocks.flatten(1), code) and torch.equal(scales, scale)
