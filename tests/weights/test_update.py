@@ -146,7 +146,7 @@ def test_plain_experts_are_rounded_as_the_model_was_told_to(mxfp4: tuple[Path, P
     value = value.bfloat16()
     with LLM(old, **KEYS, **{"quant.scale": "best"}) as llm:
         llm.update_weights({GATE_UP: value})
-        found = llm.model.moe_layers()[0].experts.unpack().gate_up
+        found = llm.model.moe_layers()[1].experts.unpack().gate_up
     wanted, other = (Mxfp4Matrix.quantize(value.mT.contiguous(), scale) for scale in ("best", "ocp"))
     assert isinstance(found, Mxfp4Matrix) and torch.equal(found.scales_LNG, wanted.scales_LNG)
     assert torch.equal(found.blocks_LNG16, wanted.blocks_LNG16)
