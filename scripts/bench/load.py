@@ -11,6 +11,9 @@ cache (a read of all of them comes first), the slowest rank counts, the median o
             one thread, no overlap, into one device buffer. The bytes are exactly those that the rank loads.
     read    the same without the copy            copy    the same without the read
     ring    epmoe.weights.reader alone: all tensors that the rank loads, into their own memory, none packed
+    mmap    the same by the library safetensors, which maps the files; on a CPU the values are copied out of the mapping
+    pread   the same with backend="pread", which reads a whole tensor for a slice of it
+    fast    the same by fastsafetensors, where it is installed, on one rank: it reads whole files
     load    epmoe.weights.load: checks, ring, packing, everything up to a model that can run
 
 One load of a tiny checkpoint comes first, so that imports, the device's start and the pinning of the ring's buffers
@@ -29,10 +32,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
@@ -43,6 +49,7 @@ from epmoe.weights.load import load, model_of
 from epmoe.weights.reader import Reader, Span
 from epmoe.weights.synthetic import SIZES, make_checkpoint
 
+KINDS = ("plain", "read", "copy", "ring", "mmap", "pread", "fast", "load")  # what is timed, in the table's order
 PLAIN_BYTES = 32 << 20
 THREADS = (1, 2, 4, 8, 12)
 BUFFER_MIB = (2, 4, 8, 16, 32)
@@ -74,9 +81,7 @@ def measure(size: int, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
         subprocess.run([*command, *sys.argv[1:], "--worker", folder], check=True, timeout=3600)
         results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
-    row = {
-        key: max(result[key] for result in results) for key in ("bytes", "pin", "plain", "read", "copy", "ring", "load")
-    }
+    row = {key: max(result[key] for result in results) for key in ("bytes", "pin", *KINDS) if key in results[0]}
     first = results[0]
     variants = {name: max(r["variants"][name] for r in results) for name in first["variants"]}
     return row | {"ranks": size, "device": first["device"], "cores": first["cores"], "variants": variants}
@@ -111,10 +116,14 @@ def work(options: argparse.Namespace) -> None:
                 del kept
             return statistics.median(seconds)
 
-        result["bytes"] = sum(size for _, spans, _, _ in share for _, size in spans)
+        result["bytes"] = sum(part.span[1] for part in share)
         for name, read, copy in (("plain", True, True), ("read", True, False), ("copy", False, True)):
             result[name] = timed(lambda r=read, c=copy: list(plain(share, mine.device, r, c)))  # type: ignore[misc]
         result["ring"] = timed(lambda: ring(share, mine.device, Reader()))
+        for backend in ("mmap", "pread"):
+            result[backend] = timed(lambda b=backend: library(share, mine.device, b))  # type: ignore[misc]
+        if mine.size == 1 and find_spec("fastsafetensors"):
+            result["fast"] = timed(lambda: fast(checkpoint, mine.device))
         result["load"] = timed(lambda: load(Checkpoint.open(options.checkpoint), mine, progress=False))
         result["variants"] = {}
         for threads, mib in [(t, m) for t in THREADS for m in BUFFER_MIB] if options.variants and accelerated else []:
@@ -125,48 +134,81 @@ def work(options: argparse.Namespace) -> None:
         (options.worker / f"{mine.rank}.json").write_text(json.dumps(result))
 
 
-Tensor = tuple[Path, list[Span], tuple[int, ...], torch.dtype]
+@dataclass(frozen=True)
+class Part:
+    """What a rank reads of a tensor: its rows from `first` on."""
+
+    file: Path
+    name: str
+    first: int
+    shape: tuple[int, ...]  # of the part
+    whole: bool
+    dtype: torch.dtype
+    span: Span
 
 
-def share_of(checkpoint: Checkpoint, mine: mesh.Ranks) -> Iterator[Tensor]:
-    """What this rank reads: (file, spans, shape, dtype) of each tensor."""
+def share_of(checkpoint: Checkpoint, mine: mesh.Ranks) -> Iterator[Part]:
+    """What this rank reads."""
     _, config = model_of(checkpoint)
     ids = contiguous(config.num_experts, mine.expert_size).experts[mine.expert_rank]
     for name, info in checkpoint.tensors.items():
         first, count = (ids[0], len(ids)) if ".experts." in name else (0, info.shape[0])
         span = (info.offset + first * info.row_bytes, count * info.row_bytes)
-        yield info.file, [span], (count, *info.shape[1:]), info.dtype
+        shape = (count, *info.shape[1:])
+        yield Part(info.file, name, first, shape, count == info.shape[0], info.dtype, span)
 
 
-def plain(share: list[Tensor], device: torch.device, read: bool, copy: bool) -> Iterator[None]:
+def plain(share: list[Part], device: torch.device, read: bool, copy: bool) -> Iterator[None]:
     """The baseline; `read` and `copy` leave a half out."""
     accelerated = device.type != "cpu"
     buffer = torch.empty(PLAIN_BYTES, dtype=torch.uint8, pin_memory=accelerated)
     target = torch.empty(PLAIN_BYTES, dtype=torch.uint8, device=device)
     view = buffer.numpy().data
-    for file, spans, _, _ in share:
-        fd = os.open(file, os.O_RDONLY)
-        for offset, size in spans:
-            for at in range(0, size, PLAIN_BYTES):
-                count = min(PLAIN_BYTES, size - at)
-                if read:
-                    got = os.preadv(fd, [view[:count]], offset + at)
-                    assert got == count, "a file in the page cache is read at once"
-                if copy and accelerated:
-                    target[:count].copy_(buffer[:count], non_blocking=True)
-                    synchronize(device)
-                yield
+    for part in share:
+        fd, (offset, size) = os.open(part.file, os.O_RDONLY), part.span
+        for at in range(0, size, PLAIN_BYTES):
+            count = min(PLAIN_BYTES, size - at)
+            if read:
+                got = os.preadv(fd, [view[:count]], offset + at)
+                assert got == count, "a file in the page cache is read at once"
+            if copy and accelerated:
+                target[:count].copy_(buffer[:count], non_blocking=True)
+                synchronize(device)
+            yield
         os.close(fd)
 
 
-def ring(share: list[Tensor], device: torch.device, reader: Reader) -> list[torch.Tensor]:
+def ring(share: list[Part], device: torch.device, reader: Reader) -> list[torch.Tensor]:
     """All of the share through `reader`."""
     kept = []
-    for file, spans, shape, dtype in share:
-        kept.append(torch.empty(shape, dtype=dtype, device=device))
-        reader.read(file, spans, kept[-1])
+    for part in share:
+        kept.append(torch.empty(part.shape, dtype=part.dtype, device=device))
+        reader.read(part.file, [part.span], kept[-1])
     reader.close()
     return kept
+
+
+def library(share: list[Part], device: torch.device, backend: str) -> list[torch.Tensor]:
+    """All of the share by safetensors."""
+    kept, opened = [], {}
+    for part in share:
+        if part.file not in opened:
+            opened[part.file] = safe_open(part.file, framework="pt", device=str(device), backend=backend)
+        file = opened[part.file]
+        rows = slice(part.first, part.first + part.shape[0])
+        found = file.get_tensor(part.name) if part.whole else file.get_slice(part.name)[rows]
+        kept.append(found.clone() if device.type == "cpu" and backend == "mmap" else found)
+    return kept
+
+
+def fast(checkpoint: Checkpoint, device: torch.device) -> list[Any]:
+    """All of the checkpoint by fastsafetensors, through the host's memory."""
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), str(device), nogds=True)
+    loader.add_filenames({0: [str(file) for file in checkpoint.files]})
+    files = loader.copy_files_to_device()
+    return [loader, files, *(files.get_tensor(name) for name in checkpoint.tensors)]
 
 
 def synchronize(device: torch.device) -> None:
@@ -176,20 +218,20 @@ def synchronize(device: torch.device) -> None:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"{options.checkpoint}, {rows[0]['device']}, {rows[0]['cores']} cores, torch {torch.__version__}; seconds")
-    print(
-        f"{'ranks':>5} {'GB a rank':>9} {'plain':>7} {'read':>7} {'copy':>7} {'ring':>7} {'load':>7} {'load/plain':>10}"
-    )
+    print(f"{'ranks':>5} {'GB a rank':>9}" + "".join(f" {kind:>7}" for kind in KINDS) + " load/plain")
     for row in rows:
-        seconds = "".join(f" {row[key]:7.3f}" for key in ("plain", "read", "copy", "ring", "load"))
+        seconds = "".join(f" {row[kind]:7.3f}" if kind in row else f" {'-':>7}" for kind in KINDS)
         print(f"{row['ranks']:5} {row['bytes'] / 1e9:9.2f}{seconds} {row['load'] / row['plain']:10.2f}")
     for row in rows:
         speed = {key: row["bytes"] / 1e9 / row[key] for key in ("read", "copy", "ring", "load")}
         rest = row["load"] - row["ring"]
         limit = "the ring" if row["ring"] > rest else "what comes after reading (allocation, packing)"
         row["limit"] = limit
+        row["fastest"] = min((kind for kind in ("ring", "mmap", "pread", "fast") if kind in row), key=row.__getitem__)
         print(
             f"{row['ranks']} ranks: one thread reads {speed['read']:.1f} GB/s, the link copies {speed['copy']:.1f}, "
-            f"the ring does both at {speed['ring']:.1f}, load at {speed['load']:.1f} GB/s a rank; {limit} limits load"
+            f"the ring does both at {speed['ring']:.1f}, load at {speed['load']:.1f} GB/s a rank; {limit} limits load; "
+            f"the fastest reader is {row['fastest']}"
         )
         for name, took in sorted(row["variants"].items(), key=lambda item: item[1]):
             threads, mib = name.split("x")

@@ -203,7 +203,33 @@ def test_a_file_cut_off_after_opening_ends_the_read(tmp_path: Path) -> None:
     info = checkpoint.tensors[NORM]
     os.truncate(info.file, info.offset + 10)
     with pytest.raises(UserError, match=f"ends at byte {info.offset + 10}, {info.nbytes - 10} bytes early"):
+        checkpoint.read_rows(NORM, range(info.shape[0]))
+    with pytest.raises(UserError, match=r"norm.weight cannot be read \(.*not fully covered\): copy or download"):
         checkpoint.read(NORM)
+
+
+def test_a_file_cut_off_between_two_reads_ends_the_second(tmp_path: Path) -> None:
+    """By the library, which has the file open and its header read."""
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
+    info = checkpoint.tensors[NORM]
+    assert torch.equal(checkpoint.read(NORM), load_file(info.file)[NORM])
+    os.truncate(info.file, info.offset + 10)
+    with pytest.raises(UserError, match=r"norm.weight cannot be read \(.*fill whole buffer\): copy or download"):
+        checkpoint.read(NORM)
+    checkpoint.close()
+    with pytest.raises(UserError, match="not fully covered"):
+        checkpoint.read(NORM)
+
+
+def test_what_was_read_does_not_follow_the_file(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
+    info = checkpoint.tensors[NORM]
+    value = checkpoint.read(NORM)
+    before = value.clone()
+    with info.file.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(bytes(info.nbytes))
+    assert torch.equal(value, before) and not checkpoint.read(NORM).any()
 
 
 @pytest.mark.parametrize("shards", [1, 3])
