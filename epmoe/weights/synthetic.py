@@ -280,7 +280,7 @@ def _write_weights(path: Path, spec: Synthetic) -> None:
 def _write_header(file: Path, tensors: list[Drawn]) -> list[tuple[Drawn, int]]:
     """Start a safetensors file; each tensor with its first byte. Wide dtypes come first, so that all are aligned.
 
-    Not by the library, whose `save_file` wants all tensors in memory at once: 65 GB of 120b, where PERIOD values repeat.
+    Not by the library, whose `save_file` wants all tensors in memory: 65 GB of 120b, in which PERIOD values repeat.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, offset = [], 0

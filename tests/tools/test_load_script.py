@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from epmoe.weights.synthetic import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("ring", "mmap", "pread")
 
 
+@pytest.mark.slow
 def test_every_way_is_timed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "m")
     script = str(ROOT / "scripts/bench/load.py")

@@ -59,6 +59,7 @@ SCRIPTS = (
     "bench/load",
     "bench/moe",
     "bench/orders",
+    "bench/rounding",
     "bench/router",
     "bench/speculation",
     "bench/start",
