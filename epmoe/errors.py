@@ -40,3 +40,9 @@ def warn(message: str) -> None:
     """Say on standard error, once and on rank 0 alone, what may be a mistake and stops nothing: one line, as above."""
     if os.environ.get("RANK", "0") == "0":
         tell(f"epmoe: warning: {shown(message)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error from elsewhere says, with its name: the first line of it."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(" :.")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -26,6 +26,7 @@ from epmoe.engine.ragged import Ragged
 from epmoe.engine.request import Variant
 from epmoe.engine.step import StaticStep
 from epmoe.errors import UserError
+from epmoe.kernels import run_on
 from epmoe.kernels.capture import Capture, Graph
 from epmoe.layers.twin import WAITING, torch_only
 from epmoe.ranks.mesh import Ranks
@@ -78,7 +79,7 @@ def resolve_graphs(wanted: str, ranks: Ranks, waits: Sequence[str]) -> bool:
         UserError: graphs are asked for where there can't be any.
     """
     waiting = [*waits, *(f"{name}'s torch version" for name in sorted(torch_only() & WAITING))]
-    reason = "runtime.device=cpu" if ranks.device.type == "cpu" else ", ".join(waiting)
+    reason = ", ".join(waiting) if run_on(ranks.device) else f"runtime.device={ranks.device.type}"
     if wanted == "true" and reason:
         raise UserError(f"runtime.graphs=true is not possible with {reason}: take runtime.graphs=auto")
     chosen = wanted != "false" and not reason

@@ -24,7 +24,11 @@ from epmoe.ranks.admission import REMEDY, Hello, age_s, origin
 from epmoe.ranks.fault import SETTLE_S, NoRankZero, SharedMistake
 from epmoe.streams import tell
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}  # AMD's devices are torch's "cuda", too
+SEEN_BY = {  # what to look at where torch sees none
+    "cuda": "nvidia-smi or rocm-smi, CUDA_VISIBLE_DEVICES and that torch is a CUDA or ROCm build",
+    "xpu": "xpu-smi, ZE_AFFINITY_MASK and that torch is an XPU build",
+}
 LARGEST_PORT = 65535
 
 
@@ -117,7 +121,8 @@ def _number(name: str, default: int) -> int:
 def rank_device(device: str, launch: Launch) -> torch.device:
     """This rank's device; `auto` says what it took."""
     if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        kind = found.type if found is not None and found.type in BACKENDS else "cpu"
         if launch.rank == 0:
             tell(f"epmoe: device={kind} (auto)")
     else:
@@ -126,11 +131,11 @@ def rank_device(device: str, launch: Launch) -> torch.device:
         raise UserError(f"runtime.device={device!r} is unknown; known: auto, {', '.join(BACKENDS)}")
     if kind == "cpu":
         return torch.device(kind)
-    count = torch.cuda.device_count()
+    count = torch.get_device_module(kind).device_count()
     if not count:
         raise UserError(
-            f"runtime.device={kind}, but torch sees no {kind} device on this machine: check nvidia-smi, "
-            "CUDA_VISIBLE_DEVICES and that torch is a CUDA build, or take runtime.device=cpu"
+            f"runtime.device={kind}, but torch sees no {kind} device on this machine: check {SEEN_BY[kind]}, "
+            "or take runtime.device=cpu"
         )
     if launch.local_size > count > 1:
         raise UserError(
@@ -138,14 +143,14 @@ def rank_device(device: str, launch: Launch) -> torch.device:
             f"start at most {count} (--nproc-per-node), or take runtime.device=cpu"
         )
     index = launch.local_rank if count > 1 else 0  # one is each rank's own, or shared: see `check_devices`
-    torch.cuda.set_device(index)
+    torch.accelerator.set_device_index(index)
     return torch.device(kind, index)
 
 
 def use_on_this_thread(device: torch.device) -> None:
     """Let the calling thread have the rank's device and number of CPU threads, both of which torch keeps by thread."""
     if device.type != "cpu":
-        torch.cuda.set_device(device)
+        torch.accelerator.set_device_index(device)
     torch.set_num_threads(torch.get_num_threads())
 
 
@@ -165,7 +170,7 @@ def wake(device: torch.device) -> None:
 def tell_device(launch: Launch, device: torch.device, store: dist.Store) -> None:
     """Let rank 0 know which device this rank has, for `check_devices`."""
     if device.type != "cpu":
-        store.set(f"device/{launch.rank}", str(torch.cuda.get_device_properties(device).uuid))
+        store.set(f"device/{launch.rank}", str(torch.get_device_module(device).get_device_properties(device).uuid))
 
 
 def check_devices(launch: Launch, device: torch.device, store: dist.Store) -> None:

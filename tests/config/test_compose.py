@@ -188,7 +188,7 @@ MISTAKES = {
     "unknown router": (["router=x"], ["router='x'", "reference"]),
     "unknown combine": (["combine=allreduce"], ["combine='allreduce'", "slots", "did you mean all_reduce?"]),
     "unknown placement": (["placement=auto"], ["placement='auto'", "contiguous"]),
-    "unknown device": (["runtime.device=gpu"], ["runtime.device='gpu'", "auto, cpu, cuda"]),
+    "unknown device": (["runtime.device=gpu"], ["runtime.device='gpu'", "auto, cpu, cuda, xpu"]),
     "unknown dtype": (["runtime.dtype=fp16"], ["runtime.dtype='fp16'", "float32"]),
     "unknown graphs": (["runtime.graphs=True"], ["runtime.graphs='True'", "auto, true, false"]),
     "two sources of prompts": (["prompt=x", "prompts=y"], ["prompts='y'", "exclude each other"]),

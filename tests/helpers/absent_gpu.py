@@ -19,14 +19,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+HOPPER = GPUTarget("cuda", 90, 32)
 DEVICE = 1000  # a number that no real device has: a kernel is kept in memory by its device's
 
 
 class AbsentGpu:
     """What Triton asks of a driver."""
 
-    def __init__(self, arch: int = 90) -> None:
-        self.arch = arch
+    def __init__(self, target: GPUTarget = HOPPER) -> None:
+        self.target = target
         self.launched: list[str] = []
         self.launchers: list[str] = []  # kernels whose launcher was made
         self.utils = SimpleNamespace(
@@ -34,7 +35,7 @@ class AbsentGpu:
         )
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return DEVICE
@@ -54,9 +55,9 @@ class AbsentGpu:
 
 
 @contextmanager
-def absent_gpu(cache: Path) -> Iterator[AbsentGpu]:
+def absent_gpu(cache: Path, target: GPUTarget = HOPPER) -> Iterator[AbsentGpu]:
     """It is there within the block, with `cache` as Triton's folder and nothing in memory."""
-    gpu = AbsentGpu()
+    gpu = AbsentGpu(target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_CACHE_DIR", str(cache))
         patch.setattr(triton.runtime.driver, "_active", gpu)

@@ -40,17 +40,18 @@ def test_mistakes(env: dict[str, str], options: dict[str, str], words: str, monk
 
 
 class Devices:
-    """Stands for torch.cuda: the devices that a rank sees, by their identity."""
+    """Stands for torch's accelerator: the devices that a rank sees, by their identity."""
 
-    def __init__(self, seen: list[str]) -> None:
-        self.seen = seen
+    def __init__(self, seen: list[str], kind: str = "cuda") -> None:
+        self.seen, self.kind = seen, kind
 
     def put(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: len(self.seen))
-        patch.setattr(torch.cuda, "set_device", lambda index: self.seen[index])
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=self.seen[device.index]))
-        patch.setattr(torch.cuda, "get_device_name", lambda device: "an accelerator")
+        module = torch.get_device_module(self.kind)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(self.kind))
+        patch.setattr(torch.accelerator, "set_device_index", lambda index: self.seen[index])
+        patch.setattr(module, "device_count", lambda: len(self.seen))
+        patch.setattr(module, "get_device_properties", lambda device: SimpleNamespace(uuid=self.seen[device.index]))
+        patch.setattr(module, "get_device_name", lambda device: "an accelerator")
 
 
 def see(seen: list[list[str]]) -> None:
@@ -95,6 +96,19 @@ def test_which_device(local: dict[str, str], seen: list[str], index: int, monkey
     assert launch.rank_device("cuda", launch.Launch.read()) == torch.device("cuda", index)
 
 
+@pytest.mark.parametrize(("there", "kind"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu"), ("", "cpu")])
+def test_auto(there: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The accelerator that torch has, if there is a way between ranks for it; else the CPU."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if kind != "cpu":
+        Devices(["A"], kind).put(monkeypatch)
+    found = torch.device(there) if there else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert launch.rank_device("auto", launch.Launch.read()).type == kind
+    assert capsys.readouterr().err == f"epmoe: device={kind} (auto)\n"
+
+
 def join(timeout_s: float) -> None:
     with mesh.start(device="cpu", timeout_s=timeout_s):
         pass
@@ -111,16 +125,17 @@ def test_a_stranger_at_the_port_is_waited_for_no_longer_than_for_a_rank(tmp_path
             assert started[1].stderr == f"{cannot}runtime.timeout_s)\n"
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
 @pytest.mark.parametrize("size", ["1", "2"])
-def test_no_device_at_all(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_device_at_all(size: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many ranks there are is not what is wrong then, and fewer of them are no remedy."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda: 0)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as mistake:
-        launch.rank_device("cuda", launch.Launch.read())
+        launch.rank_device(kind, launch.Launch.read())
     message = str(mistake.value)
-    assert message.startswith("runtime.device=cuda, but torch sees no cuda device") and "\n" not in message
+    assert message.startswith(f"runtime.device={kind}, but torch sees no {kind} device") and "\n" not in message
     assert message.endswith("or take runtime.device=cpu") and "ranks" not in message
 
 

@@ -29,7 +29,6 @@ class Case:
 
 CASES = [
     Case("a GPU", MXFP4, "cuda:0", ON_GPU),
-    Case("another accelerator", MXFP4, "xpu:0", ON_GPU),
     Case("a CPU", MXFP4, "cpu", ON_CPU, ("experts=reference", "router=reference")),
     Case("several nodes", MXFP4, "cuda:0", replace(ON_GPU, combine="all_reduce"), nodes=2),
     Case(
@@ -59,6 +58,22 @@ def test_auto(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     told = [key for key in ("quant", "experts", "router", "combine", "dtype") if getattr(case.asked, key) == "auto"]
     said = ", ".join(f"{key}={getattr(case.chosen, key)}" for key in told)
     assert capsys.readouterr().err == f"epmoe: auto chose {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "formats", "experts"),
+    [(True, MXFP4, "hub"), (False, MXFP4, "reference"), (True, MIXED, "reference"), (True, BF16, "reference")],
+    ids=["with the package kernels", "without", "mixed", "bf16"],
+)
+def test_another_accelerator(
+    there: bool, formats: frozenset[str], experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither NVIDIA's nor AMD's: our kernels are for none; the community's, where they can be loaded, or torch."""
+    monkeypatch.setattr("epmoe.moe.experts.hub.find_spec", lambda name: there or None)
+    chosen = resolve(Choices(), formats, rank_of(1, 2, "xpu:0"))
+    quant = "mxfp4" if "mxfp4" in formats else "bf16"
+    assert chosen == Choices(quant, experts, "reference", "slots", "contiguous", "bfloat16")
+    assert "router=reference" in waiting(chosen)  # so no graph is captured
 
 
 def test_only_rank_0_says_it_and_only_when_there_is_something(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,8 @@ from epmoe.formats import ExpertMatrix, ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix
 from epmoe.kernels import distinct
 from epmoe.moe.experts import GatedActivation
-from epmoe.moe.experts.hub.kernel import first_line, kernel_package
+from epmoe.moe.experts.hub.kernel import kernel_package
+from epmoe.moe.experts.trial import tried
 from epmoe.moe.router import Dispatch
 from epmoe.trace import named
 
@@ -51,6 +52,10 @@ class HubMatrix:
     value: Any  # the package's tensor.Tensor of [L, C, N] codes
     precision: Any  # its PrecisionConfig, which holds the scales
     bias_LN: torch.Tensor  # float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias_LN.device
 
     @classmethod
     def pack(cls, package: Any, matrix: Mxfp4Matrix, bias_LN: torch.Tensor, bitwise: bool) -> Self:
@@ -149,7 +154,7 @@ class HubExperts:
             dtype,
             activation,
         )
-        made._try()
+        tried(made, made.gate_up, dtype, f"experts=hub: hub.kernel={cls.settings.kernel}")
         return made
 
     @classmethod
@@ -160,25 +165,6 @@ class HubExperts:
                 "experts=reference"
             )
         return matrix
-
-    def _try(self) -> None:
-        """One token of one local expert. Raises UserError where the kernels do not run on this device."""
-        device = self.gate_up.bias_LN.device
-        row = torch.zeros(1, dtype=torch.int32, device=device)
-        offset_L1 = torch.ones(self.gate_up.shape[0] + 1, dtype=torch.int32, device=device)
-        offset_L1[0] = 0
-        x_1H = torch.zeros(1, self.gate_up.shape[2], dtype=self.dtype, device=device)
-        try:
-            self.forward(
-                x_1H, Dispatch(row[None], torch.ones(1, 1, device=device), offset_L1, row, row, len(offset_L1))
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler's, a driver's, an assertion of the kernels'
-            raise UserError(
-                f"experts=hub: hub.kernel={self.settings.kernel} does not run on {device} ({first_line(error)}): "
-                "choose other experts=, reference runs everywhere"
-            ) from error
 
     def unpack(self) -> ExpertWeights:
         matrices = (self.gate_up, self.down)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from epmoe.errors import UserError
+from epmoe.errors import UserError, first_line
 
 # What is called, by the package's modules.
 NAMES = {
@@ -72,9 +72,3 @@ def _imported(kernel: str) -> Any:
         return kernels.get_kernel(name, revision=commit, trust_remote_code=[name])
     except Exception as error:  # the network's, the Hub's, the package's, and what importing the kernels' code raises
         raise UserError(f"hub.kernel={kernel} cannot be loaded ({first_line(error)}): {REMEDY}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line, with its name."""
-    said = (str(error).strip().splitlines() or [""])[0].rstrip(" :.")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -23,13 +23,18 @@ import torch
 from epmoe.errors import UserError
 from epmoe.formats import ExpertWeights
 from epmoe.formats.mxfp4 import Mxfp4Matrix
-from epmoe.kernels import distinct
+from epmoe.kernels import distinct, run_on
 from epmoe.moe.experts import GatedActivation
+from epmoe.moe.experts.trial import tried
 from epmoe.moe.router import Dispatch
 from epmoe.trace import named
 
 if TYPE_CHECKING:
     from epmoe.moe.experts.triton.words import WordMatrix
+
+
+# NVIDIA's generations that the kernels are made for. On older ones, and on AMD's devices, a token is tried first.
+LEAST_GENERATION = 8
 
 
 class TritonExperts:
@@ -55,7 +60,7 @@ class TritonExperts:
 
     @classmethod
     def serves(cls, device: torch.device) -> bool:
-        return device.type != "cpu"
+        return run_on(device)
 
     @classmethod
     def distinct(cls, tokens: int) -> tuple[int, ...]:
@@ -75,19 +80,29 @@ class TritonExperts:
                 f"experts=triton runs quant={'|'.join(sorted(cls.formats))}, not quant={gate_up.format}: "
                 "choose that, or experts=reference"
             )
+        device = gate_up.device
+        if device.type != "cpu" and not run_on(device):
+            raise UserError(
+                f"experts=triton has no kernels for {device}, which is neither NVIDIA's nor AMD's: choose experts=hub "
+                "or experts=reference"
+            )
         import triton
 
+        from epmoe.kernels.gpu import generation
         from epmoe.moe.experts.triton.words import WordMatrix
 
-        if gate_up.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        if device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise UserError("experts=triton needs a GPU and these experts are on the CPU: choose experts=reference")
-        return cls(
+        made = cls(
             WordMatrix.pack(gate_up),
             weights.gate_up_bias_LN,
             WordMatrix.pack(down),
             weights.down_bias_LH,
             activation,
         )
+        if device.type != "cpu" and generation(device) < LEAST_GENERATION:
+            tried(made, gate_up, weights.gate_up_bias_LN.dtype, "experts=triton")
+        return made
 
     def unpack(self) -> ExpertWeights:
         return ExpertWeights(self.gate_up.unpack(), self.gate_up_bias_LN, self.down.unpack(), self.down_bias_LH)

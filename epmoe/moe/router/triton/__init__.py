@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from epmoe.kernels import distinct
+from epmoe.kernels import distinct, run_on
 from epmoe.moe.router import Dispatch
 
 
@@ -23,7 +23,7 @@ class TritonRouter:
 
     @classmethod
     def serves(cls, device: torch.device) -> bool:
-        return device.type != "cpu"
+        return run_on(device)
 
     @classmethod
     def distinct(cls, tokens: int) -> tuple[int, ...]:
