@@ -32,7 +32,7 @@ class Hub:
 
     kernel: str = key(
         "kernels-community/gpt-oss-triton-kernels@v1",
-        "which, and at which version or commit: owner/name@v1, owner/name@COMMIT, or a directory",
+        "owner/name@v1, owner/name@COMMIT, or a directory",
     )
     bitwise: bool = key(False, "the same bits in any batch and on any number of ranks, which takes longer")
 

@@ -237,7 +237,7 @@ def judge(backend: type[Experts], device: str) -> tuple[list[Error], list[str]]:
 
 def settings(backend: type[Experts], device: str) -> Iterator[Setting]:
     for name in sorted(set(FORMATS) & backend.formats):
-        for dtype in TOLERANCE:
+        for dtype in TOLERANCE.keys() & getattr(backend, "dtypes", TOLERANCE.keys()):
             yield Setting(backend, name, dtype, device)
 
 

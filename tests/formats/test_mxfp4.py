@@ -5,6 +5,7 @@ tolerance, and the expected values come from arithmetic that shares nothing with
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
@@ -354,10 +355,10 @@ def test_peak_device_memory() -> None:
     value = torch.randn(4, 2880, 2880, device="cuda", dtype=torch.bfloat16)
     decode(*encode(value[:1, :1]), torch.bfloat16)  # tables and library workspaces
     matrix = Mxfp4Matrix.quantize(value)
-    for convert in (
-        *(partial(Mxfp4Matrix.quantize, value, scale) for scale in SCALES),
-        lambda: matrix.dequantize(torch.bfloat16),
-    ):
+    conversions: list[Callable[[], Mxfp4Matrix | torch.Tensor]]
+    conversions = [partial(Mxfp4Matrix.quantize, value, scale) for scale in SCALES]
+    conversions.append(partial(matrix.dequantize, torch.bfloat16))
+    for convert in conversions:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -144,9 +144,11 @@ def test_plain_experts_are_rounded_as_the_model_was_told_to(mxfp4: tuple[Path, P
     blocks = stored(old)[f"{GATE_UP}_blocks"]
     value = torch.randn(len(blocks), 32 * blocks.shape[2], blocks.shape[1], generator=torch.Generator().manual_seed(3))
     value = value.bfloat16()
-    with LLM(old, **KEYS, **{"quant.scale": "best"}) as llm:
+    with LLM(old, **KEYS, quant_scale="best") as llm:
         llm.update_weights({GATE_UP: value})
-        found = llm.model.moe_layers()[1].experts.unpack().gate_up
+        experts = llm.model.moe_layers()[1].experts
+        assert experts is not None
+        found = experts.unpack().gate_up
     wanted, other = (Mxfp4Matrix.quantize(value.mT.contiguous(), scale) for scale in ("best", "ocp"))
     assert isinstance(found, Mxfp4Matrix) and torch.equal(found.scales_LNG, wanted.scales_LNG)
     assert torch.equal(found.blocks_LNG16, wanted.blocks_LNG16)

@@ -32,7 +32,10 @@ class GatedActivation:
 
 
 class Experts(Protocol):
-    """The packed experts of one layer on one rank. What the class says of itself is known without importing kernels."""
+    """The packed experts of one layer on one rank. What the class says of itself is known without importing kernels.
+
+    A class may also have `dtypes` and `configured` (CONTRIBUTING.md).
+    """
 
     formats: ClassVar[frozenset[str]]  # names of FORMATS that `pack` takes
     waits: ClassVar[bool]  # no CUDA graph can capture a step with it, since it waits for the device

@@ -86,6 +86,7 @@ def test_products_compile_for_other_devices(name: str, tmp_path: Path) -> None:
     weights = random_weights(case, "mxfp4", torch.bfloat16, "cpu")
     x_TH, logits_TE = random_input(case, torch.bfloat16, "cpu")
     dispatch = dispatched(case, logits_TE)
+    assert isinstance(weights.gate_up, Mxfp4Matrix) and isinstance(weights.down, Mxfp4Matrix)
     gate_up, down = WordMatrix.pack(weights.gate_up), WordMatrix.pack(weights.down)
     with absent_gpu(tmp_path, TARGETS[name]) as gpu:
         h_RI = products.gate_up(x_TH, gate_up, weights.gate_up_bias_LN, dispatch, case.activation)
