@@ -23,6 +23,7 @@ import numpy as np
 
 MOST_DRAFT = 15  # tokens of a draft
 MOST_ROWS = 256  # of a step with drafts
+SEARCHED = 1024  # the latest places that have the last token; a text of one token has as many as it is long
 LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of them tell no more
 PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
 MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
@@ -134,7 +135,7 @@ class History:
         """The place behind the longest earlier match of the last tokens, of equal ones the latest."""
         ids = self.ids[: self.count]
         end_X: np.ndarray[Any, Any] = np.flatnonzero(ids[:-1] == ids[-1]) if self.count else np.empty(0, np.int64)
-        length = 1
+        end_X, length = end_X[-SEARCHED:], 1
         while len(end_X) and length < MOST_MATCH:
             longer_X = end_X[end_X >= length]
             longer_X = longer_X[ids[longer_X - length] == ids[self.count - 1 - length]]

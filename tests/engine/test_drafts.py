@@ -11,6 +11,7 @@ from epmoe.engine.drafts import (
     MOST_DRAFT,
     MOST_MATCH,
     PATIENCE,
+    SEARCHED,
     Costs,
     Drafting,
     History,
@@ -40,6 +41,12 @@ def test_what_stood_there_before_comes_again() -> None:
 def test_a_text_that_runs_into_its_own_end_goes_on_as_it_did() -> None:
     assert said([8, 1, 2, 3, 1, 2, 3, 1, 2]).draft(7) == [3, 1, 2, 3, 1, 2, 3]
     assert said([4, 4, 4]).draft(4) == [4] * 4
+
+
+def test_of_very_many_places_the_latest_are_looked_at() -> None:
+    rare = [7, 8, 9, 1, 5]
+    assert said([*rare, *[1] * 300, 7, 8, 9, 1]).draft(1) == [5]
+    assert said([*rare, *[2, 1] * (2 * SEARCHED), 7, 8, 9, 1]).draft(1) == []
 
 
 def test_it_follows_what_comes() -> None:
