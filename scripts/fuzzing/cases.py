@@ -48,6 +48,8 @@ class Running:
     def __init__(self, case: Case, damage: Damage, folder: Path) -> None:
         self.case, self.damage, self.folder = case, damage, folder
         self.begin, self.most, self.stopped = time.monotonic(), 0, ""
+        for name in ("stdout", "stderr"):  # before the process: it may be ended before it comes to that
+            (folder / name).touch(0o600)
         self.pid = os.fork()
         if self.pid == 0:
             _become(damage.keys, folder)

@@ -153,7 +153,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path, gpt_oss: Path) -> None:
     folder = saved(make("olmoe"), tmp_path)
-    with pytest.raises(UserError, match=r"experts='nowhere' is unknown; known: triton, reference"):
+    with pytest.raises(UserError, match=r"experts='nowhere' is unknown; known: triton, hub, reference, or "):
         load(folder, quantization_config=EpmoeConfig(experts="nowhere"))
     with pytest.raises(UserError, match=r"dtype=torch.float16: these experts run bfloat16 or float32"):
         load(folder, quantization_config=EpmoeConfig(), dtype=torch.float16)
