@@ -3,7 +3,7 @@
 A safetensors file is 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}} and the tensors'
 bytes without gaps. Several files ("shards") come with model.safetensors.index.json, whose weight_map names the shard of
 each tensor. Only headers are read on opening; tensors are read by name afterwards, whole (onto a CPU by the library
-safetensors: library.py says when, and why not always) or by rows.
+safetensors: whole.py says when, and why not always) or by rows.
 """
 
 import os
@@ -17,9 +17,9 @@ import torch
 from epmoe import strictjson
 from epmoe.errors import UserError
 from epmoe.weights import layouts
-from epmoe.weights.library import Library
 from epmoe.weights.reader import Reader, Span
 from epmoe.weights.source import TensorInfo
+from epmoe.weights.whole import Library
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -51,7 +51,7 @@ class Checkpoint:
     files: tuple[Path, ...]  # the safetensors files
     tokenizer_file: Path | None
     reader: Reader = field(repr=False)  # of headers, of rows, and of all that goes to an accelerator
-    library: Library = field(repr=False, default_factory=Library, kw_only=True)  # of all else
+    whole: Library = field(repr=False, default_factory=Library, kw_only=True)  # of all else
     # A tensor that is cast on reading passes through temporaries of this size.
     cast_bytes: int = field(default=64 << 20, kw_only=True)
 
@@ -88,14 +88,14 @@ class Checkpoint:
     @property
     def bytes_read(self) -> int:
         """Bytes of safetensors files read so far, headers included."""
-        return self.reader.bytes_read + self.library.bytes_read
+        return self.reader.bytes_read + self.whole.bytes_read
 
     def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor `name`, cast to `dtype` (None: as stored) through temporaries of bounded size."""
         info = self.tensors[name]
         if dtype in (None, info.dtype) or info.nbytes <= self.cast_bytes:
             if torch.device(device).type == "cpu":
-                return self.library.read(info.file, name).to(dtype or info.dtype)
+                return self.whole.read(info.file, name).to(dtype or info.dtype)
             out = torch.empty(info.shape, dtype=info.dtype, device=device)
             self.reader.read(info.file, [(info.offset, info.nbytes)], out)
             return out.to(dtype or info.dtype)
@@ -128,7 +128,7 @@ class Checkpoint:
         The next read takes them anew.
         """
         self.reader.close()
-        self.library.close()
+        self.whole.close()
 
 
 def _runs(ids: Sequence[int]) -> Iterator[Span]:
