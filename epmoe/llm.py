@@ -128,8 +128,8 @@ class LLM:
         self.config = config
         ranks.agree(lambda: {**contents(self.source), **expert_samples(self.source)}, SAME_COPY)
         self.architecture = model_of(self.source)[1]
-        drafts = getattr(config, "draft_model", "")
-        self.draft = open_head(resolve_draft_model(drafts), cast(DecoderConfig, self.architecture)) if drafts else None
+        drafts = config.draft_model and resolve_draft_model(config.draft_model)
+        self.draft = (drafts, open_head(drafts, cast(DecoderConfig, self.architecture))) if drafts else None
         self.model: Family
         self.report: LoadReport
         self.cache: Cache
@@ -154,10 +154,10 @@ class LLM:
         self.model, self.report = load(self.source, self.ranks, Choices.of(config), progress=progress)
         self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
-        drafter, draft, shape = None, self.draft, None
-        if draft:
-            shape = draft.kv_heads, draft.head_dim
-            place, embedding = resolve_draft_model(self.config.draft_model), self.model.get_submodule("embedding")
+        drafter, shape = None, None
+        if self.draft:
+            place, draft = self.draft
+            shape, embedding = (draft.kv_heads, draft.head_dim), self.model.get_submodule("embedding")
             assert isinstance(embedding, nn.Embedding)
             drafter = load_head(place, draft, embedding, self.ranks.device, dtype)
         settings = CacheSettings(

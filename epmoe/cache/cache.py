@@ -44,9 +44,7 @@ class CacheConfig:
     step: int | None = None  # tokens of prompts in one step, at most; None: as many as `tokens`
     positions: int | None = None  # of a sequence, at most; None: as many as `tokens`
     prefix_cache: bool = True
-    draft: tuple[int, int] | None = (
-        None  # key/value heads and head dimension of a draft model's layer; None: there is none
-    )
+    draft: tuple[int, int] | None = None  # key/value heads and head dimension of a draft model; None: there is none
 
     @property
     def pages(self) -> dict[int | None, int]:

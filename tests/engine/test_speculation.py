@@ -5,19 +5,20 @@ right or wrong anywhere, so that every way in which a draft can end comes up.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from drafting import draft_wrongly, try_some
 from fake_model import EOS, VOCAB, FakeCache, FakeModel, outputs, some_requests
 from loading import rank_of
 
 from epmoe.cache.pages import Pages
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafter, Drafting, History, Modelled, most_rows
+from epmoe.engine.drafts import MOST_DRAFT, Costs, Drafting, History, Modelled, most_rows
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token
 from epmoe.engine.sequence import Sequence as Running
@@ -44,20 +45,9 @@ def looping(count: int, **params: Any) -> list[Request]:
 @pytest.fixture
 def corrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sequence drafts, any number of tokens, each of them wrong now and then."""
-    draft, chance = History.draft, random.Random(3)
-
-    def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
-        counts: list[int] = []
-        for _, most in drafters:
-            counts.append(chance.randint(0, max(0, min(most, room - sum(counts)))))
-        return counts
-
-    def wrong(self: History, most: int) -> list[int]:
-        found = draft(self, most) or [chance.randrange(VOCAB) for _ in range(most)]
-        return [token if chance.random() < 0.8 else chance.randrange(VOCAB) for token in found]
-
-    monkeypatch.setattr(Drafting, "allot", some)
-    monkeypatch.setattr(History, "draft", wrong)
+    dice = random.Random(3)
+    try_some(monkeypatch, dice)
+    draft_wrongly(monkeypatch, dice, VOCAB, 0.8)
 
 
 CASES: dict[str, dict[str, Any]] = {

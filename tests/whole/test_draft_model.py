@@ -2,13 +2,13 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from drafting import try_some
 from heads import RandomHead, write_head
 from spawn import run_ranks
 from steps import make_step
@@ -17,7 +17,6 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.config.compose import from_keys
 from epmoe.engine.diagnose import NotFinite
-from epmoe.engine.drafts import Drafter, Drafting
 from epmoe.engine.graphs import Kind
 from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Request, Result, SamplingParams, Workload
@@ -59,20 +58,14 @@ def answers(mine: Ranks, head: str, runtime: dict[str, Any]) -> tuple[list[Any],
         said: Said = []
         speculation, drafted = llm.engine.scheduler.speculation, 0
         if speculation:
-            tell, dice = speculation.tell, random.Random(2)
-
-            def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
-                counts: list[int] = []
-                for history, most in drafters:
-                    counts.append(dice.randint(0, max(0, min(most, history.longest, room - sum(counts)))))
-                return counts
+            tell = speculation.tell
 
             def told(sequence: Any, ids: list[int]) -> None:
                 if not sequence.finished:
                     said.append((sequence.tokens(0, sequence.length), ids))
                 tell(sequence, ids)
 
-            patch.setattr(Drafting, "allot", some)
+            try_some(patch, random.Random(2), found=True)
             patch.setattr(speculation, "tell", told)
         params = [SamplingParams(max_tokens=30, ignore_eos=True, **kind) for kind in KINDS]
         found = llm.generate(PROMPTS, params)

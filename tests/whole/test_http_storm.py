@@ -16,9 +16,10 @@ from wire import Answer
 
 from epmoe import LLM
 
-# Twelve at a time want several times as much as the cache has, so that some are put back and computed again; with drafts,
-# which those of `LLM.generate` have not.
-TIGHT = ("runtime.max_batch=12", "runtime.cache_tokens=160", "runtime.page=4", "serve.step_tokens=64", "speculate=ngram")
+# Twelve at a time want several times as much as the cache has, so that some are put back and computed again. They have
+# drafts, which those of `LLM.generate` have not.
+SMALL = ("runtime.max_batch=12", "runtime.cache_tokens=160", "runtime.page=4")
+TIGHT = (*SMALL, "serve.step_tokens=64", "speculate=ngram")
 DRAIN_S = 10.0  # of `served`: a request that counts as in flight would be waited for so long
 PERSISTENT = ("stays", "stays", "stays", "slow", "leaves")
 LARGE = Asked(  # 100 kB, so that who reads slowly holds it up

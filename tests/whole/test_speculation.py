@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from drafting import draft_wrongly, try_some
 from spawn import run_ranks
 
 from epmoe.config.compose import from_keys
-from epmoe.engine.drafts import Drafter, Drafting, History
 from epmoe.engine.request import SamplingParams
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
@@ -30,20 +30,9 @@ Answers = list[tuple[Any, ...]]
 
 def hold_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row drafts any number of tokens, one of seven wrong; by a generator, so the same on every rank."""
-    draft, chance = History.draft, random.Random(1)
-
-    def some(self: Drafting, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
-        counts: list[int] = []
-        for _, most in drafters:
-            counts.append(chance.randint(0, max(0, min(most, 7, room - sum(counts)))))
-        return counts
-
-    def wrong(self: History, most: int) -> list[int]:
-        found = draft(self, most) or [chance.randrange(300) for _ in range(most)]
-        return [token if chance.random() < 6 / 7 else chance.randrange(300) for token in found]
-
-    monkeypatch.setattr(Drafting, "allot", some)
-    monkeypatch.setattr(History, "draft", wrong)
+    dice = random.Random(1)
+    try_some(monkeypatch, dice, 7)
+    draft_wrongly(monkeypatch, dice, 300, 6 / 7)
 
 
 def answers(mine: Ranks, speculate: str, wrong: bool, runtime: dict[str, Any]) -> tuple[Answers, tuple[int, int]]:
