@@ -95,10 +95,14 @@ class Started(NamedTuple):
     sequences: Sequences  # whose next ids it is to choose
     work: Work
     ragged: Ragged | None  # None: it has nothing but rows, which the device knows
-    chosen: Sequence[int]  # handles by whose parameters the ids are
     variant: Variant | None  # how; None: there are none
     scores: Sequence[Score]
     id_B: torch.Tensor | None  # the ids, where it is launched whole
+
+    @property
+    def chosen(self) -> Sequence[int]:
+        """Handles by whose parameters the ids are."""
+        return (self.ragged and self.ragged.chosen) or [each.handle for each in self.sequences]
 
     @property
     def restricted(self) -> list[engine.Sequence]:
@@ -163,8 +167,7 @@ class Runner:
             launcher.rows([each.handle for each in rows])
         elif variant:
             id_B = launcher.decode([each.handle for each in rows], variant)
-        chosen = ragged.chosen if ragged and ragged.chosen else [each.handle for each in sequences]
-        started = Started(sequences, work, ragged, chosen, variant, scores, id_B)
+        started = Started(sequences, work, ragged, variant, scores, id_B)
         for sequence, tokens in work.pieces:
             sequence.cached += tokens
         for sequence in dict.fromkeys(sequences):
@@ -193,7 +196,7 @@ class Runner:
 
     def finish(self, started: Started, launcher: Launcher) -> Flight:
         """Launch the rest of a step, after which no other one has begun."""
-        sequences, work, ragged, _, variant, scores, id_B = started
+        sequences, work, ragged, variant, scores, id_B = started
         if id_B is None:
             id_B = launcher.head(len(sequences), variant) if variant else self.static.id_M[:0]
         found = scored(self.model, self.static.take_scored(), scores, self.score_rows) if scores else ()
