@@ -12,6 +12,7 @@ It is no more than a hint. A kernel that the rehearsal does not name, or that do
 launch, which says what is wrong.
 """
 
+import functools
 import hashlib
 import os
 import threading
@@ -57,6 +58,7 @@ def compile_ahead(ranks: Ranks) -> Iterator[None]:
 @contextmanager
 def compiling(threads: int, share: tuple[int, int] = (0, 1)) -> Iterator["Found"]:
     """Who compiles what is named within the block. What is not compiled at its end is forgotten."""
+    parse_one_at_a_time()
     executor = ThreadPoolExecutor(threads)
     found, listener = Found(executor, share), triton.knobs.compilation.listener
 
@@ -68,17 +70,19 @@ def compiling(threads: int, share: tuple[int, int] = (0, 1)) -> Iterator["Found"
 
     triton.knobs.compilation.listener = heard
     try:
-        with one_parses_at_a_time():
-            yield found
+        yield found
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         triton.knobs.compilation.listener = listener
         found.keep()
 
 
-@contextmanager
-def one_parses_at_a_time() -> Iterator[None]:
-    """Python 3.11 counts how deep a syntax tree is once for all threads: two that parse may fail with a SystemError."""
+@functools.cache
+def parse_one_at_a_time() -> None:
+    """From here on in this process, also after the block: a thread may still compile what nobody waits for any more.
+
+    Python 3.11 counts how deep a syntax tree is once for all threads: two that parse may fail with a SystemError.
+    """
     owner = next(each for each in triton.JITFunction.__mro__ if "parse" in vars(each))
     parse, lock = owner.parse, threading.Lock()
 
@@ -87,10 +91,6 @@ def one_parses_at_a_time() -> Iterator[None]:
             return parse(function)
 
     owner.parse = locked
-    try:
-        yield
-    finally:
-        owner.parse = parse
 
 
 @dataclass
