@@ -53,7 +53,7 @@ from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import Tools, with_tools
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
-from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
+from epmoe.weights.digest import SAME_COPY, contents, expert_samples, head_samples, shared_digests
 from epmoe.weights.eagle3 import load_head, open_head
 from epmoe.weights.hub import resolve, resolve_draft_model
 from epmoe.weights.load import LoadReport, load, model_of
@@ -152,7 +152,7 @@ class LLM:
         config, run = self.config, self.config.runtime
         progress = run.progress and bool(self.source.files)
         self.model, self.report = load(self.source, self.ranks, Choices.of(config), progress=progress)
-        self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
+        self.ranks.agree(self._held, SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
         drafter, shape = None, None
         if self.draft:
@@ -168,6 +168,7 @@ class LLM:
             base.prefill_chunk,
             run.prefix_cache,
             shape,
+            self.model.own_kv_heads,
         )
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
@@ -181,6 +182,10 @@ class LLM:
             draft_model=drafter,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
+
+    def _held(self) -> dict[str, str]:
+        """What tells this rank's weights from another copy's."""
+        return {**head_samples(self.source, self.model), **shared_digests(self.model)}
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises UserError for a prompt that the model cannot take: before minutes of loading, not after."""

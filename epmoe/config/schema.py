@@ -24,6 +24,9 @@ class Mesh:
     """The device mesh."""
 
     expert: int = key(0, "ranks that share the experts of a layer; 0: all ranks", Range(low=0))
+    attention: str = key(
+        "replicate", "whole on each rank; or its heads, their weights and cache shared", Names(("replicate", "tensor"))
+    )
 
 
 @dataclass(frozen=True)

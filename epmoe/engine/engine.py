@@ -306,7 +306,8 @@ class Engine:
         self.flights.clear()
         prompts = [id - self.first + 1 for id in sorted(self.failed)]
         sequence = self.failed[min(self.failed)]
-        where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
+        ids = (*sequence.request.ids, *sequence.ids)
+        where = locate(self.model, self.cache, self.ranks, ids, self.config.timeout_s)
         raise NotFinite(prompts, sequence.length - 1, where)
 
     def _drafts_soon(self) -> bool:

@@ -39,13 +39,14 @@ class Choices:
     placement: str = "contiguous"  # of PLACEMENTS
     dtype: str = AUTO  # of DTYPES, of all but the experts' matrices; auto: bfloat16 on an accelerator, else float32
     scale: str = "ocp"  # of SCALES: how values are rounded where they are brought into another format
+    attention: str = "replicate"  # whole on each rank, or its heads shared: "tensor"
     hub: Hub = field(default_factory=Hub)  # what an expert backend may ask for: `experts_of`
 
     @classmethod
     def of(cls, keys: ModelKeys) -> Self:
         """What the configuration says."""
         names = (keys.quant, keys.experts, keys.router, keys.combine, keys.placement, keys.runtime.dtype)
-        return cls(*names, scale=keys.quant_scale, hub=keys.hub)
+        return cls(*names, scale=keys.quant_scale, attention=keys.mesh.attention, hub=keys.hub)
 
     @property
     def names(self) -> dict[str, str]:

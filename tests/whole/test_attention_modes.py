@@ -1,0 +1,98 @@
+"""Attention over the mesh: the tokens and log-probabilities of one rank, bit for bit, in each mode."""
+
+import random
+from typing import Any
+
+import pytest
+from bitwise_run import Run, assert_same, runs
+from drafting import draft_wrongly, try_some
+from kinds import KINDS, PROMPTS
+from spawn import run_ranks
+
+from epmoe.config.compose import from_keys
+from epmoe.engine.request import SamplingParams
+from epmoe.errors import UserError
+from epmoe.llm import LLM
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.synthetic import make_checkpoint
+
+slow = pytest.mark.slow
+SMALL = {"max_batch": 3, "prefill_chunk": 8, "cache_tokens": 240, "page": 4}  # put back now and then
+# ranks, mode, combine, runtime, whether drafts are tried, right or wrong: the embedded model has 8 query heads on 2
+WAYS: list[tuple[int, str, str, dict[str, Any], bool]] = [
+    (2, "tensor", "slots", SMALL, True),
+    (4, "tensor", "slots", {}, False),
+]
+MORE = [(ranks, "tensor", "slots", runtime, True) for ranks in (1, 2, 4, 8) for runtime in ({}, SMALL)]
+Answers = list[tuple[Any, ...]]
+
+
+def answers(mine: Ranks, keys: dict[str, Any], drafts: bool) -> tuple[Answers, int]:
+    """All answers, twice: then their prefixes are there; and the bytes of keys and values."""
+    keys = {"chat": "off", "speculate": "ngram" if drafts else "off", **keys}
+    with LLM.opened(from_keys(keys), mine) as llm, pytest.MonkeyPatch.context() as patch:
+        llm.load()
+        if drafts:
+            dice = random.Random(1)
+            try_some(patch, dice, 7)
+            draft_wrongly(patch, dice, 300, 6 / 7)
+        params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for kind in KINDS]
+        said: list[Answers] = []
+        for _ in range(2):
+            found = llm.generate(PROMPTS, params)
+            texts = [(each.text, each.ids, each.finish_reason, each.logprobs) for one in found for each in one.outputs]
+            said.append([*texts, tuple(one.prompt_logprobs for one in found)])
+        assert said[0] == said[1] and sum(one.cached_tokens for one in found) > 0
+        return said[0], llm.cache.nbytes
+
+
+def keys_of(mode: str, combine: str = "slots", runtime: dict[str, Any] | None = None, device: str = "cpu") -> Any:
+    return {"mesh": {"attention": mode}, "combine": combine, "runtime": {"device": device, **(runtime or {})}}
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Answers, int]:
+    found: tuple[Answers, int] = run_ranks(answers, 1, keys_of("replicate"), False)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mode", "combine", "runtime", "drafts"), [*WAYS, *(pytest.param(*each, marks=slow) for each in MORE)]
+)
+def test_the_same_bits(
+    ranks: int, mode: str, combine: str, runtime: dict[str, Any], drafts: bool, known: tuple[Answers, int]
+) -> None:
+    for said, nbytes in run_ranks(answers, ranks, keys_of(mode, combine, runtime), drafts, timeout=300):
+        assert said == known[0]
+        if mode == "tensor" and not runtime:
+            assert nbytes * min(ranks, 2) == known[1]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """12 query heads of 10 on 6, of which 2, 3, 4, 6 and 12 ranks can have as many."""
+    folder = tmp_path_factory.mktemp("odd")
+    return str(make_checkpoint(folder, heads=12, kv_heads=6, head_dim=10, experts=12, top_k=3))
+
+
+@pytest.fixture(scope="module")
+def one_rank(odd: str) -> Run:
+    return runs(odd, 1)
+
+
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=slow) for size in (2, 6, 12))])
+def test_odd_sizes(odd: str, one_rank: Run, size: int) -> None:
+    assert_same(runs(odd, size, attention="tensor"), one_rank)
+
+
+def test_odd_sizes_in_bf16(odd: str) -> None:
+    assert_same(runs(odd, 2, attention="tensor", dtype="bfloat16"), runs(odd, 1, dtype="bfloat16"))
+
+
+def opened(mine: Ranks, keys: dict[str, Any]) -> None:
+    LLM.opened(from_keys(keys), mine).load()
+
+
+def test_heads_that_so_many_ranks_cannot_share() -> None:
+    with pytest.raises(UserError, match=r"3 ranks cannot share 8 query and 2 key/value heads evenly; 1, 2, 4, 8 can"):
+        run_ranks(opened, 3, keys_of("tensor"))
