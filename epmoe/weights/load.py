@@ -41,6 +41,7 @@ class LoadReport:
     router: str
     combine: str
     placement: str
+    attention: str
     dtype: str
     scale: str
     waits: tuple[str, ...]  # what of it waits for the device in a step, as "key=name": no graph can capture it
@@ -79,8 +80,8 @@ def load(
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_of(chosen), router_class(chosen.router)()
-    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
-    local_E = placement.local_E(ranks.expert_rank, ranks.device)
+    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks, chosen.attention)
+    here = placement.here(ranks.expert_rank, ranks.device)
     reader = ExpertReader(source, ids, ranks.device, limits, chosen.scale)
     shown = progress and ranks.is_main and on_terminal()
     with (
@@ -92,7 +93,7 @@ def load(
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
-            layer.install(packed, router, exchange, local_E, len(ids))
+            layer.install(packed, router, exchange, here)
             advance()
         reader.check_finite()
         if ranks.device.type != "cpu":
