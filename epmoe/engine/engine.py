@@ -17,8 +17,7 @@ same step; no choice depends on a clock. It knows token ids only; text listens t
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -29,16 +28,17 @@ from epmoe.engine import sequence as kinds
 from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.config import EngineConfig, resolve_chunk
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, least_share, most_rows
-from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
+from epmoe.engine.drafts import Drafting, History, Modelled, least_share, most_rows
+from epmoe.engine.graphs import MOST_TOKENS, Graphs, token_buckets
 from epmoe.engine.matcher import Grammars, Matcher
+from epmoe.engine.preparation import Most, Preparation
 from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
 from epmoe.engine.runner import Flight, Runner, Started
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.speculation import Speculation
 from epmoe.engine.step import Sizes
-from epmoe.engine.warm import Prefill, Warm
+from epmoe.engine.warm import Warm
 from epmoe.errors import UserError, warn
 from epmoe.models import Model, values
 from epmoe.ranks.mesh import Ranks
@@ -67,12 +67,14 @@ class Engine:
             kind, depth = (History, 0) if config.draft_model is None else (self._modelled(config), DEPTH)
             drafting = Drafting(config.drafts, self.most_rows, kind, depth)
             self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
+        most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
         with torch.inference_mode():
-            self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
-            sizes = Sizes(self.max_batch, self.most_tokens, self.most_rows if config.drafts else 0)
+            sizes = Sizes(self.max_batch, most_tokens, self.most_rows if config.drafts else 0)
             self.runner = Runner(model, cache, ranks, sizes, config.score_rows, config.draft_model)
         self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
+        most = Most(self.max_batch, self.most_rows, most_tokens, self.prefill_chunk)
+        self.preparation = Preparation(self.runner, self.graphs, self.warm, ranks, most)
         self.flights: deque[Flight] = deque()
         self.landed: Flight | None = None  # the last one
         self.first = 0  # id of the first request of this run: messages number prompts from it
@@ -110,60 +112,7 @@ class Engine:
             at_once: the first step finds all its requests, and room for each of them.
             found: of their prompts' tokens, those that it need not compute then.
         """
-        asked = (load, found if at_once else None)
-        if asked in self.graphs.prepared:
-            return
-        if self.runner.state.keep(load.kept):
-            self.graphs.close()  # they neither write nor read what is new
-        if True in load.logprobs:
-            self.runner.static.keep_logits()
-        with ExitStack() as beside:
-            if load.grammars:  # seconds for a large vocabulary, meanwhile; a UserError is for the request to be told
-                beside.enter_context(ThreadPoolExecutor(1)).submit(lambda: self.grammars)
-            if self.ranks.device.type != "cpu":
-                self._prepare_steps(*asked)
-        self.graphs.remember(asked)
-
-    def _prepare_steps(self, load: Workload, found: int | None) -> None:
-        rows = min(self.max_batch, load.sequences)
-        drafted = min(self.most_rows, rows * (1 + MOST_DRAFT)) if self.runner.static.drafted else rows
-        bodies = self._bodies(load, min(self.max_batch, drafted), found)
-        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
-        kinds = self.graphs.missing(load.variants(), (rows, drafted), bodies)
-        if prefills or kinds:
-            if self.graphs.capture:
-                self._rehearse(load, prefills, kinds)
-            self._warm_up(load, prefills, kinds)
-
-    def _bodies(self, load: Workload, rows: int, found: int | None) -> list[Kind]:
-        """Steps with prompts that such a load leads to; with `found`, see `prepare`, the first step alone has any."""
-        alone, prompts = min(self.prefill_chunk, load.prefill_tokens), load.sequences
-        if found is not None and load.prefill_tokens <= self.prefill_chunk:
-            sizes = {size for most in (alone, alone - found) for size in self._totals(most, prompts, at_once=True)}
-            return [Kind("prompts", size, None) for size in sorted(sizes)]
-        beside = alone if load.beside_tokens is None else min(alone, load.beside_tokens)
-        mosts = {"prompts": alone, "mixed": beside + rows}
-        bodies = [(size, part) for part, most in mosts.items() for size in self._totals(most, prompts, at_once=False)]
-        return [Kind(part, size, None) for size, part in sorted(bodies)]
-
-    def _totals(self, most: int, prompts: int, *, at_once: bool) -> list[int]:
-        """Buckets of steps of up to so many tokens and prompts; `at_once`: of just as many."""
-        sizes, room = token_buckets(self.most_tokens), self.runner.static.most
-        enough = next((size for size in sizes if size >= most and room(size, rows=False) >= prompts), None)
-        if at_once:
-            return [] if enough is None else [enough]
-        return [size for size in sizes if size <= (enough or self.most_tokens)]
-
-    def _rehearse(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
-        """Compile the kernels of `_warm_up`. Only of what can be captured, and so reads nothing on the host."""
-        from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
-
-        with compile_ahead(self.ranks):
-            self._warm_up(load, prefills, kinds)
-
-    def _warm_up(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
-        self.warm.run(load, prefills, self.config.timeout_s)
-        self.graphs.prepare(kinds)
+        self.preparation.prepare(load, found if at_once else None, self.config.timeout_s, lambda: self.grammars)
 
     def check(self, requests: Sequence[Request], first: int = 0) -> None:
         """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on.
