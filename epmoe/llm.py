@@ -180,6 +180,7 @@ class LLM:
             vocabulary=(lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None,
             drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks, trained=drafter is not None),
             draft_model=drafter,
+            attention=self.config.mesh.attention,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 
@@ -312,7 +313,7 @@ class LLM:
         if update is None or self.followers is not None:
             values = broadcast(table, None if update is None else update.given.values, self.ranks)
             update = update or Update.of(Manifest.of(self.source, self.model, self.config.quant), values)
-        self.cache.pages.forget()  # what they hold comes from the weights before
+        self.engine.forget()  # what caches hold comes from the weights before
         with told_when_full(self.ranks.device):
             stayed = update.apply(self.model, self.report, self.ranks)
         if not stayed:

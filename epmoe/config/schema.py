@@ -25,7 +25,9 @@ class Mesh:
 
     expert: int = key(0, "ranks that share the experts of a layer; 0: all ranks", Range(low=0))
     attention: str = key(
-        "replicate", "whole on each rank; or its heads, their weights and cache shared", Names(("replicate", "tensor"))
+        "replicate",
+        "on each rank whole; shared by heads, their weights and cache (tensor); of its own requests (data)",
+        Names(("replicate", "tensor", "data")),
     )
 
 
@@ -51,7 +53,7 @@ class Runtime:
     start_timeout_s: float = key(3600.0, "a rank may be ready this many seconds after the first one", Range(1, 10**6))
     page: int = key(16, "positions in one page of the key/value cache", Range(1, 65536))
     prefill_chunk: int = key(0, "most tokens of prompts in one step; 0: 16384, on a CPU 2048", Range(low=0))
-    max_batch: int = key(64, "most sequences at a time", Range(low=1))
+    max_batch: int = key(64, "most sequences at a time; with mesh.attention=data on each rank", Range(low=1))
     cache_tokens: int = key(0, "positions in the key/value cache; 0: as many as fit and are needed", Range(low=0))
     prefix_cache: bool = key(True, "find again what requests that began alike have left in the cache")
     graphs: str = key("auto", "decode steps as CUDA graphs; auto: where possible", Names(("auto", "true", "false")))

@@ -148,8 +148,8 @@ class Decoder(nn.Module):
 
         The last layer makes keys and values of all tokens, and goes on with those whose logits are wanted.
 
-        A collective through its layers: every rank of the expert group calls it with the same step, and gets the
-        same bits.
+        A collective through its layers: every rank of the expert group calls it, with the same step, and gets the
+        same bits; where ranks have requests of their own, with its own step, of the same sizes or with `Step.beside`.
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
@@ -165,7 +165,8 @@ class Decoder(nn.Module):
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
                 if feature_TH is not None and not last:
                     feature_TH.copy_(half.x_TH)
-                half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
+                counts = step.beside and (step.beside.outputs if last else step.beside.tokens)
+                half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, counts=counts, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
         norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]
         return norm_OH
@@ -201,7 +202,7 @@ class Decoder(nn.Module):
     @property
     def halves_from(self) -> int:
         """Tokens from which on a step goes through the layers as two halves; one rank has nothing to wait for."""
-        return self.limits.halves_from if any(layer.exchange.travels for layer in self.moe_layers()) else sys.maxsize
+        return self.limits.halves_from if any(layer.exchange.overlaps for layer in self.moe_layers()) else sys.maxsize
 
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
         """Kinds of prefill that compile anew: tokens together, and tokens of one prompt at most.

@@ -84,8 +84,8 @@ def load(
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_of(chosen), router_class(chosen.router)()
-    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
-    local_E = placement.local_E(ranks.expert_rank, ranks.device)
+    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks, chosen.attention)
+    here = placement.here(ranks.expert_rank, ranks.device)
     reader = ExpertReader(source, ids, ranks.device, limits, chosen.scale)
     shown = progress and ranks.is_main and on_terminal()
     with (
@@ -97,7 +97,7 @@ def load(
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
-            layer.install(packed, router, exchange, local_E, len(ids))
+            layer.install(packed, router, exchange, here)
             advance()
         reader.check_finite()
         if ranks.device.type != "cpu":

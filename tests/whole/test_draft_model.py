@@ -136,7 +136,7 @@ def prepared(mine: Ranks, head: str) -> Counter[str]:
         engine.runner.static.keep_logits()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.graphs, "capture", object())
-            kinds = engine.graphs.missing(load.variants(), (3, 48), engine._bodies(load, 3, None))
+            kinds = engine.graphs.missing(load.variants(), (3, 48), engine.preparation.bodies(load, 3, None))
         engine.graphs._forget()
         for kind in kinds:
             engine.graphs._part(kind)()
