@@ -51,6 +51,7 @@ from epmoe.text.output import Answer
 from epmoe.text.prompts import share
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import Tools, with_tools
+from epmoe.weights.attention import attention_of
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
 from epmoe.weights.digest import SAME_COPY, contents, expert_samples, head_samples, shared_digests
@@ -151,7 +152,9 @@ class LLM:
         """
         config, run = self.config, self.config.runtime
         progress = run.progress and bool(self.source.files)
-        self.model, self.report = load(self.source, self.ranks, Choices.of(config), progress=progress)
+        attention = attention_of(config.mesh.attention, self.architecture, self.source, self.ranks, run)
+        choices = replace(Choices.of(config), attention=attention)
+        self.model, self.report = load(self.source, self.ranks, choices, progress=progress)
         self.ranks.agree(self._held, SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
         drafter, shape = None, None
@@ -180,7 +183,7 @@ class LLM:
             vocabulary=(lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None,
             drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks, trained=drafter is not None),
             draft_model=drafter,
-            attention=self.config.mesh.attention,
+            attention=attention,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 

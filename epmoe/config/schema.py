@@ -26,8 +26,8 @@ class Mesh:
     expert: int = key(0, "ranks that share the experts of a layer; 0: all ranks", Range(low=0))
     attention: str = key(
         "replicate",
-        "on each rank whole; shared by heads, their weights and cache (tensor); of its own requests (data)",
-        Names(("replicate", "tensor", "data")),
+        "each rank runs all, some heads, or its own requests",
+        Names(("auto", "replicate", "tensor", "data")),
     )
 
 

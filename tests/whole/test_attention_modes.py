@@ -18,12 +18,20 @@ from epmoe.weights.synthetic import make_checkpoint
 
 slow = pytest.mark.slow
 SMALL = {"max_batch": 3, "prefill_chunk": 8, "cache_tokens": 240, "page": 4}  # put back now and then
+DATA = ("slots", "all_to_all")  # exchanges whose bits do not follow from the ranks
 # ranks, mode, combine, runtime, whether drafts are tried, right or wrong: the embedded model has 8 query heads on 2
 WAYS: list[tuple[int, str, str, dict[str, Any], bool]] = [
     (2, "tensor", "slots", SMALL, True),
     (4, "tensor", "slots", {}, False),
+    (2, "data", "all_to_all", SMALL, True),
+    (3, "data", "slots", {}, False),
 ]
-MORE = [(ranks, "tensor", "slots", runtime, True) for ranks in (1, 2, 4, 8) for runtime in ({}, SMALL)]
+MORE = [
+    (ranks, *way, runtime, True)
+    for runtime in ({}, SMALL)
+    for way, sizes in ((("tensor", "slots"), (1, 2, 4, 8)), *((("data", each), (1, 2, 3, 4, 8)) for each in DATA))
+    for ranks in sizes
+]
 Answers = list[tuple[Any, ...]]
 
 
