@@ -1,13 +1,17 @@
 """Attention over the mesh: the tokens and log-probabilities of one rank, bit for bit, in each mode."""
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bitwise_run import Run, assert_same, runs
 from drafting import draft_wrongly, try_some
 from kinds import KINDS, PROMPTS
-from spawn import run_ranks
+from spawn import free_port, run_ranks
 
 from epmoe.config.compose import from_keys
 from epmoe.engine.request import SamplingParams
@@ -104,3 +108,41 @@ def opened(mine: Ranks, keys: dict[str, Any]) -> None:
 def test_heads_that_so_many_ranks_cannot_share() -> None:
     with pytest.raises(UserError, match=r"3 ranks cannot share 8 query and 2 key/value heads evenly; 1, 2, 4, 8 can"):
         run_ranks(opened, 3, keys_of("tensor"))
+
+
+@pytest.mark.parametrize("mode", ["data", pytest.param("tensor", marks=slow)])
+def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
+    """torchrun on each of two nodes, two ranks each; the file of answers is that of one rank."""
+    prompts = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": "one cup, two cups, " * (1 + 9 * index), "temperature": index / 4, "seed": 3} for index in range(5)
+    ]
+    prompts.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    keys = [f"prompts={prompts}", "runtime.device=cpu", "max_new_tokens=12", "sampling.logprobs=2", "chat=off"]
+    one, port = tmp_path / "one.jsonl", str(free_port())
+    subprocess.run(
+        [sys.executable, "-m", "epmoe.generate", *keys, f"output={one}"], check=True, timeout=100, capture_output=True
+    )
+    agents = []
+    for node in range(2):
+        agent = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command = [sys.executable, "-m", "torch.distributed.run", *agent, "--master-port", port, "-m", "epmoe.generate"]
+        more = [
+            f"mesh.attention={mode}",
+            *([] if mode == "data" else ["combine=slots"]),
+            f"output={tmp_path / 'four.jsonl'}",
+        ]
+        agents.append(
+            subprocess.Popen([*command, *keys, *more], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        )
+    try:
+        said = [agent.communicate(timeout=120)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "combine=all_to_all" in said[0] or mode != "data"
+    found = [[json.loads(line) for line in file.read_text().splitlines()] for file in (one, tmp_path / "four.jsonl")]
+    assert len(found[0]) == 5 and [(each["ids"], each["logprobs"]) for each in found[0]] == [
+        (each["ids"], each["logprobs"]) for each in found[1]
+    ]
