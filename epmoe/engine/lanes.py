@@ -116,7 +116,10 @@ class Lanes:
     def schedule(self) -> list[Work]:
         """What the next step of each rank is to have, by lane. Of other ranks' pages no device is told."""
         works = [lane.schedule() for lane in self.lanes]
-        for which, lane in enumerate(self.lanes):
+        prompts = any(work.pieces for work in works)
+        for which, (lane, work) in enumerate(zip(self.lanes, works, strict=True)):
+            if lane.speculation:
+                lane.speculation.add_to(work, prompts=prompts)
             if which != self.own:
                 lane.pages.told()
         return works
@@ -128,7 +131,9 @@ class Lanes:
 
     def drafts_soon(self) -> bool:
         """As `Speculation.soon`, of any lane."""
-        return any(lane.speculation is not None and lane.speculation.soon(lane.running) for lane in self.lanes)
+        those = [(lane.speculation, lane.running) for lane in self.lanes if lane.speculation]
+        prompts = any(sequence.pending for _, running in those for sequence in running)
+        return any(speculation.soon(running, prompts=prompts) for speculation, running in those)
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """As `Scheduler.append`."""

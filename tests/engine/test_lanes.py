@@ -69,6 +69,10 @@ def lane_of(tested: Lanes, id: int) -> int:
     return found.lane
 
 
+def before(tested: Lanes) -> int | None:
+    return tested.before
+
+
 def placed(tested: Lanes, requests: Sequence[Request]) -> list[int]:
     return [lane_of(tested, tested.add(each, 0.0)) for each in requests]
 
@@ -119,10 +123,10 @@ def test_a_lane_that_is_full_is_the_last_choice() -> None:
     run(tested, 2)
     assert placed(tested, [asked([*ids, 2], 50)]) == [0]
     run(tested, 2)
-    assert len(tested.lanes[0].running) == 2 and tested.before is None
+    assert len(tested.lanes[0].running) == 2 and before(tested) is None
     assert placed(tested, [asked([*ids, 3], 50)]) == [1]
     assert placed(tested, [asked([*ids, 4], 50, priority=3)]) == [0]  # both have somebody who waits: by what is to do
-    assert tested.before == 3
+    assert before(tested) == 3
     run(tested)
     tested = lanes(2, tokens=400)
     placed(tested, [asked(ids, 200), asked([5], 9)])
@@ -159,6 +163,7 @@ def test_every_host_makes_the_same_choices() -> None:
 # The engine on ranks
 
 Outcome = list[tuple[tuple[int, ...], str, str]]
+Outcomes = tuple[Outcome, Outcome, Outcome, int, int]
 
 
 def told(results: Sequence[Result]) -> Outcome:
@@ -176,7 +181,7 @@ def engine(ranks: Ranks, cache: Any = None, memory: int | None = None, **limits:
 def many(kind: str) -> list[Request]:
     """Prompts of one token and of many; answers of one token and of many."""
     rng = random.Random(2)
-    kinds: list[dict[str, Any]] = {
+    every: dict[str, list[dict[str, Any]]] = {
         "greedy": [{}],
         "mixed": [
             {"logprobs": 2},
@@ -185,7 +190,8 @@ def many(kind: str) -> list[Request]:
             {"temperature": 1.0, "logit_bias": ((3, 5.0),), "logprobs": 1},
         ],
         "grammar": [{"grammar": "start: /[a-z]{4,30}/"}, {}, {"temperature": 1.0, "grammar": "start: /[A-Z]+[!?]/"}],
-    }[kind]
+    }
+    kinds = every[kind]
     return [
         Request(
             tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 17, 50]))),
@@ -210,9 +216,9 @@ LIMITS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # of requests
 }
 
 
-def outcomes(ranks: Ranks, names: list[str], drafts: bool) -> list[tuple[Outcome, Outcome, Outcome, int, int]]:
+def outcomes(ranks: Ranks, names: list[str], drafts: bool) -> list[Outcomes]:
     """Of each: all requests, the same again with what is found, one alone; put-backs, and steps of nobody's."""
-    found = []
+    found: list[Outcomes] = []
     with pytest.MonkeyPatch.context() as patch:
         if drafts:
             dice = random.Random(3)
@@ -234,7 +240,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, list[Any]]:
+def alone() -> dict[str, Outcomes]:
     """What one rank says."""
     return dict(zip(LIMITS, outcomes(rank_of(0, 1), list(LIMITS), False), strict=True))
 
@@ -247,7 +253,7 @@ def alone() -> dict[str, list[Any]]:
         *(pytest.param(size, drafts, list(LIMITS), marks=SLOW) for size in (2, 3, 4) for drafts in (False, True)),
     ],
 )
-def test_answers_are_those_of_one_rank(size: int, drafts: bool, names: list[str], alone: dict[str, list[Any]]) -> None:
+def test_answers_are_those_of_one_rank(size: int, drafts: bool, names: list[str], alone: dict[str, Outcomes]) -> None:
     """On every rank, of all requests; in every step all ranks were told of the sizes of all."""
     results = run_ranks(outcomes, size, names, drafts, timeout=200)
     for number, name in enumerate(names):

@@ -4,7 +4,8 @@ The embedded model, and a small one with five experts.
 """
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from spawn import run_ranks
 from epmoe.config.compose import from_keys
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
+from epmoe.engine.graphs import Kind
 from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.llm import LLM
 from epmoe.moe.exchange.all_to_all import AllToAll, Limits
@@ -68,7 +70,19 @@ ENGINES: dict[str, dict[str, Any]] = {
     "one at a time": {"max_batch": 1, "prefill_chunk": 7},
     "put back": {"max_batch": 5, "prefill_chunk": 32},
     "drafts": {"drafts": Costs.of(32, 4)},
+    "bodies": {"max_batch": 5, "prefill_chunk": 32, "drafts": Costs.of(32, 4)},
 }
+BODIES = {"prompts": [16, 32], "mixed": [16, 64]}  # as graphs have them, whose sizes the device alone knows
+
+
+def counted(run: Callable[[Kind], None], parts: Counter[str]) -> Callable[[Kind], None]:
+    """The same; which parts of steps ran."""
+
+    def running(kind: Kind) -> None:
+        parts[kind.part] += 1
+        run(kind)
+
+    return running
 
 
 def outcomes(ranks: Ranks, checkpoint: str, keys: dict[str, Any], ways: list[str]) -> dict[str, tuple[Any, ...]]:
@@ -78,15 +92,21 @@ def outcomes(ranks: Ranks, checkpoint: str, keys: dict[str, Any], ways: list[str
     llm = opened(ranks, {"checkpoint": checkpoint, **small, **keys})
     asked, found = requests(llm.architecture.vocab), {}
     for way in ways:
+        parts = Counter[str]()
         with pytest.MonkeyPatch.context() as patch:
-            if way == "drafts":
+            if "drafts" in ENGINES[way]:
                 dice = random.Random(3)
                 try_some(patch, dice)
                 draft_wrongly(patch, dice, llm.architecture.vocab, 0.8)
             tested = Engine(llm.model, llm.cache, ranks, replace(llm.engine.config, **ENGINES[way]))
+            if way == "bodies":
+                tested.prepare_for(asked)
+                tested.graphs.bodies = {part: list(sizes) for part, sizes in BODIES.items()}
+                patch.setattr(tested.graphs, "_run", counted(tested.graphs._run, parts))
             first = told(tested.generate(asked))
             again = tested.generate(asked[::-1])
             few = told(tested.generate(asked[1:3]))
+            assert way != "bodies" or min(parts[part] for part in ("prompts", "mixed", "drafts")) > 0, parts
         lanes = tested.scheduler.lanes
         assert all(lane.pages.unused for lane in lanes)
         cached = sum(each.cached_tokens for each in again)
@@ -137,7 +157,7 @@ EXCHANGES = ["slots", "all_to_all"]
     [
         (1, "all_to_all", ["as it comes"]),
         (1, "local", ["as it comes"]),
-        (2, "all_to_all", ["as it comes", "drafts"]),
+        (2, "all_to_all", ["as it comes", "bodies"]),
         (3, "slots", ["as it comes"]),
     ],
 )
@@ -159,7 +179,7 @@ def test_caches_that_are_too_small(combine: str, checkpoint: str, small: Outcome
     [
         (2, "all_to_all", ["as it comes"]),
         *(pytest.param(size, each, [*ENGINES][:2], marks=SLOW) for size in (1, 2, 3, 4, 8) for each in EXCHANGES),
-        *(pytest.param(size, each, ["drafts"], marks=SLOW) for size in (2, 3, 4, 8) for each in EXCHANGES),
+        *(pytest.param(size, each, ["drafts", "bodies"], marks=SLOW) for size in (2, 3, 4, 8) for each in EXCHANGES),
         *(pytest.param(size, each, ["put back"], marks=SLOW) for size in (1, 2, 3) for each in EXCHANGES),
     ],
 )
