@@ -91,9 +91,11 @@ class Lanes:
         conversation comes where that was, as long as this saves more than the lane has to do besides; what many begin
         with, as a system message, does not bring all of them to one lane.
         """
+        if len(self.lanes) == 1:
+            return 0, 0
         ids, length = probe.request.ids, probe.request.length(self.lanes[0].max_positions)
         answer = min(length - len(ids), ANSWER)
-        found = [lane.found_of(probe) if len(self.lanes) > 1 else 0 for lane in self.lanes]
+        found = [lane.found_of(probe) for lane in self.lanes]
         weights = [len(ids) - each + answer for each in found]
 
         def order(which: int) -> tuple[bool, int, int, int]:

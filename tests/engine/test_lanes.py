@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from drafting import draft_wrongly, try_some
-from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected
+from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected, outputs
 from fake_words import vocabulary
 from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.pages import Pages
 from epmoe.engine.config import EngineConfig
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
 from epmoe.engine.lanes import ANSWER, Lanes
-from epmoe.engine.request import Finished, Request, Result, SamplingParams
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.sequence import Sequence as Running
 from epmoe.ranks.mesh import Ranks
@@ -313,3 +315,55 @@ def test_requests_come_and_go(size: int) -> None:
         wanted = expected(request)
         assert ids == wanted[0][: len(ids)] and (reason == "abort" or (ids, reason) == wanted)
     assert sum(reason == "abort" for _, reason in found.values()) > 3
+
+
+class Broken(FakeModel):
+    """Logits are no numbers behind a 77."""
+
+    def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        odd_O1 = torch.tensor([77 in self.outputs[int(each)] for each in norm_O1[:, 0]])[:, None]
+        return super().logits(norm_O1, part).masked_fill(odd_O1, torch.nan)
+
+
+def without_77() -> list[Request]:
+    return [each for each in short(14, 1) if 77 not in (*each.ids, *expected(each)[0])]
+
+
+def fails(ranks: Ranks) -> tuple[list[int], list[tuple[tuple[int, ...], str]], list[tuple[tuple[int, ...], str]]]:
+    """Of which prompts it is told, how each ends, and what comes of the next call."""
+    model: Any = Broken(meets=ranks)
+    cache: Any = FakeCache(tokens=200)
+    tested = Engine(model, cache, ranks, EngineConfig(eos_ids=[EOS], attention="data", max_batch=2))
+    good = without_77()
+    ends: dict[int, tuple[tuple[int, ...], str]] = {}
+    with pytest.raises(NotFinite) as error:
+        bad = Request((1, 2, 77, 3), good[0].params)
+        tested.generate([*good[:3], bad, *good[3:]], on_finish=lambda n, each: ends.update({n: outputs([each])[0]}))
+    return list(error.value.prompts), [ends[each] for each in sorted(ends)], outputs(tested.generate(good))
+
+
+def test_logits_that_are_not_finite_are_one_requests_own() -> None:
+    """All ranks look for where it began, and can go on."""
+    wanted = [expected(each) for each in without_77()]
+    assert len(wanted) > 5
+    for prompts, ends, after in run_ranks(fails, 2):
+        assert prompts == [4] and ends == [*wanted[:3], ((), "error"), *wanted[3:]] and after == wanted
+
+
+def beforehand(ranks: Ranks) -> int:
+    """Prefills of every kind, which all ranks make alike, of made-up prompts in each one's cache; then requests."""
+    tested = engine(ranks, FakeCache(tokens=400), max_batch=6, prefill_chunk=40)
+    load = Workload.of(short(20, 2), 6)
+    with torch.inference_mode():
+        tested.warm.run(load, tested.warm.missing(load, 0), 20)
+    tested.forget()
+    assert [(each.ids, each.finish_reason) for each in tested.generate(short(20, 2))] == [
+        expected(each) for each in short(20, 2)
+    ]
+    model: Any = tested.model
+    return len(model.prefills())
+
+
+def test_prefills_run_beforehand() -> None:
+    counts = run_ranks(beforehand, 3)
+    assert min(counts) > 10
