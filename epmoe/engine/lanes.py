@@ -91,9 +91,11 @@ class Lanes:
         conversation comes where that was, as long as this saves more than the lane has to do besides; what many begin
         with, as a system message, does not bring all of them to one lane.
         """
+        if len(self.lanes) == 1:
+            return 0, 0
         ids, length = probe.request.ids, probe.request.length(self.lanes[0].max_positions)
         answer = min(length - len(ids), ANSWER)
-        found = [lane.found_of(probe) if len(self.lanes) > 1 else 0 for lane in self.lanes]
+        found = [lane.found_of(probe) for lane in self.lanes]
         weights = [len(ids) - each + answer for each in found]
 
         def order(which: int) -> tuple[bool, int, int, int]:
@@ -116,7 +118,10 @@ class Lanes:
     def schedule(self) -> list[Work]:
         """What the next step of each rank is to have, by lane. Of other ranks' pages no device is told."""
         works = [lane.schedule() for lane in self.lanes]
-        for which, lane in enumerate(self.lanes):
+        prompts = any(work.pieces for work in works)
+        for which, (lane, work) in enumerate(zip(self.lanes, works, strict=True)):
+            if lane.speculation:
+                lane.speculation.add_to(work, prompts=prompts)
             if which != self.own:
                 lane.pages.told()
         return works
@@ -128,7 +133,9 @@ class Lanes:
 
     def drafts_soon(self) -> bool:
         """As `Speculation.soon`, of any lane."""
-        return any(lane.speculation is not None and lane.speculation.soon(lane.running) for lane in self.lanes)
+        those = [(lane.speculation, lane.running) for lane in self.lanes if lane.speculation]
+        prompts = any(sequence.pending for _, running in those for sequence in running)
+        return any(speculation.soon(running, prompts=prompts) for speculation, running in those)
 
     def append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> str:
         """As `Scheduler.append`."""

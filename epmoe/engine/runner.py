@@ -98,9 +98,9 @@ class Runner:
     def launch(self, rows: Sequences, work: Sequence[Piece], launcher: Launcher) -> Flight | None:
         """One step that all ranks make alike: the next token of each row, and so many tokens of each prompt; the ids
         that it gives."""
-        plans = planned([Work(list(rows), list(work), [], modelled=self.static.proposer is not None)])
-        started = self._begin(plans, plans[0], launcher)
-        return started and self._finish(started, launcher, None)
+        (own,) = planned([Work(list(rows), list(work), [], modelled=self.static.proposer is not None)])
+        started = self._begin([own] * (self.told_to.expert_size if self.told_to else 1), own, launcher)
+        return started and self._finish(started._replace(plans=[own]), launcher, None)
 
     def begin(self, works: Sequence[Work], launcher: Launcher) -> Started | None:
         """Launch a step up to its head, or whole where nothing adjusts its logits and nobody drafts. None: nothing

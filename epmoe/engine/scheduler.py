@@ -87,7 +87,7 @@ class Scheduler:
         return self.pages.longest(self._wanted(sequence)[0]) * self.pages.size
 
     def schedule(self) -> Work:
-        """What the next step is to have; whoever is in it has its pages.
+        """What the next step is to have but drafts (`Speculation.add_to`); whoever is in it has its pages.
 
         A step that is under way may still write to pages whose sequence has ended or was put back; their new owner's
         steps come after it.
@@ -110,8 +110,6 @@ class Scheduler:
             left -= self._add_piece(work, self.running[-1], max(share, 1))
             if not share:
                 break
-        if self.speculation:
-            self.speculation.add_to(work)
         return work
 
     def _shares(self) -> dict[Sequence, int]:

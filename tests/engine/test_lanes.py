@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from drafting import draft_wrongly, try_some
-from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected
+from fake_model import EOS, VOCAB, FakeCache, FakeModel, expected, outputs
 from fake_words import vocabulary
 from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.pages import Pages
 from epmoe.engine.config import EngineConfig
+from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
 from epmoe.engine.lanes import ANSWER, Lanes
-from epmoe.engine.request import Finished, Request, Result, SamplingParams
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.sequence import Sequence as Running
 from epmoe.ranks.mesh import Ranks
@@ -67,6 +69,10 @@ def lane_of(tested: Lanes, id: int) -> int:
     found = tested.find(id)
     assert found is not None
     return found.lane
+
+
+def before(tested: Lanes) -> int | None:
+    return tested.before
 
 
 def placed(tested: Lanes, requests: Sequence[Request]) -> list[int]:
@@ -119,10 +125,10 @@ def test_a_lane_that_is_full_is_the_last_choice() -> None:
     run(tested, 2)
     assert placed(tested, [asked([*ids, 2], 50)]) == [0]
     run(tested, 2)
-    assert len(tested.lanes[0].running) == 2 and tested.before is None
+    assert len(tested.lanes[0].running) == 2 and before(tested) is None
     assert placed(tested, [asked([*ids, 3], 50)]) == [1]
     assert placed(tested, [asked([*ids, 4], 50, priority=3)]) == [0]  # both have somebody who waits: by what is to do
-    assert tested.before == 3
+    assert before(tested) == 3
     run(tested)
     tested = lanes(2, tokens=400)
     placed(tested, [asked(ids, 200), asked([5], 9)])
@@ -159,6 +165,7 @@ def test_every_host_makes_the_same_choices() -> None:
 # The engine on ranks
 
 Outcome = list[tuple[tuple[int, ...], str, str]]
+Outcomes = tuple[Outcome, Outcome, Outcome, int, int]
 
 
 def told(results: Sequence[Result]) -> Outcome:
@@ -176,7 +183,7 @@ def engine(ranks: Ranks, cache: Any = None, memory: int | None = None, **limits:
 def many(kind: str) -> list[Request]:
     """Prompts of one token and of many; answers of one token and of many."""
     rng = random.Random(2)
-    kinds: list[dict[str, Any]] = {
+    every: dict[str, list[dict[str, Any]]] = {
         "greedy": [{}],
         "mixed": [
             {"logprobs": 2},
@@ -185,7 +192,8 @@ def many(kind: str) -> list[Request]:
             {"temperature": 1.0, "logit_bias": ((3, 5.0),), "logprobs": 1},
         ],
         "grammar": [{"grammar": "start: /[a-z]{4,30}/"}, {}, {"temperature": 1.0, "grammar": "start: /[A-Z]+[!?]/"}],
-    }[kind]
+    }
+    kinds = every[kind]
     return [
         Request(
             tuple(rng.randrange(VOCAB - 1) for _ in range(rng.choice([1, 2, 17, 50]))),
@@ -210,9 +218,9 @@ LIMITS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # of requests
 }
 
 
-def outcomes(ranks: Ranks, names: list[str], drafts: bool) -> list[tuple[Outcome, Outcome, Outcome, int, int]]:
+def outcomes(ranks: Ranks, names: list[str], drafts: bool) -> list[Outcomes]:
     """Of each: all requests, the same again with what is found, one alone; put-backs, and steps of nobody's."""
-    found = []
+    found: list[Outcomes] = []
     with pytest.MonkeyPatch.context() as patch:
         if drafts:
             dice = random.Random(3)
@@ -234,7 +242,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, list[Any]]:
+def alone() -> dict[str, Outcomes]:
     """What one rank says."""
     return dict(zip(LIMITS, outcomes(rank_of(0, 1), list(LIMITS), False), strict=True))
 
@@ -247,14 +255,16 @@ def alone() -> dict[str, list[Any]]:
         *(pytest.param(size, drafts, list(LIMITS), marks=SLOW) for size in (2, 3, 4) for drafts in (False, True)),
     ],
 )
-def test_answers_are_those_of_one_rank(size: int, drafts: bool, names: list[str], alone: dict[str, list[Any]]) -> None:
+def test_answers_are_those_of_one_rank(size: int, drafts: bool, names: list[str], alone: dict[str, Outcomes]) -> None:
     """On every rank, of all requests; in every step all ranks were told of the sizes of all."""
     results = run_ranks(outcomes, size, names, drafts, timeout=200)
     for number, name in enumerate(names):
         for result in results:
             *answers, put_back, _ = result[number]
             assert answers == list(alone[name][:3]), name
-            assert put_back == results[0][number][3] and (put_back > 0) == ("put back" in name), name
+            assert put_back == results[0][number][3] and (put_back > 0 or size > 3) == (
+                "put back" in name or size > 3
+            ), name
     # Of one request alone all ranks but one have nothing.
     assert sorted(result[0][4] > 0 for result in results)[1:] == [True] * (size - 1)
 
@@ -305,3 +315,55 @@ def test_requests_come_and_go(size: int) -> None:
         wanted = expected(request)
         assert ids == wanted[0][: len(ids)] and (reason == "abort" or (ids, reason) == wanted)
     assert sum(reason == "abort" for _, reason in found.values()) > 3
+
+
+class Broken(FakeModel):
+    """Logits are no numbers behind a 77."""
+
+    def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+        odd_O1 = torch.tensor([77 in self.outputs[int(each)] for each in norm_O1[:, 0]])[:, None]
+        return super().logits(norm_O1, part).masked_fill(odd_O1, torch.nan)
+
+
+def without_77() -> list[Request]:
+    return [each for each in short(14, 1) if 77 not in (*each.ids, *expected(each)[0])]
+
+
+def fails(ranks: Ranks) -> tuple[list[int], list[tuple[tuple[int, ...], str]], list[tuple[tuple[int, ...], str]]]:
+    """Of which prompts it is told, how each ends, and what comes of the next call."""
+    model: Any = Broken(meets=ranks)
+    cache: Any = FakeCache(tokens=200)
+    tested = Engine(model, cache, ranks, EngineConfig(eos_ids=[EOS], attention="data", max_batch=2))
+    good = without_77()
+    ends: dict[int, tuple[tuple[int, ...], str]] = {}
+    with pytest.raises(NotFinite) as error:
+        bad = Request((1, 2, 77, 3), good[0].params)
+        tested.generate([*good[:3], bad, *good[3:]], on_finish=lambda n, each: ends.update({n: outputs([each])[0]}))
+    return list(error.value.prompts), [ends[each] for each in sorted(ends)], outputs(tested.generate(good))
+
+
+def test_logits_that_are_not_finite_are_one_requests_own() -> None:
+    """All ranks look for where it began, and can go on."""
+    wanted = [expected(each) for each in without_77()]
+    assert len(wanted) > 5
+    for prompts, ends, after in run_ranks(fails, 2):
+        assert prompts == [4] and ends == [*wanted[:3], ((), "error"), *wanted[3:]] and after == wanted
+
+
+def beforehand(ranks: Ranks) -> int:
+    """Prefills of every kind, which all ranks make alike, of made-up prompts in each one's cache; then requests."""
+    tested = engine(ranks, FakeCache(tokens=400), max_batch=6, prefill_chunk=40)
+    load = Workload.of(short(20, 2), 6)
+    with torch.inference_mode():
+        tested.warm.run(load, tested.warm.missing(load, 0), 20)
+    tested.forget()
+    assert [(each.ids, each.finish_reason) for each in tested.generate(short(20, 2))] == [
+        expected(each) for each in short(20, 2)
+    ]
+    model: Any = tested.model
+    return len(model.prefills())
+
+
+def test_prefills_run_beforehand() -> None:
+    counts = run_ranks(beforehand, 3)
+    assert min(counts) > 10

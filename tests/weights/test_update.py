@@ -87,7 +87,7 @@ def test_captured_graphs_read_the_new_weights(two: tuple[Path, Path]) -> None:
 
 
 def updated(ranks: Ranks, old: Path, new: Path, attention: str) -> list[Any]:
-    llm = LLM.opened(from_keys({"checkpoint": str(old), **KEYS, "mesh": {"attention": attention}}), ranks)
+    llm = LLM.opened(from_keys({"checkpoint": str(old), "mesh.attention": attention, **KEYS}), ranks)
     llm.load()
     before = answers(llm)
     with pytest.raises(UserError, match="of expert 4 holds NaN"):  # rank 1's alone, and said on both
@@ -97,8 +97,9 @@ def updated(ranks: Ranks, old: Path, new: Path, attention: str) -> list[Any]:
     return answers(llm)
 
 
-@pytest.mark.parametrize("attention", ["replicate", "tensor"])
+@pytest.mark.parametrize("attention", ["replicate", "tensor", "data"])
 def test_each_rank_takes_its_experts_and_its_heads(attention: str, two: tuple[Path, Path]) -> None:
+    """What is in a cache is not found again, in any rank's."""
     wanted = answers_of(two[1])
     assert run_ranks(updated, 2, *two, attention, timeout=120) == [wanted, wanted]
 

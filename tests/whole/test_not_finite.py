@@ -149,14 +149,15 @@ def generate(*keys: str) -> None:
     body()
 
 
-def test_ranks_tell_it_once(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["replicate", "data"])
+def test_ranks_tell_it_once(attention: str, checkpoint: Path, tmp_path: Path) -> None:
     """Experts of rank 1 alone, whose finite weights overflow; the logits that both have are their doing."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[SCALES[1]][2:] = 252
 
     path, output = spoilt(checkpoint, tmp_path, change), tmp_path / "o.jsonl"
-    keys = [f"checkpoint={path}", "prompt=Hello Hello", f"output={output}"]
+    keys = [f"checkpoint={path}", "prompt=Hello Hello", f"output={output}", f"mesh.attention={attention}"]
     with commands(generate, 2, *keys, folder=tmp_path) as started:
         assert [each.wait(60) for each in started] == [2, 2]
         lines = [line for each in started for line in each.stderr.splitlines() if "error" in line]
