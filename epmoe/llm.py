@@ -30,6 +30,7 @@ from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
+from epmoe.engine import replicas
 from epmoe.engine.config import EngineConfig, resolve_drafts
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine
@@ -66,7 +67,7 @@ def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
     run = config.runtime
     return start(
         device=run.device,
-        expert=config.mesh.expert,
+        mesh=(config.mesh.replica, config.mesh.expert),
         timeout_s=run.timeout_s,
         start_timeout_s=run.start_timeout_s,
         threads=run.threads,
@@ -194,7 +195,7 @@ class LLM:
         """
         if self.followers is not None:
             raise UserError("prepare is for ranks of a launcher: with ranks=N generate and stream do it")
-        self.engine.prepare_for(requests)
+        replicas.prepare(self.engine, requests)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Answer all prompts, several at a time; the answers in their order. A collective.
@@ -235,7 +236,8 @@ class LLM:
         answers = [Answer(self.tokenizer, request) for request in requests]
         try:
             with told_when_full(self.ranks.device):
-                results = self.engine.generate(
+                results = replicas.generate(
+                    self.engine,
                     requests,
                     on_token=lambda index, token: answers[index].feed(token),
                     on_finish=lambda index, result: answers[index].finish(result),
@@ -247,6 +249,8 @@ class LLM:
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to one prompt in pieces, as they come; they add up to `Completion.text`. A collective.
+
+        Each replica gives it, so that every rank has the same pieces.
 
         Closing the iterator, or leaving its loop, ends the request: on every rank after the same piece.
 
@@ -352,6 +356,8 @@ class LLM:
     def serve(self, service: Service) -> None:
         """Let a service run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
         self._check_open("serve")
+        if self.ranks.replicas > 1:
+            raise UserError(f"mesh.replica={self.ranks.replicas} replicas cannot serve yet: leave mesh.replica at 0")
         tokens = service.step_tokens
         with ordered(self.followers, "serve", step_tokens=tokens), told_when_full(self.ranks.device):
             self.ranks.agree(lambda: {"serve.step_tokens": str(tokens)}, "start every rank with the same keys")

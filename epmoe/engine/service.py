@@ -46,7 +46,7 @@ class Service:
         self.alone_tokens = max(self.step_tokens, ALONE_TOKENS)
         self.turn = threading.Condition()  # for all that follows
         self.queue: list[tuple[int, int, Call]] = []  # a heap: priority, place, call
-        self.compiling = Compiling(engine.ranks.size)  # calls that are not in the queue yet
+        self.compiling = Compiling(engine.ranks.expert_size)  # calls that are not in the queue yet
         self.queued_tokens = self.submitted = 0
         self.ending: list[tuple[Call, str]] = []  # whose end is to be ordered, and why
         self.released: dict[int, Call] = {}  # by the engine's id: it has them

@@ -41,7 +41,7 @@ from epmoe.ranks.drain import Drain
 from epmoe.ranks.ending import last_words
 from epmoe.ranks.fault import KINDS, SETTLE_S, Fault
 from epmoe.ranks.launch import Launch, Patience
-from epmoe.ranks.meeting import Meeting, difference
+from epmoe.ranks.meeting import Meeting, Meetings
 from epmoe.ranks.peer import Peer, reach_rank_0
 from epmoe.streams import tell_raw
 
@@ -69,16 +69,15 @@ class Watch:
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
-        self.arrived: dict[int, Meeting] = {}  # at `meet` or `finish`, on rank 0: what each rank came with
-        self.meeting = Meeting()  # the first one's
+        self.meetings = Meetings(self.size)  # at `meet` or `finish`, on rank 0
         self.faults: list[Fault] = []
         self.details = ""  # the traceback of this rank's own fault
         self.inbox: deque[Fault | Meeting | tuple[Any, ...] | None] = deque()  # from other threads
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
         self.finishing = self.closing = False
         self.drain: Drain | None = None  # whoever is asked to end before it must
-        self.heard: Callable[..., object] = lambda *said: None  # on rank 0, called with what others report
-        self.first_fault = self.first_arrival = time.monotonic()
+        self.heard: Callable[..., object] = lambda *said: None  # called with what others report to this rank
+        self.first_fault = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
         self._join(store, host)
@@ -124,9 +123,9 @@ class Watch:
         if guard.heard() is None:
             signal.set_wakeup_fd(-1)
 
-    def report(self, *said: Any) -> None:
-        """Let rank 0 hear that, on its watch's thread: what JSON can hold. On a rank other than 0, any thread."""
-        self._tell(said)
+    def report(self, rank: int, *said: Any) -> None:
+        """Let that rank hear this, on its watch's thread: what JSON can hold. On another rank than 0, any thread."""
+        self._tell((rank, *said))
 
     def _tell(self, message: Fault | Meeting | tuple[Any, ...] | None) -> None:
         self.inbox.append(message)
@@ -189,7 +188,7 @@ class Watch:
     def _nap(self) -> float:
         """Seconds until something is to be done that nobody sends for."""
         naps = [self.beat_s, SETTLE_S / 2]
-        if len(self.arrived) == self.size:  # a meeting that is to settle
+        if self.meetings.complete:  # one that is to settle
             naps.append(max(0.01, self.admission.settled_at - time.monotonic()))
         return min(naps)
 
@@ -257,6 +256,13 @@ class Watch:
             return
         self._answer(peer, messages)
 
+    def _pass_on(self, rank: int, *said: Any) -> None:
+        """A report, to whom it belongs; all of them come by rank 0."""
+        if rank == self.rank:
+            self.heard(*said)
+        elif rank in self.peers:
+            self.peers[rank].send("report", rank, *said)
+
     def _finished(self) -> bool:
         """Whether the others may end: after all have come to `finish`, this rank too."""
         return self.finishing and self.all_finished.is_set()
@@ -265,7 +271,7 @@ class Watch:
         answers: dict[str, Callable[..., object]] = {
             "hello": lambda token, hello: None,
             "beat": lambda: None,
-            "report": lambda *said: self.heard(*said),
+            "report": self._pass_on,
             "drain": lambda byte: self._drain(peer.rank, byte),
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
@@ -301,25 +307,21 @@ class Watch:
         return True
 
     def _arrive(self, rank: int, meeting: Meeting) -> None:
-        if not self.arrived:
-            self.first_arrival, self.meeting = time.monotonic(), meeting
-        self.arrived[rank] = meeting
+        self.meetings.arrive(rank, meeting, time.monotonic())
         self._decide(time.monotonic())
 
     def _decide(self, now: float) -> None:
         """Let all go on from a meeting to which all have come with the same."""
-        if len(self.arrived) < self.size or self.faults:
+        if self.rank != 0 or self.faults:
             return
-        fault = difference(self.arrived)
-        meeting = self.arrived[0]
-        if (fault is not None or meeting.settled) and now < self.admission.settled_at:
-            return  # a rank that differs may be another run's: then a second one of its number is on its way
-        self.arrived.clear()
+        done, fault = self.meetings.decide(settled=now >= self.admission.settled_at)
+        for ranks, meeting in done:
+            for peer in [self.peers[rank] for rank in ranks & set(self.peers)]:
+                peer.send("bye" if meeting.last else "met")
+            if 0 in ranks:
+                (self.all_finished if meeting.last else self.all_met).set()
         if fault is not None:
             self._fault(fault)
-            return
-        self._all("bye" if meeting.last else "met")
-        (self.all_finished if meeting.last else self.all_met).set()
 
     def _all(self, *message: Any) -> None:
         for peer in self.peers.values():
@@ -363,10 +365,7 @@ class Watch:
             for peer in self.peers.values()
             if now - peer.heard > self.silent_s
         ]
-        if self.arrived and now - self.first_arrival > self.meeting.within_s:
-            late = sorted(set(range(self.size)) - set(self.arrived))
-            overdue += [(rank, self.meeting.missed()) for rank in late]
-        return overdue
+        return overdue + self.meetings.late(now)
 
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
