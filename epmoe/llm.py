@@ -44,6 +44,8 @@ from epmoe.ranks.control import Control
 from epmoe.ranks.local import Followers, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
+from epmoe.server.links import Links
+from epmoe.server.replicas import Replicas
 from epmoe.text.asked import Conversations, Params, PromptLike, Prompts, conversations, digest, each_of, encoded, listed
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.defaults import default_params
@@ -90,7 +92,8 @@ class LLM:
     """
 
     followers: Followers | None = None  # the ranks that this one has started
-    control: Control | None = None  # how rank 0's orders reach the others, once one serves
+    control: Control | None = None  # how a first rank's orders reach its replica, once one serves
+    links: Links | None = None  # and how requests reach the other replicas
 
     def __init__(self, checkpoint: str | Path = "", *, ranks: int = 1, **keys: Any) -> None:
         config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
@@ -353,16 +356,16 @@ class LLM:
             raise UserError(f"these are {len(requests)} prompts: ask for the answer of each alone")
         return replace(requests[0], priority=priority)
 
-    def serve(self, service: Service) -> None:
-        """Let a service run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
+    def serve(self, service: Service | Replicas) -> None:
+        """Let `service_of` the engine run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
         self._check_open("serve")
-        if self.ranks.replicas > 1:
-            raise UserError(f"mesh.replica={self.ranks.replicas} replicas cannot serve yet: leave mesh.replica at 0")
         tokens = service.step_tokens
         with ordered(self.followers, "serve", step_tokens=tokens), told_when_full(self.ranks.device):
             self.ranks.agree(lambda: {"serve.step_tokens": str(tokens)}, "start every rank with the same keys")
             self.control = self.control or Control(self.ranks, self.config.runtime.timeout_s)
-            service.run(self.control)
+            self.links = self.links or Links(self.ranks, self.config.runtime.timeout_s)
+            with self.links.attached(service):
+                service.run(self.control)
 
     def close(self) -> None:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
@@ -370,6 +373,8 @@ class LLM:
         if hasattr(self, "engine"):
             if self.followers is not None:
                 self.followers.order(call="close")
+            if self.links is not None:
+                self.links.close()
             self.engine.graphs.close()
             del self.engine, self.model, self.cache
         self._stack.close()

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from epmoe.ranks import command, mesh
-from epmoe.ranks.watch import leave
+from epmoe.ranks.ending import leave
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "epmoe.generate"])

@@ -10,7 +10,8 @@ import pytest
 from spawn import Command, commands
 
 from epmoe import generate, llm
-from epmoe.ranks import launch, mesh, watch
+from epmoe.ranks import launch, mesh
+from epmoe.ranks.ending import leave
 
 pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
 
@@ -92,7 +93,7 @@ def end_too_early() -> None:
         if mine.is_main:
             mine.watch.peers[1].send("bye")
             time.sleep(0.5)
-            watch.leave(0)
+            leave(0)
         time.sleep(1000)
 
 
