@@ -74,7 +74,9 @@ def alone() -> list[Any]:
         return told(llm)
 
 
-@pytest.mark.parametrize(("size", "replica"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "replica"), [(4, 2), *(pytest.param(each, each, marks=pytest.mark.slow) for each in (2, 4))]
+)
 def test_every_rank_gets_what_one_rank_says(size: int, replica: int, alone: list[Any]) -> None:
     for found in run_ranks(told_of_ranks, size, replica=replica, timeout=120):
         assert found == alone

@@ -35,20 +35,22 @@ def known(self, *arguments):
     begin(self, *arguments)
     DRAFTING.append(self)
 
-async def main(ranks, speculate):
+async def main(ranks, speculate, replica):
     if ranks == 1 and speculate != "off":  # it is in this process: each step has drafts, most of them wrong
         patch, dice = pytest.MonkeyPatch(), random.Random(ranks)
         try_some(patch, dice, 8)
         draft_wrongly(patch, dice, 2000, 0.8)
         patch.setattr(Drafting, "__init__", known)
-    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE, speculate=speculate) as llm:
+    parts = {"mesh": {"replica": replica}, "speculate": speculate}
+    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE, **parts) as llm:
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
+        assert len(llm.service.figures()) == max(1, replica)
         scheduler = llm.llm.engine.scheduler
         assert scheduler.put_back > 0
         for each in DRAFTING:
             assert each.drafted > each.accepted > 0, (each.drafted, each.accepted)
 
-asyncio.run(main(int(sys.argv[3]), sys.argv[4]))
+asyncio.run(main(int(sys.argv[3]), sys.argv[4], int(sys.argv[5])))
 """
 
 TORCHRUN = """
@@ -109,7 +111,17 @@ def test_every_answer_is_the_one_that_it_is_alone(
 
     Alone there were no drafts.
     """
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, limit_s=600)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, 0, limit_s=600)
+    assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(("ranks", "replica"), [(2, 2), (4, 2)])
+def test_every_answer_is_the_one_that_it_is_alone_over_replicas(
+    ranks: int, replica: int, known: Path, tmp_path: Path
+) -> None:
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 200, known, ranks, "ngram", replica, limit_s=600)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -123,7 +135,7 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate)
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, 0)
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -230,6 +242,36 @@ asyncio.run(main())
 def test_idle_ranks_stay_for_longer_than_their_timeout(tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, IDLE)
     assert (code, out) == (0, "True\n"), errors
+
+
+NEW_WEIGHTS = """
+from safetensors.torch import load_file
+from epmoe.weights.hub import DEMO
+
+async def whole(llm, number):
+    async for event in llm.generate(f"The king {number}", SamplingParams(max_tokens=9)):
+        pass
+    return event.ids
+
+async def main():
+    stored = load_file(next(DEMO.glob("*.safetensors")))
+    name = "model.norm.weight"
+    async with AsyncLLM(ranks=2, mesh={"replica": 2}, runtime=PLACE) as llm:
+        before = await asyncio.gather(*(whole(llm, number) for number in range(6)))
+        await llm.update_weights({name: -stored[name]})
+        between = await asyncio.gather(*(whole(llm, number) for number in range(6)))
+        await llm.update_weights({name: stored[name]})
+        print(before != between, before == await asyncio.gather(*(whole(llm, number) for number in range(6))))
+        while not all(each.steps > 10 for each in llm.service.figures()):  # of others they come a moment later
+            await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+
+
+def test_every_replica_takes_new_weights(tmp_path: Path) -> None:
+    code, out, errors = run(tmp_path, NEW_WEIGHTS)
+    assert (code, out) == (0, "True True\n"), errors
 
 
 FORGETFUL = """
