@@ -20,11 +20,11 @@ from epmoe.config.compose import from_keys
 from epmoe.config.schema import ServeConfig
 from epmoe.engine.call import Stopped
 from epmoe.engine.request import SamplingParams
-from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.launch import use_on_this_thread
 from epmoe.ranks.mesh import fail
+from epmoe.server.replicas import service_of
 from epmoe.text.asked import PromptLike
 from epmoe.text.completion import Completion
 from epmoe.text.delivery import Delivery, Piece
@@ -50,7 +50,7 @@ class AsyncLLM:
         own = {name: value for name, value in keys.items() if name.partition(".")[0] != "serve"}
         self.llm = LLM(checkpoint, ranks=ranks, **own)
         self.is_main = self.llm.ranks.is_main
-        self.service = Service(self.llm.engine, config.serve)
+        self.service = service_of(self.llm.engine, config.serve)
         self.closed = False
         atexit.register(self.close)  # comes before the LLM's own end
         try:
@@ -141,7 +141,7 @@ class AsyncLLM:
         """
         self._thread = threading.Thread(target=self._serve, name="epmoe-engine", daemon=True)
         self._thread.start()
-        while not self.service.running.wait(LOOK_S) and self._thread.is_alive():
+        while not self.service.is_running(LOOK_S) and self._thread.is_alive():
             pass
         if (error := self.service.failure) is not None:
             raise error

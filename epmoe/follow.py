@@ -16,11 +16,11 @@ from collections.abc import Generator
 
 from epmoe.config.compose import from_keys
 from epmoe.config.schema import Serve
-from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.local import Orders
+from epmoe.server.replicas import service_of
 
 
 def obey(llm: LLM, orders: Orders) -> None:
@@ -38,7 +38,7 @@ def obey(llm: LLM, orders: Orders) -> None:
                 case {"call": "close"}:
                     return
                 case {"call": "serve", "step_tokens": tokens}:
-                    llm.serve(Service(llm.engine, Serve(step_tokens=tokens)))
+                    llm.serve(service_of(llm.engine, Serve(step_tokens=tokens)))
                 case {"call": "update_weights", "table": table}:
                     llm._update(table, None)
                 case {"call": "stream", "purpose": purpose}:

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from epmoe import BEGAN
 from epmoe.config.compose import parse
 from epmoe.config.schema import Config
+from epmoe.engine import replicas
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.request import Request, choices
 from epmoe.llm import LLM, join
@@ -89,7 +90,7 @@ def answer(llm: LLM, requests: Sequence[Request], answers: Answers | None, confi
         llm.prepare(requests)
         ready_s = time.perf_counter() - BEGAN
         with profiled(config.runtime.profile, ranks):
-            results = llm.engine.generate(requests, output.on_token, output.on_finish)
+            results = replicas.generate(llm.engine, requests, output.on_token, output.on_finish)
     before = len(answers.good) - len(requests) if answers is not None else 0
     reasons = [each.finish_reason for each in output.answers]
     line = closing_line(results, ready_s, llm.report.bytes_read, ranks, before=before)

@@ -30,6 +30,7 @@ from epmoe.cache.fit import CacheSettings, fit_cache
 from epmoe.config.agreed import agreed
 from epmoe.config.compose import from_keys, to_keys
 from epmoe.config.schema import LLMConfig, ModelKeys
+from epmoe.engine import replicas
 from epmoe.engine.config import EngineConfig, resolve_drafts
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine
@@ -43,6 +44,8 @@ from epmoe.ranks.control import Control
 from epmoe.ranks.local import Followers, as_rank_0, followers, ordered
 from epmoe.ranks.memory import told_when_full
 from epmoe.ranks.mesh import Ranks, start
+from epmoe.server.links import Links
+from epmoe.server.replicas import Replicas
 from epmoe.text.asked import Conversations, Params, PromptLike, Prompts, conversations, digest, each_of, encoded, listed
 from epmoe.text.completion import Choice, Completion, completions
 from epmoe.text.defaults import default_params
@@ -54,7 +57,7 @@ from epmoe.text.variables import Tools, with_tools
 from epmoe.weights.attention import attention_of
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
-from epmoe.weights.digest import SAME_COPY, contents, expert_samples, head_samples, shared_digests
+from epmoe.weights.digest import SAME_COPY, contents, expert_samples, held, shared_digests
 from epmoe.weights.eagle3 import load_head, open_head
 from epmoe.weights.hub import resolve, resolve_draft_model
 from epmoe.weights.load import LoadReport, load, model_of
@@ -67,7 +70,7 @@ def join(config: ModelKeys) -> AbstractContextManager[Ranks]:
     run = config.runtime
     return start(
         device=run.device,
-        expert=config.mesh.expert,
+        mesh=(config.mesh.replica, config.mesh.expert),
         timeout_s=run.timeout_s,
         start_timeout_s=run.start_timeout_s,
         threads=run.threads,
@@ -90,7 +93,8 @@ class LLM:
     """
 
     followers: Followers | None = None  # the ranks that this one has started
-    control: Control | None = None  # how rank 0's orders reach the others, once one serves
+    control: Control | None = None  # how a first rank's orders reach its replica, once one serves
+    links: Links | None = None  # and how requests reach the other replicas
 
     def __init__(self, checkpoint: str | Path = "", *, ranks: int = 1, **keys: Any) -> None:
         config = from_keys(with_tools({"checkpoint": str(checkpoint), **keys}))
@@ -155,7 +159,7 @@ class LLM:
         attention = attention_of(config.mesh.attention, self.architecture, self.source, self.ranks, run)
         choices = replace(Choices.of(config), attention=attention)
         self.model, self.report = load(self.source, self.ranks, choices, progress=progress)
-        self.ranks.agree(self._held, SAME_COPY, settled=True)  # before the first text
+        self.ranks.agree(lambda: held(self.source, self.model), SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
         drafter, shape = None, None
         if self.draft:
@@ -163,16 +167,8 @@ class LLM:
             shape, embedding = (draft.kv_heads, draft.head_dim), self.model.get_submodule("embedding")
             assert isinstance(embedding, nn.Embedding)
             drafter = load_head(place, draft, embedding, self.ranks.device, dtype)
-        settings = CacheSettings(
-            dtype,
-            run.page,
-            run.max_batch,
-            run.cache_tokens,
-            base.prefill_chunk,
-            run.prefix_cache,
-            shape,
-            self.model.own_kv_heads,
-        )
+        sizes = run.page, run.max_batch, run.cache_tokens, base.prefill_chunk
+        settings = CacheSettings(dtype, *sizes, run.prefix_cache, shape, self.model.own_kv_heads)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
         known = self.source.tokenizer_file
@@ -187,10 +183,6 @@ class LLM:
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 
-    def _held(self) -> dict[str, str]:
-        """What tells this rank's weights from another copy's."""
-        return {**head_samples(self.source, self.model), **shared_digests(self.model)}
-
     def check(self, requests: Sequence[Request]) -> None:
         """Raises UserError for a prompt that the model cannot take: before minutes of loading, not after."""
         check(requests, self.architecture.vocab, self.architecture.max_positions)
@@ -203,7 +195,7 @@ class LLM:
         """
         if self.followers is not None:
             raise UserError("prepare is for ranks of a launcher: with ranks=N generate and stream do it")
-        self.engine.prepare_for(requests)
+        replicas.prepare(self.engine, requests)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Answer all prompts, several at a time; the answers in their order. A collective.
@@ -244,7 +236,8 @@ class LLM:
         answers = [Answer(self.tokenizer, request) for request in requests]
         try:
             with told_when_full(self.ranks.device):
-                results = self.engine.generate(
+                results = replicas.generate(
+                    self.engine,
                     requests,
                     on_token=lambda index, token: answers[index].feed(token),
                     on_finish=lambda index, result: answers[index].finish(result),
@@ -256,6 +249,8 @@ class LLM:
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to one prompt in pieces, as they come; they add up to `Completion.text`. A collective.
+
+        Each replica gives it, so that every rank has the same pieces.
 
         Closing the iterator, or leaving its loop, ends the request: on every rank after the same piece.
 
@@ -358,14 +353,16 @@ class LLM:
             raise UserError(f"these are {len(requests)} prompts: ask for the answer of each alone")
         return replace(requests[0], priority=priority)
 
-    def serve(self, service: Service) -> None:
-        """Let a service run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
+    def serve(self, service: Service | Replicas) -> None:
+        """Let `service_of` the engine run until rank 0 stops it; a collective. Nothing else may be called meanwhile."""
         self._check_open("serve")
         tokens = service.step_tokens
         with ordered(self.followers, "serve", step_tokens=tokens), told_when_full(self.ranks.device):
             self.ranks.agree(lambda: {"serve.step_tokens": str(tokens)}, "start every rank with the same keys")
             self.control = self.control or Control(self.ranks, self.config.runtime.timeout_s)
-            service.run(self.control)
+            self.links = self.links or Links(self.ranks, self.config.runtime.timeout_s)
+            with self.links.attached(service):
+                service.run(self.control)
 
     def close(self) -> None:
         """Give memory back and part from the other ranks; a collective. Nothing can be asked afterwards."""
@@ -373,6 +370,8 @@ class LLM:
         if hasattr(self, "engine"):
             if self.followers is not None:
                 self.followers.order(call="close")
+            if self.links is not None:
+                self.links.close()
             self.engine.graphs.close()
             del self.engine, self.model, self.cache
         self._stack.close()

@@ -28,14 +28,15 @@ from functools import partial
 from epmoe import BEGAN, __version__
 from epmoe.config.compose import parse
 from epmoe.config.schema import ServerConfig
-from epmoe.engine.service import Service
+from epmoe.engine.call import Serving
 from epmoe.errors import UserError, warn
 from epmoe.llm import LLM, join
 from epmoe.ranks.command import main
 from epmoe.ranks.drain import drained
-from epmoe.ranks.watch import leave
+from epmoe.ranks.ending import leave
 from epmoe.server.door import Door, listen
 from epmoe.server.frames import Hello, Ready
+from epmoe.server.replicas import service_of
 from epmoe.text.chat_files import chat_sources, special_tokens
 from epmoe.text.variables import configured
 from epmoe.weights.digest import fingerprint
@@ -53,7 +54,7 @@ def serve() -> None:
         door = None if listener is None else Door(hello(llm, config, keys), listener)
         ranks.meet()  # the tokenizer may be large
         llm.load()
-        service = Service(llm.engine, config.serve)
+        service = service_of(llm.engine, config.serve)
         seconds = config.serve.drain_s
         if door is None:
             on_a_thread(lambda: running(service, partial(drain.ready, seconds, lambda: None)))
@@ -81,16 +82,16 @@ def on_a_thread(work: Callable[[], object]) -> None:
     threading.Thread(target=work, name="epmoe-ready", daemon=True).start()
 
 
-def running(service: Service, ready: Callable[[], object]) -> bool:
+def running(service: Serving, ready: Callable[[], object]) -> bool:
     """Wait until the loop takes turns, and call `ready` then; False: it never will."""
-    while not service.running.wait(LOOK_S):
+    while not service.is_running(LOOK_S):
         if service.failure is not None:
             return False
     ready()
     return True
 
 
-def open_when_ready(door: Door, service: Service, llm: LLM, where: str, ready: Callable[[], object]) -> None:
+def open_when_ready(door: Door, service: Serving, llm: LLM, where: str, ready: Callable[[], object]) -> None:
     """Let requests in once the loop takes turns; the line that says so. `ready`: signals only ask from then on."""
     made = f"{fingerprint(llm.source, llm.model)}-{__version__}"
     if running(service, ready):
@@ -122,7 +123,7 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         system=config.system,
         variables=configured(config),
         defaults=asdict(llm.defaults),
-        most_requests=config.serve.queue_requests + config.runtime.max_batch,
+        most_requests=config.serve.queue_requests + llm.ranks.replicas * config.runtime.max_batch,
         queue_requests=config.serve.queue_requests,
         max_body=config.serve.max_body,
         max_bodies=config.serve.max_bodies,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from epmoe import AsyncLLM, SamplingParams
 from epmoe.engine.call import QueueFull, Stopped
+from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.text.completion import Completion
@@ -44,6 +45,11 @@ def said(completion: Completion) -> list[Any]:
 
 def pages_are_free(llm: AsyncLLM) -> bool:
     return llm.llm.cache.pages.unused
+
+
+def own(llm: AsyncLLM) -> Service:
+    assert isinstance(llm.service, Service)
+    return llm.service
 
 
 PROMPT = "a prompt of some length, which shares its beginning"
@@ -150,7 +156,7 @@ def test_every_way_of_leaving_ends_the_request(checkpoint: Path) -> None:
 
     async def is_cancelled(llm: AsyncLLM) -> None:
         task = asyncio.create_task(whole(llm, "a", LONG))
-        await becomes(lambda: llm.service.released)
+        await becomes(lambda: own(llm).released)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -163,7 +169,7 @@ def test_every_way_of_leaving_ends_the_request(checkpoint: Path) -> None:
         for way in (leaves_the_loop, closes, is_cancelled, is_too_late):
             begin = llm.llm.engine.scheduler.added
             await way(llm)
-            await becomes(lambda: pages_are_free(llm) and not llm.service.released and not llm.service.queue)
+            await becomes(lambda: pages_are_free(llm) and not own(llm).released and not own(llm).queue)
             assert llm.llm.engine.scheduler.added <= begin + 1
 
     serve(checkpoint, body)
@@ -213,7 +219,7 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(checkpoint: Path, answe
         first = await anext(events)
         others = [await whole(llm, str(number), SamplingParams(max_tokens=20)) for number in range(3)]
         assert len(others) == 3
-        await becomes(lambda: not llm.service.released)
+        await becomes(lambda: not own(llm).released)
         second, last = [each async for each in events]  # all that came meanwhile
         assert isinstance(first, Piece) and isinstance(second, Piece) and isinstance(last, Completion)
         assert first.ids + second.ids == last.ids and said(last) == said(answers.generate("slow", LONG)[0])
@@ -226,9 +232,9 @@ def test_a_full_queue_refuses_one_more(checkpoint: Path) -> None:
         tasks = []
         for count in range(1, 5):
             tasks.append(asyncio.create_task(whole(llm, "a", LONG)))
-            await becomes(lambda count=count: len(llm.service.released) == count)
+            await becomes(lambda count=count: len(own(llm).released) == count)
         tasks += [asyncio.create_task(whole(llm, "b", LONG)) for _ in range(2)]
-        await becomes(lambda: len(llm.service.queue) == 2)
+        await becomes(lambda: len(own(llm).queue) == 2)
         with pytest.raises(QueueFull, match="2 requests wait already"):
             await whole(llm, "c")
         for task in tasks:
@@ -257,7 +263,7 @@ def test_weights_change_between_requests_alone(tmp_path: Path, checkpoint: Path,
 
         def once_one_waits(tensors: Any) -> None:
             loop.call_soon_threadsafe(updates.set)
-            while not llm.service.queue:
+            while not own(llm).queue:
                 time.sleep(0.001)
             update(tensors)
 
@@ -276,7 +282,7 @@ def test_weights_change_between_requests_alone(tmp_path: Path, checkpoint: Path,
 def test_a_failure_of_the_engine_ends_all_with_one_error(checkpoint: Path) -> None:
     async def body(llm: AsyncLLM) -> None:
         tasks = [asyncio.create_task(whole(llm, str(number), LONG)) for number in range(6)]
-        await becomes(lambda: len(llm.service.released) == 4)
+        await becomes(lambda: len(own(llm).released) == 4)
         with mock.patch.object(llm.llm.engine, "step", side_effect=RuntimeError("the device is gone")):
             found = await asyncio.gather(*tasks, return_exceptions=True)
         assert {str(each) for each in found} == {
@@ -294,7 +300,7 @@ def test_closing_ends_everything(checkpoint: Path) -> None:
     async def body() -> None:
         async with AsyncLLM(checkpoint, **ON_CPU) as llm:
             tasks = [asyncio.create_task(whole(llm, str(number), LONG)) for number in range(6)]
-            await becomes(lambda: len(llm.service.released) == 4)
+            await becomes(lambda: len(own(llm).released) == 4)
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert {str(each) for each in found} == {"the LLM was closed before the answer's end"}
         llm.close()  # nothing is left to do

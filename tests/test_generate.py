@@ -118,6 +118,32 @@ def test_one_rank_without_torchrun_writes_the_same(
     assert timeless[0] == timeless[1]
 
 
+def test_two_replicas_write_the_same(checkpoint: str, tmp_path: Path) -> None:
+    """Under torchrun; another number of replicas than divides the ranks is refused."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"stop": ["a"]},
+        {"n": 2, "temperature": 1.0},
+        {"logprobs": 2},
+        {"prompt_logprobs": 1},
+    )
+    asked = [{"prompt": "What is " * (1 + number), "seed": number, **each} for number, each in enumerate(kinds)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    keys = [checkpoint, f"prompts={tmp_path / 'p.jsonl'}", "max_new_tokens=9"]
+    runs = {"one": ([], 0), "two": (["mesh.replica=2"], 2)}
+    found = []
+    for name, (more, ranks) in runs.items():
+        file = tmp_path / f"{name}.jsonl"
+        done = command(*keys, f"output={file}", *more, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        timeless = [{key: value for key, value in each.items() if not key.endswith("_s")} for each in lines(file)]
+        found.append((done.stdout, timeless))
+        assert f"; {max(1, ranks)} rank" in done.stderr
+    assert found[0] == found[1] and len(found[0][1]) == 6
+    done = command(*keys, f"output={tmp_path / 'two.jsonl'}", "mesh.replica=3", ranks=2)
+    assert done.stderr.count("mesh.replica=3 does not divide the number of ranks, 2: take one of 1, 2, or") == 1
+
+
 def test_a_mistake_is_one_line_from_all_ranks(checkpoint: str) -> None:
     done = command(checkpoint, "prompt=", ranks=2)
     assert done.returncode != 0 and done.stdout == ""

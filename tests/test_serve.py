@@ -1,14 +1,18 @@
 """epmoe.serve as a command: on two ranks under torchrun, and how it ends, whoever is killed or told to."""
 
+import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from served import TORCHRUN, Server, post, served
+from served import TORCHRUN, Server, post, served, two_nodes
 
 from epmoe import LLM, SamplingParams
 from epmoe.ranks import guard
@@ -19,8 +23,8 @@ LONG = {"prompt": "It was a fine morning, and", "max_tokens": 400, "ignore_eos":
 class Begun:
     """A stream of LONG whose first bytes are here."""
 
-    def __init__(self, server: Server, tokens: int = 400) -> None:
-        self.connection = server.raw(post("/v1/completions", {**LONG, "max_tokens": tokens}))
+    def __init__(self, server: Server, tokens: int = 400, connection: socket.socket | None = None) -> None:
+        self.connection = connection or server.raw(post("/v1/completions", {**LONG, "max_tokens": tokens}))
         self.said = b""
         while b"data: {" not in self.said:
             self.said += self.connection.recv(1 << 16)
@@ -52,6 +56,95 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
             status, answer, _ = server.ask("/v1/completions", body)
             assert status == 400 and "the grammar is refused (" in answer["error"]["message"], answer
     assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
+
+
+def test_two_replicas_answer_as_one_does(tmp_path: Path) -> None:
+    """A request's prompts go to both; each path, streams, grammars and clients that leave; one SIGTERM ends both."""
+    prompts = [f"It was a fine morning, number {number}, and" for number in range(6)]
+    with LLM(runtime="cpu") as llm:
+        expected = llm.generate(prompts, SamplingParams(max_tokens=10, temperature=1.0, seed=3))
+    with served(tmp_path / "run", "mesh.replica=2", "serve.queue_requests=8", ranks=2) as server:
+        client = server.client()
+        found = client.completions.create(
+            model=server.model, prompt=prompts, max_tokens=10, temperature=1, seed=3, n=1,
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        said = [tuple((each.model_extra or {})["token_ids"]) for each in found.choices]
+        assert said == [each.ids for each in expected]
+        for number, prompt in enumerate(prompts[:2]):
+            pieces = client.completions.create(
+                model=server.model, prompt=prompt, max_tokens=10, temperature=1, seed=3, stream=True
+            )
+            assert "".join(each.choices[0].text for each in pieces) == expected[number].text
+        asked: Any = [{"role": "user", "content": "Hello"}]
+        chats = [client.chat.completions.create(model=server.model, messages=asked, max_tokens=5) for _ in range(2)]
+        (first,), (second,) = (each.choices for each in chats)
+        assert first.message == second.message
+        answer = client.responses.create(model=server.model, input="Hello", max_output_tokens=5)
+        assert answer.output
+        begun = [Begun(server) for _ in range(3)]
+        assert server.ask("/health")[1]["replicas"] == 2
+        body = {"prompt": "a", "guided_grammar": 'start: "a" <|nobody|>'}
+        for _ in range(2):
+            status, refused, _ = server.ask("/v1/completions", body)
+            assert status == 400 and "the grammar is refused (" in refused["error"]["message"]
+        for each in begun:
+            each.connection.close()
+        server.comes_to_rest()
+        figures = server.ask("/metrics")[1]
+        steps = [re.search(rf'^epmoe_replica_steps_total{{replica="{each}"}} (\S+)', figures, re.M) for each in "01"]
+        assert all(each is not None and float(each[1]) > 10 for each in steps) and server.figure("epmoe_replicas") == 2
+    assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
+
+
+def test_clients_do_not_notice_a_lost_replica(tmp_path: Path) -> None:
+    """Where it has an agent of its own. Other replicas answer its requests once more, and no token comes twice."""
+    asked: dict[str, Any] = {"max_tokens": 150, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    prompts = [f"Number {number}" for number in range(4)]
+    with LLM(runtime="cpu") as llm:
+        expected = llm.generate(prompts, SamplingParams(**asked))
+    with two_nodes(tmp_path / "run", "mesh.replica=2") as nodes:
+        streams = [
+            nodes[0].raw(post("/v1/completions", {"prompt": each, "stream": True, "return_token_ids": True, **asked}))
+            for each in prompts
+        ]
+        begun = [Begun(nodes[0], connection=each) for each in streams]
+        (lost,) = nodes[1].ranks()
+        lost.kill()
+        for each, wanted in zip(begun, expected, strict=True):
+            found = [json.loads(line[6:]) for line in each.rest().decode().splitlines() if line.startswith("data: {")]
+            choices = [choice for event in found for choice in event["choices"]]
+            assert [id for choice in choices for id in choice.get("token_ids") or []] == list(wanted.ids)
+            assert "".join(choice["text"] for choice in choices) == wanted.text
+        deadline = time.monotonic() + 10
+        while nodes[0].ask("/health")[1]["replicas"] == 2:
+            assert time.monotonic() < deadline
+        assert nodes[0].figure("epmoe_replicas") == 1 and nodes[1].process.wait(30) == 1
+        said = "epmoe: rank 1 ended without a word (killed?); the others go on without rank 1\n"
+        assert said in nodes[0].stderr
+        (alive,) = nodes[0].ranks()
+        alive.send_signal(signal.SIGTERM)
+        assert psutil.wait_procs([alive], 20)[1] == []  # its agent waits for the other one: torchrun's exit barrier
+
+
+@pytest.mark.slow
+def test_the_replica_of_rank_0_ends_the_run(tmp_path: Path) -> None:
+    with two_nodes(tmp_path / "run", "mesh.replica=2") as nodes:
+        (first,), (other,) = (each.ranks() for each in nodes)
+        first.kill()
+        assert psutil.wait_procs([first, other], 20)[1] == []
+        assert "epmoe: rank 0 ended without a word (killed?); rank 1 ends too\n" in nodes[1].stderr
+
+
+@pytest.mark.slow
+def test_under_one_agent_a_lost_replica_ends_the_run(tmp_path: Path) -> None:
+    """torchrun ends all of its ranks, so none goes on."""
+    with served(tmp_path / "run", "mesh.replica=2", ranks=2, settled=False) as server:
+        begun = Begun(server)
+        server.ranks()[1].kill()
+        assert b'"code":"service_unavailable"' in begun.rest()
+        assert server.process.wait(30) == 1
+        assert "epmoe: rank 1 ended without a word (killed?); rank 0 ends too\n" in server.stderr
 
 
 def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from epmoe.bench.weights import RandomCheckpoint, byte_tokenizer
 from epmoe.config.schema import ModelKeys
+from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import tell
@@ -28,7 +29,15 @@ def open_source(size: str | None, checkpoint: str, ranks: Ranks) -> Checkpoint:
 
 
 def open_model(config: ModelKeys, size: str | None, ranks: Ranks) -> LLM:
-    """The model before its weights are read; one that has no tokenizer gets one that knows bytes, for `generate`."""
+    """The model before its weights are read; one that has no tokenizer gets one that knows bytes, for `generate`.
+
+    Raises:
+        UserError: there are several replicas.
+    """
+    if ranks.replicas > 1:
+        raise UserError(
+            f"mesh.replica={ranks.replicas} means nothing to a benchmark, which measures one replica: leave it at 0"
+        )
     llm = LLM.opened(config, ranks, open_source(size, config.checkpoint, ranks))
     if llm.source.tokenizer_file is None:
         llm.tokenizer = byte_tokenizer(llm.architecture.vocab)

@@ -76,8 +76,8 @@ def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, set
             draft=settings.draft,
         )
 
-    neighbours = ranks.size // ranks.nodes if ranks.device.type == "cpu" else 1  # they share the host's memory
-    free = min(each for (each,) in ranks.gather([free_bytes(ranks.device) // neighbours]))
+    neighbours = ranks.neighbours if ranks.device.type == "cpu" else 1  # they share the host's memory
+    free = min(each for (each,) in ranks.gather_all([free_bytes(ranks.device) // neighbours]))
     pages = [-(-need // page) for need in needs or [config.max_positions] * sequences]
     wanted = sum(sorted(pages, reverse=True)[:sequences])
     if settings.tokens:

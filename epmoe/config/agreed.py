@@ -9,7 +9,6 @@ from epmoe.config.keys import keys_of
 # Keys that a rank may have for itself, and why.
 OWN: Mapping[str, str] = {
     "checkpoint": "a path; what lies there is compared",
-    "mesh.expert": "0 or the number of ranks, which is the same; ranks.mesh.start refuses all else",
     "runtime.timeout_s": "bounds a wait",
     "runtime.start_timeout_s": "bounds a wait",
     "runtime.progress": "for the eye",

@@ -23,7 +23,8 @@ SPELLINGS = {"max_tokens": "max_new_tokens", "quant.scale": "quant_scale"}
 class Mesh:
     """The device mesh."""
 
-    expert: int = key(0, "ranks that share the experts of a layer; 0: all ranks", Range(low=0))
+    replica: int = key(0, "replicas of the model, of mesh.expert ranks each; 0: as many as there are", Range(low=0))
+    expert: int = key(0, "ranks that share a layer's experts; 0: all ranks, by mesh.replica", Range(low=0))
     attention: str = key(
         "replicate",
         "each rank runs all, some heads, or its own requests",

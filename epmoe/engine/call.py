@@ -1,10 +1,12 @@
 """Call: a request and who listens to its answer, on rank 0 or in the process that speaks HTTP. No torch."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from epmoe.engine.figures import Figures
 from epmoe.engine.request import Event, PromptLogprobs, Request, Result, Token, TokenLogprobs
 from epmoe.errors import UserError
 
@@ -33,6 +35,25 @@ class Listener(Protocol):
         ...
 
 
+class Serving(Protocol):
+    """What callers of rank 0 see of a service, on any thread: epmoe/engine/service.py, or all replicas' together."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why there is no service any more."""
+        ...
+
+    def is_running(self, within_s: float) -> bool:
+        """Whether the loop takes turns, or does within so many seconds."""
+        ...
+
+    def submit(self, calls: "Sequence[Call]") -> None: ...
+    def abort(self, call: "Call") -> None: ...
+    def stop(self, error: BaseException | None = None) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def figures(self) -> list[Figures]: ...
+
+
 @dataclass(eq=False)
 class Call:
     """A request on rank 0, from `Service.submit` until its end."""
@@ -47,12 +68,19 @@ class Call:
     prompt_logprobs: PromptLogprobs = ()
     cached_tokens: int = 0
     ended: bool = False  # its listener knows
+    known: int = 0  # of its tokens, those that come once more: see `again`
 
     def hear(self, event: Event) -> bool:
         """Take the next event and tell the listener. True: that has found a stop string, and knows that it has all.
 
         Whoever calls it then sees to it that no more tokens are made.
         """
+        if self.known and isinstance(event, Token):
+            said = self.ids[len(self.ids) - self.known]
+            if event.token != said:
+                raise RuntimeError(f"token {len(self.ids) - self.known} was {said}, and is {event.token} now")
+            self.known -= 1
+            return False
         if not self.first_token_s:
             self.first_token_s = time.perf_counter() - self.submitted_s
         if not isinstance(event, Token):
@@ -70,6 +98,13 @@ class Call:
         self.ended = True
         self.listener.finish(self.result("stop"))
         return True
+
+    def again(self) -> None:
+        """Nobody answers it any more; whoever does next does it from the beginning.
+
+        Its tokens are the same ones then, so that the listener hears of those alone that it does not know.
+        """
+        self.id, self.known = -1, len(self.ids)
 
     def fail(self, error: BaseException) -> None:
         """There will be no answer."""

@@ -102,7 +102,7 @@ class Engine:
         if self.config.vocabulary is None or not self.config.eos_ids:
             what = "tokenizer" if self.config.vocabulary is None else "end-of-text id (eos_token_id)"
             raise UserError(f"a grammar needs the checkpoint's {what}, which it lacks: ask without a grammar")
-        return Grammars(self.config.vocabulary(), self.ranks.size // self.ranks.nodes)
+        return Grammars(self.config.vocabulary(), self.ranks.neighbours)
 
     def prepare_for(self, requests: Sequence[Request]) -> None:
         """As `prepare`, for these requests, all of which are added before the first step. A collective."""

@@ -26,6 +26,7 @@ from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.engine.compiling import Compiling, Waiting
 from epmoe.engine.engine import Engine
+from epmoe.engine.figures import Figures
 from epmoe.engine.request import Event, Request, Token, Workload
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control, Orders
@@ -46,7 +47,7 @@ class Service:
         self.alone_tokens = max(self.step_tokens, ALONE_TOKENS)
         self.turn = threading.Condition()  # for all that follows
         self.queue: list[tuple[int, int, Call]] = []  # a heap: priority, place, call
-        self.compiling = Compiling(engine.ranks.size)  # calls that are not in the queue yet
+        self.compiling = Compiling(engine.ranks.expert_size)  # calls that are not in the queue yet
         self.queued_tokens = self.submitted = 0
         self.ending: list[tuple[Call, str]] = []  # whose end is to be ordered, and why
         self.released: dict[int, Call] = {}  # by the engine's id: it has them
@@ -66,10 +67,7 @@ class Service:
             QueueFull: too many wait already. An empty queue takes anything.
             Stopped: there is no service any more.
         """
-        engine = self.engine
-        engine.check([each.request for each in calls])
-        for each in calls:
-            engine.cache.pages.check(each.request.cached(engine.max_positions))
+        self.check(calls)
         tokens = sum(len(each.request.ids) for each in calls)
         with self.turn:
             self._check_alive()
@@ -79,6 +77,38 @@ class Service:
                 self.submitted += 1
             self.queued_tokens += tokens
             self.turn.notify()
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Raises UserError for a request that the model or the whole cache cannot hold."""
+        engine = self.engine
+        engine.check([each.request for each in calls])
+        for each in calls:
+            engine.cache.pages.check(each.request.cached(engine.max_positions))
+
+    def is_running(self, within_s: float) -> bool:
+        """Whether the loop takes turns, or does within so many seconds."""
+        return self.running.wait(within_s)
+
+    def figures(self) -> list[Figures]:
+        """How things stand, of this replica. On any thread."""
+        scheduler, pages = self.engine.scheduler, self.engine.cache.pages
+        drafting = scheduler.speculation and scheduler.speculation.drafting
+        return [
+            Figures(
+                queued=self.queued,
+                queued_tokens=self.queued_tokens,
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                put_back=scheduler.put_back,
+                pages=pages.count,
+                pages_free=pages.left,
+                steps=self.steps,
+                step_s=self.step_s,
+                drafted=drafting.drafted if drafting else 0,
+                accepted=drafting.accepted if drafting else 0,
+                replica=self.engine.ranks.replica,
+            )
+        ]
 
     @property
     def queued(self) -> int:

@@ -39,7 +39,7 @@ def compile_ahead(ranks: Ranks) -> Iterator[None]:
     Raises:
         RuntimeError: the compiler did not end within runtime.start_timeout_s.
     """
-    neighbours = max(1, ranks.size // ranks.nodes)
+    neighbours = ranks.neighbours
     threads = max(1, len(os.sched_getaffinity(0)) // neighbours)
     begin = time.perf_counter()
     with compiling(threads, (ranks.local_rank, neighbours)) as found:
@@ -47,7 +47,7 @@ def compile_ahead(ranks: Ranks) -> Iterator[None]:
             yield
         found.wait(ranks.start_timeout_s)
         if found.launches:
-            ranks.meet()  # another's share may take longer than a collective may
+            ranks.meet_replica("kernels")  # another's share may take longer than a collective may
         found.compile_rest()
         found.wait(ranks.start_timeout_s)
     if found.made and ranks.is_main:

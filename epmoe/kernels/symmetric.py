@@ -22,7 +22,8 @@ def allocate(count: int, ranks: Ranks) -> torch.Tensor:
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    for peer in range(ranks.expert_size):  # on one node a rank's device has its local rank's number
+    first = ranks.local_rank - ranks.expert_rank  # on one node a rank's device has its local rank's number
+    for peer in range(first, first + ranks.expert_size):
         if peer != ranks.local_rank and not torch.cuda.can_device_access_peer(ranks.device, peer):
             raise RuntimeError(f"device {ranks.local_rank} has no access to the memory of device {peer}")
     return _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, ranks.device)

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 from epmoe import streams
 from epmoe.errors import UserError
 from epmoe.ranks import guard
+from epmoe.ranks.ending import leave
 from epmoe.ranks.fault import NoRankZero, SharedMistake
 from epmoe.ranks.launch import Launch, Patience, open_store, stdout_closed
 from epmoe.ranks.memory import full, is_full
-from epmoe.ranks.watch import EARLY_S, Watch, leave
+from epmoe.ranks.watch import EARLY_S, Watch
 
 
 class Terminated(BaseException):

@@ -1,11 +1,11 @@
-"""Control: rank 0's orders to all ranks, a message a turn, which travels while the turn before it runs.
+"""Control: the orders of a replica's first rank to all of its ranks, a message a turn, which travels meanwhile.
 
     rank 0      order 3 ─▶ │ turn 2: a step │ order 4 ─▶ │ turn 3 … │
     rank 1                 │ turn 2: a step │  ▶ order 3 │ turn 3 … │      it has come long before, and nobody waits
 
 A message has SIZE bytes, on the CPU, in a gloo group of its own: its length, then JSON. What is longer goes on in a
 second one, which only those turns have that bring long prompts. Without orders it is empty, and a heartbeat: where
-nothing runs rank 0 sends one every `beat_s`, so that no wait for it comes near the group's timeout.
+nothing runs the first rank sends one every `beat_s`, so that no wait for it comes near the group's timeout.
 
 Letters: S bytes of a message · R bytes of what is longer.
 """
@@ -31,17 +31,21 @@ class Control:
     """Each rank makes one, at the same time, and takes the same turns; a rank alone needs no group.
 
     Args:
-        timeout_s: how long rank 0 may be silent between the first turn and `settle`. Its watch notices a rank that dies
-            or stops long before.
+        timeout_s: how long the first rank may be silent between the first turn and `settle`. The watch notices a rank
+            that dies or stops long before.
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self.leads, self.beat_s = ranks.is_main, min(BEAT_S, timeout_s / 4)
+        self.leads, self.first, self.beat_s = ranks.leads, ranks.first, min(BEAT_S, timeout_s / 4)
         self.watch = ranks.watch
         self.hear: Callable[..., object] = lambda *said: None
-        self.group = None
-        if ranks.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.group: dist.ProcessGroup | None = None
+        limit = timedelta(seconds=timeout_s)
+        for replica in range(ranks.replicas if ranks.expert_size > 1 else 0):  # each rank makes those of all
+            begin = replica * ranks.expert_size
+            members = list(range(begin, begin + ranks.expert_size))
+            group = dist.new_group(members, backend="gloo", timeout=limit)
+            self.group = group if replica == ranks.replica else self.group
         self.message = bytearray(SIZE)
         self.message_S = torch.frombuffer(self.message, dtype=torch.uint8)
         self.works: list[dist.Work] = []  # of the message that travels
@@ -49,13 +53,13 @@ class Control:
         self.rest_R: torch.Tensor | None = None  # lives until it is sent
 
     def turn(self, orders: Orders | None = None) -> Orders:
-        """Send rank 0's orders (the others have None), and give those of this turn. A collective.
+        """Send the first rank's orders (the others have None), and give those of this turn. A collective.
 
         They are those of the turn before it, which have travelled meanwhile: nothing in the first turn. In a rank alone
         they are the very ones that were given.
 
         Raises:
-            RuntimeError: rank 0 has said nothing for `timeout_s`, or is gone.
+            RuntimeError: the first rank has said nothing for `timeout_s`, or is gone.
         """
         if self.group is None:
             return orders or {}
@@ -64,21 +68,21 @@ class Control:
         return due
 
     def listen(self, hear: Callable[..., object]) -> None:
-        """Call `hear` with what each rank reports from now on, on threads of rank 0; on others it means nothing."""
+        """Call `hear` with what each rank reports from now on, on threads of the first; on others it means nothing."""
         self.hear = hear
         if self.watch is not None and self.leads:
             self.watch.heard = hear
 
     def report(self, *said: Any) -> None:
-        """Let rank 0 hear that, anything that JSON can hold: at once, beside all turns. On any thread of any rank."""
+        """Let the first rank hear that, what JSON can hold: at once, beside all turns. On any thread of any rank."""
         if self.leads or self.watch is None:
             self.hear(*said)
         else:
-            self.watch.report(*said)
+            self.watch.report(self.first, *said)
 
     @property
     def travelling(self) -> bool:
-        """On rank 0, whether there are orders that the next turn will give."""
+        """On the first rank, whether there are orders that the next turn will give."""
         return bool(self.sent)
 
     def settle(self) -> None:
@@ -105,7 +109,7 @@ class Control:
         self.works.append(dist.broadcast(content, group=self.group, group_src=0, async_op=True))
 
     def _arrive(self) -> Orders:
-        """The orders that travel, once they are here; on rank 0, once they may be overwritten."""
+        """The orders that travel, once they are here; on the first rank, once they may be overwritten."""
         if not self.works:
             return {}
         self._wait()

@@ -1,4 +1,4 @@
-"""Why a run ends: what happened to which rank, who says it, and every rank's exit code."""
+"""Why a run ends, or loses some of its ranks: what happened to which rank, who says it, and every rank's exit code."""
 
 from dataclasses import dataclass
 
@@ -18,6 +18,12 @@ class Fault:
     rank: int
     text: str
     code: int
+
+    def loss(self, unit: frozenset[int]) -> str:
+        """What rank 0 prints where only these ranks end."""
+        ranks = f"rank {min(unit)}" if len(unit) == 1 else f"ranks {', '.join(str(each) for each in sorted(unit))}"
+        text = f"{'' if self.kind == 'lost' else ':'} {self.text}"
+        return f"epmoe: rank {self.rank}{text}; the others go on without {ranks}\n"
 
     def line(self, reader: int) -> str:
         """What rank `reader` prints: a lost rank is named by everyone, all else is said once, by rank 0.

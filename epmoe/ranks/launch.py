@@ -66,6 +66,7 @@ class Launch:
     local_rank: int
     local_size: int
     nodes: int
+    node: int  # this rank's, from 0 on
     attempt: str  # how often torchrun has restarted the ranks
     agent: bool  # torchrun's agent hosts the store, and terminates all ranks when one fails
     run: str  # torchrun's --rdzv-id, the same on all nodes; "": none was given
@@ -93,6 +94,7 @@ class Launch:
             local_rank=local_rank,
             local_size=local_size,
             nodes=_number("GROUP_WORLD_SIZE", -(-size // local_size)),
+            node=_number("GROUP_RANK", (rank - local_rank) // local_size),
             attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
             agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             run="" if (name := os.environ.get("TORCHELASTIC_RUN_ID", "none")) == "none" else name,
@@ -171,6 +173,16 @@ def tell_device(launch: Launch, device: torch.device, store: dist.Store) -> None
     """Let rank 0 know which device this rank has, for `check_devices`."""
     if device.type != "cpu":
         store.set(f"device/{launch.rank}", str(torch.get_device_module(device).get_device_properties(device).uuid))
+
+
+def tell_node(launch: Launch, store: dist.Store) -> None:
+    """Let all ranks know which node this rank is on, for `nodes_of`."""
+    store.set(f"node/{launch.rank}", f"{launch.node} {socket.gethostname()}")
+
+
+def nodes_of(store: dist.Store, size: int) -> list[str]:
+    """Each rank's node, by rank, after a meeting since every rank's `tell_node`: the same text for the same node."""
+    return [each.decode() for each in store.multi_get([f"node/{rank}" for rank in range(size)])]
 
 
 def check_devices(launch: Launch, device: torch.device, store: dist.Store) -> None:

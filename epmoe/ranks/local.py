@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from epmoe.errors import UserError
 from epmoe.ranks.admission import STARTED
+from epmoe.ranks.ending import leave
 from epmoe.ranks.launch import Launch
-from epmoe.ranks.watch import leave
 from epmoe.streams import tell_raw
 
 Order = Mapping[str, Any]  # "call", and what belongs to it

@@ -42,6 +42,16 @@ class Peer:
         return messages if data else None
 
 
+def wait_for_ends(peers: dict[int, Peer], within_s: float) -> None:
+    """Wait until these connections have ended, so long at most; what has ended is taken out."""
+    deadline = time.monotonic() + within_s
+    while peers and time.monotonic() < deadline:
+        for peer in list(peers.values()):
+            peer.connection.settimeout(0.02)
+            if peer.receive() is None:
+                del peers[peer.rank]
+
+
 def reach_rank_0(store: dist.Store, own: Hello, port: int, patience: Patience) -> tuple[Peer, list[list[Any]]]:
     """A connection on which rank 0 knows this rank, and what it has said besides.
 

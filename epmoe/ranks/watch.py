@@ -8,7 +8,7 @@ error that gloo does raise names a socket. So each rank has a thread with connec
     rank 3 ──┘               a "fault" is a rank's own error, which rank 0 prints
 
 A failure seldom comes alone (the peers of a killed rank see errors, torchrun's agent terminates them). Rank 0 therefore
-collects faults for `SETTLE_S`, takes the likeliest cause and sends it to all as the "verdict". When rank 0 itself is
+collects faults for a while, takes the likeliest cause (judge.py) and sends it as the "verdict". When rank 0 itself is
 gone, each rank sees that on its own connection and needs no verdict.
 
 The thread must run while the main thread waits in a collective, which releases Python's lock. Signals reach it through
@@ -22,12 +22,11 @@ import secrets
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -38,11 +37,12 @@ import torch.distributed as dist
 from epmoe.ranks import guard
 from epmoe.ranks.admission import Admission, Hello
 from epmoe.ranks.drain import Drain
-from epmoe.ranks.ending import last_words
-from epmoe.ranks.fault import KINDS, SETTLE_S, Fault
+from epmoe.ranks.ending import leave
+from epmoe.ranks.fault import SETTLE_S, Fault
+from epmoe.ranks.judge import Judge
 from epmoe.ranks.launch import Launch, Patience
-from epmoe.ranks.meeting import Meeting, difference
-from epmoe.ranks.peer import Peer, reach_rank_0
+from epmoe.ranks.meeting import Meeting, Meetings
+from epmoe.ranks.peer import Peer, reach_rank_0, wait_for_ends
 from epmoe.streams import tell_raw
 
 EARLY_S = 10.0  # how long a mistake from before the ranks met waits for those that still import: they hear of it then
@@ -65,20 +65,19 @@ class Watch:
             NoRankZero: rank 0 has not come, or not to where this rank can reach it, or it is another run's.
         """
         self.rank, self.size, self.port, self.timeout_s = launch.rank, launch.size, launch.port, timeout_s
-        self.patience = patience
+        self.host, self.patience = host, patience
         self.silent_s = SILENT_SHARE * timeout_s
         self.beat_s = min(1.0, self.silent_s / 4)
         self.peers: dict[int, Peer] = {}
-        self.arrived: dict[int, Meeting] = {}  # at `meet` or `finish`, on rank 0: what each rank came with
-        self.meeting = Meeting()  # the first one's
-        self.faults: list[Fault] = []
+        self.meetings = Meetings(self.size)  # at `meet` or `finish`, on rank 0
+        self.judge = Judge(self.rank)
+        self.lose: Callable[[frozenset[int]], object] = lambda unit: None  # called on rank 0 when these are lost
         self.details = ""  # the traceback of this rank's own fault
         self.inbox: deque[Fault | Meeting | tuple[Any, ...] | None] = deque()  # from other threads
         self.all_here, self.all_met, self.all_finished = threading.Event(), threading.Event(), threading.Event()
         self.finishing = self.closing = False
         self.drain: Drain | None = None  # whoever is asked to end before it must
-        self.heard: Callable[..., object] = lambda *said: None  # on rank 0, called with what others report
-        self.first_fault = self.first_arrival = time.monotonic()
+        self.heard: Callable[..., object] = lambda *said: None  # called with what others report to this rank
         self.selector = selectors.DefaultSelector()
         self.admission = Admission(launch.hello(), self.port, shared=not launch.agent)
         self._join(store, host)
@@ -124,9 +123,20 @@ class Watch:
         if guard.heard() is None:
             signal.set_wakeup_fd(-1)
 
-    def report(self, *said: Any) -> None:
-        """Let rank 0 hear that, on its watch's thread: what JSON can hold. On a rank other than 0, any thread."""
-        self._tell(said)
+    def spare(self, units: Sequence[frozenset[int]], lose: Callable[[frozenset[int]], object]) -> None:
+        """From now on the run goes on where one of these is lost, and `lose` is called, on the watch's thread.
+
+        On rank 0, from any thread. None of them has rank 0, and no collective goes on over what is lost and what not.
+        """
+        self.lose, self.judge.units = lose, units
+
+    def accuse(self, rank: int, text: str) -> None:
+        """That rank is of no use any more, as far as this one sees. Any thread."""
+        self._tell(Fault("lost", rank, text, 1))
+
+    def report(self, rank: int, *said: Any) -> None:
+        """Let that rank hear this, on its watch's thread: what JSON can hold. On another rank than 0, any thread."""
+        self._tell((rank, *said))
 
     def _tell(self, message: Fault | Meeting | tuple[Any, ...] | None) -> None:
         self.inbox.append(message)
@@ -189,7 +199,7 @@ class Watch:
     def _nap(self) -> float:
         """Seconds until something is to be done that nobody sends for."""
         naps = [self.beat_s, SETTLE_S / 2]
-        if len(self.arrived) == self.size:  # a meeting that is to settle
+        if self.meetings.complete:  # one that is to settle
             naps.append(max(0.01, self.admission.settled_at - time.monotonic()))
         return min(naps)
 
@@ -237,8 +247,13 @@ class Watch:
         return True
 
     def _drain(self, rank: int, byte: int) -> None:
-        """Another rank was asked; it may be ready a moment before this one."""
-        if self.drain is None or self.drain.begin is None:
+        """Another rank was asked; it may be ready a moment before this one.
+
+        One that the others can do without goes alone, unless rank 0 is asked, too, before the faults settle.
+        """
+        if self.judge.spares(rank):
+            self._fault(Fault("term", rank, guard.SIGNALS[signal.Signals(byte)], 0))
+        elif self.drain is None or self.drain.begin is None:
             self._end_by(rank, byte)
         else:
             self.drain.asked()
@@ -255,7 +270,15 @@ class Watch:
             if self.peers.pop(peer.rank, None) and not self._finished():
                 self._fault(Fault("lost", peer.rank, "ended without a word (killed?)", 1))
             return
-        self._answer(peer, messages)
+        if peer.rank not in self.judge.lost:
+            self._answer(peer, messages)
+
+    def _pass_on(self, rank: int, *said: Any) -> None:
+        """A report, to whom it belongs; all of them come by rank 0."""
+        if rank == self.rank:
+            self.heard(*said)
+        elif rank in self.peers:
+            self.peers[rank].send("report", rank, *said)
 
     def _finished(self) -> bool:
         """Whether the others may end: after all have come to `finish`, this rank too."""
@@ -265,7 +288,7 @@ class Watch:
         answers: dict[str, Callable[..., object]] = {
             "hello": lambda token, hello: None,
             "beat": lambda: None,
-            "report": lambda *said: self.heard(*said),
+            "report": self._pass_on,
             "drain": lambda byte: self._drain(peer.rank, byte),
             "fault": lambda fault: self._fault(Fault(**fault)),
             "verdict": lambda fault: self._end(Fault(**fault)),
@@ -287,7 +310,7 @@ class Watch:
             case _:
                 return False
         judgement = self.admission.judge(hello, time.monotonic())
-        if judgement.mixed and not self._finished():
+        if judgement.mixed and hello.rank not in self.judge.lost and not self._finished():
             self._fault(Fault("port", 0, judgement.mixed, 2))
         if judgement.refused:
             peer.send("refused", judgement.refused)
@@ -301,25 +324,21 @@ class Watch:
         return True
 
     def _arrive(self, rank: int, meeting: Meeting) -> None:
-        if not self.arrived:
-            self.first_arrival, self.meeting = time.monotonic(), meeting
-        self.arrived[rank] = meeting
+        self.meetings.arrive(rank, meeting, time.monotonic())
         self._decide(time.monotonic())
 
     def _decide(self, now: float) -> None:
         """Let all go on from a meeting to which all have come with the same."""
-        if len(self.arrived) < self.size or self.faults:
+        if self.rank != 0 or self.judge.faults:
             return
-        fault = difference(self.arrived)
-        meeting = self.arrived[0]
-        if (fault is not None or meeting.settled) and now < self.admission.settled_at:
-            return  # a rank that differs may be another run's: then a second one of its number is on its way
-        self.arrived.clear()
+        done, fault = self.meetings.decide(settled=now >= self.admission.settled_at)
+        for ranks, meeting in done:
+            for peer in [self.peers[rank] for rank in ranks & set(self.peers)]:
+                peer.send("bye" if meeting.last else "met")
+            if 0 in ranks:
+                (self.all_finished if meeting.last else self.all_met).set()
         if fault is not None:
             self._fault(fault)
-            return
-        self._all("bye" if meeting.last else "met")
-        (self.all_finished if meeting.last else self.all_met).set()
 
     def _all(self, *message: Any) -> None:
         for peer in self.peers.values():
@@ -327,26 +346,30 @@ class Watch:
 
     def _fault(self, fault: Fault) -> None:
         """Take note of a fault; a rank other than 0 passes on its own and waits for the verdict."""
-        if not self.faults:
-            self.first_fault = time.monotonic()
-        self.faults.append(fault)
+        self.judge.add(fault, time.monotonic())
         if self.rank != 0 and fault.rank == self.rank:
             self._all("fault", asdict(fault))
 
     def _look(self, now: float) -> None:
         """Find who is absent, silent or late; end when the faults have settled."""
         self._decide(now)
-        if not self.faults:
+        if not self.judge.faults:
             for rank, text in self._overdue(now):
                 self._fault(Fault("lost", rank, text, 1))
-        if self.faults and now - self.first_fault > self._settle_s():
-            self._end(min(self.faults, key=lambda fault: (KINDS.index(fault.kind), fault.rank)))
+        if self.judge.settled(now, 0.0 if self.all_here.is_set() else EARLY_S):
+            self._judge()
 
-    def _settle_s(self) -> float:
-        """How long after the first fault the run ends."""
-        early = not self.all_here.is_set() and self.faults[0].kind in ("told", "mistake")
-        judge = self.rank == 0 or self.faults[0].rank == 0  # the others wait longer, for rank 0's verdict
-        return (EARLY_S if early else SETTLE_S) + (0 if judge else 5 * SETTLE_S)
+    def _judge(self) -> None:
+        """End, or let ranks go without which the others can go on."""
+        end, lost = self.judge.verdict(draining=self.drain is not None and self.drain.first_s is not None)
+        if end is not None:
+            self._end(end)
+        for unit, fault in lost:
+            tell_raw(fault.loss(unit))
+            for rank in unit & set(self.peers):
+                self.peers.pop(rank).send("verdict", asdict(fault))
+            self.meetings.lose(unit)
+            self.lose(unit)
 
     def _overdue(self, now: float) -> list[tuple[int, str]]:
         if self.rank == 0 and not self.all_here.is_set():
@@ -363,10 +386,7 @@ class Watch:
             for peer in self.peers.values()
             if now - peer.heard > self.silent_s
         ]
-        if self.arrived and now - self.first_arrival > self.meeting.within_s:
-            late = sorted(set(range(self.size)) - set(self.arrived))
-            overdue += [(rank, self.meeting.missed()) for rank in late]
-        return overdue
+        return overdue + self.meetings.late(now)
 
     def _end(self, fault: Fault) -> NoReturn:
         """Say why, tell the others, leave. The main thread may be anywhere, so nothing of it is unwound."""
@@ -375,25 +395,5 @@ class Watch:
         tell_raw(text)
         if self.rank == 0:
             self._all("verdict", asdict(fault))
-            deadline = time.monotonic() + 1  # a connection closed too early could take the verdict with it
-            while self.peers and time.monotonic() < deadline:
-                for peer in list(self.peers.values()):
-                    peer.connection.settimeout(0.02)
-                    if peer.receive() is None:
-                        del self.peers[peer.rank]
+            wait_for_ends(self.peers, 1)  # a connection closed too early could take the verdict with it
         leave(fault.code)
-
-
-def leave(code: int) -> NoReturn:
-    """End the process without unwinding: torch's own threads crash some interpreters at exit."""
-
-    def flush() -> None:
-        last_words()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-
-    flusher = threading.Thread(target=flush, daemon=True)  # the main thread may hold a stream's lock for ever
-    flusher.start()
-    flusher.join(1)
-    os._exit(code)

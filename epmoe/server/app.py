@@ -170,8 +170,9 @@ class App:
     # About the server
 
     async def health(self, request: Request) -> Response:
-        """Alive."""
-        return _json({"status": "ok"})
+        """Alive; and how many replicas of the model serve, once they do."""
+        load = self.line.load
+        return _json({"status": "ok"} | ({} if load is None else {"replicas": len(load.replicas)}))
 
     async def is_ready(self, request: Request) -> Response:
         """Whether requests may come: 503 before the graphs are captured, and from the first signal on."""

@@ -1,7 +1,12 @@
 """What rank 0 and its HTTP process say to each other: frames of 4 bytes of length, little endian, and msgpack.
 
-HTTP → rank 0   Up · Broken · Submit · Abort · Idle
-rank 0 → HTTP   Hello · Ready · Step · Scores · Refused · Load · Drain · Bye
+HTTP → rank 0      Up · Broken · Submit · Abort · Idle
+rank 0 → HTTP      Hello · Ready · Step · Scores · Refused · Load · Drain · Bye
+
+Rank 0 in its turn asks the other replicas of the model, by their first ranks:
+
+rank 0 → replica   Submit · Abort · Halt
+replica → rank 0   Up · Step · Scores · Refused · Load
 """
 
 import struct
@@ -11,6 +16,7 @@ from typing import Any, overload
 
 import msgspec
 
+from epmoe.engine.figures import Figures
 from epmoe.engine.request import PromptLogprobs, TokenLogprobs
 
 _LENGTH = struct.Struct("<I")
@@ -153,19 +159,9 @@ KINDS = ("mistake", "full", "stopped")  # of a refusal: UserError, QueueFull, St
 
 
 class Load(Frame, frozen=True):
-    """Figures, once a second at most."""
+    """Figures, once a second at most: of each replica that serves, at least one."""
 
-    queued: int
-    queued_tokens: int
-    running: int
-    waiting: int  # for pages
-    put_back: int
-    pages: int
-    pages_free: int
-    steps: int
-    step_s: float
-    drafted: int = 0  # tokens
-    accepted: int = 0  # of them, those that came
+    replicas: list[Figures]
 
 
 class Drain(Frame, frozen=True):
@@ -176,8 +172,14 @@ class Bye(Frame, frozen=True):
     """No more frames come: finish what is being sent, and end."""
 
 
+class Halt(Frame, frozen=True):
+    """The service is to end; with a text calls fail that have not ended."""
+
+    text: str
+
+
 class Up(Frame, frozen=True):
-    """The HTTP process answers."""
+    """The HTTP process answers; or the replica does."""
 
 
 class Broken(Frame, frozen=True):
@@ -211,6 +213,8 @@ class Idle(Frame, frozen=True):
 
 
 FromHttp = Up | Broken | Submit | Abort | Idle
+FromReplica = Up | Step | _Received | Refused | Load
+ToReplica = Submit | Abort | Halt
 FromRank0 = Hello | Ready | Step | _Received | Refused | Load | Drain | Bye
 _encoder = msgspec.msgpack.Encoder()
 _scores = msgspec.msgpack.Decoder(tuple[TokenLogprobs | None, ...])

@@ -1,43 +1,31 @@
 """Line: the HTTP process' end of the line to rank 0: what a `Service` is to those in its own process."""
 
 import asyncio
-import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
-from epmoe.engine.call import Call, QueueFull, Stopped
-from epmoe.engine.request import Finished, PromptLogprobs, Request, Result, Token
-from epmoe.errors import UserError
+from epmoe.engine.call import Call, Stopped
+from epmoe.engine.request import Request
+from epmoe.server.calls import Calls
 from epmoe.server.frames import (
     PIECE,
     Abort,
-    Ask,
     Bye,
     Damaged,
     Drain,
-    Ended,
     Frame,
     Frames,
     FromRank0,
     Hello,
     Idle,
     Load,
-    NewToken,
-    Packed,
     Ready,
-    Refused,
-    Scores,
-    Step,
-    Submit,
     packed,
 )  # fmt: skip
 
-REFUSALS: dict[str, Callable[[str], Exception]] = {"mistake": UserError, "full": QueueFull, "stopped": Stopped}
 
-
-class Line:
+class Line(Calls):
     """One a process; all of it runs in the event loop's thread.
 
     Args:
@@ -45,10 +33,8 @@ class Line:
     """
 
     def __init__(self, own: socket.socket, end: Callable[[], None]) -> None:
+        super().__init__()
         self.socket, self.end = own, end
-        self.calls: dict[int, Call] = {}
-        self.scores: dict[int, list[Scores]] = {}  # of calls of which nothing else has come
-        self.numbers = itertools.count()
         self.ready: Ready | None = None
         self.load: Load | None = None
         self.draining = False
@@ -85,7 +71,7 @@ class Line:
         finally:
             self.over = True
             for call in [*self.calls.values()]:
-                self._fail(call, Stopped("the model's ranks have ended, and all requests with them"))
+                self.fail(call, Stopped("the model's ranks have ended, and all requests with them"))
             self.end()
 
     def submit(self, prompts: Sequence[tuple[Request, Sequence[Call]]]) -> None:
@@ -96,21 +82,10 @@ class Line:
         """
         if self.over or self.ready is None:
             raise Stopped("the model is not ready" if not self.over else "the model's ranks have ended")
-        asks = []
-        for request, calls in prompts:
-            for call in calls:
-                call.id = next(self.numbers)
-                self.calls[call.id] = call
-            params = [(call.id, asdict(call.request.params)) for call in calls]
-            asks.append(Ask(list(request.ids), request.priority, params))
-        self.say(Submit(asks))
+        self.say(self.asked(prompts))
 
     def abort(self, calls: Sequence[Call]) -> None:
-        """End them; their listeners hear nothing more. Those that have ended are left alone."""
-        numbers = [call.id for call in calls if self.calls.pop(call.id, None) is not None]
-        for number in numbers:
-            self.scores.pop(number, None)
-        if numbers and not self.over:
+        if (numbers := self.left(calls)) and not self.over:
             self.say(Abort(numbers))
 
     def begin(self) -> None:
@@ -128,20 +103,6 @@ class Line:
 
     def _hear(self, frame: Frame) -> None:
         match frame:
-            case Step():
-                for token in frame.tokens:
-                    self._token(token)
-                for end in frame.ends:
-                    self._ended(end)
-                for failed in frame.failed:
-                    if (call := self.calls.get(failed.call)) is not None:
-                        self._fail(call, Stopped(failed.text))
-            case Scores():
-                if frame.call in self.calls:
-                    self.scores.setdefault(frame.call, []).append(frame)
-            case Refused(numbers, kind, text):
-                for call in [self.calls[number] for number in numbers if number in self.calls]:
-                    self._fail(call, REFUSALS[kind](text))
             case Ready():
                 self.ready = frame
             case Load():
@@ -151,36 +112,5 @@ class Line:
                 self._tell_idle()
             case Bye():
                 self.over = True
-
-    def _scores(self, number: int) -> PromptLogprobs:
-        found = self.scores.pop(number, None)
-        return () if found is None else Packed(found)
-
-    def _token(self, new: NewToken) -> None:
-        call = self.calls.get(new.call)
-        if call is None:
-            return  # it has ended here; that it ends is on its way
-        event = Token(new.call, new.token, new.logprobs, self._scores(new.call), new.cached_tokens)
-        try:
-            if call.hear(event):
-                self.abort([call])
-        except Exception as error:  # a listener's, and so this call's alone
-            self.abort([call])
-            call.fail(error)
-
-    def _ended(self, end: Ended) -> None:
-        call = self.calls.pop(end.call, None)
-        if call is None:
-            return
-        ids, logprobs = (*call.ids, *end.ids), (*call.logprobs, *end.logprobs)
-        prompt = call.prompt_logprobs or self._scores(end.call)
-        try:
-            result = Result(ids, end.reason, 0.0, 0.0, logprobs, end.cached_tokens, prompt, end.failure)
-            call.hear(Finished(end.call, result))
-        except Exception as error:
-            call.fail(error)
-
-    def _fail(self, call: Call, error: Exception) -> None:
-        self.calls.pop(call.id, None)
-        self.scores.pop(call.id, None)
-        call.fail(error)
+            case _:
+                self.heard(frame)

@@ -1,10 +1,11 @@
 """Metrics for Prometheus, under our names and those that gateways look for (vllm:…)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from epmoe.engine.figures import Figures, total
 from epmoe.server.frames import Load
 
 FIRST_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -61,9 +62,10 @@ class _Loaded:
         self.metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        load = self.metrics.load()
-        if load is None:
+        found = self.metrics.load()
+        if found is None:
             return
+        load = total(found.replicas)
         used = 1 - load.pages_free / load.pages if load.pages else 0.0
         yield GaugeMetricFamily("epmoe_requests_running", "requests that run", value=load.running)
         yield GaugeMetricFamily("epmoe_requests_waiting", "requests that wait", value=load.queued + load.waiting)
@@ -74,6 +76,24 @@ class _Loaded:
         yield CounterMetricFamily("epmoe_step_seconds", "what they have taken together", value=load.step_s)
         yield CounterMetricFamily("epmoe_drafted_tokens", "tokens that were drafted", value=load.drafted)
         yield CounterMetricFamily("epmoe_accepted_tokens", "of them, those that came", value=load.accepted)
+        yield GaugeMetricFamily("epmoe_replicas", "replicas of the model that serve", value=len(found.replicas))
+        if len(found.replicas) > 1:
+            yield from _by_replica(found.replicas)
+
+
+def _by_replica(several: Sequence[Figures]) -> Iterator[Metric]:
+    """What tells whether the replicas have as much to do as each other."""
+    running = GaugeMetricFamily("epmoe_replica_requests_running", "requests that run, by replica", labels=["replica"])
+    waiting = GaugeMetricFamily("epmoe_replica_requests_waiting", "requests that wait, by replica", labels=["replica"])
+    used = GaugeMetricFamily("epmoe_replica_cache_usage_ratio", "share of pages in use, by replica", labels=["replica"])
+    steps = CounterMetricFamily("epmoe_replica_steps", "steps of the engine, by replica", labels=["replica"])
+    for each in several:
+        label = [str(each.replica)]
+        running.add_metric(label, each.running)
+        waiting.add_metric(label, each.queued + each.waiting)
+        used.add_metric(label, 1 - each.pages_free / each.pages if each.pages else 0.0)
+        steps.add_metric(label, each.steps)
+    yield from (running, waiting, used, steps)
 
 
 class _Twice:

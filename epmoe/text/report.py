@@ -12,7 +12,7 @@ def closing_line(results: Sequence[Result], ready_s: float, bytes_read: int, ran
 
     Generation began `ready_s` seconds after this rank's program: imports, loading, compiling and capturing come before.
     """
-    values = ranks.gather([bytes_read, peak_bytes(ranks.device)])
+    values = ranks.gather_all([bytes_read, peak_bytes(ranks.device)])
     tokens = sum(len(result.ids) for result in results)
     seconds = max(result.total_s for result in results)
     first = min((result.first_token_s for result in results if result.ids), default=None)

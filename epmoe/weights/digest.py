@@ -80,10 +80,15 @@ def shared_digests(model: Family) -> Mapping[str, str]:
     return {f"digest({name})": f"{value:016x}" for name, value in digests(tensors).items()}
 
 
+def held(source: Checkpoint, model: Family) -> Mapping[str, str]:
+    """What tells the weights that this rank has loaded from another copy's: no expert's, see `expert_samples`."""
+    return {**head_samples(source, model), **shared_digests(model)}
+
+
 def fingerprint(source: Checkpoint, model: Family) -> str:
     """16 hex digits of all that is digested here: of one checkpoint the same on every rank and at every start, where
     attention lies on the ranks in one way."""
-    return _hex([contents(source), expert_samples(source), head_samples(source, model), shared_digests(model)], 16)
+    return _hex([contents(source), expert_samples(source), held(source, model)], 16)
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -190,7 +190,7 @@ def broadcast(table: Sequence[Any], values: Mapping[str, torch.Tensor] | None, r
         tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=ranks.device)
         if values is not None:
             tensor.copy_(values[name].detach())
-        ranks.broadcast(tensor.view(-1).view(torch.uint8))
+        ranks.spread(tensor.view(-1).view(torch.uint8))
         found[name] = tensor.cpu() if values is None else values[name]
     return found
 

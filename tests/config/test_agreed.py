@@ -15,7 +15,7 @@ SHARED = {
     "quant", "quant_scale", "experts", "router", "combine", "placement", "mesh.attention",
     "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
     "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate", "draft_model", "hub.kernel",
-    "hub.bitwise",
+    "hub.bitwise", "mesh.replica", "mesh.expert",
 }  # fmt: skip
 MEASURED = {
     "size", "batches", "prompt_tokens", "lengths", "prefill", "first", "mixed", "samples", "repeat", "bandwidth",

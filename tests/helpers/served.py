@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
+from spawn import free_port
 
 WITHIN_S = 60
 LINE = re.compile(r"epmoe: (.+) at http://127\.0\.0\.1:(\d+)/v1, ready in [\d.]+ s\n")
@@ -87,6 +88,15 @@ class Server:
         found = [each for each in children if "epmoe.serve" in _words(each)]
         return sorted(found, key=lambda each: int(each.environ()["RANK"]))
 
+    def kill(self) -> None:
+        """All of its processes."""
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        self.process.kill()
+        self.process.wait()
+
     def raw(self, data: bytes) -> socket.socket:
         """A connection to which this was sent."""
         made = socket.create_connection(("127.0.0.1", self.port), timeout=30)
@@ -107,6 +117,40 @@ def post(path: str, body: Mapping[str, Any]) -> bytes:
     return head.encode() + data
 
 
+def begun(folder: Path, start: Sequence[str], keys: Sequence[str], env: Mapping[str, str]) -> Server:
+    """The command, behind `start`, with its output in the folder's files."""
+    folder.mkdir(exist_ok=True)
+    common = ("serve.port=0", "runtime.device=cpu", "serve.drain_s=10")
+    out, err = folder / "stdout", folder / "stderr"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *start, "-m", "epmoe.serve", *common, *keys],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env={**os.environ, "EPMOE_API_KEY": "", "OMP_NUM_THREADS": "1", **env},
+        )
+    return Server(process, out, err)
+
+
+@contextmanager
+def two_nodes(folder: Path, *keys: str, ranks: int = 1) -> Iterator[list[Server]]:
+    """A server over two agents of torchrun, so many ranks each; the first one is ready. All end with the block."""
+    folder.mkdir(exist_ok=True)
+    port = str(free_port())
+    common = ("-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+    nodes = [
+        begun(folder / str(number), (*common, "--node-rank", str(number), "--nproc-per-node", str(ranks)), keys, {})
+        for number in range(2)
+    ]
+    try:
+        nodes[0].wait_ready()
+        yield nodes
+    finally:
+        for each in nodes:
+            each.kill()
+
+
 @contextmanager
 def served(
     folder: Path, *keys: str, ranks: int = 0, env: Mapping[str, str] | None = None, settled: bool = True
@@ -115,19 +159,8 @@ def served(
 
     `settled`: the block leaves it running.
     """
-    folder.mkdir(exist_ok=True)
-    start = [sys.executable, *TORCHRUN, str(ranks)] if ranks else [sys.executable]
-    common = ("serve.port=0", "runtime.device=cpu", "serve.drain_s=10")
-    out, err = folder / "stdout", folder / "stderr"
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        process = subprocess.Popen(
-            [*start, "-m", "epmoe.serve", *common, *keys],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env={**os.environ, "EPMOE_API_KEY": "", "OMP_NUM_THREADS": "1", **(env or {})},
-        )
-    server = Server(process, out, err)
+    server = begun(folder, (*TORCHRUN, str(ranks)) if ranks else (), keys, env or {})
+    process = server.process
     try:
         server.wait_ready()
         yield server
@@ -137,10 +170,4 @@ def served(
             assert process.wait(WITHIN_S) == 0, server.stderr
         assert server.stdout_path.read_text() == ""
     finally:
-        with suppress(psutil.NoSuchProcess):
-            family = psutil.Process(process.pid).children(recursive=True)
-            for each in family:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-        process.kill()
-        process.wait()
+        server.kill()

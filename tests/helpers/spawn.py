@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from epmoe.ranks import command, mesh
-from epmoe.ranks.watch import leave
+from epmoe.ranks.ending import leave
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "epmoe.generate"])
@@ -35,8 +35,11 @@ def run_ranks(
     timeout: float = 60,
     env: dict[str, str] | None = None,
     device: str = "cpu",
+    replica: int = 0,
 ) -> list[Any]:
     """Call the module-level function `fn(ranks, *args)` on `world_size` ranks; its results by rank.
+
+    `replica` is mesh.replica.
 
     Arguments and results travel by pickle. `env` is added to each rank's environment. Nothing outlives the call.
 
@@ -51,7 +54,8 @@ def run_ranks(
     for rank in range(world_size):
         here, there = FORK.Pipe(duplex=False)
         variables = {**_launch(rank, world_size, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
-        process = FORK.Process(target=_run_rank, args=(there, variables, device, timeout, fn, args))
+        joined = {"device": device, "timeout_s": timeout, "mesh": (replica, 0)}
+        process = FORK.Process(target=_run_rank, args=(there, variables, joined, fn, args))
         process.start()
         there.close()
         pipes[here] = rank
@@ -102,13 +106,13 @@ def _collect(pipes: dict[Connection, int], world_size: int, deadline: float, tim
 
 
 def _run_rank(
-    pipe: Connection, env: dict[str, str], device: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection, env: dict[str, str], joined: dict[str, Any], fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     """A rank's process. Its result or its exception goes into the pipe before the group ends."""
     os.environ.update(env)
     told = False
     try:
-        with mesh.start(device=device, timeout_s=timeout) as mine:
+        with mesh.start(**joined) as mine:
             try:
                 pipe.send_bytes(pickle.dumps((time.monotonic(), True, fn(mine, *args))))
             except Exception as error:

@@ -82,7 +82,7 @@ async def storm(llm: AsyncLLM, file: str, count: int, seconds: float = 3.0, seed
     known = pickle.loads(Path(file).read_bytes())
     done = await asyncio.gather(*(one(llm, known, random.Random(f"{seed} {i}"), seconds) for i in range(count)))
     pages, until = llm.llm.cache.pages, time.monotonic() + 20
-    while not pages.unused or llm.service.released:
+    while not pages.unused or any(each.queued + each.waiting + each.running for each in llm.service.figures()):
         assert time.monotonic() < until, "pages are lost"
         await asyncio.sleep(0.01)
     assert count / 5 < sum(done) < count

@@ -12,8 +12,8 @@ import pytest
 from spawn import Command, commands
 
 from epmoe.ranks import guard, mesh
-from epmoe.ranks.command import leave
 from epmoe.ranks.drain import Drain, drained
+from epmoe.ranks.ending import leave
 
 WITHIN_S = 10
 

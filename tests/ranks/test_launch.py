@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,16 +26,16 @@ ROOT = Path(__file__).resolve().parents[2]
         pytest.param({"RANK": "x"}, {}, "RANK='x' is not a number", id="no-number"),
         pytest.param({"RANK": "2", "WORLD_SIZE": "2"}, {}, "RANK=2 of WORLD_SIZE=2", id="rank-beyond-the-size"),
         pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, {}, "WORLD_SIZE=2 without MASTER_ADDR", id="no-master"),
-        pytest.param({}, {"expert": 2}, "mesh.expert=2 is not the number of ranks, 1", id="mesh"),
+        pytest.param({}, {"mesh": (0, 2)}, "mesh.expert=2 does not divide the number of ranks, 1", id="mesh"),
         pytest.param({}, {"device": "abacus"}, "runtime.device='abacus' is unknown; known: auto, cpu", id="device"),
     ],
 )
-def test_mistakes(env: dict[str, str], options: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes(env: dict[str, str], options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as mistake, mesh.start(**options):  # type: ignore[arg-type]
+    with pytest.raises(UserError) as mistake, mesh.start(**options):
         pass
     assert words in str(mistake.value) and "\n" not in str(mistake.value)
 

@@ -40,6 +40,37 @@ def test_values_travel_between_ranks(size: int) -> None:
     assert run_ranks(share, size) == [({"é": [1, None, 0.1, "\ud800"]}, [], gathered)] * size
 
 
+def places(mine: Ranks) -> list[object]:
+    x = torch.full((1,), 2.0**mine.rank)
+    if mine.expert_group is not None:
+        dist.all_reduce(x, group=mine.expert_group)
+    y, z = torch.full((1,), mine.rank), torch.full((1,), mine.rank + 7)
+    mine.broadcast(y)
+    mine.spread(z)
+    mine.meet_replica("")
+    return [
+        (mine.replica, mine.replicas, mine.expert_rank, mine.expert_size, mine.first, mine.leads, mine.units),
+        (x.item(), y.item(), z.item(), mine.nodes, mine.neighbours),
+        mine.broadcast_json({"a": 1} if mine.is_main else None), mine.gather([mine.rank]), mine.gather_all([mine.rank]),
+        mine.across_replicas(b"\0 " * mine.replica),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("replicas", "expert"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_replicas_have_groups_of_their_own(replicas: int, expert: int) -> None:
+    """What belongs to a replica stays within it; what belongs to all goes over all of it, from rank 0 or by rank."""
+    size = replicas * expert
+    for rank, found in enumerate(run_ranks(places, size, replica=replicas)):
+        first = rank - rank % expert
+        members = range(first, first + expert)
+        assert found == [
+            (rank // expert, replicas, rank % expert, expert, first, rank == first, (tuple(range(replicas)),)),
+            (sum(2.0**each for each in members), first, 7, 1, size),
+            {"a": 1}, [[each] for each in members], [[each] for each in range(size)],
+            [b"\0 " * each for each in range(replicas)],
+        ]  # fmt: skip
+
+
 def columns(mine: Ranks) -> bytes:
     widths = [3, 1, 4][: mine.size]
     begin = sum(widths[: mine.rank])

@@ -1,16 +1,18 @@
 """Watch: ranks take different times to start: who is ready first waits for long, and sees at once who is gone."""
 
+import os
 import sys
 import time
 from pathlib import Path
-from signal import SIGKILL, SIGSTOP, Signals
+from signal import SIGKILL, SIGSTOP, SIGTERM, Signals
 from typing import Any
 
 import pytest
 from spawn import Command, commands
 
 from epmoe import generate, llm
-from epmoe.ranks import launch, mesh, watch
+from epmoe.ranks import launch, mesh
+from epmoe.ranks.ending import leave
 
 pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
 
@@ -92,7 +94,7 @@ def end_too_early() -> None:
         if mine.is_main:
             mine.watch.peers[1].send("bye")
             time.sleep(0.5)
-            watch.leave(0)
+            leave(0)
         time.sleep(1000)
 
 
@@ -100,3 +102,48 @@ def test_an_end_counts_only_after_a_ranks_own(tmp_path: Path) -> None:
     with commands(end_too_early, 2, folder=tmp_path) as started:
         assert [command.wait(8) for command in started] == [0, 1]
         assert started[1].stderr == "epmoe: rank 0 ended without a word (killed?); rank 1 ends too\n"
+
+
+def live_on(number: int) -> None:
+    """Ranks 2 and 3 are a unit of their own; rank 0 says when they are lost, and all that are left meet and end."""
+    with mesh.start(device="cpu", timeout_s=8.0) as mine:
+        assert mine.watch is not None
+        lost: list[frozenset[int]] = []
+        if mine.is_main:
+            mine.watch.spare([frozenset({2, 3})], lost.append)
+        mine.meet()
+        print("waiting", flush=True)
+        if mine.rank >= 2:
+            time.sleep(1000)
+        while mine.is_main and not lost:
+            time.sleep(0.05)
+        mine.meet("survivors")
+        print("met", lost, flush=True)
+        if number:  # what is left is one again
+            mine.watch.spare((), lost.append)
+            if mine.rank == 1:
+                os.kill(os.getpid(), number)
+            mine.meet()
+
+
+@pytest.mark.parametrize("number", [SIGKILL, SIGTERM, pytest.param(SIGSTOP, marks=pytest.mark.slow)])
+def test_a_unit_that_goes_leaves_the_others(number: Signals, tmp_path: Path) -> None:
+    with commands(live_on, 4, 0, folder=tmp_path) as started:
+        wait_until_waiting(started)
+        started[2].signal(number)
+        assert [started[rank].wait(12) for rank in (0, 1)] == [0, 0], started[0].stderr
+        assert "met [frozenset({2, 3})]" in started[0].stdout and "met" in started[1].stdout
+        line = started[0].stderr
+        assert line.startswith("epmoe: rank 2") and line.endswith("; the others go on without ranks 2, 3\n")
+        assert started[1].stderr == "" and started[3].wait(8) is not None
+
+
+def test_without_units_a_lost_rank_ends_all_again(tmp_path: Path) -> None:
+    with commands(live_on, 4, int(SIGKILL), folder=tmp_path) as started:
+        wait_until_waiting(started)
+        started[3].signal(SIGKILL)
+        assert started[0].wait(12) == 1
+        lines = started[0].stderr.splitlines()
+        assert [line.split(";")[0] for line in lines] == [
+            "epmoe: rank 3 ended without a word (killed?)", "epmoe: rank 1 ended without a word (killed?)",
+        ]  # fmt: skip

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import time
-from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,11 +13,10 @@ from typing import Any
 import pytest
 from scripted import save_tokenizer
 
-from epmoe.engine.call import Call
-from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
+from epmoe.engine.request import SamplingParams, TokenLogprobs
 from epmoe.errors import UserError
-from epmoe.server.door import TOGETHER, Door, Hearing, Http, Limits, listen
-from epmoe.server.frames import Ended, Failed, Hello, NewToken, Ready, Refused, Scores, Step
+from epmoe.server.door import Door, Limits, listen
+from epmoe.server.frames import Hello, NewToken, Ready
 
 WITHIN_S = 20
 
@@ -150,83 +148,3 @@ def test_a_fault_of_its_own_ends_in_a_line_and_no_wait(tokenizer: Path, capfd: p
             until("its end", lambda http=http: door.error is not None or door.http is not http)
         until("the door's end", lambda: door.error is not None)
     assert "Traceback" in capfd.readouterr().err
-
-
-class Kept(Http):
-    """No process: what would be sent is kept."""
-
-    def __init__(self) -> None:
-        self.calls = {}
-        self.outbox = deque()
-        self.later = deque()
-        self.behind = Counter()
-        self.kept: list[object] = []
-
-    def say(self, *what: object) -> None:
-        self.kept += what
-
-
-def test_a_call_says_each_thing_once() -> None:
-    scores = (None, TokenLogprobs(-1.0, ()))
-    http = Kept()
-    hearing = Hearing(http, 7)
-    hearing.call = http.calls[7] = Call(Request((1, 2), SamplingParams()), hearing)
-    hearing.call.hear(Token(0, 5, None, scores))
-    hearing.call.hear(Token(0, 6, None))
-    hearing.call.hear(Finished(0, Result((5, 6, 1), "eos", 0.0, 0.0, (), 2, scores)))
-    assert http.kept == [
-        Scores(7, 2, scores), NewToken(7, 5, None), NewToken(7, 6, None), Ended(7, "eos", (1,), (), 2),
-    ]  # fmt: skip
-    assert not http.calls
-    http = Kept()
-    hearing = Hearing(http, 8)  # nothing but the prompt was asked for
-    hearing.call = Call(Request((1, 2), SamplingParams()), hearing)
-    hearing.call.hear(Finished(0, Result((), "length", 0.0, 0.0, (), 0, scores)))
-    assert http.kept == [Scores(8, 2, scores), Ended(8, "length", (), (), 0)]
-    assert tuple(hearing.call.prompt_logprobs) == scores
-
-
-def test_a_call_that_fails_says_whose_fault_it_is() -> None:
-    http = Kept()
-    for number, error in enumerate((UserError("its grammar"), RuntimeError("the engine"))):
-        hearing = Hearing(http, number)
-        http.calls[number] = Call(Request((1, 2), SamplingParams()), hearing)
-        http.calls[number].fail(error)
-    assert http.kept == [Refused([0], "mistake", "its grammar"), Failed(1, "the engine")] and not http.calls
-
-
-def test_a_prompts_scores_hold_up_their_own_call_alone() -> None:
-    """One frame of them at a time, after what others have; what follows them of their call keeps its place."""
-    http = Kept()
-    part = [Scores(7, 1, (None,)) for _ in range(2)]
-    own, others = NewToken(7, 5, None), [NewToken(call, 5, None) for call in range(3)]
-    end, failed = Ended(7, "eos", (1,), (), 0), Failed(8, "it failed")
-    http.outbox.extend([others[0], *part, own, others[1], Scores(8, 1, (None,)), failed])
-    found = [http.taken()]
-    http.outbox.extend([end, others[2]])
-    while http.later or http.outbox:
-        found.append(http.taken())
-    assert found == [
-        [Step(others[:2], [], []), part[0]],
-        [Step(others[2:], [], []), part[1]],
-        [Step([own], [], [])],
-        [Scores(8, 1, (None,))],
-        [Step([], [], [failed])],
-        [Step([], [end], [])],
-    ]
-    assert not http.behind and http.taken() == []
-
-
-def test_a_step_has_so_many_tokens_at_most() -> None:
-    http = Kept()
-    http.outbox.extend([NewToken(call, 5, None) for call in range(TOGETHER + 1)])
-    steps: list[Any] = http.taken()
-    assert [len(each.tokens) for each in steps] == [TOGETHER, 1]
-
-
-def test_what_comes_together_is_one_frame() -> None:
-    http, tokens = Kept(), [NewToken(call, 5, None) for call in range(4)]
-    end = Ended(0, "eos", (1,), (), 0)
-    http.outbox.extend([*tokens[:2], end, Ready("f", 1), *tokens[2:]])
-    assert http.taken() == [Step(tokens[:2], [end], []), Ready("f", 1), Step(tokens[2:], [], [])]
-    assert http.taken() == []

@@ -5,6 +5,7 @@ import random
 import msgspec
 import pytest
 
+from epmoe.engine.figures import Figures
 from epmoe.engine.request import TokenLogprobs
 from epmoe.server.frames import (
     SCORES,
@@ -33,7 +34,7 @@ FROM_0: list[Frame] = [
     Step([NewToken(1, 5, LOGPROBS, 4), NewToken(2, 6, None)], [], []),
     Step([], [Ended(1, "eos", (9,), (LOGPROBS,), 16)], [Failed(2, "it failed")]),
     Refused([1, 2], "full", "come again"),
-    Load(1, 2, 3, 4, 5, 6, 7, 8, 0.5),
+    Load([Figures(1, 2, 3, 4, 5, 6, 7, 8, 0.5), Figures(1, 2, 3, 4, 5, 6, 7, 8, 0.5, 9, 9, 1)]),
 ]
 FROM_HTTP: list[Frame] = [Up(), Submit([Ask([1, 2, 3], -1, [(7, {"seed": 2**53 - 1, "stop": ["a"]})])]), Abort([7])]
 

@@ -14,9 +14,10 @@ import pytest
 from scripted import save_tokenizer
 
 from epmoe.engine.call import Call
+from epmoe.engine.figures import Figures
 from epmoe.engine.request import Finished, Result, SamplingParams, Token, TokenLogprobs
 from epmoe.server.door import Door, listen
-from epmoe.server.frames import Hello, Load, Ready
+from epmoe.server.frames import Hello, Ready
 
 TOKENS, TOP = 60_000, 10
 SCORES = (
@@ -52,8 +53,8 @@ class Fake:
 class Alone(Door):
     """Without an engine there are no figures."""
 
-    def _figures(self) -> Load | None:
-        return None
+    def _figures(self) -> Sequence[Figures]:
+        return ()
 
 
 @pytest.fixture(scope="module")

@@ -123,10 +123,19 @@ def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "epmoe.generate", *keys, f"output={one}"], check=True, timeout=100, capture_output=True
     )
-    agents = []
+    agents: list[subprocess.Popen[str]] = []
     for node in range(2):
-        agent = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-        command = [sys.executable, "-m", "torch.distributed.run", *agent, "--master-port", port, "-m", "epmoe.generate"]
+        options = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *options,
+            "--master-port",
+            port,
+            "-m",
+            "epmoe.generate",
+        ]
         more = [
             f"mesh.attention={mode}",
             *([] if mode == "data" else ["combine=slots"]),

@@ -72,7 +72,9 @@ def lines(command: Command) -> list[str]:
     return command.stderr.splitlines()
 
 
-@pytest.mark.parametrize(("victim", "attention"), [*((rank, "replicate") for rank in range(4)), (2, "tensor"), (3, "data")])
+@pytest.mark.parametrize(
+    ("victim", "attention"), [*((rank, "replicate") for rank in range(4)), (2, "tensor"), (3, "data")]
+)
 def test_rank_killed_in_a_generation_is_named_by_every_other(
     victim: int, attention: str, long_generation: list[str], tmp_path: Path
 ) -> None:

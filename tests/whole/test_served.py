@@ -35,22 +35,23 @@ def known(self, *arguments):
     begin(self, *arguments)
     DRAFTING.append(self)
 
-async def main(ranks, speculate, attention):
+async def main(ranks, speculate, attention, replica):
     if ranks == 1 and speculate != "off":  # it is in this process: each step has drafts, most of them wrong
         patch, dice = pytest.MonkeyPatch(), random.Random(ranks)
         try_some(patch, dice, 8)
         draft_wrongly(patch, dice, 2000, 0.8)
         patch.setattr(Drafting, "__init__", known)
-    keys = dict(runtime=TIGHT, serve=SERVE, speculate=speculate, mesh={"attention": attention})
-    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, **keys) as llm:
+    parts = {"mesh": {"attention": attention, "replica": replica}, "speculate": speculate}
+    async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE, **parts) as llm:
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
+        assert len(llm.service.figures()) == max(1, replica)
         scheduler = llm.llm.engine.scheduler
         assert scheduler.put_back > 0
         assert all(lane.added > 0 and lane.pages.unused for lane in scheduler.lanes)
         for each in DRAFTING:
             assert each.drafted > each.accepted > 0, (each.drafted, each.accepted)
 
-asyncio.run(main(int(sys.argv[3]), *sys.argv[4:]))
+asyncio.run(main(int(sys.argv[3]), *sys.argv[4:6], int(sys.argv[6])))
 """
 
 TORCHRUN = """
@@ -114,7 +115,17 @@ def test_every_answer_is_the_one_that_it_is_alone(
 
     Alone there were no drafts.
     """
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, attention, limit_s=600)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, attention, 0, limit_s=600)
+    assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(("ranks", "replica"), [(2, 2), (4, 2)])
+def test_every_answer_is_the_one_that_it_is_alone_over_replicas(
+    ranks: int, replica: int, known: Path, tmp_path: Path
+) -> None:
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 200, known, ranks, "ngram", "replicate", replica, limit_s=600)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -128,7 +139,7 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate")
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0)
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -235,6 +246,36 @@ asyncio.run(main())
 def test_idle_ranks_stay_for_longer_than_their_timeout(tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, IDLE)
     assert (code, out) == (0, "True\n"), errors
+
+
+NEW_WEIGHTS = """
+from safetensors.torch import load_file
+from epmoe.weights.hub import DEMO
+
+async def whole(llm, number):
+    async for event in llm.generate(f"The king {number}", SamplingParams(max_tokens=9)):
+        pass
+    return event.ids
+
+async def main():
+    stored = load_file(next(DEMO.glob("*.safetensors")))
+    name = "model.norm.weight"
+    async with AsyncLLM(ranks=2, mesh={"replica": 2}, runtime=PLACE) as llm:
+        before = await asyncio.gather(*(whole(llm, number) for number in range(6)))
+        await llm.update_weights({name: -stored[name]})
+        between = await asyncio.gather(*(whole(llm, number) for number in range(6)))
+        await llm.update_weights({name: stored[name]})
+        print(before != between, before == await asyncio.gather(*(whole(llm, number) for number in range(6))))
+        while not all(each.steps > 10 for each in llm.service.figures()):  # of others they come a moment later
+            await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+
+
+def test_every_replica_takes_new_weights(tmp_path: Path) -> None:
+    code, out, errors = run(tmp_path, NEW_WEIGHTS)
+    assert (code, out) == (0, "True True\n"), errors
 
 
 FORGETFUL = """

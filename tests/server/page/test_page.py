@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from told import told
 
+from epmoe.engine.figures import Figures
 from epmoe.server import page
 from epmoe.server.frames import Load
 from epmoe.server.metrics import Metrics
@@ -78,7 +79,7 @@ def test_script_and_markup_name_the_same() -> None:
 
 
 def test_its_figures_are_among_the_metrics() -> None:
-    metrics = Metrics("m", lambda: Load(0, 0, 0, 0, 0, 1, 1, 0, 0.0))
+    metrics = Metrics("m", lambda: Load([Figures(0, 0, 0, 0, 0, 1, 1, 0, 0.0)]))
     shown = re.findall(r"^(epmoe_\w+) (\S+)$", metrics.text().decode(), re.MULTILINE)
     used = set(re.findall(r"\bepmoe_\w+", SCRIPT.replace(r"epmoe_\w", "")))
     assert len(used) == 7 and used <= {name for name, _ in shown}
