@@ -56,7 +56,7 @@ def conditions(bench: str, llm: LLM) -> Record:
         "nodes": llm.ranks.nodes,
         "torch": torch.__version__,
         "triton": _release("triton"),
-        **{key: getattr(report, key) for key in ("dtype", "quant", "experts", "router", "combine")},
+        **{key: getattr(report, key) for key in ("dtype", "quant", "experts", "router", "combine", "attention")},
         "graphs": llm.engine.config.graphs,
         "runtime": asdict(llm.config.runtime),
     }
@@ -67,7 +67,7 @@ def heading(record: Record) -> str:
     return (
         f"{record['model']} on {record['ranks']} x {record['device']} (nodes: {record['nodes']}), {record['dtype']}, "
         f"quant {record['quant']}, experts {record['experts']}, router {record['router']}, "
-        f"combine {record['combine']}, graphs {'on' if record['graphs'] else 'off'}; "
+        f"combine {record['combine']}, attention {record['attention']}, graphs {'on' if record['graphs'] else 'off'}; "
         f"torch {record['torch']}, triton {record['triton']}"
     )
 
