@@ -22,6 +22,7 @@ from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
+from epmoe.engine.graphs import Kind
 from epmoe.engine.lanes import ANSWER, Lanes
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.engine.scheduler import Scheduler
@@ -367,3 +368,28 @@ def beforehand(ranks: Ranks) -> int:
 def test_prefills_run_beforehand() -> None:
     counts = run_ranks(beforehand, 3)
     assert min(counts) > 10
+
+
+def replayed(ranks: Ranks) -> list[Kind]:
+    """Which parts with collectives the steps of many kinds of requests ran; each was prepared.
+
+    Some ranks choose greedily, some sample or adjust logits, and some have nothing to do.
+    """
+    dice, requests, found = random.Random(3), many("mixed")[:9] + many("greedy")[9:], list[Kind]()
+    with pytest.MonkeyPatch.context() as patch:
+        try_some(patch, dice)
+        draft_wrongly(patch, dice, VOCAB, 0.8)
+        tested = engine(ranks, drafts=Costs.of(32, 4), prefill_chunk=40, max_batch=4)
+        run, variants = tested.graphs._run, Workload.of(requests, 4).variants()
+        patch.setattr(tested.graphs, "_run", lambda kind: (found.append(kind), run(kind)))
+        tested.generate(requests)
+    found = [each for each in found if each.part != "head"]
+    assert {*found} <= {*tested.graphs.missing(variants, (4, tested.most_rows), [])}
+    return found
+
+
+def test_all_ranks_replay_what_was_captured_together() -> None:
+    """NCCL may keep in a captured collective where the other ranks' memory is: all must replay that of one capture."""
+    first, *others = run_ranks(replayed, 3)
+    assert {each.part for each in first} == {"rows", "drafts"}
+    assert all(each == first for each in others)
