@@ -381,7 +381,12 @@ def replayed(ranks: Ranks) -> list[Kind]:
         draft_wrongly(patch, dice, VOCAB, 0.8)
         tested = engine(ranks, drafts=Costs.of(32, 4), prefill_chunk=40, max_batch=4)
         run, variants = tested.graphs._run, Workload.of(requests, 4).variants()
-        patch.setattr(tested.graphs, "_run", lambda kind: (found.append(kind), run(kind)))
+
+        def recorded(kind: Kind) -> None:
+            found.append(kind)
+            run(kind)
+
+        patch.setattr(tested.graphs, "_run", recorded)
         tested.generate(requests)
     found = [each for each in found if each.part != "head"]
     assert {*found} <= {*tested.graphs.missing(variants, (4, tested.most_rows), [])}
