@@ -77,9 +77,13 @@ class Way:
     own: bool = False  # each rank has prompts of its own (mesh.attention=data)
 
 
-def ways(prompts: int, company: int) -> list[Way]:
-    """The first one is what the others are compared with."""
-    return [
+def ways(prompts: int, company: int, attention: str) -> list[Way]:
+    """The first one is what the others are compared with.
+
+    With mesh.attention=tensor a rank has no heads for prompts of its own; with `data` each way's engine finds an empty
+    cache.
+    """
+    found = [
         Way(f"a batch of {prompts}", prompts),
         Way("the same again", prompts),
         Way("without CUDA graphs", prompts, graphs=False),
@@ -97,6 +101,7 @@ def ways(prompts: int, company: int) -> list[Way]:
         Way("shared out over the ranks", prompts, own=True),
         Way("shared out, alone on each, with drafts", 1, chunk=64, drafts=True, own=True),
     ]
+    return [way for way in found if not (way.own and attention == "tensor" or way.found and attention == "data")]
 
 
 def requests(config: BitsConfig, vocab: int) -> list[Request]:
@@ -232,7 +237,7 @@ def bits() -> None:
         llm.load([request.cached(llm.architecture.max_positions) for request in needed])
         rows: list[dict[str, Any]] = []
         first: list[Result] = []
-        for way in ways(config.prompts, most):
+        for way in ways(config.prompts, most, llm.engine.config.attention):
             half = config.new // 2 if way.again else 0
             results = run(llm, way, continued(asked, first, half) if way.again else asked, first)
             first = first or results

@@ -2,7 +2,8 @@
 
     rows alone             decode, one graph                       a batch is filled up to the next bucket of rows
     … whose logits are     rows, and a graph of the head           … likewise
-      adjusted
+      adjusted, or beside
+      other ranks' own
     prompts alone          prompts, and a graph of the head        … of tokens, up to MOST_TOKENS
     both                   mixed, and a graph of the head          … likewise
     rows with drafts       drafts, and a graph of the head         … of rows, the drafts' among them
@@ -114,7 +115,8 @@ class Graphs:
     """Runs the parts of a StaticStep, replaying graphs where `capture` is set: the Runner's launcher.
 
     All graphs share one pool of memory: what a part leaves is in its own buffers, so the next may overwrite
-    the rest. Ranks capture and replay in the same order, since the step holds collectives.
+    the rest. Ranks capture and replay in the same order, since the step holds collectives: and what has some is one
+    capture on all ranks, of one Kind, since NCCL may have kept in it where the other ranks' memory was.
 
     Args:
         own: each rank has requests of its own, and runs steps of nobody's rows beside the others' where it has none.
@@ -139,20 +141,20 @@ class Graphs:
     def bucket(self, count: int) -> int:
         return next(size for size in self.buckets if size >= count)
 
-    def decode(self, handles: Sequence[int], variant: Variant, most: int = 0) -> torch.Tensor:
-        """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites.
+    def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
+        """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites."""
+        self._run(Kind("decode", self._take_rows(handles), variant))
+        return self.static.id_M[: len(handles)]
+
+    def rows(self, handles: Sequence[int], most: int = 0) -> None:
+        """Start a step of these sequences alone, up to its head; there may be none on this rank.
 
         Args:
             most: sequences of the rank that has most.
         """
-        self._run(Kind("decode", self._take_rows(handles, most), variant))
-        return self.static.id_M[: len(handles)]
-
-    def rows(self, handles: Sequence[int], most: int = 0) -> None:
-        """Start a step of these sequences alone, up to its head; there may be none on this rank."""
         self._run(Kind("rows", self._take_rows(handles, most), None))
 
-    def _take_rows(self, handles: Sequence[int], most: int) -> int:
+    def _take_rows(self, handles: Sequence[int], most: int = 0) -> int:
         """Let `sequence_M` begin with them, filled up to a bucket, whose size it returns."""
         rows = self.bucket(max(len(handles), most))
         padded = [*handles, *[self.static.state.spare] * (rows - len(handles))]
@@ -225,8 +227,8 @@ class Graphs:
         kinds = [(size, variant) for variant in sorted(variants) for size in drafted]
         decodes = [each for each in kinds if each[0] <= sizes[-1]]
         adjusted = [each for each in decodes if each[1].adjusted]
-        wanted = [Kind("decode", *each) for each in decodes if not each[1].adjusted]
-        wanted += [Kind("head", *each) for each in (kinds if self.capture else adjusted)]
+        wanted = [Kind("decode", *each) for each in decodes if not (each[1].adjusted or self.own)]
+        wanted += [Kind("head", *each) for each in (kinds if self.capture or self.own else adjusted)]
         wanted += [Kind("rows", size, None) for size in sizes if adjusted or self.own]
         wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]
         wanted += bodies if self.capture else []

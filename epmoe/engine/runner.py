@@ -37,7 +37,7 @@ class Launcher(Protocol):
     `decode` and `head` give the new ids, on the device until the next step. `most` and `every` are of all ranks.
     """
 
-    def decode(self, handles: Sequence[int], variant: Variant, most: int) -> torch.Tensor: ...
+    def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor: ...
     def rows(self, handles: Sequence[int], most: int) -> None: ...
     def ragged(self, ragged: Ragged, every: Sequence[Ragged]) -> None: ...
     def head(self, outputs: int, variant: Variant) -> torch.Tensor: ...
@@ -103,8 +103,8 @@ class Runner:
         return started and self._finish(started._replace(plans=[own]), launcher, None)
 
     def begin(self, works: Sequence[Work], launcher: Launcher) -> Started | None:
-        """Launch a step up to its head, or whole where nothing adjusts its logits and nobody drafts. None: nothing
-        comes of it, on any rank."""
+        """Launch a step up to its head, or whole where nothing adjusts its logits, nobody drafts and all ranks have the
+        same. None: nothing comes of it, on any rank."""
         plans = planned(works)
         return self._begin(plans, plans[self.lane], launcher)
 
@@ -119,9 +119,11 @@ class Runner:
             ragged.chosen.extend(self._branch(ragged, own.work.drafts))
         if ragged:
             launcher.ragged(ragged, [plan.ragged for plan in plans if plan.ragged])
-        elif variant and not variant.adjusted:
-            id_B = launcher.decode([each.handle for each in sequences], variant, most)
+        elif variant and not variant.adjusted and self.told_to is None:
+            id_B = launcher.decode([each.handle for each in sequences], variant)
         else:
+            # Ranks with requests of their own choose in other ways, or nothing; but whoever replays collectives of NCCL
+            # must replay one capture on all ranks.
             launcher.rows([each.handle for each in sequences], most)
         return Started(plans, own, id_B) if any(plan.brings for plan in plans) else None
 

@@ -91,7 +91,8 @@ class Service:
 
     def figures(self) -> list[Figures]:
         """How things stand, of this replica. On any thread."""
-        scheduler, pages = self.engine.scheduler, self.engine.cache.pages
+        scheduler = self.engine.scheduler
+        pages = [lane.pages for lane in scheduler.lanes]
         drafting = scheduler.speculation and scheduler.speculation.drafting
         return [
             Figures(
@@ -100,8 +101,8 @@ class Service:
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
                 put_back=scheduler.put_back,
-                pages=pages.count,
-                pages_free=pages.left,
+                pages=sum(each.count for each in pages),
+                pages_free=sum(each.left for each in pages),
                 steps=self.steps,
                 step_s=self.step_s,
                 drafted=drafting.drafted if drafting else 0,

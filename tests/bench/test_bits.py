@@ -31,14 +31,18 @@ def command(*keys: str, ranks: int = 1, timeout: float = 120) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_command(ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "attention"),
+    [(1, "replicate"), (2, "replicate"), (2, "tensor"), pytest.param(2, "data", marks=pytest.mark.slow)],
+)
+def test_the_command(ranks: int, attention: str) -> None:
     """And what it finds: every bit is the same in any company."""
     keys = ("runtime=cpu", "size=tiny", "prompts=12", "longest=140", "new=6", "company=30")
-    found = command(*keys, ranks=ranks)
+    found, wanted = command(*keys, f"mesh.attention={attention}", ranks=ranks), ways(12, 30, attention)
     assert found["ranks"] == ranks and found["model"] == "random-tiny"
-    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in ways(12, 30)}
-    assert [row["cached_tokens"] > 0 for row in found["rows"]] == [way.found or way.abort for way in ways(12, 30)]
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 12 for way in wanted}
+    cached = [row["cached_tokens"] > 0 for row in found["rows"]]
+    assert attention == "data" or cached == [way.found or way.abort for way in wanted]
 
 
 def test_requests_are_greedy_and_sampled_and_of_every_length() -> None:
@@ -80,7 +84,7 @@ def test_bits_follow_no_batch_on_a_gpu(tmp_path: Path, experts: int) -> None:
     """gpt-oss's layer shapes."""
     path = make_checkpoint(tmp_path / "shapes", "20b", layers=2, experts=experts, vocab=20_000, shards=1)
     found = command(f"checkpoint={path}", "prompts=40", "longest=6000", timeout=500)
-    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 40 for way in ways(40, 256)}
+    assert {row["name"]: row["bits"] for row in found["rows"]} == {way.name: 40 for way in ways(40, 256, "replicate")}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -95,7 +99,7 @@ def test_a_librarys_own_product_is_seen(tmp_path: Path, device: str, monkeypatch
         llm.load()
 
         def same() -> int:
-            together, alone = (run(llm, way, asked) for way in ways(12, 12) if way.name in ("a batch of 12", "alone"))
+            together, alone = (run(llm, way, asked) for way in ways(12, 12, "replicate") if way.name in ("a batch of 12", "alone"))
             return compare(alone, together)[1]
 
         assert same() == 12

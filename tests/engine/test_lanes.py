@@ -7,7 +7,9 @@ whose cache checks what is read and written.
 import random
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,14 +20,19 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.pages import Pages
+from epmoe.config.schema import Serve
+from epmoe.engine.call import Call
+from epmoe.engine.compiling import Waiting
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
+from epmoe.engine.graphs import Kind
 from epmoe.engine.lanes import ANSWER, Lanes
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.sequence import Sequence as Running
+from epmoe.engine.service import Service
 from epmoe.ranks.mesh import Ranks
 
 PAGE = 4
@@ -135,6 +142,22 @@ def test_a_lane_that_is_full_is_the_last_choice() -> None:
     run(tested, 150)
     assert [len(lane.running) for lane in tested.lanes] == [1, 0] and tested.lanes[0].pages.left < 50
     assert placed(tested, [asked([*ids, *range(300, 500)], 9)]) == [1]
+
+
+def test_a_lane_that_runs_dry_gets_requests_while_others_wait_elsewhere() -> None:
+    """Those that went before others, by their priority, may all be in one lane."""
+    tested = lanes(2, max_batch=2)
+    kinds = [(53, 1), (4, 50)]  # tokens of prompt and answer: as many to compute, in a step or in 50
+    requests = [asked(range(100 * each, 100 * each + kinds[each % 2][0]), kinds[each % 2][1]) for each in range(8)]
+    assert placed(tested, requests) == [0, 1] * 4
+    run(tested, 20)
+    assert [(len(each.running), len(each.waiting)) for each in tested.lanes] == [(0, 0), (2, 2)]
+    made: Any = SimpleNamespace(scheduler=tested, max_batch=2, ranks=rank_of(0, 2))
+    service, quiet = Service(made, Serve()), Mock()
+    service.released = {each.id: Call(each.request, quiet) for each in (*tested.running, *tested.waiting)}
+    for number in range(5):
+        service._push(Waiting(Call(asked([number]), quiet), number, 1))
+    assert before(tested) is None and len(service._release()) == 2
 
 
 def test_every_host_makes_the_same_choices() -> None:
@@ -367,3 +390,48 @@ def beforehand(ranks: Ranks) -> int:
 def test_prefills_run_beforehand() -> None:
     counts = run_ranks(beforehand, 3)
     assert min(counts) > 10
+
+
+def replayed(ranks: Ranks) -> list[Kind]:
+    """Which parts with collectives the steps of many kinds of requests ran; each was prepared.
+
+    Some ranks choose greedily, some sample or adjust logits, and some have nothing to do.
+    """
+    dice, requests, found = random.Random(3), many("mixed")[:9] + many("greedy")[9:], list[Kind]()
+    with pytest.MonkeyPatch.context() as patch:
+        try_some(patch, dice)
+        draft_wrongly(patch, dice, VOCAB, 0.8)
+        tested = engine(ranks, drafts=Costs.of(32, 4), prefill_chunk=40, max_batch=4)
+        run, variants = tested.graphs._run, Workload.of(requests, 4).variants()
+
+        def recorded(kind: Kind) -> None:
+            found.append(kind)
+            run(kind)
+
+        patch.setattr(tested.graphs, "_run", recorded)
+        tested.generate(requests)
+    found = [each for each in found if each.part != "head"]
+    assert {*found} <= {*tested.graphs.missing(variants, (4, tested.most_rows), [])}
+    return found
+
+
+def test_all_ranks_replay_what_was_captured_together() -> None:
+    """NCCL may keep in a captured collective where the other ranks' memory is: all must replay that of one capture."""
+    first, *others = run_ranks(replayed, 3)
+    assert {each.part for each in first} == {"rows", "drafts"}
+    assert all(each == first for each in others)
+
+
+def figures(ranks: Ranks) -> tuple[int, int, int]:
+    """Who runs, and the pages of all caches and those that are free, with a prompt of 50 tokens on the last rank."""
+    tested = engine(ranks, FakeCache(tokens=200))
+    for length in (10, 10, 50)[-ranks.size :]:
+        tested.add(asked(range(length)))
+    tested.step()
+    (found,) = Service(tested, Serve()).figures()
+    tested.clear()
+    return found.running, found.pages, found.pages_free
+
+
+def test_figures_count_the_caches_of_all_ranks() -> None:
+    assert run_ranks(figures, 3) == [(3, 150, 150 - 2 * 3 - 13)] * 3

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from loading import rank_of
+from spawn import run_ranks
 
 from epmoe.bench.weights import RandomCheckpoint
 from epmoe.config.schema import Runtime
@@ -33,7 +34,7 @@ def choose(
         ranks: int, free: float, batch: int = 64, wanted: str = "auto", device: str = "cuda:0"
     ) -> tuple[str, str]:
         monkeypatch.setattr(attention, "free_bytes", lambda device: int(free * GB))
-        monkeypatch.setattr(Ranks, "gather", lambda ranks, values: [list(values)])  # its peers are not there
+        monkeypatch.setattr(Ranks, "gather_all", lambda ranks, values: [list(values)])  # its peers are not there
         run = replace(Runtime(), max_batch=batch)
         found = attention_of(wanted, model_of(large)[1], large, rank_of(0, ranks, device), run)
         return found, capsys.readouterr().err
@@ -86,3 +87,20 @@ def test_times_grow_with_what_they_count(large: RandomCheckpoint) -> None:
     for way in (Way("replicate"), Way("tensor", heads=0.5), Way("data", requests=0.5)):
         one, many = (predicted_us(way, model, ranks, batch) for batch in (1, 256))
         assert one < many < predicted_us(way, model, slow, 256)
+
+
+def chosen_here(ranks: Ranks, free: list[float]) -> str:
+    """With so many GB free as each rank sees, and a batch of 64."""
+    large = RandomCheckpoint.of("20b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "free_bytes", lambda device: int(free[ranks.rank] * GB))
+        return attention_of("auto", model_of(large)[1], large, ranks, replace(Runtime(), max_batch=64))
+
+
+def test_replicas_and_neighbours_choose_alike() -> None:
+    """Of two replicas one has too little for whole attention; four ranks of a host share its memory.
+
+    In float32 20b takes 12.2 GB on a rank of two, and the texts' keys and values 6.8.
+    """
+    assert run_ranks(chosen_here, 4, [90.0] * 4, replica=2) == ["replicate"] * 4
+    assert run_ranks(chosen_here, 4, [90.0, 90.0, 90.0, 80.0], replica=2) == ["tensor"] * 4
