@@ -15,6 +15,13 @@ import torch
 Span = tuple[int, int, int, int]  # a piece of a prompt in a step: first token, last + 1, cached positions, sequence
 
 
+class Beside(NamedTuple):
+    """The steps that ranks run at once, each with requests of its own: numbers by expert rank."""
+
+    tokens: tuple[int, ...]
+    outputs: tuple[int, ...]  # tokens whose logits are wanted
+
+
 @dataclass(frozen=True)
 class Step:
     """One forward pass over T new tokens. A span's tokens stand together, in order of position.
@@ -31,6 +38,7 @@ class Step:
     span_P4: torch.Tensor | None = None  # int32, the spans on the device; None: they are known on the host
     output_O: torch.Tensor | None = None  # int64, tokens whose logits are wanted; None: all
     drafted: bool = False  # several rows may be of one sequence, one position after the other
+    beside: Beside | None = None  # this step and other ranks'; None: all ranks' have the sizes of this one
 
     def halves(self, least: int) -> tuple["Step", ...]:
         """This step as two, to be run one after the other in each layer, or itself where it has under `least` tokens.
@@ -47,7 +55,7 @@ class Step:
 
     def _part(self, begin: int, end: int) -> "Step":
         """Tokens begin : end."""
-        assert self.output_O is not None
+        assert self.output_O is not None and self.beside is None
         kept = tuple(
             (max(first, begin) - begin, min(last, end) - begin, cached + max(begin - first, 0), sequence)
             for first, last, cached, sequence in self.spans or ()

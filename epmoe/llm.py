@@ -55,9 +55,10 @@ from epmoe.text.prompts import share
 from epmoe.text.streamed import streamed
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import Tools, with_tools
+from epmoe.weights.attention import attention_of
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
-from epmoe.weights.digest import SAME_COPY, contents, expert_samples, shared_digests
+from epmoe.weights.digest import SAME_COPY, contents, expert_samples, held, shared_digests
 from epmoe.weights.eagle3 import load_head, open_head
 from epmoe.weights.hub import resolve, resolve_draft_model
 from epmoe.weights.load import LoadReport, load, model_of
@@ -156,8 +157,10 @@ class LLM:
         """
         config, run = self.config, self.config.runtime
         progress = run.progress and bool(self.source.files)
-        self.model, self.report = load(self.source, self.ranks, Choices.of(config), progress=progress)
-        self.ranks.agree(lambda: shared_digests(self.model), SAME_COPY, settled=True)  # before the first text
+        attention = attention_of(config.mesh.attention, self.architecture, self.source, self.ranks, run)
+        choices = replace(Choices.of(config), attention=attention)
+        self.model, self.report = load(self.source, self.ranks, choices, progress=progress)
+        self.ranks.agree(lambda: held(self.source, self.model), SAME_COPY, settled=True)  # before the first text
         base, dtype = EngineConfig.of(run, self.ranks.device), DTYPES[self.report.dtype]
         drafter, shape = None, None
         if self.draft:
@@ -165,15 +168,8 @@ class LLM:
             shape, embedding = (draft.kv_heads, draft.head_dim), self.model.get_submodule("embedding")
             assert isinstance(embedding, nn.Embedding)
             drafter = load_head(place, draft, embedding, self.ranks.device, dtype)
-        settings = CacheSettings(
-            dtype,
-            run.page,
-            run.max_batch,
-            run.cache_tokens,
-            base.prefill_chunk,
-            run.prefix_cache,
-            shape,
-        )
+        sizes = run.page, run.max_batch, run.cache_tokens, base.prefill_chunk
+        settings = CacheSettings(dtype, *sizes, run.prefix_cache, shape, self.model.own_kv_heads)
         self.cache = fit_cache(self.architecture, needs, self.ranks, settings)
         eos = self.ranks.broadcast_json(eos_ids(self.source))  # rank 0's: not every copy has a generation_config.json
         known = self.source.tokenizer_file
@@ -184,6 +180,7 @@ class LLM:
             vocabulary=(lambda: vocabulary(self.tokenizer, self.architecture.vocab, eos)) if known else None,
             drafts=resolve_drafts(self.config.speculate, self.architecture, self.ranks, trained=drafter is not None),
             draft_model=drafter,
+            attention=attention,
         )
         self.engine = Engine(self.model, self.cache, self.ranks, engine)
 
@@ -296,7 +293,7 @@ class LLM:
         if update is None or self.followers is not None:
             values = broadcast(table, None if update is None else update.given.values, self.ranks)
             update = update or Update.of(Manifest.of(self.source, self.model, self.config.quant), values)
-        self.cache.pages.forget()  # what they hold comes from the weights before
+        self.engine.forget()  # what caches hold comes from the weights before
         with told_when_full(self.ranks.device):
             stayed = update.apply(self.model, self.report, self.ranks)
         if not stayed:

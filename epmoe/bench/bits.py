@@ -19,11 +19,13 @@ from epmoe.bench.weights import RandomCheckpoint
 from epmoe.config.compose import parse
 from epmoe.config.keys import Names, Range, key
 from epmoe.config.schema import ModelKeys
+from epmoe.engine.config import EngineConfig
 from epmoe.engine.drafts import Costs, Drafter, Drafting, History
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.errors import UserError
 from epmoe.llm import LLM, join
+from epmoe.moe.exchange.all_to_all import AllToAll
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.hub import resolve
 
@@ -72,6 +74,7 @@ class Way:
     again: bool = False  # the first half of what was answered is part of the prompt, and only the rest is compared
     found: bool = False  # what the way before has left in the cache is found
     drafts: bool = False  # of the tokens that are known to come, one of eight another one
+    own: bool = False  # each rank has prompts of its own (mesh.attention=data)
 
 
 def ways(prompts: int, company: int) -> list[Way]:
@@ -91,6 +94,8 @@ def ways(prompts: int, company: int) -> list[Way]:
         Way("prompts found in the cache", prompts, found=True),
         Way("with drafts", prompts, drafts=True),
         Way("with drafts, alone", 1, chunk=64, drafts=True),
+        Way("shared out over the ranks", prompts, own=True),
+        Way("shared out, alone on each, with drafts", 1, chunk=64, drafts=True, own=True),
     ]
 
 
@@ -165,16 +170,30 @@ def run(llm: LLM, way: Way, asked: Sequence[Request], known: Sequence[Result] = 
         prefill_chunk=way.chunk,
         graphs=way.graphs and llm.engine.config.graphs,
         drafts=Costs.of(1, 1) if way.drafts else None,
+        attention="data" if way.own else llm.engine.config.attention,
     )
+    if way.own and llm.engine.config.attention != "data":
+        exchange, before = AllToAll(llm.ranks), [layer.exchange for layer in llm.model.moe_layers()]
+        for layer in llm.model.moe_layers():
+            layer.exchange = exchange
+        try:
+            return _run(llm, way, config, asked, known)
+        finally:
+            for layer, own in zip(llm.model.moe_layers(), before, strict=True):
+                layer.exchange = own
+    return _run(llm, way, config, asked, known)
+
+
+def _run(llm: LLM, way: Way, config: EngineConfig, asked: Sequence[Request], known: Sequence[Result]) -> list[Result]:
     if not way.found:
         llm.cache.pages.forget()
     engine = Engine(llm.model, llm.cache, llm.ranks, config)
     if way.drafts:
         answers = {each.ids: result.ids for each, result in zip(asked, known, strict=True)}
-        assert engine.scheduler.speculation
-        engine.scheduler.speculation.drafting = Told(
-            Costs.of(1, 1), engine.most_rows, lambda ids: Known(ids, answers.get(tuple(ids), ()))
-        )
+        told = Told(Costs.of(1, 1), engine.most_rows, lambda ids: Known(ids, answers.get(tuple(ids), ())))
+        for lane in engine.scheduler.lanes:
+            assert lane.speculation
+            lane.speculation.drafting = told
     ordered = list(asked)[::-1] if way.reverse else list(asked)
     ordered += others(way.others, llm.architecture.vocab)
     engine.prepare(Workload.of(ordered, way.batch))

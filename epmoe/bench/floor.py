@@ -2,7 +2,8 @@
 
 For B sequences on N ranks, of which the fullest has L of the E experts, and K experts a token:
 
-    bytes(B) = dense                            every layer's attention, norms and router: each rank runs all of them
+    bytes(B) = dense                            every layer's attention, norms and router: each rank runs all of them,
+                                                but for q, k and v of heads that ranks share (mesh.attention=tensor)
              + L · (1 − (1 − K/E)^B) · expert   different experts that B tokens choose here, as expected when each token
                                                 takes any K with equal chance; `expert` is one of each layer together
              + vocabulary / N                   the projection, which N ranks can share
@@ -25,7 +26,7 @@ from typing import Self
 
 import torch
 
-from epmoe.models import ModelConfig
+from epmoe.models import Family
 from epmoe.weights.manifest import Manifest
 
 EMBEDDING, PROJECTION = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,9 +50,11 @@ class Floor:
     itemsize: int  # of all but the experts' matrices
 
     @classmethod
-    def of(cls, manifest: Manifest, config: ModelConfig, dtype: torch.dtype, *, local: int, ranks: int) -> Self:
-        """For a model's config, its tensors (`manifest`) and the dtype that it computes in."""
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in manifest.shapes.items()}
+    def of(cls, manifest: Manifest, model: Family, dtype: torch.dtype, *, local: int, ranks: int) -> Self:
+        """For a model, its tensors (`manifest`) and the dtype that it computes in."""
+        config = model.config
+        own = {name: (manifest.rows(name), *shape[1:]) for name, shape in manifest.shapes.items()}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in own.items()}
         embedding = sizes.pop(EMBEDDING)
         vocabulary = sizes.pop(PROJECTION, embedding)
         return cls(
@@ -60,7 +63,7 @@ class Floor:
             expert_values=sum(rows * columns for _, rows, columns in (each.shape for each in manifest.matrices())),
             vocabulary=vocabulary,
             row=config.hidden * dtype.itemsize,
-            position=2 * config.kv_heads * config.head_dim * dtype.itemsize,
+            position=2 * model.own_kv_heads * config.head_dim * dtype.itemsize,
             windows=tuple(config.windows),
             num_experts=config.num_experts,
             top_k=config.top_k,

@@ -105,7 +105,7 @@ def floor_of(llm: LLM, placement: str) -> Floor:
     owners = lookup("placement", PLACEMENTS, placement)(llm.architecture.num_experts, ranks.expert_size)
     return Floor.of(
         Manifest.of(llm.source, llm.model, report.quant),
-        llm.architecture,
+        llm.model,
         DTYPES[report.dtype],
         local=max(map(len, owners.experts)),
         ranks=ranks.expert_size,

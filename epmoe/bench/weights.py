@@ -61,9 +61,10 @@ class RandomCheckpoint(Checkpoint):
         return out.to(dtype or tensor.dtype)
 
     def read_rows(self, name: str, ids: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
-        """The rows `ids` of an experts' tensor."""
+        """The rows `ids`; of a tensor that is drawn as a whole too."""
         tensor = self.drawn[name]
-        assert ".experts." in name, f"{name} is drawn as a whole"
+        if ".experts." not in name:
+            return self.read(name, device)[list(ids)]
         out = torch.empty((len(ids), *tensor.shape[1:]), dtype=tensor.dtype, device=device)
         for row, expert in zip(out, ids, strict=True):
             self._draw(tensor, row, f"{name} {expert}")

@@ -45,6 +45,7 @@ class CacheSettings:
     step: int | None = None  # tokens of prompts in one step, at most; None: any number
     prefix_cache: bool = True
     draft: tuple[int, int] | None = None  # as CacheConfig's
+    kv_heads: int | None = None  # on this rank; None: all
 
 
 def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, settings: CacheSettings) -> Cache:
@@ -63,7 +64,7 @@ def fit_cache(config: ModelShape, needs: Sequence[int] | None, ranks: Ranks, set
     def shaped(pages: int) -> CacheConfig:
         return CacheConfig(
             windows=config.windows,
-            kv_heads=config.kv_heads,
+            kv_heads=config.kv_heads if settings.kv_heads is None else settings.kv_heads,
             head_dim=config.head_dim,
             tokens=pages * page,
             sequences=sequences,

@@ -152,6 +152,11 @@ class Pages:
         self.together = 0  # pages of full attention that sequences hold, each counted as often as it is shared
         self.changed: dict[tuple[int, int, int], int] = {}  # (stock, handle, place) → page, not yet told to the device
 
+    def alike(self) -> "Pages":
+        """Another cache's of the same sizes, empty."""
+        counts = {stock.window: stock.count for stock in self.stocks}
+        return Pages(counts, self.size, self.sequences, most=self.most, prefix_cache=self.prefix_cache)
+
     @property
     def count(self) -> int:
         """Pages of the layers with full attention; 0 where there are none."""

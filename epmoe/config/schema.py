@@ -25,6 +25,11 @@ class Mesh:
 
     replica: int = key(0, "replicas of the model, of mesh.expert ranks each; 0: as many as there are", Range(low=0))
     expert: int = key(0, "ranks that share a layer's experts; 0: all ranks, by mesh.replica", Range(low=0))
+    attention: str = key(
+        "replicate",
+        "each rank runs all, some heads, or its own requests",
+        Names(("auto", "replicate", "tensor", "data")),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Runtime:
     start_timeout_s: float = key(3600.0, "a rank may be ready this many seconds after the first one", Range(1, 10**6))
     page: int = key(16, "positions in one page of the key/value cache", Range(1, 65536))
     prefill_chunk: int = key(0, "most tokens of prompts in one step; 0: 16384, on a CPU 2048", Range(low=0))
-    max_batch: int = key(64, "most sequences at a time", Range(low=1))
+    max_batch: int = key(64, "most sequences at a time; with mesh.attention=data on each rank", Range(low=1))
     cache_tokens: int = key(0, "positions in the key/value cache; 0: as many as fit and are needed", Range(low=0))
     prefix_cache: bool = key(True, "find again what requests that began alike have left in the cache")
     graphs: str = key("auto", "decode steps as CUDA graphs; auto: where possible", Names(("auto", "true", "false")))

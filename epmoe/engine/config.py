@@ -23,7 +23,8 @@ class EngineConfig:
     `progress` standard error shows what is prepared. Logits of prompts' tokens, where their log-probabilities are asked
     for, are made of `score_rows` rows at a time, at most: with 201,088 ids 0.8 MB each, and several times that to sort.
     `vocabulary` makes what grammars must know of the ids; without it there are none. With `drafts` answers are drafted
-    (drafts.py) where it is worth it by these costs, by `draft_model` too, where there is one.
+    (drafts.py) where it is worth it by these costs, by `draft_model` too, where there is one. `attention` is
+    mesh.attention: with "data" each rank has requests of its own, and `max_batch` of them.
     """
 
     eos_ids: Sequence[int] = ()
@@ -36,6 +37,7 @@ class EngineConfig:
     vocabulary: Callable[[], LLTokenizer] | None = None
     drafts: Costs | None = None
     draft_model: DraftModel | None = None
+    attention: str = "replicate"
 
     @classmethod
     def of(cls, run: Runtime, device: torch.device) -> "EngineConfig":

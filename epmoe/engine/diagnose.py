@@ -17,10 +17,12 @@ from epmoe.cache.cache import Cache
 from epmoe.errors import UserError
 from epmoe.layers.owed import Owed
 from epmoe.models import Model
+from epmoe.ranks.mesh import Ranks
 from epmoe.ranks.transfer import Arrival, to_device
 
 CHUNK = 1024  # tokens of a piece: small beside what the cache was made for, and in one micro-batch
 FINITE = 1 << 60  # above every position
+ODD = ("NaN", "an infinity")
 
 
 class NotFinite(UserError):
@@ -41,7 +43,7 @@ class NotFinite(UserError):
         return NotFinite(list(dict.fromkeys(numbers[each - 1] for each in self.prompts)), self.position, self.where)
 
 
-def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> str:
+def locate(model: Model, cache: Cache, ranks: Ranks, ids: Sequence[int], timeout_s: float) -> str:
     """Which part of the model is the first that is not finite, at which position, and a weight of it that is not.
 
     A collective, like every call of the model; what is found is the same on every rank.
@@ -74,8 +76,12 @@ def locate(model: Model, cache: Cache, ids: Sequence[int], timeout_s: float) -> 
     if not found:
         return "all sublayers are finite in a second pass, so it is the projection to the vocabulary"
     name, part, position = found[0]
-    weights = [f"{key} holds {_odd(value)}" for key, value in part.named_parameters() if not value.isfinite().all()]
-    reason = f" (its {weights[0]})" if weights else ""
+    parameters = list(part.named_parameters())
+    odd = [(place, _odd(value)) for place, (_, value) in enumerate(parameters) if not value.isfinite().all()]
+    # Of heads that ranks share another may have it.
+    mine = (odd[0][0], ODD.index(odd[0][1])) if odd else (len(parameters), 0)
+    place, kind = min(map(tuple, ranks.gather(mine)))
+    reason = f" (its {parameters[place][0]} holds {ODD[kind]})" if place < len(parameters) else ""
     return f"the first sublayer that is not finite is {name} at position {position}{reason}"
 
 
@@ -109,4 +115,4 @@ class Outcome:
 
 
 def _odd(value: torch.Tensor) -> str:
-    return "NaN" if bool(value.isnan().any()) else "an infinity"
+    return ODD[0] if bool(value.isnan().any()) else ODD[1]

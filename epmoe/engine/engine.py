@@ -11,14 +11,15 @@ The next step is launched before the last one's ids are read: the device feeds t
 was launched meanwhile is dropped. It is never beyond a sequence's longest, since an end by length is known beforehand.
 
 Every rank runs this loop with the same requests and makes the same choices, so that all of them call the model with the
-same step; no choice depends on a clock. It knows token ids only; text listens to the events.
+same step; no choice depends on a clock. With mesh.attention=data each rank has requests of its own: all ranks still
+make all choices, each launches its own step, of one size with the others', and all hear what all steps bring (lanes.py,
+planned.py, flight.py). It knows token ids only; text listens to the events.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -29,16 +30,19 @@ from epmoe.engine import sequence as kinds
 from epmoe.engine.adjust import check_adjustments
 from epmoe.engine.config import EngineConfig, resolve_chunk
 from epmoe.engine.diagnose import NotFinite, locate
-from epmoe.engine.drafts import MOST_DRAFT, Drafting, History, Modelled, least_share, most_rows
-from epmoe.engine.graphs import MOST_TOKENS, Graphs, Kind, token_buckets
+from epmoe.engine.drafts import Drafting, History, Modelled, least_share, most_rows
+from epmoe.engine.flight import Flight
+from epmoe.engine.graphs import MOST_TOKENS, Graphs, token_buckets
+from epmoe.engine.lanes import Lanes
 from epmoe.engine.matcher import Grammars, Matcher
+from epmoe.engine.preparation import Most, Preparation
 from epmoe.engine.proposer import DEPTH
 from epmoe.engine.request import Event, Finished, OnFinish, OnToken, Request, Result, Token, Workload, check
-from epmoe.engine.runner import Flight, Runner, Started
+from epmoe.engine.runner import Runner, Started
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.speculation import Speculation
 from epmoe.engine.step import Sizes
-from epmoe.engine.warm import Prefill, Warm
+from epmoe.engine.warm import Warm
 from epmoe.errors import UserError, warn
 from epmoe.models import Model, values
 from epmoe.ranks.mesh import Ranks
@@ -54,29 +58,37 @@ class Engine:
         self.vocab, self.max_positions = model.config.vocab, model.config.max_positions
         self.prefill_chunk = resolve_chunk(config.prefill_chunk, ranks.device)
         self.max_batch = min(config.max_batch, cache.pages.sequences)
-        self.scheduler = Scheduler(
-            cache.pages,
-            self.max_positions,
-            config.eos_ids,
-            max_batch=self.max_batch,
-            prefill_chunk=self.prefill_chunk,
-        )
+        own = config.attention == "data" and ranks.expert_size > 1
+        self.scheduler = self._lanes(ranks.expert_size if own else 1, ranks.expert_rank if own else 0)
         self.most_rows = self.max_batch
         if config.drafts is not None:
             self.most_rows = most_rows(self.max_batch)
             kind, depth = (History, 0) if config.draft_model is None else (self._modelled(config), DEPTH)
             drafting = Drafting(config.drafts, self.most_rows, kind, depth)
-            self.scheduler.speculation = Speculation(cache.pages, drafting, self.max_batch)
+            for lane in self.scheduler.lanes:
+                lane.speculation = Speculation(lane.pages, drafting, self.max_batch)
+        most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
         with torch.inference_mode():
-            self.most_tokens = token_buckets(min(MOST_TOKENS, self.prefill_chunk + self.most_rows))[-1]
-            sizes = Sizes(self.max_batch, self.most_tokens, self.most_rows if config.drafts else 0)
-            self.runner = Runner(model, cache, ranks, sizes, config.score_rows, config.draft_model)
-        self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress)
+            sizes = Sizes(self.max_batch, most_tokens, self.most_rows if config.drafts else 0, config.score_rows)
+            self.runner = Runner(model, cache, ranks, sizes, config.draft_model, own=own)
+        self.graphs = Graphs(self.runner.static, ranks, capture=config.graphs, progress=config.progress, own=own)
         self.warm = Warm(self.runner, self.graphs, ranks, self.prefill_chunk, progress=config.progress)
+        most = Most(self.max_batch, self.most_rows, most_tokens, self.prefill_chunk)
+        self.preparation = Preparation(self.runner, self.graphs, self.warm, ranks, most)
         self.flights: deque[Flight] = deque()
         self.landed: Flight | None = None  # the last one
         self.first = 0  # id of the first request of this run: messages number prompts from it
         self.failed: dict[int, kinds.Sequence] = {}  # by id, until `clear`: their logits were not finite
+
+    def _lanes(self, count: int, own: int) -> Lanes:
+        """A scheduler for each rank that has requests of its own, over accounts of its cache."""
+        pages = self.cache.pages
+        if count > 1:
+            assert pages.unused
+            pages.forget()  # the accounts of this rank's cache on other hosts begin empty
+        every = [pages if lane == own else pages.alike() for lane in range(count)]
+        limits = {"max_batch": self.max_batch, "prefill_chunk": self.prefill_chunk}
+        return Lanes([Scheduler(each, self.max_positions, self.config.eos_ids, **limits) for each in every], own)
 
     def _modelled(self, config: EngineConfig) -> Callable[[Sequence[int]], History]:
         """What drafts with a draft model, as long as that is worth it."""
@@ -97,7 +109,8 @@ class Engine:
         pages = self.cache.pages
         needs = sorted((pages.needs(each.cached(self.max_positions)) for each in requests), reverse=True)
         fit = sum(needs[: self.max_batch]) <= pages.count  # nobody is put back
-        at_once = fit and len(requests) <= self.max_batch
+        # Where ranks have requests of their own, some begin beside others that have begun.
+        at_once = fit and len(requests) <= self.max_batch and len(self.scheduler.lanes) == 1
         found = sum(map(self.scheduler.found, requests)) if at_once else 0
         load = Workload.of(requests, self.max_batch, 0 if fit else self.max_positions)
         self.prepare(load, at_once=at_once, found=found)
@@ -110,60 +123,10 @@ class Engine:
             at_once: the first step finds all its requests, and room for each of them.
             found: of their prompts' tokens, those that it need not compute then.
         """
-        asked = (load, found if at_once else None)
-        if asked in self.graphs.prepared:
-            return
-        if self.runner.state.keep(load.kept):
-            self.graphs.close()  # they neither write nor read what is new
-        if True in load.logprobs:
-            self.runner.static.keep_logits()
-        with ExitStack() as beside:
-            if load.grammars:  # seconds for a large vocabulary, meanwhile; a UserError is for the request to be told
-                beside.enter_context(ThreadPoolExecutor(1)).submit(lambda: self.grammars)
-            if self.ranks.device.type != "cpu":
-                self._prepare_steps(*asked)
-        self.graphs.remember(asked)
-
-    def _prepare_steps(self, load: Workload, found: int | None) -> None:
-        rows = min(self.max_batch, load.sequences)
-        drafted = min(self.most_rows, rows * (1 + MOST_DRAFT)) if self.runner.static.drafted else rows
-        bodies = self._bodies(load, min(self.max_batch, drafted), found)
-        prefills = self.warm.missing(load, self.most_tokens if self.graphs.capture and not load.prompt_logprobs else 0)
-        kinds = self.graphs.missing(load.variants(), (rows, drafted), bodies)
-        if prefills or kinds:
-            if self.graphs.capture:
-                self._rehearse(load, prefills, kinds)
-            self._warm_up(load, prefills, kinds)
-
-    def _bodies(self, load: Workload, rows: int, found: int | None) -> list[Kind]:
-        """Steps with prompts that such a load leads to; with `found`, see `prepare`, the first step alone has any."""
-        alone, prompts = min(self.prefill_chunk, load.prefill_tokens), load.sequences
-        if found is not None and load.prefill_tokens <= self.prefill_chunk:
-            sizes = {size for most in (alone, alone - found) for size in self._totals(most, prompts, at_once=True)}
-            return [Kind("prompts", size, None) for size in sorted(sizes)]
-        beside = alone if load.beside_tokens is None else min(alone, load.beside_tokens)
-        mosts = {"prompts": alone, "mixed": beside + rows}
-        bodies = [(size, part) for part, most in mosts.items() for size in self._totals(most, prompts, at_once=False)]
-        return [Kind(part, size, None) for size, part in sorted(bodies)]
-
-    def _totals(self, most: int, prompts: int, *, at_once: bool) -> list[int]:
-        """Buckets of steps of up to so many tokens and prompts; `at_once`: of just as many."""
-        sizes, room = token_buckets(self.most_tokens), self.runner.static.most
-        enough = next((size for size in sizes if size >= most and room(size, rows=False) >= prompts), None)
-        if at_once:
-            return [] if enough is None else [enough]
-        return [size for size in sizes if size <= (enough or self.most_tokens)]
-
-    def _rehearse(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
-        """Compile the kernels of `_warm_up`. Only of what can be captured, and so reads nothing on the host."""
-        from epmoe.kernels.compile_ahead import compile_ahead  # only here: a CPU machine need not have triton
-
-        with compile_ahead(self.ranks):
-            self._warm_up(load, prefills, kinds)
-
-    def _warm_up(self, load: Workload, prefills: Sequence[Prefill], kinds: Sequence[Kind]) -> None:
-        self.warm.run(load, prefills, self.config.timeout_s)
-        self.graphs.prepare(kinds)
+        found_then = found if at_once else None
+        ran = self.preparation.prepare(load, found_then, self.config.timeout_s, lambda: self.grammars)
+        if ran and len(self.scheduler.lanes) > 1:
+            self.forget()  # made-up prompts have taken pages here, of which other hosts' accounts know nothing
 
     def check(self, requests: Sequence[Request], first: int = 0) -> None:
         """Raises UserError as `request.check` and `check_adjustments`, with the prompt's number from `first` + 1 on.
@@ -206,6 +169,10 @@ class Engine:
         matcher = self.matcher(request, number + 1)
         return self.scheduler.add(request, time.perf_counter(), matcher)
 
+    def forget(self) -> None:
+        """Nothing that is in a cache is found again, on any rank."""
+        self.scheduler.forget()
+
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Launch what runs next, and say what has come of the launch before. A collective of the expert group.
@@ -216,15 +183,15 @@ class Engine:
             NoArrival: a step did not end in time.
         """
         events: list[Event] = []
-        if self.flights and (self.flights[-1].waits or self._drafts_soon()):
+        if self.flights and (self.flights[-1].waits or self.scheduler.drafts_soon()):
             events += self._land_all()  # what has come says where the next rows are, and what their drafts
-        work = self.scheduler.schedule()
-        for sequence in work.begun:
+        works = self.scheduler.schedule()
+        for sequence in works[self.scheduler.own].begun:
             self.runner.admit(sequence, self.scheduler.ends(sequence.request))
-        started = self.runner.begin(work, self.graphs)
+        started = self.runner.begin(works, self.graphs)
         events += self._restrict(started) if started else []
         launched = started and self.runner.finish(started, self.graphs)
-        self.scheduler.launched(work)
+        self.scheduler.launched(works)
         if launched:
             self.flights.append(launched)
         while len(self.flights) > (launched is not None):  # the newest stays in the air while the host reads the others
@@ -306,12 +273,11 @@ class Engine:
         self.flights.clear()
         prompts = [id - self.first + 1 for id in sorted(self.failed)]
         sequence = self.failed[min(self.failed)]
-        where = locate(self.model, self.cache, (*sequence.request.ids, *sequence.ids), self.config.timeout_s)
+        ids = (*sequence.request.ids, *sequence.ids)
+        where = locate(self.model, self.cache, self.ranks, ids, self.config.timeout_s)
+        if len(self.scheduler.lanes) > 1:
+            self.forget()  # it has taken pages behind the accounts
         raise NotFinite(prompts, sequence.length - 1, where)
-
-    def _drafts_soon(self) -> bool:
-        speculation = self.scheduler.speculation
-        return speculation is not None and speculation.soon(self.scheduler.running)
 
     def _land_all(self) -> list[Event]:
         events: list[Event] = []
@@ -325,7 +291,7 @@ class Engine:
         Each mask follows from the tokens before it, so those must have come. A request whose grammar has become too
         complex ends here with the reason "error", alone.
         """
-        sequences = started.restricted
+        sequences = [sequence for plan in started.plans for sequence in plan.restricted]
         events = self._land_all() if sequences else []
         going = [each for each in sequences if not each.finished]
         if going:

@@ -115,10 +115,16 @@ class Graphs:
 
     All graphs share one pool of memory: what a part leaves is in its own buffers, so the next may overwrite
     the rest. Ranks capture and replay in the same order, since the step holds collectives.
+
+    Args:
+        own: each rank has requests of its own, and runs steps of nobody's rows beside the others' where it has none.
     """
 
-    def __init__(self, static: StaticStep, ranks: Ranks, *, capture: bool, progress: bool = False) -> None:
-        self.static, self.ranks, self.capture = static, ranks, Capture(ranks.device) if capture else None
+    def __init__(
+        self, static: StaticStep, ranks: Ranks, *, capture: bool, progress: bool = False, own: bool = False
+    ) -> None:
+        self.static, self.ranks, self.own = static, ranks, own
+        self.capture = Capture(ranks.device) if capture else None
         self.progress = progress
         self.buckets = buckets(len(static.id_M))
         self.ready: set[Kind] = set()
@@ -133,34 +139,45 @@ class Graphs:
     def bucket(self, count: int) -> int:
         return next(size for size in self.buckets if size >= count)
 
-    def decode(self, handles: Sequence[int], variant: Variant) -> torch.Tensor:
-        """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites."""
-        self._run(Kind("decode", self._take_rows(handles), variant))
+    def decode(self, handles: Sequence[int], variant: Variant, most: int = 0) -> torch.Tensor:
+        """Start a step of these sequences alone; their ids [B] on the device, which the next step overwrites.
+
+        Args:
+            most: sequences of the rank that has most.
+        """
+        self._run(Kind("decode", self._take_rows(handles, most), variant))
         return self.static.id_M[: len(handles)]
 
-    def rows(self, handles: Sequence[int]) -> None:
-        """Start a step of these sequences alone, up to its head."""
-        self._run(Kind("rows", self._take_rows(handles), None))
+    def rows(self, handles: Sequence[int], most: int = 0) -> None:
+        """Start a step of these sequences alone, up to its head; there may be none on this rank."""
+        self._run(Kind("rows", self._take_rows(handles, most), None))
 
-    def _take_rows(self, handles: Sequence[int]) -> int:
+    def _take_rows(self, handles: Sequence[int], most: int) -> int:
         """Let `sequence_M` begin with them, filled up to a bucket, whose size it returns."""
-        rows = self.bucket(len(handles))
+        rows = self.bucket(max(len(handles), most))
         padded = [*handles, *[self.static.state.spare] * (rows - len(handles))]
         if padded != self.handles[:rows]:
             self.handles = padded
             overwrite(self.static.sequence_M, padded)
         return rows
 
-    def ragged(self, ragged: Ragged) -> None:
-        """Start a step with prompts, or with drafts, up to its head."""
-        if not ragged.spans:
-            self.static.cache.write()
-            self.static.order_step(ragged)
-            self.body = Kind("drafts", self.bucket(len(ragged.rows)), None)
+    def ragged(self, ragged: Ragged, every: Sequence[Ragged] = ()) -> None:
+        """Start a step with prompts, or with drafts, up to its head.
+
+        Args:
+            every: of all ranks, this one's among them, where each has its own; all make the same kind of step, of a
+                size for the largest.
+        """
+        every, static = every or (ragged,), self.static
+        if not any(each.spans for each in every):
+            static.cache.write()
+            static.order_step(ragged)
+            self.body = Kind("drafts", self.bucket(max(len(each.rows) for each in every)), None)
             self._run(self.body)
             return
-        part = "mixed" if ragged.rows else "prompts"
-        size, static = next((size for size in self.bodies[part] if self.holds(part, size, ragged)), None), self.static
+        part = "mixed" if any(each.rows for each in every) else "prompts"
+        held = (size for size in self.bodies[part] if all(self.holds(part, size, each) for each in every))
+        size = next(held, None)
         if size is not None:
             room = static.changes(size, static.most(size, rows=part == "mixed"))
             static.order_step(ragged, static.cache.write(leave=room))
@@ -170,7 +187,7 @@ class Graphs:
             self.body = None
             static.cache.write()
             static.order_step(ragged)
-            static.run(ragged)
+            static.run(ragged, every)
 
     def head(self, outputs: int, variant: Variant) -> torch.Tensor:
         """Choose the ids [O] of the step that was started, as `decode` gives them."""
@@ -210,7 +227,7 @@ class Graphs:
         adjusted = [each for each in decodes if each[1].adjusted]
         wanted = [Kind("decode", *each) for each in decodes if not each[1].adjusted]
         wanted += [Kind("head", *each) for each in (kinds if self.capture else adjusted)]
-        wanted += [Kind("rows", size, None) for size in sizes if adjusted]
+        wanted += [Kind("rows", size, None) for size in sizes if adjusted or self.own]
         wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]
         wanted += bodies if self.capture else []
         if self.static.proposer:

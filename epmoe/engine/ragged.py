@@ -37,6 +37,11 @@ class Ragged:
     chosen: list[int] = field(default_factory=list)  # handles by whose parameters the outputs are; empty: their own
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens, of which nobody's is one where it has none, and those whose logits are wanted."""
+        return max(1, len(self.given)), len(self.outputs) + len(self.scored)
+
+    @property
     def behind(self) -> list[int]:
         """The token behind each one; 0 where it has yet to be chosen."""
         return [*[0] * len(self.rows), *self.follow]
@@ -63,6 +68,11 @@ class Ragged:
         for sequence, count in work:
             made._add(sequence, count)
         return made
+
+    @classmethod
+    def nobody(cls, spare: int) -> "Ragged":
+        """A token of the spare sequence, of which nothing comes."""
+        return cls(given=[0], positions=[0], rows=[spare], spans=[], outputs=[], ended=[], nexts=[])
 
     @classmethod
     def _drafted(cls, rows: Sequence[engine.Sequence], drafts: Drafts) -> "Ragged":

@@ -10,7 +10,8 @@ none is left, the youngest is put back: it waits at the front, and is computed a
 as its pages have other owners by then. Its tokens are the same, since each follows from those before it. The oldest
 always goes on, and alone it fits, or it was refused; so all come to their end.
 
-Every rank has one, is told the same and so makes the same choices; no choice depends on a clock.
+Every rank has one, is told the same and so makes the same choices; no choice depends on a clock. Where ranks have
+requests of their own, every rank has one for each of them (lanes.py).
 """
 
 from collections import deque
@@ -44,7 +45,7 @@ class Scheduler:
         self.speculation: Speculation | None = None  # nobody drafts
         self.waiting: deque[Sequence] = deque()  # by priority, then by arrival; who was put back stands in front
         self.running: list[Sequence] = []  # the oldest first
-        self.added = 0  # requests so far; their ids count from 0
+        self.added = 0  # requests so far
         self.put_back = 0  # times that a sequence was, so far
 
     @property
@@ -52,22 +53,25 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, now: float, matcher: Matcher | None = None) -> int:
-        """Let a request, with the matcher of its grammar, wait for its turn; returns its id.
+    def add(self, request: Request, now: float, matcher: Matcher | None = None, id: int | None = None) -> Sequence:
+        """Let a request, with the matcher of its grammar, wait for its turn.
 
+        Args:
+            id: None: they count from 0.
         Raises:
             UserError: the whole cache could not hold it at its longest.
         """
         self.pages.check(request.cached(self.max_positions))
         stop_ids = frozenset(request.params.stop_token_ids)
         end = request.length(self.max_positions)
-        sequence = Sequence(self.added, request, end, now, stop_ids=stop_ids, matcher=matcher)
+        id = self.added if id is None else id
+        sequence = Sequence(id, request, end, now, stop_ids=stop_ids, matcher=matcher)
         place = len(self.waiting)
         while place and self.waiting[place - 1].request.priority > request.priority:
             place -= 1
         self.waiting.insert(place, sequence)
         self.added += 1
-        return sequence.id
+        return sequence
 
     def ends(self, request: Request) -> frozenset[int]:
         """Ids that end its answer."""
@@ -76,10 +80,14 @@ class Scheduler:
 
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""
-        return self.pages.longest(self._wanted(Sequence(-1, request, 0, 0.0))[0]) * self.pages.size
+        return self.found_of(Sequence(-1, request, 0, 0.0))
+
+    def found_of(self, sequence: Sequence) -> int:
+        """The same of one that has not begun."""
+        return self.pages.longest(self._wanted(sequence)[0]) * self.pages.size
 
     def schedule(self) -> Work:
-        """What the next step is to have; whoever is in it has its pages.
+        """What the next step is to have but drafts (`Speculation.add_to`); whoever is in it has its pages.
 
         A step that is under way may still write to pages whose sequence has ended or was put back; their new owner's
         steps come after it.
@@ -102,8 +110,6 @@ class Scheduler:
             left -= self._add_piece(work, self.running[-1], max(share, 1))
             if not share:
                 break
-        if self.speculation:
-            self.speculation.add_to(work)
         return work
 
     def _shares(self) -> dict[Sequence, int]:

@@ -30,7 +30,7 @@ def scored(model: Model, norm_SH: torch.Tensor, scores: Sequence[Score], rows: i
         rows: logits are made of so many at a time, at most.
     """
     ids = [id for sequence, places in scores for id in sequence.request.ids[places.start : places.stop]]
-    top = max(_asked(score) for score in scores)
+    top = most_asked(scores)
     id_S = to_device(ids, torch.int64, norm_SH.device)
     found = [
         top_logprobs(model.logits(norm_MH, None), id_M, top)
@@ -54,6 +54,11 @@ def deliver(scores: Sequence[Score], tensors: Sequence[torch.Tensor]) -> None:
             )
             if sequence.finite:
                 sequence.prompt_logprobs.append(own)
+
+
+def most_asked(scores: Sequence[Score]) -> int:
+    """Of how many likely tokens the log-probabilities are found."""
+    return max(map(_asked, scores))
 
 
 def _asked(score: Score) -> int:

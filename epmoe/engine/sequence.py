@@ -29,6 +29,8 @@ class Sequence:
     finite: bool = True  # whether all logits are, of which these are made
     first_token_s: float = 0.0  # since it was added
     finished: bool = False
+    lane: int = 0  # in which it waits and runs (lanes.py)
+    weight: int = 0  # tokens that it counts for there
     stop_ids: Set[int] = frozenset()  # that end it besides the end of text
     matcher: Matcher | None = None  # where it stands in its grammar, once `ids` have come
     history: History | None = None  # likewise, where there are drafts

@@ -172,7 +172,7 @@ class Service:
         engine = self.engine
         self.prepare()
         control.listen(self._compiled)
-        engine.scheduler.step_tokens, engine.scheduler.alone_tokens = self.step_tokens, self.alone_tokens
+        engine.scheduler.bound(self.step_tokens, self.alone_tokens)
         self.running.set()
         try:
             while self._turn(control):
@@ -180,7 +180,7 @@ class Service:
             control.settle()
         finally:
             self.running.clear()
-            engine.scheduler.step_tokens = engine.scheduler.alone_tokens = 0
+            engine.scheduler.bound(0, 0)
             engine.clear()
             engine.drop_grammars()
         with self.turn:  # what is left has ended for its callers
@@ -266,10 +266,11 @@ class Service:
         found: list[Call] = []
         if self.stopping:
             return found
-        waiting = self.engine.scheduler.waiting  # for pages: who comes later waits here, unless they go before
+        most, before = self.engine.scheduler.max_batch, self.engine.scheduler.before
+        # Who waits in the engine does so for pages: who comes later waits here, unless they go before.
         taken = len(self.released) + sum(map(len, self.leaving))
-        while self.queue and (not waiting or self.queue[0][0] < waiting[-1].request.priority):
-            if not waiting and taken + len(found) >= self.engine.max_batch:
+        while self.queue and (before is None or self.queue[0][0] < before):
+            if before is None and taken + len(found) >= most:
                 break
             found.append(self._pop())
         return found

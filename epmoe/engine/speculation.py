@@ -39,21 +39,29 @@ class Speculation:
         if isinstance(sequence.history, Modelled) and not sequence.finished:
             sequence.history.told(ids)
 
-    def soon(self, running: Several[Sequence]) -> bool:
-        """Whether the next step would have drafts, for all that has come; it needs the tokens that are under way."""
+    def soon(self, running: Several[Sequence], *, prompts: bool = False) -> bool:
+        """Whether the next step would have drafts, for all that has come; it needs the tokens that are under way.
+
+        Args:
+            prompts: another rank's step beside this one will have pieces of some.
+        """
         rows = [sequence for sequence in running if sequence.decodes]
-        room = self._room(len(rows), sum(sequence.pending > 0 for sequence in running))
+        room = self._room(len(rows), sum(sequence.pending > 0 for sequence in running), prompts)
         return any(self._counts(rows, room, len(rows)))
 
-    def add_to(self, work: Work) -> None:
-        """Let rows have drafts, where all their tokens have come; and the draft model go over the step."""
+    def add_to(self, work: Work, *, prompts: bool = False) -> None:
+        """Let rows have drafts, where all their tokens have come; and the draft model go over the step.
+
+        Args:
+            prompts: another rank's step beside this one has pieces of some.
+        """
         if work.rows:
-            self._draft(work)
+            self._draft(work, prompts)
         if self.drafting.depth:
             self._model(work)
 
-    def _draft(self, work: Work) -> None:
-        room = self._room(len(work.rows), len(work.pieces))
+    def _draft(self, work: Work, prompts: bool) -> None:
+        room = self._room(len(work.rows), len(work.pieces), prompts)
         known = [sequence for sequence in work.rows if sequence.launched == len(sequence.ids)]
         for sequence, count in zip(known, self._counts(known, room, len(work.rows)), strict=True):
             got = self._grow(sequence, 1 + count) - 1 if count else 0
@@ -73,9 +81,9 @@ class Speculation:
                 begin = sequence.computed
                 work.told[sequence] = begin + self._grow(sequence, count + self.drafting.depth) - 1
 
-    def _room(self, rows: int, pieces: int) -> int:
-        """For rows of drafts, beside so many rows and pieces of prompts."""
-        return (self.most_outputs if pieces else self.drafting.most_rows) - rows - pieces
+    def _room(self, rows: int, pieces: int, prompts: bool) -> int:
+        """For rows of drafts, beside so many rows and pieces of prompts; all ranks make the same kind of step."""
+        return (self.most_outputs if pieces or prompts else self.drafting.most_rows) - rows - pieces
 
     def _counts(self, sequences: Several[Sequence], room: int, rows: int) -> list[int]:
         """How many tokens each drafts in a step of so many rows."""

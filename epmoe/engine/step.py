@@ -21,11 +21,12 @@ Letters: T tokens of a step · B rows of it · P pieces of prompts · O outputs 
 H hidden · V vocabulary · S tokens of prompts that are to be scored.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from epmoe.batch import Drafted, Step
+from epmoe.batch import Beside, Drafted, Step
 from epmoe.cache.cache import Cache, Changes
 from epmoe.engine.proposer import Proposer
 from epmoe.engine.ragged import Ragged
@@ -57,6 +58,7 @@ class Sizes(NamedTuple):
     sequences: int
     tokens: int  # of a `body`
     drafted_rows: int = 0  # of one without prompts, those of drafts among them; 0: there are no drafts
+    score_rows: int = 64  # of prompts' tokens whose logits are made at a time
 
 
 class StaticStep:
@@ -206,10 +208,19 @@ class StaticStep:
         step = self._drafts(size) if part == "drafts" else self._body(size, rows=part == "mixed")
         self.proposer.extend(step, self.id_M, self.ended_M)
 
-    def run(self, ragged: Ragged) -> None:
-        """What `body` does, for a step of any size, whose sizes the host knows. A collective."""
-        outputs = len(ragged.outputs)
-        norm_XH = self.model.hidden(self._known(ragged), self.cache)
+    def run(self, ragged: Ragged, every: Sequence[Ragged] = ()) -> None:
+        """What `body` does, for a step of any size, whose sizes the host knows. A collective.
+
+        Args:
+            every: steps of all ranks, this one's among them, where each has its own; where one has no tokens, nobody's
+                goes through the layers.
+        """
+        if len(every) > 1:
+            beside = Beside(*zip(*(each.sizes for each in every), strict=True))
+            step = self._known(ragged if ragged.given else Ragged.nobody(self.state.spare), beside)
+        else:
+            step = self._known(ragged)
+        outputs, norm_XH = len(ragged.outputs), self.model.hidden(step, self.cache)
         self._keep(norm_XH[:outputs])
         if ragged.scored:
             self.scored_SH = norm_XH[outputs:]
@@ -219,7 +230,7 @@ class StaticStep:
         assert self.proposer is not None
         self.proposer.extend_known(self._known(ragged), ragged, self.id_M, self.ended_M)
 
-    def _known(self, ragged: Ragged) -> Step:
+    def _known(self, ragged: Ragged, beside: Beside | None = None) -> Step:
         device = self.id_M.device
         return Step(
             token_T=self.state.tokens(to_device(ragged.given, torch.int64, device)),
@@ -228,6 +239,7 @@ class StaticStep:
             spans=tuple(ragged.spans),
             output_O=to_device([*ragged.outputs, *ragged.scored], torch.int64, device),
             drafted=bool(ragged.ahead),
+            beside=beside,
         )
 
     def head(self, count: int, variant: Variant) -> None:

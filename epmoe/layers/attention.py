@@ -4,13 +4,15 @@ Letters: T tokens of a step · H hidden · B sequences · C positions attended t
 J key/value heads · G = E/J query heads a key/value head · D head dimension · F = D/2 frequencies · R rows of a cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from epmoe.cache.plan import QUERIES, Gather, Plan, Prefill
-from epmoe.layers.linear import product_f32
+from epmoe.layers.heads import HeadPart, Share
+from epmoe.layers.linear import Runs, product_f32
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
 from epmoe.layers.rotary import rotate
@@ -49,7 +51,14 @@ def attend(
     return (product_f32(weight_BMC.to(v_BCD.dtype), v_BCD) / total_BM1).to(q_BMD.dtype)
 
 
-def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor) -> torch.Tensor:
+def cached_attention(
+    heads: Heads,
+    cos_sin: Pair,
+    cached: Pair,
+    plan: Plan,
+    sink_E: torch.Tensor,
+    among: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
     """Rotate queries and keys, attend to [cached | new] as `plan` says, and write keys and values into `cached`.
 
     For any device and dtype; epmoe/kernels/attention has the fast one.
@@ -59,9 +68,17 @@ def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink
         cos_sin: float32 [T, F] each.
         cached: the layer's keys and values, [J, R, D] each.
         sink_E: a logit a query head.
+        among: where the queries are not all of their key/value head's, but some: first, last + 1, and how many there
+            are. A library's products follow from how many rows they have, so here the others stand beside them.
     Returns:
         [T, E, D] in q's dtype.
     """
+    if among is not None:
+        begin, end, group = among
+        beside = begin, group - end
+        padded = nn.functional.pad(heads[0], (0, 0, *beside)), *heads[1:]
+        out_TED = cached_attention(padded, cos_sin, cached, plan, nn.functional.pad(sink_E, beside))
+        return out_TED[:, begin:end]
     q_TED, k_TJD, v_TJD = heads
     turned = rotate(q_TED, *cos_sin), rotate(k_TJD, *cos_sin), v_TJD
     out_TED = torch.zeros_like(turned[0])  # for tokens that belong to nothing
@@ -157,15 +174,28 @@ def _seen_from(position: int, window: int | None) -> int:
 
 
 class Attention(nn.Module):
-    """One layer's attention, with the norm before it. Queries share key/value heads: head j·G + g reads head j's."""
+    """One layer's attention, with the norm before it. Queries share key/value heads: head j·G + g reads head j's.
+
+    Of all heads, or, once it has a `share`, of this rank's: then its call is a collective of the ranks that share.
+    """
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, eps: float) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.hidden, self.head_dim = hidden, head_dim
         self.norm = AddNorm(hidden, eps)
-        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * head_dim, bias)  # all in one product
         self.o = nn.Linear(heads * head_dim, hidden, bias)
-        self.sinks = nn.Parameter(torch.empty(heads))
+        self._take(HeadPart.of(heads, kv_heads), bias)
+        self.join: Callable[[torch.Tensor], torch.Tensor] | None = None  # with other ranks' heads
+
+    def share(self, share: Share) -> None:
+        """Have these heads alone, for which weights are still to come."""
+        self._take(share.heads, self.qkv.bias is not None)
+        self.join = share.join
+
+    def _take(self, heads: HeadPart, bias: bool) -> None:
+        self.heads, self.kv_heads, self.among = heads.query.size, heads.kv.size, heads.among
+        self.qkv = Runs(self.hidden, self.heads + 2 * self.kv_heads, self.head_dim, bias)  # all in one product
+        self.sinks = nn.Parameter(torch.empty(self.heads))
 
     def forward(self, x_TH: torch.Tensor, owed: Owed, where: Where) -> tuple[torch.Tensor, Owed]:
         """The residual stream [T, H] and what is owed to it → the same after this sublayer, of the wanted tokens.
@@ -182,8 +212,10 @@ class Attention(nn.Module):
         heads_TXD = twin("linear", norm_TH).linear(norm_TH, self.qkv).unflatten(-1, (-1, self.head_dim))
         heads = heads_TXD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         attention = twin("attention", norm_TH)
-        out_TED = attention.cached_attention(heads, where.cos_sin, where.cached, where.plan, self.sinks)
+        out_TED = attention.cached_attention(heads, where.cos_sin, where.cached, where.plan, self.sinks, self.among)
         out_TX = out_TED.flatten(1)
         out_OX = out_TX if where.wanted_O is None else out_TX[where.wanted_O]
+        if self.join is not None:
+            out_OX = self.join(out_OX)
         out_OH: torch.Tensor = twin("linear", out_OX).linear(out_OX, self.o)
         return out_OH

@@ -13,6 +13,7 @@ from torch import nn
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
+from epmoe.layers.heads import Part, Share
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.layer import MoE
 
@@ -27,10 +28,15 @@ class Target(NamedTuple):
 
     parameter: str
     rows: tuple[int, int] | None = None  # first and last + 1; None: all
+    stored: Part | None = None  # of the stored tensor's rows; None: all
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The rows of the parameter, as a view."""
         return parameter if self.rows is None else parameter[self.rows[0] : self.rows[1]]
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """What goes there of the stored tensor, as a view."""
+        return whole if self.stored is None else whole[self.stored.begin : self.stored.end]
 
 
 class ModelConfig(Protocol):
@@ -53,6 +59,8 @@ class ModelConfig(Protocol):
         """One a layer; None: full attention."""
         ...
 
+    @property
+    def heads(self) -> int: ...
     @property
     def kv_heads(self) -> int: ...
     @property
@@ -177,7 +185,16 @@ class Family(Model, Protocol):
         ...
 
     def shared_tensors(self) -> dict[str, Target]:
-        """{name in the checkpoint: its target} of every tensor but the experts'."""
+        """{name in the checkpoint: its target} of every tensor but the experts'; with a share of heads, the part."""
+        ...
+
+    def share_heads(self, share: Share) -> None:
+        """Have these heads alone in each layer, while its parameters are on meta. Calls are collectives then."""
+        ...
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Key/value heads of a layer on this rank, whose keys and values the cache holds."""
         ...
 
     def expert_names(self, layer: int) -> tuple[str, str | None, str, str | None]:

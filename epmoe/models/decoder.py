@@ -23,6 +23,7 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache
 from epmoe.cache.plan import Plan
 from epmoe.layers.attention import Attention, Where
+from epmoe.layers.heads import HeadPart, Share
 from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.layers.owed import Owed
 from epmoe.layers.rotary import Rope, Rotary
@@ -96,8 +97,8 @@ class MicroBatch:
 
 
 class Decoder(nn.Module):
-    """The whole model. It knows neither ranks nor collectives nor backends; what its MoE layers need of those is
-    installed by the loader.
+    """The whole model. It knows neither ranks nor collectives nor backends; what its layers need of those is installed
+    by the loader.
 
     Args:
         limits: see `Limits`; tests take smaller ones.
@@ -106,6 +107,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, limits: Limits | None = None) -> None:
         super().__init__()
         self.config, self.limits = config, limits or Limits()
+        self.heads = HeadPart.of(config.heads, config.kv_heads)
         # The weight is given because the module would draw one, and torch's normal_ on the meta device imports all of
         # torch._dynamo: 1.5 s of every start.
         weight_VH = torch.empty(config.vocab, config.hidden)
@@ -117,6 +119,17 @@ class Decoder(nn.Module):
         if not config.tied:
             self.unembedding = nn.Linear(config.hidden, config.vocab, bias=False)
         self.rotary = Rotary(config.rope)
+
+    def share_heads(self, share: Share) -> None:
+        """Have these heads alone in each layer, while its parameters are on meta. Calls are collectives then."""
+        self.heads = share.heads
+        for layer in cast(list[Layer], list(self.layers)):
+            layer.attention.share(share)
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Key/value heads of a layer on this rank, whose keys and values the cache holds."""
+        return self.heads.kv.size
 
     def forward(self, step: Step, cache: Cache) -> torch.Tensor:
         """Logits of the tokens that the step wants, [O, V] float32: `hidden` and `logits` in one."""
@@ -135,8 +148,8 @@ class Decoder(nn.Module):
 
         The last layer makes keys and values of all tokens, and goes on with those whose logits are wanted.
 
-        A collective through its MoE layers: every rank of the expert group calls it with the same step, and gets the
-        same bits.
+        A collective through its layers: every rank of the expert group calls it, with the same step, and gets the
+        same bits; where ranks have requests of their own, with its own step, of the same sizes or with `Step.beside`.
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
@@ -152,7 +165,8 @@ class Decoder(nn.Module):
                 half.x_TH, half.owed = layer.attention(half.x_TH, half.owed, half.where(window, cached, last=last))
                 if feature_TH is not None and not last:
                     feature_TH.copy_(half.x_TH)
-                half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, overlap=len(halves) > 1)
+                counts = step.beside and (step.beside.outputs if last else step.beside.tokens)
+                half.x_TH, half.owed = layer.moe(half.x_TH, half.owed, counts=counts, overlap=len(halves) > 1)
         x_OH, owed = _join(halves, step)
         norm_OH: torch.Tensor = owed.add_to(x_OH, self.norm)[1]
         return norm_OH
@@ -188,7 +202,7 @@ class Decoder(nn.Module):
     @property
     def halves_from(self) -> int:
         """Tokens from which on a step goes through the layers as two halves; one rank has nothing to wait for."""
-        return self.limits.halves_from if any(layer.exchange.travels for layer in self.moe_layers()) else sys.maxsize
+        return self.limits.halves_from if any(layer.exchange.overlaps for layer in self.moe_layers()) else sys.maxsize
 
     def distinct(self, tokens: int, prompts: int) -> set[tuple[int, int]]:
         """Kinds of prefill that compile anew: tokens together, and tokens of one prompt at most.

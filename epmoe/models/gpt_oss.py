@@ -120,23 +120,25 @@ class GptOss(Decoder):
     Config: ClassVar = GptOssConfig
 
     def shared_tensors(self) -> dict[str, Target]:
-        """{name in the checkpoint: its target} of every tensor but the experts'."""
+        """{name in the checkpoint: its target} of every tensor but the experts'; with a share of heads, the part."""
         config = self.config
         targets = {"model.embed_tokens.weight": Target("embedding.weight"), "model.norm.weight": Target("norm.weight")}
         if not config.tied:
             targets["lm_head.weight"] = Target("unembedding.weight")
-        sizes = (0, config.heads, config.kv_heads, config.kv_heads)
-        qkv_rows = list(pairwise(accumulate(heads * config.head_dim for heads in sizes)))
+        query, kv, dim = self.heads.query, self.heads.kv, config.head_dim
+        qkv = dict(zip("qkv", (query, kv, kv), strict=True))
+        qkv_rows = list(pairwise(accumulate((0, *(part.size * dim for part in qkv.values())))))
         for layer in range(config.layers):
             stored, own = f"model.layers.{layer}.", f"layers.{layer}."
             targets[stored + "input_layernorm.weight"] = Target(own + "attention.norm.weight")
             targets[stored + "post_attention_layernorm.weight"] = Target(own + "moe.norm.weight")
-            targets[stored + "self_attn.sinks"] = Target(own + "attention.sinks")
+            targets[stored + "self_attn.sinks"] = Target(own + "attention.sinks", None, query.rows())
             for kind in ("weight", "bias"):
                 targets[stored + f"mlp.router.{kind}"] = Target(own + f"moe.router.{kind}")
                 if kind == "weight" or config.attention_bias:
-                    for part, rows in zip("qkv", qkv_rows, strict=True):
-                        targets[stored + f"self_attn.{part}_proj.{kind}"] = Target(own + f"attention.qkv.{kind}", rows)
+                    for (name, part), rows in zip(qkv.items(), qkv_rows, strict=True):
+                        target = Target(own + f"attention.qkv.{kind}", rows, part.rows(dim))
+                        targets[stored + f"self_attn.{name}_proj.{kind}"] = target
                     targets[stored + f"self_attn.o_proj.{kind}"] = Target(own + f"attention.o.{kind}")
         return targets
 

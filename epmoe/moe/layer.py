@@ -1,6 +1,6 @@
-"""The mixture-of-experts sublayer: norm and router → gather and scatter index → experts → exchange.
+"""The mixture-of-experts sublayer: norm and router → tokens to the experts → experts → rows home.
 
-Letters: T tokens · H hidden · E experts · K experts per token · L experts on this rank.
+Letters: T tokens · X tokens that this rank's experts look at · H hidden · E experts · K experts per token.
 """
 
 import torch
@@ -8,9 +8,11 @@ from torch import nn
 
 from epmoe.layers.norm import AddNorm
 from epmoe.layers.owed import Owed
-from epmoe.moe.exchange import Exchange
+from epmoe.moe.exchange import Counts, Exchange
 from epmoe.moe.experts import Experts
+from epmoe.moe.placement import Here
 from epmoe.moe.router import Router
+from epmoe.moe.router.routing import Routing
 from epmoe.trace import named
 
 
@@ -28,37 +30,37 @@ class MoE(nn.Module):
         self.top_k = top_k
         self.experts: Experts | None = None
 
-    def install(
-        self, experts: Experts, routing: Router, exchange: Exchange, local_E: torch.Tensor, num_local: int
-    ) -> None:
+    def install(self, experts: Experts, router: Router, exchange: Exchange, here: Here) -> None:
         """Give the layer this rank's packed experts and the parts that connect them to the other ranks.
 
-        `local_E` is `Placement.local_E` on the layer's device.
+        `here` is `Placement.here` on the layer's device.
         """
-        self.experts, self.routing, self.exchange = experts, routing, exchange
-        self.local_E, self.num_local = local_E, num_local
+        self.experts, self.exchange = experts, exchange
+        self.routing = Routing(router, self.top_k, here)
 
     def distinct(self, tokens: int) -> set[int]:
         """Numbers of tokens, up to `tokens`, at which what is installed compiles anew."""
         assert self.experts is not None, "MoE.install was not called"
-        return {*self.experts.distinct(tokens), *self.routing.distinct(tokens)}
+        return {*self.experts.distinct(tokens), *self.routing.router.distinct(tokens)}
 
-    def forward(self, x_TH: torch.Tensor, owed: Owed, *, overlap: bool = False) -> tuple[torch.Tensor, Owed]:
+    def forward(
+        self, x_TH: torch.Tensor, owed: Owed, *, counts: Counts = None, overlap: bool = False
+    ) -> tuple[torch.Tensor, Owed]:
         """The residual stream [T, H] and what is owed to it → the same after this sublayer, which owes K rows a token.
 
-        A collective: every rank of the expert group calls it with the same tokens. With `overlap` what it owes may be
-        asked for after another micro-batch's call.
+        A collective: every rank of the expert group calls it, with the same tokens or, where ranks have tokens of their
+        own, with as many, or with each one's number in `counts`. With `overlap` what it owes may be asked for after
+        another micro-batch's call.
         """
         x_TH, norm_TH, logits_TE = owed.add_to(x_TH, self.norm, self.router)
-        return x_TH, self.routed(norm_TH, logits_TE, overlap=overlap)
+        return x_TH, self.routed(norm_TH, logits_TE, counts=counts, overlap=overlap)
 
-    def routed(self, norm_TH: torch.Tensor, logits_TE: torch.Tensor, *, overlap: bool = False) -> Owed:
+    def routed(
+        self, norm_TH: torch.Tensor, logits_TE: torch.Tensor, *, counts: Counts = None, overlap: bool = False
+    ) -> Owed:
         """[T, H] and the router's logits → rows [T, J, H], a token's output being `add_rows` of its own."""
         assert self.experts is not None, "MoE.install was not called"
-        # Before the router, whose kernel lets the experts' first one come in early (epmoe/kernels/gpu.py).
-        buffer = self.exchange.prepare(norm_TH, self.top_k, overlap=overlap)
-        with named("route"):
-            dispatch = self.routing.route(logits_TE, self.top_k, self.local_E, self.num_local)
-        y_TKH = self.experts.forward(norm_TH, dispatch, buffer.rows_TKH)
+        sent = self.exchange.dispatch(norm_TH, logits_TE, self.routing, counts=counts, overlap=overlap)
+        y_XKH = self.experts.forward(sent.x_XH, sent.dispatch, sent.rows_XKH)
         with named("combine"):
-            return self.exchange.combine(y_TKH, buffer)
+            return self.exchange.combine(y_XKH, sent)

@@ -14,6 +14,15 @@ PLACEMENTS = {"contiguous": "epmoe.moe.placement:contiguous"}
 
 
 @dataclass(frozen=True)
+class Here:
+    """Where the experts live, as a rank's device knows it."""
+
+    local_E: torch.Tensor  # int32, see `Placement.local_E`
+    owner_E: torch.Tensor  # int64, the expert rank that each lives on
+    count: int  # L
+
+
+@dataclass(frozen=True)
 class Placement:
     """`experts[r]` are the ids of the experts on expert rank r, ascending; every id has exactly one owner."""
 
@@ -32,6 +41,17 @@ class Placement:
         mine = self.experts[rank]
         local_E[list(mine)] = torch.arange(len(mine), dtype=torch.int32)
         return local_E.to(device)
+
+    def owner_E(self, device: torch.device) -> torch.Tensor:
+        """int64 [E]: the rank that each expert lives on."""
+        owner_E = torch.empty(self.num_experts, dtype=torch.int64)
+        for rank, mine in enumerate(self.experts):
+            owner_E[list(mine)] = rank
+        return owner_E.to(device)
+
+    def here(self, rank: int, device: torch.device) -> Here:
+        """What `rank` has to know."""
+        return Here(self.local_E(rank, device), self.owner_E(device), len(self.experts[rank]))
 
 
 def contiguous(num_experts: int, ranks: int) -> Placement:

@@ -175,11 +175,15 @@ class Ranks:
         """
         if self.expert_group is None:
             return tensor_RX
-        mine = tensor_RX.new_zeros(len(tensor_RX), max(columns))
-        mine[:, : tensor_RX.shape[1]] = tensor_RX
+        even, mine = min(columns) == max(columns), tensor_RX
+        if not even or not mine.is_contiguous():
+            mine = tensor_RX.new_zeros(len(tensor_RX), max(columns))
+            mine[:, : tensor_RX.shape[1]] = tensor_RX
         everyone = mine.new_empty(self.expert_size * len(mine), mine.shape[1])
         _all_gather(everyone, mine, group=self.expert_group)
         parts = everyone.view(self.expert_size, *mine.shape)
+        if even:
+            return parts.transpose(0, 1).flatten(1)
         return torch.cat([each[:, :count] for each, count in zip(parts, columns, strict=True)], dim=1)
 
     def barrier(self) -> None:

@@ -29,23 +29,24 @@ AUTO = "auto"
 class Choices:
     """Names, or auto: what fits the checkpoint and the device.
 
-    `placement` has no auto: ranks must agree on it, and there is one.
+    `placement` and `attention` have no auto: ranks must agree on them.
     """
 
     quant: str = AUTO  # of FORMATS; auto: the format that the checkpoint stores
     experts: str = AUTO  # of EXPERTS, or package.module:Class
     router: str = AUTO  # of ROUTERS
-    combine: str = AUTO  # of EXCHANGES; auto: by the number of nodes
+    combine: str = AUTO  # of EXCHANGES; auto: by `attention` and the number of nodes
     placement: str = "contiguous"  # of PLACEMENTS
     dtype: str = AUTO  # of DTYPES, of all but the experts' matrices; auto: bfloat16 on an accelerator, else float32
     scale: str = "ocp"  # of SCALES: how values are rounded where they are brought into another format
+    attention: str = "replicate"  # on each rank whole, shared by heads ("tensor"), or of its own requests ("data")
     hub: Hub = field(default_factory=Hub)  # what an expert backend may ask for: `experts_of`
 
     @classmethod
     def of(cls, keys: ModelKeys) -> Self:
         """What the configuration says."""
         names = (keys.quant, keys.experts, keys.router, keys.combine, keys.placement, keys.runtime.dtype)
-        return cls(*names, scale=keys.quant_scale, hub=keys.hub)
+        return cls(*names, scale=keys.quant_scale, attention=keys.mesh.attention, hub=keys.hub)
 
     @property
     def names(self) -> dict[str, str]:
@@ -67,7 +68,7 @@ def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
         "quant": next((name for name in sorted(formats) if name != "bf16"), "bf16"),
         "experts": _first_experts(ranks.device, formats),
         "router": _first_router(ranks.device),
-        "combine": exchange.by_nodes(ranks.nodes),
+        "combine": exchange.automatic(ranks.nodes, asked.attention),
         "dtype": "float32" if ranks.device.type == "cpu" else "bfloat16",
     }
     chosen: dict[str, Any] = {key: name for key, name in auto.items() if getattr(asked, key) == AUTO}
@@ -76,6 +77,7 @@ def resolve(asked: Choices, formats: Set[str], ranks: Ranks) -> Choices:
         raise UserError(f"dtype={names.dtype!r} is unknown; known: {', '.join(DTYPES)}")
     router_class(names.router)
     lookup("combine", EXCHANGES, names.combine)
+    exchange.check(names.combine, ranks.expert_size, names.attention)
     runs = experts_class(names.experts).formats
     if not formats <= runs:
         raise UserError(

@@ -1,12 +1,13 @@
 """Digests of what all ranks must have alike: config.json, the tensors' names and shapes, the weights that all hold.
 
-An expert lives on one rank, so its weights have no second copy to be compared with. Of those each rank looks at a few
-bytes in its own files: another training's experts differ everywhere, and so do experts in another order.
+An expert lives on one rank, so its weights have no second copy to be compared with; nor have heads that ranks share. Of
+those each rank looks at a few bytes in its own files: another training's differ everywhere, and so do experts in
+another order.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ SAME_COPY = "give every rank the same copy of the checkpoint"
 STEP, FIRST, SECOND, BASE = (
     -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, 0x5851F42D4C957F2D,
 )  # fmt: skip
-SAMPLE, EXPERTS = 64, 8  # bytes of one expert's matrix, and of how many experts of a layer
+SAMPLE, ROWS = 64, 8  # bytes of a row (an expert's matrix is one), and of how many rows of a tensor
 CHUNK = 4 << 20  # words of 8 bytes at a time, so that temporaries stay small
 
 
@@ -41,36 +42,53 @@ def contents(source: Checkpoint) -> Mapping[str, str]:
 
 
 def expert_samples(source: Checkpoint) -> Mapping[str, str]:
-    """Digests by layer of SAMPLE bytes from the middle of some experts, in each of the files' tensors of experts.
+    """`samples` of each of the files' tensors of experts."""
+    return samples(source, [name for name in source.tensors if ".experts." in name], "experts")
+
+
+def head_samples(source: Checkpoint, model: Family) -> Mapping[str, str]:
+    """`samples` of what ranks share by heads; none where each has all of them."""
+    return samples(source, [name for name, target in model.shared_tensors().items() if target.stored], "heads")
+
+
+def samples(source: Checkpoint, names: Iterable[str], what: str) -> Mapping[str, str]:
+    """Digests by layer of SAMPLE bytes from the middle of some rows (an expert is one) of these tensors in files.
 
     Raises:
         UserError: a file that can no longer be read.
     """
     found: dict[str, hashlib._Hash] = {}
-    for name, info in sorted(source.tensors.items()):
-        if ".experts." not in name or info.file not in source.files or not info.shape or not info.row_bytes:
+    for name in sorted(names):
+        info = source.tensors[name]
+        if info.file not in source.files or not info.shape or not info.row_bytes:
             continue
         digest = found.setdefault(_layer(name), hashlib.sha256())
         try:
             with info.file.open("rb", buffering=0) as file:
-                for expert in range(0, info.shape[0], -(-info.shape[0] // EXPERTS)):
-                    file.seek(info.offset + expert * info.row_bytes + max(0, info.row_bytes - SAMPLE) // 2)
+                for row in range(0, info.shape[0], -(-info.shape[0] // ROWS)):
+                    file.seek(info.offset + row * info.row_bytes + max(0, info.row_bytes - SAMPLE) // 2)
                     digest.update(file.read(min(SAMPLE, info.row_bytes)))
         except OSError as error:
             raise UserError(f"{info.file} cannot be read ({error.strerror}): check the disk") from error
-    return {f"digest(a sample of the experts of {layer})": each.hexdigest()[:8] for layer, each in found.items()}
+    return {f"digest(a sample of the {what} of {layer})": each.hexdigest()[:8] for layer, each in found.items()}
 
 
 def shared_digests(model: Family) -> Mapping[str, str]:
-    """`digests` of the loaded weights that every rank holds, by their names in the checkpoint."""
-    parameters = dict(model.named_parameters())
-    tensors = {name: target.of(parameters[target.parameter]) for name, target in model.shared_tensors().items()}
+    """`digests` of the loaded weights that every rank holds whole, by their names in the checkpoint."""
+    parameters, shared = dict(model.named_parameters()), model.shared_tensors().items()
+    tensors = {name: each.of(parameters[each.parameter]) for name, each in shared if each.stored is None}
     return {f"digest({name})": f"{value:016x}" for name, value in digests(tensors).items()}
 
 
+def held(source: Checkpoint, model: Family) -> Mapping[str, str]:
+    """What tells the weights that this rank has loaded from another copy's: no expert's, see `expert_samples`."""
+    return {**head_samples(source, model), **shared_digests(model)}
+
+
 def fingerprint(source: Checkpoint, model: Family) -> str:
-    """16 hex digits of all that is digested here: of one checkpoint the same on every rank and at every start."""
-    return _hex([contents(source), expert_samples(source), shared_digests(model)], 16)
+    """16 hex digits of all that is digested here: of one checkpoint the same on every rank and at every start, where
+    attention lies on the ranks in one way."""
+    return _hex([contents(source), expert_samples(source), held(source, model)], 16)
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

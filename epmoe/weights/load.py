@@ -2,7 +2,7 @@
 
     resolve   what `auto` stands for: formats, backends, dtype (choices.py)
     check     every tensor's presence, shape and dtype against config.json, and whether the weights fit
-    read      shared tensors whole, experts by slice; each layer's experts are packed and installed
+    read      shared tensors whole, experts and shared heads by slice; each layer's experts are packed and installed
 
 Only headers are read until every check has passed.
 """
@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from epmoe.errors import UserError
+from epmoe.layers.heads import HeadPart, Part, Share
 from epmoe.models import MODELS, Family, ModelConfig, Target
 from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.ranks.memory import free_bytes, is_full
@@ -41,6 +43,7 @@ class LoadReport:
     router: str
     combine: str
     placement: str
+    attention: str
     dtype: str
     scale: str
     waits: tuple[str, ...]  # what of it waits for the device in a step, as "key=name": no graph can capture it
@@ -70,6 +73,8 @@ def load(
     family, config = model_of(source)
     with torch.device("meta"):
         model = family(config)
+        if asked.attention == "tensor" and ranks.expert_size > 1:
+            model.share_heads(share_of(config, ranks))
     manifest = Manifest.of(source, model, asked.quant)
     manifest.check()
     placement = placement_of(asked.placement, config.num_experts, ranks)
@@ -79,8 +84,8 @@ def load(
 
     ids, compute = placement.experts[ranks.expert_rank], DTYPES[chosen.dtype]
     backend, router = experts_of(chosen), router_class(chosen.router)()
-    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks)
-    local_E = placement.local_E(ranks.expert_rank, ranks.device)
+    exchange: Exchange = lookup("combine", EXCHANGES, chosen.combine)(ranks, chosen.attention)
+    here = placement.here(ranks.expert_rank, ranks.device)
     reader = ExpertReader(source, ids, ranks.device, limits, chosen.scale)
     shown = progress and ranks.is_main and on_terminal()
     with (
@@ -88,11 +93,11 @@ def load(
         _bar(manifest.bytes_to_read(len(ids)), source, shown) as advance,
     ):
         for name, target in manifest.shared.items():
-            assign(model, target, source.read(name, ranks.device, compute))
+            assign(model, target, read(source, name, target.stored, ranks.device, compute))
             advance()
         for (gate_up, down), layer in zip(manifest.layers, model.moe_layers(), strict=True):
             packed = backend.pack(reader.weights(gate_up, down, compute), config.activation)
-            layer.install(packed, router, exchange, local_E, len(ids))
+            layer.install(packed, router, exchange, here)
             advance()
         reader.check_finite()
         if ranks.device.type != "cpu":
@@ -103,6 +108,24 @@ def load(
     seconds = time.perf_counter() - begin
     report = LoadReport(source.bytes_read, seconds, waits=waiting(chosen), **chosen.names)
     return model.eval().requires_grad_(False), report
+
+
+def share_of(config: ModelConfig, ranks: Ranks) -> Share:
+    """This rank's heads, and what joins them with the other ranks'.
+
+    Raises:
+        UserError: as many ranks cannot share the model's heads.
+    """
+    part = HeadPart.of(config.heads, config.kv_heads, ranks.expert_rank, ranks.expert_size)
+    columns = part.query.size * config.head_dim
+    return Share(part, partial(ranks.beside, columns=[columns] * ranks.expert_size))
+
+
+def read(source: Source, name: str, part: Part | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A shared tensor in `dtype`, or some of its rows, of which alone bytes are read."""
+    if part is None:
+        return source.read(name, device, dtype)
+    return source.read_rows(name, range(part.begin, part.end), device).to(dtype)
 
 
 def assign(model: Family | nn.Module, target: Target, value: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ class Manifest:
 
     source: Source
     shared: Mapping[str, Target]  # name in the checkpoint → its target in the model: all but the experts
-    shapes: Mapping[str, tuple[int, ...]]  # of the shared tensors, by name in the checkpoint
+    shapes: Mapping[str, tuple[int, ...]]  # of the shared tensors, whole, by name in the checkpoint
     layers: tuple[tuple[Matrix, Matrix], ...]  # gate_up and down of each layer
 
     @classmethod
@@ -139,7 +139,7 @@ class Manifest:
         for matrix in self.matrices():
             for name in matrix.tensors():
                 expert_bytes += local * self.source.tensors[name].row_bytes
-        return expert_bytes + sum(self.source.tensors[name].nbytes for name in self.shared)
+        return expert_bytes + sum(self.rows(name) * self.source.tensors[name].row_bytes for name in self.shared)
 
     def bytes_of_weights(self, local: int, dtype: torch.dtype) -> int:
         """Bytes of the weights of a rank with `local` experts, in the wanted formats, before a backend packs them.
@@ -147,13 +147,18 @@ class Manifest:
         Raises:
             UserError: sizes that a wanted format cannot store.
         """
-        values = sum(math.prod(shape) for shape in self.shapes.values())
+        values = sum(self.rows(name) * math.prod(shape[1:]) for name, shape in self.shapes.items())
         matrix_bytes = 0
         for matrix in self.matrices():
             values += local * matrix.shape[1]
             for shape, stored in matrix.wanted.stored(matrix.name, (local, *matrix.shape[1:])).values():
                 matrix_bytes += math.prod(shape) * stored.itemsize
         return matrix_bytes + values * dtype.itemsize
+
+    def rows(self, name: str) -> int:
+        """Rows of a shared tensor that this rank has."""
+        part = self.shared[name].stored
+        return part.size if part else self.shapes[name][0]
 
     def _say_rounded(self) -> None:
         """Plain experts may be stored in any of FLOATS, and are bf16 in memory."""
@@ -194,7 +199,9 @@ def _shapes(shared: Mapping[str, Target], parameters: Mapping[str, torch.Tensor]
     assert all(filled[name] == len(value) for name, value in parameters.items()), (
         "a parameter has rows that are no target"
     )
-    return {name: tuple(target.of(parameters[target.parameter]).shape) for name, target in shared.items()}
+    own = {name: target.of(parameters[target.parameter]).shape for name, target in shared.items()}
+    return {name: (part.of, *own[name][1:]) if (part := target.stored) else tuple(own[name])
+            for name, target in shared.items()}  # fmt: skip
 
 
 def _formats(source: Source, module: str, quant: str) -> tuple[type[ExpertMatrix], type[ExpertMatrix]]:

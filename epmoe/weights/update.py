@@ -155,7 +155,7 @@ class Update:
         parameters = dict(model.named_parameters())
         for name, target in self.manifest.shared.items():
             if name in self.given.values:
-                target.of(parameters[target.parameter]).copy_(self.given.values[name])
+                target.of(parameters[target.parameter]).copy_(target.part(self.given.values[name]))
         dtype, stayed = DTYPES[report.dtype], True
         reader = ExpertReader(self.given, ids, device, scale=report.scale)
         for pair, layer in zip(self.manifest.layers, model.moe_layers(), strict=True):

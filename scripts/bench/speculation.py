@@ -137,7 +137,7 @@ def rate(llm: LLM, requests: Sequence[Request], speculation: Speculation | None,
         steps += 1
         return step()
 
-    engine.scheduler.speculation, engine.step = speculation, counted  # type: ignore[method-assign]
+    engine.scheduler.lanes[0].speculation, engine.step = speculation, counted  # type: ignore[method-assign]
     engine.generate(requests)  # whatever compiles
     steps = 0
     for _ in range(repeat):

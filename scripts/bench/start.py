@@ -49,7 +49,7 @@ CALLS = {  # the phase of a call, by where the function is looked up
     "epmoe.llm:load": "load",
     "epmoe.llm:fit_cache": "cache",
     "epmoe.llm:Engine": "cache",
-    "epmoe.engine.engine:Engine._rehearse": "rehearsal",
+    "epmoe.engine.preparation:Preparation._rehearse": "rehearsal",
     "epmoe.kernels.vendor:compared": "vendor",
     "epmoe.engine.warm:Warm.run": "prefills",
     "epmoe.engine.graphs:Graphs.prepare": "captures",

@@ -22,6 +22,7 @@ from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.errors import UserError
 from epmoe.formats.mxfp4 import Mxfp4Matrix
+from epmoe.layers.heads import HeadPart, Share
 from epmoe.models.gpt_oss import GptOss
 from epmoe.moe.placement import contiguous
 from epmoe.moe.router import ROUTERS
@@ -139,12 +140,16 @@ def test_floor_of_the_published_size() -> None:
     with torch.device("meta"):
         model = GptOss(GptOss.Config.from_json(checkpoint.config))
     manifest = Manifest.of(checkpoint, model, "mxfp4")
-    floor = Floor.of(manifest, model.config, torch.bfloat16, local=32, ranks=1)
+    floor = Floor.of(manifest, model, torch.bfloat16, local=32, ranks=1)
     assert floor.dense / 24 == pytest.approx(53e6, rel=0.01)
     assert floor.expert / 24 == pytest.approx(13.2e6, rel=0.01)
     assert floor.vocabulary == pytest.approx(1.16e9, rel=0.01)
     assert floor.step_bytes(1, range(128, 256)) == pytest.approx(3.7e9, rel=0.01)
     assert floor.step_bytes(64, range(128, 256)) == pytest.approx(12.9e9, rel=0.02)
+    model.share_heads(Share(HeadPart.of(64, 8, 1, 4), lambda x_TX: x_TX))
+    shared = Floor.of(Manifest.of(checkpoint, model, "mxfp4"), model, torch.bfloat16, local=8, ranks=4)
+    assert (floor.dense - shared.dense) / 24 == pytest.approx(0.75 * 5120 * 2880 * 2, rel=0.01)  # of q, k and v
+    assert shared.position * 4 == floor.position
     assert floor.distinct(1) == pytest.approx(4) and floor.distinct(10**6) == pytest.approx(32)
 
 

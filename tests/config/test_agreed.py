@@ -12,7 +12,7 @@ from epmoe.config.schema import ChatConfig, Config, LLMConfig, ModelKeys, ServeC
 
 # A new key stands here or in OWN: may a rank have a value of its own without another text, a hang or an abort?
 SHARED = {
-    "quant", "quant_scale", "experts", "router", "combine", "placement",
+    "quant", "quant_scale", "experts", "router", "combine", "placement", "mesh.attention",
     "runtime.device", "runtime.dtype", "runtime.threads", "runtime.page", "runtime.prefill_chunk", "runtime.max_batch",
     "runtime.cache_tokens", "runtime.prefix_cache", "runtime.graphs", "speculate", "draft_model", "hub.kernel",
     "hub.bitwise", "mesh.replica", "mesh.expert",

@@ -119,11 +119,13 @@ def test_every_kind_of_prefill_is_run_beforehand(order: int, monkeypatch: pytest
 def test_steps_that_are_captured() -> None:
     """By what a load can lead to: all buckets up to the most; of requests that come at once the one that they need."""
     tested = engine(max_batch=20, prefill_chunk=100)
-    assert tested.most_tokens == 128
-    assert tested._totals(40, 3, at_once=True) == [64] and tested._totals(40, 3, at_once=False) == [16, 32, 64]
-    assert tested._totals(20, 20, at_once=True) == [128]  # room for twenty prompts
-    assert tested._totals(500, 3, at_once=True) == []  # runs as it is
-    assert tested._totals(500, 3, at_once=False) == [16, 32, 64, 128]
+    assert tested.preparation.most.tokens == 128
+    assert tested.preparation.totals(40, 3, at_once=True) == [64] and tested.preparation.totals(
+        40, 3, at_once=False
+    ) == [16, 32, 64]
+    assert tested.preparation.totals(20, 20, at_once=True) == [128]  # room for twenty prompts
+    assert tested.preparation.totals(500, 3, at_once=True) == []  # runs as it is
+    assert tested.preparation.totals(500, 3, at_once=False) == [16, 32, 64, 128]
 
 
 @torch.inference_mode()

@@ -194,7 +194,7 @@ def test_all_come_to_their_end(size: int, pages: int, chunk: int, batch: int, pr
             new = choice.randint(1, room - length + 1)
             ids = tuple(choice.choice((0, 1)) if at in (0, 2 * size) else 7 for at in range(length))
             request = Request(ids, SamplingParams(max_new_tokens=new, ignore_eos=True))
-            requests[tested.add(request, 0.0)] = request
+            requests[tested.add(request, 0.0).id] = request
         if choice.random() < 0.02 and tested.busy:
             tested.finish(choice.choice([*tested.running, *tested.waiting]), "abort", 0.0)
         live = [*tested.running, *tested.waiting]

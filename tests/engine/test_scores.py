@@ -95,13 +95,14 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the cache, of
 def test_the_bits_follow_from_the_prompt_alone(case: str) -> None:
     requests, (sizes, limits) = asked(40, max_new_tokens=30), LIMITS[case]
     tested = engine(FakeCache(**sizes), **limits)
-    put_back, half_way = tested.scheduler._put_back, []
+    (lane,) = tested.scheduler.lanes
+    put_back, half_way = lane._put_back, []
 
     def counted(sequence: Sequence) -> None:
         half_way.append(sequence.scored > 0 and sequence.unscored > 0)
         put_back(sequence)
 
-    tested.scheduler._put_back = counted  # type: ignore[method-assign]
+    lane._put_back = counted  # type: ignore[method-assign]
     plain = engine(max_batch=64, prefill_chunk=4096).generate(requests)
     for _ in range(2):  # again, with what the first time has left in the cache
         results = tested.generate(requests)
@@ -145,7 +146,7 @@ def test_steps_of_others_have_the_same_outputs() -> None:
     ran: list[Any] = []
     launcher.graphs[kind := Kind("prompts", 16, None)] = None
     launcher.bodies["prompts"].append(16)
-    launcher._run, launcher.static.run = ran.append, lambda ragged: ran.append("run")
+    launcher._run, launcher.static.run = ran.append, lambda *_: ran.append("run")
     launcher.ragged(Ragged.of([], [(one, 2)]))
     launcher.ragged(ragged)
     assert ran == [kind, "run"]

@@ -243,7 +243,7 @@ def test_no_step_has_more_tokens_than_it_may() -> None:
         assert [each.outcome() for each in heard] == [expected(each) for each in (first, long, *shorts)]
         steps = [step for step in served.model.steps if len(step.sequence_B)]
         assert max(len(step.token_T) for step in steps) == 16
-    assert served.engine.scheduler.step_tokens == 0  # for what comes then
+    assert served.engine.scheduler.lanes[0].step_tokens == 0  # for what comes then
     first_s = [each.ends[0].first_token_s for each in heard[1:]]  # type: ignore[union-attr]
     assert all(each < first_s[0] for each in first_s[1:])
 

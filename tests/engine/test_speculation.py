@@ -242,7 +242,7 @@ def test_more_rows_with_drafts_than_a_graph_of_prompts_has_tokens(monkeypatch: p
     model = FakeModel(memory=1)
     tested = engine(model, FakeCache(sequences=2400), max_batch=2400)
     same(tested.generate(requests), plain(lambda: FakeModel(memory=1), requests))
-    assert max(len(step.sequence_B) for step in model.steps) > tested.most_tokens == 2048
+    assert max(len(step.sequence_B) for step in model.steps) > tested.preparation.most.tokens == 2048
 
 
 def test_nothing_to_draft_is_plain_decoding() -> None:

@@ -13,6 +13,7 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.plan import Plan
 from epmoe.layers.attention import Heads, cached_attention
+from epmoe.layers.heads import HeadPart
 
 
 class Drafts(tuple[tuple[int, int], ...]):
@@ -72,6 +73,16 @@ CASES = [
     Case("five heads a group, D=8", 6, (((0, 37), (1, 3)), 2), heads=5, kv_heads=1, head_dim=8),
     Case("twenty heads a group, D=24", None, (((0, 37), (1, 3)), 2), heads=20, kv_heads=1, head_dim=24),
 ]
+
+
+# Cases on so many ranks: whole groups each; a head's queries on several.
+SHARED = {
+    "one head a group": 3,
+    "eight heads a group, D=64": 2,
+    "mixed, window": 2,
+    "splits of two groups of three": 6,
+    "drafts over splits": 2,
+}
 
 
 def new_cache(case: Case, dtype: torch.dtype, device: str, sequences: int | None = None) -> Cache:
@@ -150,6 +161,31 @@ def compare(case: Case, device: str, dtype: torch.dtype, rtol: float, atol: floa
         for got, wanted in zip(store.layer(0), reference, strict=True):
             # keys: a product of the rotation may be fused with its sum
             torch.testing.assert_close(got[:, :rows], wanted[:, :rows], rtol=rtol, atol=atol, equal_nan=True)
+
+
+def compare_parts(case: Case, ranks: int, device: str, dtype: torch.dtype, fast: bool) -> None:
+    """Every step with all heads, and with those of each of so many ranks alone: outputs and caches in the same bits."""
+    from epmoe.kernels.attention import launch as attention_triton
+
+    attention = attention_triton.cached_attention if fast else cached_attention
+    parts = [HeadPart.of(case.heads, case.kv_heads, rank, ranks) for rank in range(ranks)]
+    cases = [case, *(replace(case, heads=part.query.size, kv_heads=part.kv.size) for part in parts)]
+    stores = [new_cache(each, dtype, device) for each in cases]
+    query, kv = [[slice(*getattr(part, of)[:2]) for part in parts] for of in ("query", "kv")]
+    sink_E = random_sinks(case, dtype, device)
+    steps = zip(*(plans(each, store) for each, store in zip(cases, stores, strict=True)), strict=True)
+    for number, ((plan, tokens, counted), *others) in enumerate(steps):
+        (q_TED, k_TJD, v_TJD), cos_sin = random_inputs(case, tokens, dtype, device, number)
+        whole_TED = attention((q_TED, k_TJD, v_TJD), cos_sin, stores[0].layer(0), plan, sink_E)
+        assert whole_TED[:counted].isfinite().all()
+        rows = owned_rows(stores[0])
+        for (own, _, _), store, mine, its, part in zip(others, stores[1:], query, kv, parts, strict=True):
+            heads = q_TED[:, mine], k_TJD[:, its], v_TJD[:, its]
+            out_TED = attention(heads, cos_sin, store.layer(0), own, sink_E[mine], part.among)
+            assert torch.equal(out_TED[:counted], whole_TED[:counted, mine])
+            for part_JRD, whole_JRD in zip(store.layer(0), stores[0].layer(0), strict=True):
+                pair = part_JRD[:, :rows], whole_JRD[its, :rows]
+                assert torch.equal(*(each.nan_to_num(9e9) for each in pair))  # what nobody wrote is NaN in both
 
 
 def owned_rows(store: Cache) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spawn import run_ranks
 
 from epmoe.batch import Step
 from epmoe.cache.cache import Cache
@@ -76,7 +77,8 @@ def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limi
     model.limits = limits or model.limits
     asked = requests(model.config.vocab)
     needs = [request.cached(model.config.max_positions) for request in asked]
-    cache = fit_cache(model.config, needs, mine, CacheSettings(DTYPES[report.dtype], page=4, max_batch=4))
+    settings = CacheSettings(DTYPES[report.dtype], page=4, max_batch=4, kv_heads=model.own_kv_heads)
+    cache = fit_cache(model.config, needs, mine, settings)
     recorder = Recorder(model)
     config = EngineConfig(prefill_chunk=16, max_batch=4)
     results = Engine(recorder, cache, mine, config).generate(asked)
@@ -86,6 +88,19 @@ def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limi
 def digest(found: Run) -> str:
     ids, logits = found
     return f"{ids} {tuple(logits.shape)} {hashlib.sha256(logits.numpy().tobytes()).hexdigest()}"
+
+
+def runs(checkpoint: str, size: int, device: str = "cpu", timeout: float = 120, **options: str) -> Run:
+    """Rank 0's run; all ranks must have the same."""
+    first, *others = run_ranks(run, size, checkpoint, options, timeout=timeout, device=device)
+    for other in others:
+        assert other[0] == first[0] and torch.equal(other[1], first[1])
+    return first
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1]), f"largest difference {(found[1] - expected[1]).abs().max()}"
 
 
 if __name__ == "__main__":

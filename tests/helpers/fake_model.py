@@ -16,6 +16,7 @@ from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
 from epmoe.engine.request import Request, Result, SamplingParams
 from epmoe.models.decoder import prefill_kinds
+from epmoe.ranks.mesh import Ranks
 
 VOCAB = 97
 EOS = 96
@@ -87,10 +88,14 @@ class FakeConfig:
 
 
 class FakeModel:
-    """Logits are a hash of all tokens of the sequence so far, or of the last `memory` ones."""
+    """Logits are a hash of all tokens of the sequence so far, or of the last `memory` ones.
 
-    def __init__(self, memory: int | None = None, **config: int) -> None:
-        self.config, self.memory = FakeConfig(**config), memory
+    Ranks with requests of their own meet in each step, as in a layer's experts: its sizes must be what all were told.
+    """
+
+    def __init__(self, memory: int | None = None, meets: Ranks | None = None, **config: int) -> None:
+        self.config, self.memory, self.meets = FakeConfig(**config), memory, meets
+        self.idle = 0  # steps of nobody's tokens alone
         self.vocab_chunk = 10  # so that several ranks share the vocabulary
         self.steps: list[Step] = []
         self.outputs: list[list[int]] = []  # tokens so far of each output of the last step
@@ -108,7 +113,14 @@ class FakeModel:
         spans = step.spans or ()
         used = [handle for handle in handles if handle != cache.spare] + [sequence for *_, sequence in spans]
         runs = [(handle, len(list(run))) for handle, run in groupby(used)]  # of one with a draft several rows
-        assert used and len({handle for handle, _ in runs}) == len(runs) and (step.drafted or len(runs) == len(used))
+        if self.meets:
+            self._meet(step, self.meets)
+            self.idle += not used
+        assert (
+            (used or self.meets)
+            and len({handle for handle, _ in runs}) == len(runs)
+            and (step.drafted or len(runs) == len(used))
+        )
         last: dict[int, list[int]] = {}
         row = 0
         for handle, count in runs[: len(runs) - len(spans)]:
@@ -127,6 +139,15 @@ class FakeModel:
         assert at == len(tokens)
         self.outputs = [last[row] for row in (sorted(last) if step.output_O is None else step.output_O.tolist())]
         return torch.arange(len(self.outputs), dtype=torch.float32)[:, None]
+
+    def _meet(self, step: Step, ranks: Ranks) -> None:
+        tokens = len(step.token_T)
+        sizes = tokens, tokens if step.output_O is None else len(step.output_O)
+        found = ranks.gather([*sizes, step.beside is None])
+        if step.beside is None:
+            assert found == [[*sizes, 1]] * ranks.size
+        else:
+            assert found == [[*each, 0] for each in zip(*step.beside, strict=True)]
 
     def logits(self, norm_O1: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
         known = [self.outputs[int(number)] for number in norm_O1[:, 0]]

@@ -232,11 +232,16 @@ def scattered(out, scatter_indx, top_k, dtype, y):
 
 
 def product_of(x, w, parts):
-    """x [M, C] · w [C, N], TILE rows at a time, the contraction in so many parts."""
+    """x [M, C] · w [C, N], TILE rows at a time, the contraction in so many parts, each rounded to bf16 if it is one.
+
+    (Of float32 parts the sum, rounded to bf16, would be that of the whole on most machines, bit for bit.)
+    """
     tiles = []
     for tile in x.split(TILE):
         pieces = zip(pad(tile, (0, 0, 0, TILE - len(tile))).chunk(parts, 1), w.chunk(parts, 0), strict=True)
-        tiles.append(sum(a.contiguous() @ b.contiguous() for a, b in pieces)[: len(tile)])
+        sums = [a.contiguous() @ b.contiguous() for a, b in pieces]
+        whole = sums[0] if parts == 1 else sum(each.bfloat16().float() for each in sums)
+        tiles.append(whole[: len(tile)])
     return torch.cat(tiles) if tiles else x.new_zeros(0, w.shape[1])
 
 

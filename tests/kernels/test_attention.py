@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from attention_cases import CASES, Case, compare
+from attention_cases import CASES, SHARED, Case, compare, compare_parts
 from interpret import interpreted
 
 from epmoe.cache.cache import Cache, CacheConfig
@@ -18,6 +18,21 @@ def test_interpreted(case: Case) -> None:
     """Pages, windows, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
     # float32 sums of up to 532 positions in another order
     interpreted(compare, case, "cpu", torch.float32, 1e-4, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["one head a group", "eight heads a group, D=64"])
+def test_a_ranks_heads_have_the_bits_of_all(name: str) -> None:
+    """mesh.attention=tensor, with whole groups: the interpreter's products follow a row's place in its tile."""
+    interpreted(compare_parts, *shared(name), "cpu", torch.float32, True)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_ranks_heads_have_the_bits_of_all_in_torchs_version(name: str) -> None:
+    compare_parts(*shared(name), "cpu", torch.float32, False)
+
+
+def shared(name: str) -> tuple[Case, int]:
+    return next(case for case in CASES if case.name == name), SHARED[name]
 
 
 def in_pairs(case: Case) -> None:

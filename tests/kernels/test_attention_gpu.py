@@ -2,11 +2,24 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import CASES, Case, Inputs, compare, decode_step, new_cache, random_inputs, random_sinks
+from attention_cases import (
+    CASES,
+    SHARED,
+    Case,
+    Drafts,
+    Inputs,
+    compare,
+    compare_parts,
+    decode_step,
+    new_cache,
+    random_inputs,
+    random_sinks,
+)
 from steps import make_step
 
 from epmoe.cache.cache import Cache, CacheConfig
@@ -31,6 +44,20 @@ windows = pytest.mark.parametrize("window", [None, 128])
 def test_cases(case: Case, dtype: torch.dtype) -> None:
     """Pages, windows, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
     compare(case, "cuda", dtype, *TOLERANCE[dtype])
+
+
+STEPS = (((0, 700), (1, 130), (2, 1)), 3, ((2, 300), (0, 1), (1, 64)), 3, Drafts(((0, 4), (2, 9))), 3)
+MANY = Case("gpt-oss", None, STEPS, heads=64, kv_heads=8, head_dim=64, page=16, tokens=4096)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_ranks_heads_have_the_bits_of_all(dtype: torch.dtype) -> None:
+    """mesh.attention=tensor, also with some of a key/value head's queries on each rank."""
+    for case in (each for each in CASES if each.name in SHARED):
+        compare_parts(case, SHARED[case.name], "cuda", dtype, fast=True)
+    for ranks in (2, 4, 8, 16):
+        for window in (None, 128):
+            compare_parts(replace(MANY, window=window), ranks, "cuda", dtype, fast=True)
 
 
 def full_cache(case: Case, lengths: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> tuple[Cache, list[int]]:

@@ -21,6 +21,7 @@ from epmoe.models.gpt_oss import GptOss, GptOssConfig
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts import ExpertWeights
 from epmoe.moe.experts.reference import ReferenceExperts
+from epmoe.moe.placement import contiguous
 from epmoe.moe.router.reference import ReferenceRouter
 from epmoe.tables import lookup
 
@@ -247,9 +248,9 @@ def build(config: GptOssConfig) -> GptOss:
             Bf16Matrix.quantize(torch.randn(experts, hidden, inner) * 0.1),
             torch.randn(experts, hidden) * 0.1,
         )
-        local_E = torch.arange(experts, dtype=torch.int32)
+        here = contiguous(experts, 1).here(0, torch.device("cpu"))
         packed = ReferenceExperts.pack(weights, config.activation)
-        moe.install(packed, ReferenceRouter(), Slots(rank_of(0, 1)), local_E, experts)
+        moe.install(packed, ReferenceRouter(), Slots(rank_of(0, 1)), here)
     return model.requires_grad_(False).eval()
 
 

@@ -3,6 +3,8 @@
 Letters: T tokens · H hidden · E experts · K experts per token.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from loading import rank_of
@@ -11,6 +13,8 @@ from spawn import run_ranks
 from epmoe.layers.norm import add_rows
 from epmoe.layers.owed import Owed
 from epmoe.moe.exchange import Exchange
+from epmoe.moe.exchange.all_reduce import AllReduce
+from epmoe.moe.exchange.all_to_all import AllToAll, Limits
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.experts.reference import ReferenceExperts
 from epmoe.moe.layer import MoE
@@ -31,7 +35,7 @@ def layer(placement: Placement, rank: int, exchange: Exchange) -> MoE:
     weights = random_weights(CASE, "mxfp4", torch.float32, "cpu")
     mine = placement.experts[rank]
     experts = ReferenceExperts.pack(of_experts(weights, mine), CASE.activation)
-    moe.install(experts, ReferenceRouter(), exchange, placement.local_E(rank, torch.device("cpu")), len(mine))
+    moe.install(experts, ReferenceRouter(), exchange, placement.here(rank, torch.device("cpu")))
     return moe
 
 
@@ -64,6 +68,50 @@ def test_ranks_give_the_bits_of_one_rank(placement: Placement, one_rank: list[to
         for actual, wanted in zip(result, one_rank, strict=True):
             assert actual.shape == wanted.shape
             assert torch.equal(actual.view(torch.int32), wanted.view(torch.int32)), f"rank {rank}"
+
+
+# Tokens of each rank, together those of CASE; of small steps and of large ones, with ranks that bring none.
+OWN = [(6, 5), (0, 11), (11, 0), (1, 10), (4, 4, 3), (0, 11, 0), (5, 0, 6), (0, 0, 11), (0, 0, 0)]
+EXCHANGE: dict[str, Callable[[Ranks], Exchange]] = {
+    "slots": lambda ranks: Slots(ranks, "data"),
+    "all_to_all": lambda ranks: AllToAll(ranks, "data", limits=Limits(parted_from=0)),
+    "all_reduce": lambda ranks: AllReduce(ranks, "data"),
+    "by size": lambda ranks: AllToAll(ranks, "data", limits=Limits(parted_from=8)),
+}
+
+
+def own_outputs(ranks: Ranks, placement: Placement, name: str, shares: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """This rank's rows of each split of the tokens; the last ones are of equal steps whose sizes nobody was told."""
+    moe, found = layer(placement, ranks.expert_rank, EXCHANGE[name](ranks)), []
+    for counts in [*shares, None]:
+        every_TH = tokens(sum(counts) if counts else 4 * ranks.size)
+        own = counts or (4,) * ranks.size
+        # The router's logits of all at once: torch's product follows the number of rows, the model's norm does not.
+        x_TH, logits_TE = (each.split(own)[ranks.expert_rank].clone() for each in (every_TH, moe.router(every_TH)))
+        rows_TJH = moe.routed(x_TH, logits_TE, counts=counts).wait()
+        sums = name == "all_reduce" and ranks.size > 1
+        assert rows_TJH is not None and rows_TJH.shape == (len(x_TH), 1 if sums else CASE.top_k, CASE.hidden)
+        found.append(add_rows(rows_TJH))
+    return found
+
+
+@pytest.mark.parametrize("name", EXCHANGE)
+@pytest.mark.parametrize("placement", [contiguous(7, 1), contiguous(7, 2), SCATTERED], ids=["1", "2", "scattered"])
+def test_tokens_that_travel_come_home_with_the_bits_of_one_rank(placement: Placement, name: str) -> None:
+    """mesh.attention=data: each rank has tokens of its own, as many as the others or not, or none."""
+    size = len(placement.experts)
+    shares = [counts for counts in OWN if len(counts) == size] or [(11,)]
+    results = run_ranks(own_outputs, size, placement, name, shares)
+    moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
+    for index, counts in enumerate([*shares, (4,) * size]):
+        x_TH = tokens(sum(counts))
+        rows_TJH = moe.routed(x_TH, moe.router(x_TH)).wait()
+        assert rows_TJH is not None
+        found_TH = torch.cat([result[index] for result in results])
+        if name == "all_reduce":  # other bits
+            torch.testing.assert_close(found_TH, add_rows(rows_TJH), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found_TH.view(torch.int32), add_rows(rows_TJH).view(torch.int32)), counts
 
 
 def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:

@@ -48,6 +48,9 @@ def test_local_ids_invert_the_placement(experts: int, ranks: int) -> None:
 
 def test_local_ids_of_scattered_experts() -> None:
     placement = Placement(5, ((0, 3), (1, 2, 4)))
+    here = placement.here(1, torch.device("cpu"))
+    assert here.owner_E.tolist() == [0, 1, 1, 0, 1] and here.owner_E.dtype == torch.int64
+    assert here.count == 3 and torch.equal(here.local_E, placement.local_E(1, torch.device("cpu")))
     assert placement.local_E(0, torch.device("cpu")).tolist() == [0, -1, -1, 1, -1]
     assert placement.local_E(1, torch.device("cpu")).tolist() == [-1, 0, 1, -1, 2]
 

@@ -32,6 +32,14 @@ CASES = [
     Case("a CPU", MXFP4, "cpu", ON_CPU, ("experts=reference", "router=reference")),
     Case("several nodes", MXFP4, "cuda:0", replace(ON_GPU, combine="all_reduce"), nodes=2),
     Case(
+        "requests of their own",
+        MXFP4,
+        "cuda:0",
+        replace(ON_GPU, combine="all_to_all", attention="data"),
+        asked=Choices(attention="data"),
+        nodes=2,
+    ),
+    Case(
         "one layer that triton's experts do not run",
         MIXED,
         "cuda:0",
@@ -85,3 +93,22 @@ def test_only_rank_0_says_it_and_only_when_there_is_something(capsys: pytest.Cap
 def test_a_backend_that_does_not_run_the_formats() -> None:
     with pytest.raises(UserError, match=r"experts=triton does not run bf16, only mxfp4: choose another backend or"):
         resolve(Choices(experts="triton"), MIXED, rank_of(0, 1, "cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("combine", "attention", "ranks", "line"),
+    [
+        ("local", "replicate", 2, r"combine=local brings no rows from one of 2 ranks .*: take combine=slots"),
+        ("local", "data", 3, r"combine=local brings no rows from one of 3 ranks .*: take combine=slots"),
+        (
+            "all_to_all",
+            "replicate",
+            2,
+            r"combine=all_to_all .* mesh.attention=replicate .*: take combine=slots, or mesh",
+        ),
+        ("all_to_all", "replicate", 1, r"combine=all_to_all .*: take combine=slots, or mesh.attention=data"),
+    ],
+)
+def test_a_combine_that_cannot_be(combine: str, attention: str, ranks: int, line: str) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        resolve(Choices(combine=combine, attention=attention), MXFP4, rank_of(0, ranks))

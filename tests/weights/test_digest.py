@@ -12,7 +12,17 @@ from loading import load_rank, rewrite_config, rewrite_tensors
 from epmoe.bench.weights import RandomCheckpoint
 from epmoe.weights import digest
 from epmoe.weights.checkpoint import Checkpoint
-from epmoe.weights.digest import BASE, FIRST, SECOND, STEP, contents, digests, expert_samples, shared_digests
+from epmoe.weights.digest import (
+    BASE,
+    FIRST,
+    SECOND,
+    STEP,
+    contents,
+    digests,
+    expert_samples,
+    head_samples,
+    shared_digests,
+)
 from epmoe.weights.synthetic import make_checkpoint
 
 M = 2**64
@@ -165,6 +175,19 @@ def test_experts_in_another_order_are_seen_in_the_files(tensor: str, tmp_path: P
     rewrite_tensors(path, lambda tensors: tensors.update({name: new(tensors[name]) for name, new in other.items()}))
     after = expert_samples(Checkpoint.open(path))
     assert [key for key in before if before[key] != after[key]] == ["digest(a sample of the experts of model.layers.1)"]
+
+
+def test_shared_heads_are_compared_by_samples(tmp_path: Path) -> None:
+    """mesh.attention=tensor: another training's heads are seen, though no rank has them all."""
+    path = make_checkpoint(tmp_path)
+    source, model = Checkpoint.open(path), load_rank(path, 1, 2, attention="tensor")[0]
+    assert not head_samples(source, load_rank(path, 1, 2)[0])
+    before, name = head_samples(source, model), "model.layers.1.self_attn.k_proj.weight"
+    assert list(before) == [f"digest(a sample of the heads of model.layers.{layer})" for layer in (0, 1)]
+    assert not [key for key in shared_digests(model) if "q_proj" in key or "k_proj" in key or "sinks" in key]
+    rewrite_tensors(path, lambda tensors: tensors[name].neg_())
+    after = head_samples(Checkpoint.open(path), model)
+    assert [key for key in before if before[key] != after[key]] == ["digest(a sample of the heads of model.layers.1)"]
 
 
 def test_random_weights_have_no_files() -> None:

@@ -61,6 +61,32 @@ EXPERT_TENSORS = {
 }
 
 
+@pytest.mark.parametrize("size", [2, 3, 6, 12])
+def test_every_rank_holds_its_heads(size: int, tmp_path: Path) -> None:
+    """mesh.attention=tensor: with whole groups, and with some queries of a head."""
+    make_checkpoint(tmp_path, heads=12, kv_heads=3 if size == 3 else 6, head_dim=10, experts=12)
+    tensors, found = stored(tmp_path), dict[str, list[torch.Tensor]]()
+    for rank in range(size):
+        model = load_rank(tmp_path, rank, size, attention="tensor")[0]
+        parameters = dict(model.named_parameters())
+        for name, target in model.shared_tensors().items():
+            own = target.of(parameters[target.parameter])
+            assert torch.equal(own, target.part(tensors[name]).float())
+            if target.stored:
+                found.setdefault(name, []).append(own)
+        held = sum(value.numel() for value in parameters.values())
+        assert model.own_kv_heads == max(1, model.config.kv_heads // size) and held < whole_of(tmp_path)
+    kinds = {name.split("self_attn.")[1] for name in found}
+    assert kinds == {"sinks", *(f"{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias"))}
+    for name, parts in found.items():
+        again = max(1, size // 6) if "k_proj" in name or "v_proj" in name else 1
+        assert torch.equal(torch.cat(parts[::again]), tensors[name].float())
+
+
+def whole_of(path: Path) -> int:
+    return sum(value.numel() for value in load_rank(path)[0].parameters())
+
+
 def test_tied_embeddings_and_no_attention_bias(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, tied=True, attention_bias=False)
     model, _ = load_rank(tmp_path)

@@ -26,14 +26,16 @@ def read_so_far() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
-def bytes_of_loads(ranks: Ranks, warm: Path, loads: Sequence[tuple[Path, str]]) -> list[tuple[int, int]]:
+def bytes_of_loads(
+    ranks: Ranks, warm: Path, loads: Sequence[tuple[Path, str]], attention: str = "replicate"
+) -> list[tuple[int, int]]:
     """(bytes by the system's count, bytes by the report) of each (checkpoint, quant)."""
     for path, quant in ((warm, "mxfp4"), (warm, "bf16")):  # imports are read from files, too
         load(Checkpoint.open(path), ranks, Choices(quant=quant))
     result = []
     for path, quant in loads:
         before = read_so_far()
-        _, report = load(Checkpoint.open(path), ranks, Choices(quant=quant))
+        _, report = load(Checkpoint.open(path), ranks, Choices(quant=quant, attention=attention))
         result.append((read_so_far() - before, report.bytes_read))
     return result
 
@@ -62,6 +64,19 @@ def test_a_rank_reads_its_share_by_the_systems_count(size: int, large: dict[str,
         for (path, _), (by_system, by_report) in zip(loads, results[rank], strict=True):
             assert by_report == share_of(path, local, 7)
             assert by_report <= by_system <= by_report + IO_SLACK
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_reads_its_heads_by_the_systems_count(size: int, tmp_path: Path, large: dict[str, Path]) -> None:
+    """mesh.attention=tensor: 16 query heads of 64 on 2, of which two ranks may have one together."""
+    path = make_checkpoint(tmp_path, experts=8, hidden=512, layers=1, heads=16, kv_heads=2, head_dim=64)
+    results = run_ranks(bytes_of_loads, size, large["warm"], [(path, "mxfp4")], "tensor")
+    query, kv = 16 - 16 // size, 2 - max(1, 2 // size)
+    elsewhere = (query + 2 * kv) * 64 * (512 + 1) * 2 + query * 2  # rows of weights, biases, sinks, in bf16
+    assert elsewhere > 4 * IO_SLACK
+    for [(by_system, by_report)] in results:
+        assert by_report == share_of(path, 8 // size, 8) - elsewhere
+        assert by_report <= by_system <= by_report + IO_SLACK
 
 
 def memory(field: str) -> int:

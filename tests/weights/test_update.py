@@ -86,8 +86,8 @@ def test_captured_graphs_read_the_new_weights(two: tuple[Path, Path]) -> None:
         assert answers(llm) == before
 
 
-def updated(ranks: Ranks, old: Path, new: Path) -> list[Any]:
-    llm = LLM.opened(from_keys({"checkpoint": str(old), **KEYS}), ranks)
+def updated(ranks: Ranks, old: Path, new: Path, attention: str) -> list[Any]:
+    llm = LLM.opened(from_keys({"checkpoint": str(old), "mesh.attention": attention, **KEYS}), ranks)
     llm.load()
     before = answers(llm)
     with pytest.raises(UserError, match="of expert 4 holds NaN"):  # rank 1's alone, and said on both
@@ -97,9 +97,11 @@ def updated(ranks: Ranks, old: Path, new: Path) -> list[Any]:
     return answers(llm)
 
 
-def test_each_rank_takes_its_experts(two: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("attention", ["replicate", "tensor", "data"])
+def test_each_rank_takes_its_experts_and_its_heads(attention: str, two: tuple[Path, Path]) -> None:
+    """What is in a cache is not found again, in any rank's."""
     wanted = answers_of(two[1])
-    assert run_ranks(updated, 2, *two, timeout=120) == [wanted, wanted]
+    assert run_ranks(updated, 2, *two, attention, timeout=120) == [wanted, wanted]
 
 
 def test_some_tensors_leave_the_others_as_they_are(mxfp4: tuple[Path, Path]) -> None:

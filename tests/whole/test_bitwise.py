@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitwise_run import Run, digest, run
-from spawn import run_ranks
+from bitwise_run import Run, assert_same, digest, runs
 
 from epmoe.weights.hub import DEMO
 from epmoe.weights.synthetic import make_checkpoint
@@ -24,19 +23,6 @@ HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Eleven experts: no number of ranks but 1 divides them."""
     return str(make_checkpoint(tmp_path_factory.mktemp("bitwise"), experts=11, top_k=3))
-
-
-def runs(checkpoint: str, size: int, device: str = "cpu", timeout: float = 120, **options: str) -> Run:
-    """Rank 0's run; all ranks must have the same."""
-    first, *others = run_ranks(run, size, checkpoint, options, timeout=timeout, device=device)
-    for other in others:
-        assert other[0] == first[0] and torch.equal(other[1], first[1])
-    return first
-
-
-def assert_same(found: Run, expected: Run) -> None:
-    assert found[0] == expected[0]
-    assert torch.equal(found[1], expected[1]), f"largest difference {(found[1] - expected[1]).abs().max()}"
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def answers(mine: Ranks, head: str, runtime: dict[str, Any]) -> tuple[list[Any], Said, int]:
+def answers(
+    mine: Ranks, head: str, runtime: dict[str, Any], attention: str = "replicate"
+) -> tuple[list[Any], Said, int]:
     """All answers, what the draft model said on the way, and how many tokens were tried."""
-    keys = {"chat": "off", "runtime": {"device": mine.device.type, **runtime}}
+    keys = {"chat": "off", "mesh.attention": attention, "runtime": {"device": mine.device.type, **runtime}}
     keys |= {"draft_model": head, "speculate": "auto"} if head else {}
     with LLM.opened(from_keys(keys), mine) as llm, pytest.MonkeyPatch.context() as patch:
         llm.load()
@@ -118,9 +120,19 @@ WHOLE = {"prefix_cache": False}
 SMALL = {"max_batch": 2, "prefill_chunk": 8, "cache_tokens": 120, "page": 4}
 
 
-@pytest.mark.parametrize(("size", "runtime"), [(1, WHOLE), (1, SMALL), (2, {**WHOLE, "prefill_chunk": 5})])
-def test_the_same_bits_whatever_it_says(size: int, runtime: dict[str, Any], head: str, known: list[Any]) -> None:
-    found = run_ranks(answers, size, head, runtime, timeout=200)
+@pytest.mark.parametrize(
+    ("size", "runtime", "attention"),
+    [
+        (1, WHOLE, "replicate"),
+        (1, SMALL, "replicate"),
+        (2, {**WHOLE, "prefill_chunk": 5}, "replicate"),
+        pytest.param(2, {**WHOLE, "prefill_chunk": 5}, "data", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_bits_whatever_it_says(
+    size: int, runtime: dict[str, Any], attention: str, head: str, known: list[Any]
+) -> None:
+    found = run_ranks(answers, size, head, runtime, attention, timeout=200)
     for texts, said, drafted in found:
         assert texts == known and drafted > 30
         assert said == found[0][1] and len({token for _, ids in said for token in ids}) > 10
@@ -136,7 +148,7 @@ def prepared(mine: Ranks, head: str) -> Counter[str]:
         engine.runner.static.keep_logits()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.graphs, "capture", object())
-            kinds = engine.graphs.missing(load.variants(), (3, 48), engine._bodies(load, 3, None))
+            kinds = engine.graphs.missing(load.variants(), (3, 48), engine.preparation.bodies(load, 3, None))
         engine.graphs._forget()
         for kind in kinds:
             engine.graphs._part(kind)()

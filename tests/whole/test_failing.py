@@ -72,12 +72,14 @@ def lines(command: Command) -> list[str]:
     return command.stderr.splitlines()
 
 
-@pytest.mark.parametrize("victim", range(4))
+@pytest.mark.parametrize(
+    ("victim", "attention"), [*((rank, "replicate") for rank in range(4)), (2, "tensor"), (3, "data")]
+)
 def test_rank_killed_in_a_generation_is_named_by_every_other(
-    victim: int, long_generation: list[str], tmp_path: Path
+    victim: int, attention: str, long_generation: list[str], tmp_path: Path
 ) -> None:
     """The others end within 10 s, non-zero, and each says which rank went; rank 0 is no exception."""
-    with commands(generate, 4, *long_generation, folder=tmp_path) as started:
+    with commands(generate, 4, *long_generation, f"mesh.attention={attention}", folder=tmp_path) as started:
         wait_until_running(started)
         started[victim].signal(SIGKILL)
         codes = end_all(started, 10)

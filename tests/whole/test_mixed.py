@@ -53,6 +53,7 @@ class Case:
 CASES = [
     Case("chunk", ["runtime.prefill_chunk=8"], ["runtime.prefill_chunk=16"], "runtime.prefill_chunk={}=16, {}=8"),
     Case("combine", ["combine=slots"], ["combine=all_reduce"], "combine={}=all_reduce, {}=slots"),
+    Case("attention", [], ["mesh.attention=data"], "mesh.attention={}=data, {}=replicate"),
     Case("dtype", [], ["runtime.dtype=bfloat16"], "runtime.dtype={}=bfloat16, {}=auto"),
     Case("device", [], ["runtime.device=cuda"], "runtime.device={}=cuda, {}=cpu"),
 ]

@@ -149,19 +149,32 @@ def generate(*keys: str) -> None:
     body()
 
 
-def test_ranks_tell_it_once(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["replicate", "data"])
+def test_ranks_tell_it_once(attention: str, checkpoint: Path, tmp_path: Path) -> None:
     """Experts of rank 1 alone, whose finite weights overflow; the logits that both have are their doing."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[SCALES[1]][2:] = 252
 
     path, output = spoilt(checkpoint, tmp_path, change), tmp_path / "o.jsonl"
-    keys = [f"checkpoint={path}", "prompt=Hello Hello", f"output={output}"]
+    keys = [f"checkpoint={path}", "prompt=Hello Hello", f"output={output}", f"mesh.attention={attention}"]
     with commands(generate, 2, *keys, folder=tmp_path) as started:
         assert [each.wait(60) for each in started] == [2, 2]
         lines = [line for each in started for line in each.stderr.splitlines() if "error" in line]
         assert len(lines) == 1 and "the last norm at position" in lines[0]
         assert not any(each.stdout for each in started) and not output.exists()
+
+
+def test_a_head_that_rank_0_does_not_have(checkpoint: Path, tmp_path: Path) -> None:
+    """Its weight is named all the same."""
+    name = LAYER + "self_attn.q_proj.bias"
+    path = spoilt(checkpoint, tmp_path, lambda tensors: tensors[name][-1:].fill_(math.inf))
+    keys = [f"checkpoint={path}", "prompt=Hello Hello", "mesh.attention=tensor"]
+    with commands(generate, 2, *keys, folder=tmp_path) as started:
+        assert [each.wait(60) for each in started] == [2, 2]
+        lines = [line for each in started for line in each.stderr.splitlines() if "error" in line]
+        assert len(lines) == 1 and "layer 1's attention at position" in lines[0]
+        assert "(its qkv.bias holds an infinity)" in lines[0] and not any(each.stdout for each in started)
 
 
 @pytest.mark.parametrize("quant", ["bf16", "mxfp4"])

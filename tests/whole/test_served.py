@@ -35,22 +35,23 @@ def known(self, *arguments):
     begin(self, *arguments)
     DRAFTING.append(self)
 
-async def main(ranks, speculate, replica):
+async def main(ranks, speculate, attention, replica):
     if ranks == 1 and speculate != "off":  # it is in this process: each step has drafts, most of them wrong
         patch, dice = pytest.MonkeyPatch(), random.Random(ranks)
         try_some(patch, dice, 8)
         draft_wrongly(patch, dice, 2000, 0.8)
         patch.setattr(Drafting, "__init__", known)
-    parts = {"mesh": {"replica": replica}, "speculate": speculate}
+    parts = {"mesh": {"attention": attention, "replica": replica}, "speculate": speculate}
     async with AsyncLLM(WHERE["checkpoint"], ranks=ranks, runtime=TIGHT, serve=SERVE, **parts) as llm:
         print("ended well:", await storm(llm, sys.argv[2], int(sys.argv[1]), 1.0), flush=True)
         assert len(llm.service.figures()) == max(1, replica)
         scheduler = llm.llm.engine.scheduler
         assert scheduler.put_back > 0
+        assert all(lane.added > 0 and lane.pages.unused for lane in scheduler.lanes)
         for each in DRAFTING:
             assert each.drafted > each.accepted > 0, (each.drafted, each.accepted)
 
-asyncio.run(main(int(sys.argv[3]), sys.argv[4], int(sys.argv[5])))
+asyncio.run(main(int(sys.argv[3]), *sys.argv[4:6], int(sys.argv[6])))
 """
 
 TORCHRUN = """
@@ -96,22 +97,25 @@ def run(
     return done.returncode, done.stdout, done.stderr
 
 
+HOW = ("off", "ngram")
 STORMS = [
-    *((1, 220, "ngram"), (2, 70, "off"), pytest.param(4, 90, "ngram", marks=pytest.mark.slow)),
-    *(pytest.param(ranks, 500, how, marks=pytest.mark.slow) for ranks in (1, 2, 4) for how in ("off", "ngram")),
+    *((1, 220, "ngram", "replicate"), (2, 70, "off", "replicate"), (2, 70, "ngram", "data")),
+    pytest.param(4, 90, "ngram", "replicate", marks=pytest.mark.slow),
+    *(pytest.param(ranks, 500, how, "replicate", marks=pytest.mark.slow) for ranks in (1, 2, 4) for how in HOW),
+    *(pytest.param(ranks, 500, how, "data", marks=pytest.mark.slow) for ranks in (2, 4) for how in HOW),
 ]
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize(("ranks", "count", "speculate"), STORMS)
+@pytest.mark.parametrize(("ranks", "count", "speculate", "attention"), STORMS)
 def test_every_answer_is_the_one_that_it_is_alone(
-    ranks: int, count: int, speculate: str, known: Path, tmp_path: Path
+    ranks: int, count: int, speculate: str, attention: str, known: Path, tmp_path: Path
 ) -> None:
     """Requests at random times: priorities, shared prefixes, stop strings, several answers, put-backs; some leave.
 
     Alone there were no drafts.
     """
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, 0, limit_s=600)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, known, ranks, speculate, attention, 0, limit_s=600)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -121,7 +125,7 @@ def test_every_answer_is_the_one_that_it_is_alone(
 def test_every_answer_is_the_one_that_it_is_alone_over_replicas(
     ranks: int, replica: int, known: Path, tmp_path: Path
 ) -> None:
-    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 200, known, ranks, "ngram", replica, limit_s=600)
+    code, out, errors = run(tmp_path, ITS_OWN_RANKS, 200, known, ranks, "ngram", "replicate", replica, limit_s=600)
     assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
@@ -135,7 +139,7 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, 0)
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0)
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 

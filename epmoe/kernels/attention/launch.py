@@ -73,8 +73,17 @@ def serves(x: torch.Tensor) -> bool:
     return True
 
 
-def cached_attention(heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor) -> torch.Tensor:
+def cached_attention(
+    heads: Heads,
+    cos_sin: Pair,
+    cached: Pair,
+    plan: Plan,
+    sink_E: torch.Tensor,
+    among: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
     """As `layers.attention.cached_attention`: rotate, attend to [cached | new], write keys and values; [T, E, D].
+
+    A row of a tile has the same bits in any place of it, beside any others: it does not matter `among` which it stands.
 
     bfloat16 or float32, the cache in the same dtype; the tokens of q, k and v may stand apart by any stride.
     """

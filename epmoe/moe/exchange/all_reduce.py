@@ -1,6 +1,6 @@
-"""Exchange by all-reduce: one row a token on the wire, and sums that depend on the number of ranks.
+"""Exchange by sums: one row a token on the wire, and sums that depend on the number of ranks.
 
-Letters: T tokens · K experts per token · H hidden.
+Letters: T tokens · X tokens that this rank's experts look at · E experts · K experts per token · H hidden.
 """
 
 import torch
@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from epmoe.layers.norm import add_rows
 from epmoe.layers.owed import Owed
-from epmoe.moe.exchange import Buffer
+from epmoe.moe.exchange import Counts, Sent
+from epmoe.moe.exchange.gathered import Gathered, gather, scatter
+from epmoe.moe.router.routing import Routing
 from epmoe.ranks.mesh import Ranks
 
 
@@ -18,21 +20,33 @@ class AllReduce:
     For networks and large batches, where K times the traffic of `Slots` costs more than its reproducibility is worth.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.group = ranks.expert_group
+    def __init__(self, ranks: Ranks, attention: str = "replicate") -> None:
+        self.ranks, self.group, self.data = ranks, ranks.expert_group, attention == "data"
 
     @property
-    def travels(self) -> bool:
-        return self.group is not None
+    def overlaps(self) -> bool:
+        return self.group is not None and not self.data
 
-    def prepare(self, x_TH: torch.Tensor, top_k: int, *, overlap: bool) -> Buffer:
+    def dispatch(
+        self,
+        norm_TH: torch.Tensor,
+        logits_TE: torch.Tensor,
+        routing: Routing,
+        *,
+        counts: Counts = None,
+        overlap: bool = False,
+    ) -> Sent:
         """The sum over this rank's slots travels, so the rows may be anywhere."""
-        return Buffer(overlap=overlap)
+        if self.data and self.group is not None:
+            return gather(norm_TH, logits_TE, routing, self.ranks, counts)
+        return Sent(norm_TH, routing.route(logits_TE), overlap=overlap)
 
-    def combine(self, y_TKH: torch.Tensor, buffer: Buffer) -> Owed:
-        """[T, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
-        if self.group is None or not y_TKH.numel():
-            return Owed(y_TKH)
-        sum_TH = add_rows(y_TKH)
-        work = dist.all_reduce(sum_TH, group=self.group, async_op=buffer.overlap)
+    def combine(self, y_XKH: torch.Tensor, sent: Sent) -> Owed:
+        """[X, K, H] with zeros in slots of other ranks → [T, 1, H]; one rank leaves the sum to what follows."""
+        if isinstance(sent, Gathered):
+            return Owed(scatter(add_rows(y_XKH)[:, None], sent))
+        if self.group is None or not y_XKH.numel():
+            return Owed(y_XKH)
+        sum_TH = add_rows(y_XKH)
+        work = dist.all_reduce(sum_TH, group=self.group, async_op=sent.overlap)
         return Owed(sum_TH[:, None], work)

@@ -4,6 +4,8 @@ Letters: T tokens · K experts per token · H hidden.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,11 @@ def slots_TKH(case: Case) -> torch.Tensor:
     return y_TKH.to(case.dtype)
 
 
+def unrouted(top_k: int) -> Any:
+    """A routing for an exchange that sends no token anywhere."""
+    return SimpleNamespace(top_k=top_k, route=lambda logits_TE: None)
+
+
 def exchange_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = False) -> list[torch.Tensor]:
     outputs: list[torch.Tensor] = []
     exchange: Exchange = lookup("combine", EXCHANGES, name)(ranks)
@@ -59,8 +66,10 @@ def exchange_cases(ranks: Ranks, name: str, cases: list[Case], overlap: bool = F
             owner_TK.zero_()
         mine_TK1 = (owner_TK == ranks.expert_rank)[:, :, None]
         y_TKH = torch.where(mine_TK1, slots_TKH(case), 0.0).to(ranks.device)
-        buffer = exchange.prepare(y_TKH.new_empty(case.tokens, case.hidden), case.top_k, overlap=overlap)
-        owed = exchange.combine(y_TKH if buffer.rows_TKH is None else buffer.rows_TKH.copy_(y_TKH), buffer)
+        norm_TH = y_TKH.new_empty(case.tokens, case.hidden)
+        sent = exchange.dispatch(norm_TH, norm_TH, unrouted(case.top_k), overlap=overlap)
+        assert sent.x_XH is norm_TH
+        owed = exchange.combine(y_TKH if sent.rows_XKH is None else sent.rows_XKH.copy_(y_TKH), sent)
         rows_TJH = owed.wait()
         assert rows_TJH is not None
         outputs.append(add_rows(rows_TJH).cpu())
@@ -83,9 +92,9 @@ def test_slots_are_bitwise(size: int, overlap: bool) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("name", ["slots", "all_reduce"])
 def test_every_exchange_is_near_the_exact_sum(name: str, overlap: bool) -> None:
-    """Any entry of the table gives Σ_k within the rounding of K slots and N ranks, on every rank the same."""
+    """What serves ranks that have all tokens gives Σ_k within the rounding of K slots and N ranks, the same on each."""
     results = run_ranks(exchange_cases, 3, name, CASES, overlap)
     for index, case in enumerate(CASES):
         exact_TH = slots_TKH(case).double().sum(1)

@@ -9,6 +9,7 @@ import io
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from epmoe.kernels import symmetric as memory
 from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.layers.owed import Owed
 from epmoe.models.decoder import Decoder
-from epmoe.moe.exchange import Buffer
 from epmoe.moe.exchange.slots import Slots
 from epmoe.moe.exchange.symmetric import SIZES, VECTOR, SymmetricRows, connect, unsuitable
 from epmoe.ranks.mesh import Ranks
@@ -32,6 +32,11 @@ from epmoe.weights.choices import Choices
 from epmoe.weights.load import load
 
 SUMMED: list[int] = []  # bytes of each call
+
+
+def unrouted(top_k: int) -> Any:
+    """A routing for an exchange that sends no token anywhere."""
+    return SimpleNamespace(top_k=top_k, route=lambda logits_TE: None)
 
 
 def pretend(*, failing: str = "", rank: int = 1, mine: int = 0) -> None:
@@ -83,7 +88,7 @@ def test_numbers_of_ranks_that_it_does_not_serve() -> None:
 def plain(ranks: Ranks) -> tuple[bool, str]:
     with redirect_stderr(io.StringIO()) as said:
         slots = Slots(ranks)
-    nowhere = slots.prepare(torch.ones(2, 8), 4, overlap=False).rows_TKH is None
+    nowhere = slots.dispatch(torch.ones(2, 8), torch.ones(2, 8), unrouted(4)).rows_XKH is None
     return slots.symmetric is None and nowhere, said.getvalue()
 
 
@@ -148,10 +153,11 @@ def sums(ranks: Ranks, large: int) -> list[torch.Tensor]:
     slots, found = Slots(ranks, room=64 << 10), []
     for seed, (tokens, top_k, hidden) in enumerate([*SHAPES, (large, 4, 40), *SHAPES]):
         rows_TKH, mine_TKH = owned(ranks, seed, tokens, top_k, hidden, torch.bfloat16)
-        buffer = slots.prepare(torch.empty(tokens, hidden, dtype=torch.bfloat16), top_k, overlap=False)
-        lent_TKH = buffer.rows_TKH
+        norm_TH = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+        sent = slots.dispatch(norm_TH, norm_TH, unrouted(top_k))
+        lent_TKH = sent.rows_XKH
         assert (lent_TKH is None) == (tokens == large)
-        y_TKH = slots.combine(mine_TKH.clone() if lent_TKH is None else lent_TKH.copy_(mine_TKH), buffer).wait()
+        y_TKH = slots.combine(mine_TKH.clone() if lent_TKH is None else lent_TKH.copy_(mine_TKH), sent).wait()
         assert y_TKH is not None and (y_TKH is lent_TKH) == (lent_TKH is not None)
         found.append(y_TKH.clone())
         assert torch.equal(y_TKH, rows_TKH)
@@ -252,12 +258,13 @@ def race(ranks: Ranks, dtype: torch.dtype) -> list[int]:
         x_TH = torch.empty(tokens, 2880, dtype=dtype, device=ranks.device)
         for seed in range(ROUNDS):
             rows_TKH, mine_TKH = owned(ranks, seed, tokens, 4, 2880, dtype)
-            group_TKH = slots.combine(mine_TKH.clone(), Buffer(overlap=bool(seed % 2))).wait()
+            sent = slots.dispatch(x_TH, x_TH, unrouted(4), overlap=True)
+            group_TKH = slots.combine(mine_TKH.clone(), replace(sent, overlap=bool(seed % 2))).wait()
             if seed % 3 == ranks.rank % 3:
                 torch.cuda._sleep(int(torch.randint(0, 200_000, (), generator=delay)))  # up to a tenth of a millisecond
-            buffer = slots.prepare(x_TH, 4, overlap=False)
-            assert buffer.rows_TKH is not None and group_TKH is not None
-            y_TKH = slots.combine(buffer.rows_TKH.copy_(mine_TKH), buffer).wait()
+            sent = slots.dispatch(x_TH, x_TH, unrouted(4))
+            assert sent.rows_XKH is not None and group_TKH is not None
+            y_TKH = slots.combine(sent.rows_XKH.copy_(mine_TKH), sent).wait()
             assert y_TKH is not None
             same = (y_TKH == rows_TKH).all() & (group_TKH == rows_TKH).all()
             good += same & (bits(add_rows(y_TKH)) == bits(add_rows(group_TKH))).all()
@@ -282,9 +289,9 @@ def replay(ranks: Ranks) -> list[bool]:
 
     def step() -> None:
         for layer in range(layers):
-            buffer = slots.prepare(source[layer, :, 0], 4, overlap=False)
-            assert buffer.rows_TKH is not None
-            owed = slots.combine(buffer.rows_TKH.add_(source[layer]), buffer)
+            sent = slots.dispatch(source[layer, :, 0], x_TH, unrouted(4))
+            assert sent.rows_XKH is not None
+            owed = slots.combine(sent.rows_XKH.add_(source[layer]), sent)
             rows_TKH = owed.wait()
             assert rows_TKH is not None and owed.lender is not None
             found[layer] = rows_TKH

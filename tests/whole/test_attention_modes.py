@@ -1,0 +1,157 @@
+"""Attention over the mesh: the tokens and log-probabilities of one rank, bit for bit, in each mode."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitwise_run import Run, assert_same, runs
+from drafting import draft_wrongly, try_some
+from kinds import KINDS, PROMPTS
+from spawn import free_port, run_ranks
+
+from epmoe.config.compose import from_keys
+from epmoe.engine.request import SamplingParams
+from epmoe.errors import UserError
+from epmoe.llm import LLM
+from epmoe.ranks.mesh import Ranks
+from epmoe.weights.synthetic import make_checkpoint
+
+slow = pytest.mark.slow
+SMALL = {"max_batch": 3, "prefill_chunk": 8, "cache_tokens": 240, "page": 4}  # put back now and then
+DATA = ("slots", "all_to_all")  # exchanges whose bits do not follow from the ranks
+# ranks, mode, combine, runtime, whether drafts are tried, right or wrong: the embedded model has 8 query heads on 2
+WAYS: list[tuple[int, str, str, dict[str, Any], bool]] = [
+    (2, "tensor", "slots", SMALL, True),
+    (4, "tensor", "slots", {}, False),
+    (2, "data", "all_to_all", SMALL, True),
+    (3, "data", "slots", {}, False),
+]
+MORE = [
+    (ranks, *way, runtime, True)
+    for runtime in ({}, SMALL)
+    for way, sizes in ((("tensor", "slots"), (1, 2, 4, 8)), *((("data", each), (1, 2, 3, 4, 8)) for each in DATA))
+    for ranks in sizes
+]
+Answers = list[tuple[Any, ...]]
+
+
+def answers(mine: Ranks, keys: dict[str, Any], drafts: bool) -> tuple[Answers, int]:
+    """All answers, twice: then their prefixes are there; and the bytes of keys and values."""
+    keys = {"chat": "off", "speculate": "ngram" if drafts else "off", **keys}
+    with LLM.opened(from_keys(keys), mine) as llm, pytest.MonkeyPatch.context() as patch:
+        llm.load()
+        if drafts:
+            dice = random.Random(1)
+            try_some(patch, dice, 7)
+            draft_wrongly(patch, dice, 300, 6 / 7)
+        params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for kind in KINDS]
+        said: list[Answers] = []
+        for _ in range(2):
+            found = llm.generate(PROMPTS, params)
+            texts = [(each.text, each.ids, each.finish_reason, each.logprobs) for one in found for each in one.outputs]
+            said.append([*texts, tuple(one.prompt_logprobs for one in found)])
+        assert said[0] == said[1] and sum(one.cached_tokens for one in found) > 0
+        return said[0], llm.cache.nbytes
+
+
+def keys_of(mode: str, combine: str = "slots", runtime: dict[str, Any] | None = None, device: str = "cpu") -> Any:
+    return {"mesh": {"attention": mode}, "combine": combine, "runtime": {"device": device, **(runtime or {})}}
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Answers, int]:
+    found: tuple[Answers, int] = run_ranks(answers, 1, keys_of("replicate"), False)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mode", "combine", "runtime", "drafts"), [*WAYS, *(pytest.param(*each, marks=slow) for each in MORE)]
+)
+def test_the_same_bits(
+    ranks: int, mode: str, combine: str, runtime: dict[str, Any], drafts: bool, known: tuple[Answers, int]
+) -> None:
+    for said, nbytes in run_ranks(answers, ranks, keys_of(mode, combine, runtime), drafts, timeout=300):
+        assert said == known[0]
+        if mode == "tensor" and not runtime:
+            assert nbytes * min(ranks, 2) == known[1]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """12 query heads of 10 on 6, of which 2, 3, 4, 6 and 12 ranks can have as many."""
+    folder = tmp_path_factory.mktemp("odd")
+    return str(make_checkpoint(folder, heads=12, kv_heads=6, head_dim=10, experts=12, top_k=3))
+
+
+@pytest.fixture(scope="module")
+def one_rank(odd: str) -> Run:
+    return runs(odd, 1)
+
+
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=slow) for size in (2, 6, 12))])
+def test_odd_sizes(odd: str, one_rank: Run, size: int) -> None:
+    assert_same(runs(odd, size, attention="tensor"), one_rank)
+
+
+def test_odd_sizes_in_bf16(odd: str) -> None:
+    assert_same(runs(odd, 2, attention="tensor", dtype="bfloat16"), runs(odd, 1, dtype="bfloat16"))
+
+
+def opened(mine: Ranks, keys: dict[str, Any]) -> None:
+    LLM.opened(from_keys(keys), mine).load()
+
+
+def test_heads_that_so_many_ranks_cannot_share() -> None:
+    with pytest.raises(UserError, match=r"3 ranks cannot share 8 query and 2 key/value heads evenly; 1, 2, 4, 8 can"):
+        run_ranks(opened, 3, keys_of("tensor"))
+
+
+@pytest.mark.parametrize("mode", ["data", pytest.param("tensor", marks=slow)])
+def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
+    """torchrun on each of two nodes, two ranks each; the file of answers is that of one rank."""
+    prompts = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": "one cup, two cups, " * (1 + 9 * index), "temperature": index / 4, "seed": 3} for index in range(5)
+    ]
+    prompts.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    keys = [f"prompts={prompts}", "runtime.device=cpu", "max_new_tokens=12", "sampling.logprobs=2", "chat=off"]
+    one, port = tmp_path / "one.jsonl", str(free_port())
+    subprocess.run(
+        [sys.executable, "-m", "epmoe.generate", *keys, f"output={one}"], check=True, timeout=100, capture_output=True
+    )
+    agents: list[subprocess.Popen[str]] = []
+    for node in range(2):
+        options = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *options,
+            "--master-port",
+            port,
+            "-m",
+            "epmoe.generate",
+        ]
+        more = [
+            f"mesh.attention={mode}",
+            *([] if mode == "data" else ["combine=slots"]),
+            f"output={tmp_path / 'four.jsonl'}",
+        ]
+        agents.append(
+            subprocess.Popen([*command, *keys, *more], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        )
+    try:
+        said = [agent.communicate(timeout=120)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "combine=all_to_all" in said[0] or mode != "data"
+    found = [[json.loads(line) for line in file.read_text().splitlines()] for file in (one, tmp_path / "four.jsonl")]
+    assert len(found[0]) == 5 and [(each["ids"], each["logprobs"]) for each in found[0]] == [
+        (each["ids"], each["logprobs"]) for each in found[1]
+    ]
