@@ -35,7 +35,7 @@ from epmoe.engine.config import EngineConfig, resolve_drafts
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.engine import Engine
 from epmoe.engine.graphs import resolve_graphs
-from epmoe.engine.request import Finished, Request, SamplingParams, Token, check, choices
+from epmoe.engine.request import Request, SamplingParams, check, choices
 from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.models import Family
@@ -52,6 +52,7 @@ from epmoe.text.defaults import default_params
 from epmoe.text.grammar import vocabulary
 from epmoe.text.output import Answer
 from epmoe.text.prompts import share
+from epmoe.text.streamed import streamed
 from epmoe.text.tokenizer import Tokenizer, eos_ids
 from epmoe.text.variables import Tools, with_tools
 from epmoe.weights.attention import attention_of
@@ -267,26 +268,7 @@ class LLM:
         if request.params.n > 1:
             raise UserError(f"n={request.params.n} answers cannot be streamed as one: take n=1, or generate")
         self.engine.prepare_for([request])
-        return self._stream(request)
-
-    def _stream(self, request: Request) -> Generator[str]:
-        answer = Answer(self.tokenizer, request)
-        id = self.engine.add(request)
-        try:
-            while self.engine.busy:
-                with told_when_full(self.ranks.device):
-                    events = self.engine.step()
-                for event in events:
-                    result = event.result if isinstance(event, Finished) else None
-                    if isinstance(event, Token) and not answer.stopped and answer.feed(event.token):
-                        result = self.engine.abort(id, "stop")  # None: it ends by itself, and its event follows
-                    if result is not None:
-                        answer.finish(result)
-                if piece := answer.fresh():
-                    yield piece
-            self.engine.check_finite()
-        finally:
-            self.engine.clear()
+        return streamed(self.engine, self.tokenizer, request)
 
     def update_weights(self, tensors: NamedTensors) -> None:
         """Take other weights, in place, as a trainer has them: all of the model's or some. A collective.
@@ -370,8 +352,6 @@ class LLM:
         if hasattr(self, "engine"):
             if self.followers is not None:
                 self.followers.order(call="close")
-            if self.links is not None:
-                self.links.close()
             self.engine.graphs.close()
             del self.engine, self.model, self.cache
         self._stack.close()

@@ -1,28 +1,21 @@
 """Replicas: requests that come together, shared out among the replicas of a model; each answers its own.
 
-    every rank has all requests ─▶ shares ─▶ its replica's own ─▶ Engine.generate ─┐
+    every rank has all requests ─▶ shares ─▶ its replica's own ─▶ Engine.generate ─┬─▶ early.py: rank 0, at once
     listeners hear of all, as if one had answered them ◀── each replica's outcome ◀┘
 
 A request's tokens are the same bits wherever it is answered, so that nobody can tell how they were shared out.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from epmoe.engine.diagnose import NotFinite
+from epmoe.engine.early import Answered, Early
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import OnFinish, OnToken, Request, Result
-
-
-@dataclass
-class Answered:
-    """What listeners hear of one request."""
-
-    index: int
-    told: list[int]  # its tokens, one call each
-    result: Result
 
 
 @dataclass
@@ -76,33 +69,87 @@ def generate(
 ) -> list[Result]:
     """`Engine.generate`, by all replicas; a collective of all ranks.
 
-    Listeners hear of the own replica's requests as they run, and of the others' once all have ended.
+    Listeners hear of the own replica's requests as they run. Of another's they hear when all have ended; on rank 0 when
+    each has.
 
     Raises:
         as `Engine.generate`, on every rank alike.
     """
-    ranks = engine.ranks
-    if ranks.replicas == 1:
+    if engine.ranks.replicas == 1:
         return engine.generate(requests, on_token, on_finish)
     check(engine, requests)
-    found = outcome(engine, requests, on_token, on_finish)
-    ranks.meet("answers")  # another replica's may take longer than a collective may
-    outcomes = [_outcome.decode(each) for each in ranks.across_replicas(msgspec.msgpack.encode(found))]
-    results: dict[int, Result] = {}
-    for replica, each in enumerate(outcomes):
-        for answered in each.answered:
-            scores = tuple(answered.result.prompt_logprobs)  # on their way a list
-            results[answered.index] = result = replace(answered.result, prompt_logprobs=scores)
-            if replica != ranks.replica:
-                for token in answered.told:
-                    on_token(answered.index, token)
-                on_finish(answered.index, result)
-    failed = [each.failed for each in outcomes if each.failed]
-    if failed:
-        first = min(failed, key=lambda each: each.indices)
-        prompts = sorted(1 + index for each in failed for index in each.indices)
-        raise NotFinite(prompts, first.position, first.where)
-    return [results[index] for index in range(len(requests))]
+    engine.ranks.meet("replicas")  # whose kernels may have taken longer to compile
+    batch = _Batch(engine, requests, on_token, on_finish)
+    batch.answer()
+    return batch.results()
+
+
+class _Batch:
+    """One call of `generate`."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], on_token: OnToken, on_finish: OnFinish) -> None:
+        self.engine, self.requests, self.on_token, self.on_finish = engine, requests, on_token, on_finish
+        self.mine = own_share(engine, requests)
+        self.told: list[list[int]] = [[] for _ in self.mine]
+        self.outcome = Outcome()
+        self.heard: set[int] = set()  # requests of which the listeners know all
+        self.early = Early(engine.ranks)
+
+    def answer(self) -> None:
+        """The own share; a collective of the replica."""
+        try:
+            if self.mine:
+                self.engine.generate([self.requests[index] for index in self.mine], self._token, self._finish)
+        except NotFinite as error:
+            self.outcome.failed = Failed([self.mine[each - 1] for each in error.prompts], error.position, error.where)
+
+    def results(self) -> list[Result]:
+        """Of all, once every replica has ended; a collective of all ranks."""
+        self._hear_others(all_of_them=True)
+        self.early.close()
+        ranks = self.engine.ranks
+        ranks.meet("answers", math.inf)  # another replica's may take hours longer; a rank that dies is noticed
+        outcomes = [_outcome.decode(each) for each in ranks.across_replicas(msgspec.msgpack.encode(self.outcome))]
+        found: dict[int, Result] = {}
+        for each in outcomes:
+            for answered in each.answered:
+                self._hear(answered)
+                found[answered.index] = _result(answered)
+        failed = [each.failed for each in outcomes if each.failed]
+        if failed:
+            first = min(failed, key=lambda each: each.indices)
+            prompts = sorted(1 + index for each in failed for index in each.indices)
+            raise NotFinite(prompts, first.position, first.where)
+        return [found[index] for index in range(len(self.requests))]
+
+    def _token(self, number: int, token: int) -> bool:
+        self.told[number].append(token)
+        return self.on_token(self.mine[number], token)
+
+    def _finish(self, number: int, result: Result) -> None:
+        answered = Answered(self.mine[number], self.told[number], result)
+        self.outcome.answered.append(answered)
+        self.early.tell(answered)
+        self.heard.add(answered.index)
+        self.on_finish(answered.index, result)
+        self._hear_others(all_of_them=False)
+
+    def _hear_others(self, *, all_of_them: bool) -> None:
+        for answered in self.early.come(all_of_them=all_of_them):
+            self._hear(answered)
+
+    def _hear(self, answered: Answered) -> None:
+        """Let the listeners know all of it, if they do not."""
+        if answered.index in self.heard:
+            return
+        self.heard.add(answered.index)
+        for token in answered.told:
+            self.on_token(answered.index, token)
+        self.on_finish(answered.index, _result(answered))
+
+
+def _result(answered: Answered) -> Result:
+    return replace(answered.result, prompt_logprobs=tuple(answered.result.prompt_logprobs))  # on their way a list
 
 
 def check(engine: Engine, requests: Sequence[Request]) -> None:
@@ -111,24 +158,3 @@ def check(engine: Engine, requests: Sequence[Request]) -> None:
     for number, each in enumerate(requests, 1):
         engine.cache.pages.check(each.cached(engine.max_positions))
         engine.matcher(each, number)
-
-
-def outcome(engine: Engine, requests: Sequence[Request], on_token: OnToken, on_finish: OnFinish) -> Outcome:
-    """Answer the own share; a collective of the replica."""
-    mine, found = own_share(engine, requests), Outcome()
-    told: list[list[int]] = [[] for _ in mine]
-
-    def token(number: int, token: int) -> bool:
-        told[number].append(token)
-        return on_token(mine[number], token)
-
-    def finish(number: int, result: Result) -> None:
-        found.answered.append(Answered(mine[number], told[number], result))
-        on_finish(mine[number], result)
-
-    try:
-        if mine:
-            engine.generate([requests[index] for index in mine], token, finish)
-    except NotFinite as error:
-        found.failed = Failed([mine[each - 1] for each in error.prompts], error.position, error.where)
-    return found

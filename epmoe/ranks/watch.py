@@ -117,7 +117,8 @@ class Watch:
         self._tell(None)
         if self.rank != 0:
             self.thread.join()
-            self.peers[0].connection.close()
+            if 0 in self.peers:  # it may have gone meanwhile
+                self.peers[0].connection.close()
         self.thread.join(5)
         self.handlers.close()
         if guard.heard() is None:

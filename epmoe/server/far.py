@@ -20,6 +20,7 @@ from epmoe.server.calls import Calls
 from epmoe.server.frames import (
     PIECE,
     Abort,
+    Bye,
     Damaged,
     Frame,
     Frames,
@@ -80,12 +81,20 @@ class Far(Calls):
                 self.fail(call, error)
 
     def close(self) -> None:
-        """Nothing more is said or heard; its calls are nobody's."""
+        """Part: the other end's end is no surprise from now on, nor is this one's there."""
+        self.closed = True
+        self._say(Bye())
+
+    def drop(self) -> None:
+        """It is lost: nothing more is said or heard, and its calls are nobody's."""
         with self.lock:
             self.closed = True
             self.calls.clear()
             self.scores.clear()
         self.up.set()  # nobody waits for it any more
+        self._end()
+
+    def _end(self) -> None:
         self.outbox.put(b"")
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -105,6 +114,7 @@ class Far(Calls):
                 for frame in frames.feed(piece):
                     with self.lock:
                         self._hear(frame)
+        self._end()
         if not self.closed:
             self.gone()
 
@@ -114,6 +124,9 @@ class Far(Calls):
                 self.up.set()
             case Load(replicas):
                 self.figures = replicas[0]
+            case Bye():
+                self.closed = True
+                self._end()
             case _:
                 self.heard(frame)
 
@@ -139,9 +152,9 @@ class Near:
         threading.Thread(target=self._announce, args=(service,), name="epmoe-up", daemon=True).start()
 
     def close(self) -> None:
-        """Nothing more is said or heard."""
+        """As `Far.close`."""
         self.closed = True
-        self.asker.end()
+        self.asker.say(Bye())
 
     def _announce(self, service: Serving) -> None:
         while not service.is_running(LOOK_S):
@@ -162,7 +175,7 @@ class Near:
             pass
         except Exception:  # who is deaf must not be waited for
             traceback.print_exc()
-            self.asker.end()
+        self.asker.end()
         if not self.closed:
             self.gone()
 
@@ -172,6 +185,9 @@ class Near:
                 self.asker.submit(frame, self.service)
             case Abort(numbers):
                 self.asker.abort(numbers, self.service)
+            case Bye():
+                self.closed = True
+                self.asker.end()
             case Halt(text) if self.service is not None:
                 try:
                     self.service.stop(Stopped(text) if text else None)

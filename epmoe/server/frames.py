@@ -5,8 +5,8 @@ rank 0 → HTTP      Hello · Ready · Step · Scores · Refused · Load · Drai
 
 Rank 0 in its turn asks the other replicas of the model, by their first ranks:
 
-rank 0 → replica   Submit · Abort · Halt
-replica → rank 0   Up · Step · Scores · Refused · Load
+rank 0 → replica   Submit · Abort · Halt · Bye
+replica → rank 0   Up · Step · Scores · Refused · Load · Bye
 """
 
 import struct
@@ -213,8 +213,8 @@ class Idle(Frame, frozen=True):
 
 
 FromHttp = Up | Broken | Submit | Abort | Idle
-FromReplica = Up | Step | _Received | Refused | Load
-ToReplica = Submit | Abort | Halt
+FromReplica = Up | Step | _Received | Refused | Load | Bye
+ToReplica = Submit | Abort | Halt | Bye
 FromRank0 = Hello | Ready | Step | _Received | Refused | Load | Drain | Bye
 _encoder = msgspec.msgpack.Encoder()
 _scores = msgspec.msgpack.Decoder(tuple[TokenLogprobs | None, ...])

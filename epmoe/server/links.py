@@ -24,6 +24,7 @@ class Links:
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self.ranks, self.closing = ranks, threading.Event()
         sockets = star(ranks, timeout_s)
+        ranks.until_end.append(self)
         self.near: Near | None = None
         self.far: dict[int, Far] = {}
         if ranks.is_main:

@@ -40,7 +40,7 @@ class Replicas:
 
     def __init__(self, own: Service) -> None:
         self.own, self.bounds, self.step_tokens = own, own.bounds, own.step_tokens
-        self.most = own.engine.max_batch
+        self.most = own.engine.scheduler.max_batch
         self.lock = threading.Lock()  # for all that follows
         self.far: dict[int, Far] = {}  # by replica
         self.calls: dict[Call, int] = {}  # those that have not ended → the replica
@@ -166,7 +166,7 @@ class Replicas:
     def _lose(self, gone: frozenset[int]) -> None:
         with self.lock:
             for far in [self.far.pop(replica) for replica in gone & set(self.far)]:
-                far.close()
+                far.drop()
             self.placing.forget(gone)
             orphans = [call for call, replica in self.calls.items() if replica in gone and not call.ended]
             self.calls = {call: replica for call, replica in self.calls.items() if replica not in gone}

@@ -71,7 +71,9 @@ class Echo:
     def __init__(self, replica: int = 0, bounds: Serve | None = None) -> None:
         self.replica, self.bounds = replica, bounds or Serve()
         self.step_tokens = 9
-        self.engine: Any = SimpleNamespace(max_batch=2, cache=SimpleNamespace(pages=SimpleNamespace(size=4)))
+        self.engine: Any = SimpleNamespace(
+            scheduler=SimpleNamespace(max_batch=2), cache=SimpleNamespace(pages=SimpleNamespace(size=4))
+        )
         self.lock = threading.RLock()
         self.calls: list[Call] = []
         self.made: dict[Call, int] = {}

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -108,13 +109,25 @@ def test_a_halt_stops_the_service_there(text: str) -> None:
         assert not gone.is_set()
 
 
-def test_the_connections_end_is_told_at_both_ends_but_not_after_close() -> None:
-    for first in ("far", "near"):
-        with ends() as (far, near, _, gone):
-            (far.close if first == "far" else near.close)()
-            assert gone.wait(WITHIN_S)
+@pytest.mark.parametrize("end", ["here", "there"])
+def test_the_connections_end_is_told_at_the_other_end(end: str) -> None:
+    with ends() as (far, near, _, gone):
+        (far if end == "here" else near.asker).socket.shutdown(socket.SHUT_RDWR)
+        assert gone.wait(WITHIN_S)
+
+
+@pytest.mark.parametrize("end", ["here", "there"])
+def test_who_parts_says_so(end: str) -> None:
+    """Then the end is no surprise, at either end; nor is that of one which is lost."""
     with ends() as (far, near, echo, gone):
         near.attach(echo)
-        near.closed = far.closed = True
-        near.close()
-        assert not gone.wait(0.2)
+        (far.close if end == "here" else near.close)()
+        deadline = time.monotonic() + WITHIN_S
+        while not (far.closed and near.closed):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not gone.wait(0.1)
+    with ends() as (far, near, _, gone):
+        near.closed = True
+        far.drop()
+        assert not gone.wait(0.1)
