@@ -104,6 +104,7 @@ def test_clients_do_not_notice_a_lost_replica(tmp_path: Path) -> None:
     with LLM(runtime="cpu") as llm:
         expected = llm.generate(prompts, SamplingParams(**asked))
     with two_nodes(tmp_path / "run", "mesh.replica=2") as nodes:
+        assert "combine=slots" in nodes[0].stderr  # auto goes by the nodes of a replica
         streams = [
             nodes[0].raw(post("/v1/completions", {"prompt": each, "stream": True, "return_token_ids": True, **asked}))
             for each in prompts

@@ -74,7 +74,7 @@ def attention_of(wanted: str, model: ModelConfig, source: Source, ranks: Ranks, 
     ways = [Way("replicate"), Way("data", requests=1 / size)]
     if can_share(model.heads, model.kv_heads, size):
         ways.insert(1, Way("tensor", heads=max(1 / size, 1 / model.kv_heads)))
-    free = min(each for (each,) in ranks.gather([int(free_bytes(ranks.device) * (1 - KEPT))]))
+    free = min(each for (each,) in ranks.gather_all([int(free_bytes(ranks.device) * (1 - KEPT))]))
     itemsize = 4 if ranks.device.type == "cpu" else 2
     needs = {way.name: need(way, model, source, itemsize, run) + experts(source) // size for way in ways}
     fitting = [way for way in ways if needs[way.name] <= free]

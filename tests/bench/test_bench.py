@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from spawn import run_ranks
 
+from epmoe.bench.conditions import open_model
 from epmoe.bench.floor import Floor, measure_bandwidth
 from epmoe.bench.model import bench
 from epmoe.bench.options import WAYS, BenchConfig, Measurement
@@ -339,6 +341,11 @@ def test_mistakes_found_with_the_model(case: str, tiny_checkpoint: Path, monkeyp
     with pytest.raises(UserError) as error:
         bench()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_it_measures_one_replica() -> None:
+    with pytest.raises(UserError, match=r"^mesh\.replica=2 means nothing to a benchmark, which measures one replica"):
+        open_model(BenchConfig(), "tiny", replace(ONE, replicas=2))
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def choose(
         ranks: int, free: float, batch: int = 64, wanted: str = "auto", device: str = "cuda:0"
     ) -> tuple[str, str]:
         monkeypatch.setattr(attention, "free_bytes", lambda device: int(free * GB))
-        monkeypatch.setattr(Ranks, "gather", lambda ranks, values: [list(values)])  # its peers are not there
+        monkeypatch.setattr(Ranks, "gather_all", lambda ranks, values: [list(values)])  # its peers are not there
         run = replace(Runtime(), max_batch=batch)
         found = attention_of(wanted, model_of(large)[1], large, rank_of(0, ranks, device), run)
         return found, capsys.readouterr().err
