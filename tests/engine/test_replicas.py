@@ -62,8 +62,8 @@ def told(llm: LLM) -> list[Any]:
     return [*timeless, [*llm.stream([9, 8, 7], WARM)]]
 
 
-def told_of_ranks(ranks: Ranks) -> list[Any]:
-    llm = LLM.opened(from_keys(KEYS), ranks)
+def told_of_ranks(ranks: Ranks, attention: str = "replicate") -> list[Any]:
+    llm = LLM.opened(from_keys({**KEYS, "mesh": {"attention": attention}}), ranks)
     llm.load()
     return told(llm)
 
@@ -79,6 +79,13 @@ def alone() -> list[Any]:
 )
 def test_every_rank_gets_what_one_rank_says(size: int, replica: int, alone: list[Any]) -> None:
     for found in run_ranks(told_of_ranks, size, replica=replica, timeout=120):
+        assert found == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["data", "tensor"])
+def test_attention_over_a_replicas_ranks(attention: str, alone: list[Any]) -> None:
+    for found in run_ranks(told_of_ranks, 4, attention, replica=2, timeout=120):
         assert found == alone
 
 
