@@ -42,14 +42,17 @@ def _accept_all(listener: socket.socket, token: str, replicas: int, timeout_s: f
     found: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout_s
     while len(found) < replicas - 1:
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        left_s = deadline - time.monotonic()
         try:
+            if left_s <= 0:  # also where strangers come and come
+                raise TimeoutError
+            listener.settimeout(left_s)
             made = listener.accept()[0]
         except TimeoutError:
             absent = sorted(set(range(1, replicas)) - set(found))
             raise RuntimeError(f"replicas {absent} did not reach rank 0 within {timeout_s:g} s") from None
         with suppress(OSError, ValueError):
-            made.settimeout(min(HELLO_S, timeout_s))
+            made.settimeout(min(HELLO_S, left_s))
             said = made.makefile("rb", buffering=0).read(len(token) + 10) or b""
             given, replica = said.decode("ascii").split()
             if secrets.compare_digest(given, token):
