@@ -86,7 +86,7 @@ def generate(
         return engine.generate(requests, on_token, on_finish)
     check(engine, requests)
     found = outcome(engine, requests, on_token, on_finish)
-    ranks.meet("answers")  # another replica's may take longer than a collective may
+    ranks.meet_after_work("answers")
     outcomes = [_outcome.decode(each) for each in ranks.across_replicas(msgspec.msgpack.encode(found))]
     results: dict[int, Result] = {}
     for replica, each in enumerate(outcomes):

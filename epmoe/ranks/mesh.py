@@ -8,6 +8,7 @@ process group. Which device a rank has is decided here; files with kernels ask f
 """
 
 import json
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,14 @@ class Ranks:
         """
         if self.watch is not None:
             self.watch.meet(Meeting(self.start_timeout_s, START_KEY, purpose=purpose))
+
+    def meet_after_work(self, purpose: str) -> None:
+        """As `meet`, but after work of any length, the ranks' own: it has bounds for each step, and they end the run.
+
+        Replicas that share out a day's prompts may end hours after each other.
+        """
+        if self.watch is not None:
+            self.watch.meet(Meeting(math.inf, purpose=purpose))
 
     def meet_replica(self, purpose: str) -> None:
         """As `meet`, for the ranks of this rank's replica alone."""
