@@ -121,7 +121,7 @@ def test_what_was_said_is_sent_before_the_end() -> None:
 
 
 def test_a_reader_that_fails_is_told_as_an_end(capfd: pytest.CaptureFixture[str]) -> None:
-    with ends() as (far, near, _, gone):
+    with ends() as (_, near, _, gone):
         near.asker.say(Load([]))  # nobody says so: there is nothing in it
         assert gone.wait(WITHIN_S)
     assert "IndexError" in capfd.readouterr().err
