@@ -151,7 +151,8 @@ class AsyncLLM:
             use_on_this_thread(self.llm.ranks.device)
             self.llm.serve(self.service)
         except BaseException as error:
-            self.service.fail(error)
+            if self.is_main:  # another's calls are rank 0's, which asks another replica where it goes on without this
+                self.service.fail(error)
             if (watch := self.llm.ranks.watch) is not None:
                 fail(watch, error)  # the others wait for this rank in a collective
 

@@ -110,6 +110,8 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         raise UserError(f"checkpoint {source.path} has no tokenizer.json: download it beside the weights")
     assert llm.defaults is not None, "rank 0"
     name = config.checkpoint if config.checkpoint else "epmoe-demo"
+    own = config.mesh.attention in ("data", "auto")  # each rank may have requests of its own, so many at a time
+    parts = llm.ranks.size if own else llm.ranks.replicas
     return Hello(
         model=config.serve.model or (Path(name).resolve().name if os.path.isdir(name) else name),
         release=__version__,
@@ -123,7 +125,7 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
         system=config.system,
         variables=configured(config),
         defaults=asdict(llm.defaults),
-        most_requests=config.serve.queue_requests + llm.ranks.replicas * config.runtime.max_batch,
+        most_requests=config.serve.queue_requests + parts * config.runtime.max_batch,
         queue_requests=config.serve.queue_requests,
         max_body=config.serve.max_body,
         max_bodies=config.serve.max_bodies,

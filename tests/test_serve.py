@@ -7,15 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from loading import rank_of
 from served import TORCHRUN, Server, post, served, two_nodes
 
 from epmoe import LLM, SamplingParams
+from epmoe.config.compose import from_keys
+from epmoe.config.schema import ServerConfig
 from epmoe.ranks import guard
+from epmoe.serve import hello
 
 LONG = {"prompt": "It was a fine morning, and", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
@@ -146,6 +151,15 @@ def test_under_one_agent_a_lost_replica_ends_the_run(tmp_path: Path) -> None:
         assert b'"code":"service_unavailable"' in begun.rest()
         assert server.process.wait(30) == 1
         assert "epmoe: rank 1 ended without a word (killed?); rank 0 ends too\n" in server.stderr
+
+
+@pytest.mark.parametrize(("attention", "batches"), [("replicate", 2), ("data", 4), ("auto", 4)])
+def test_as_many_may_be_in_flight_as_wait_and_run(attention: str, batches: int) -> None:
+    """Of four ranks, which are two replicas; with data each rank runs a batch of its own."""
+    keys = {"mesh.attention": attention, "runtime.max_batch": 3, "serve.queue_requests": 10}
+    config = from_keys(keys, ServerConfig)
+    llm = LLM.opened(config, replace(rank_of(0, 4), replicas=2, expert_size=2))
+    assert hello(llm, config, "").most_requests == 10 + batches * 3
 
 
 def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:

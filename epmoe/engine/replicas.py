@@ -6,7 +6,6 @@
 A request's tokens are the same bits wherever it is answered, so that nobody can tell how they were shared out.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -108,7 +107,7 @@ class _Batch:
         self._hear_others(all_of_them=True)
         self.early.close()
         ranks = self.engine.ranks
-        ranks.meet("answers", math.inf)  # another replica's may take hours longer; a rank that dies is noticed
+        ranks.meet_after_work("answers")
         outcomes = [_outcome.decode(each) for each in ranks.across_replicas(msgspec.msgpack.encode(self.outcome))]
         found: dict[int, Result] = {}
         for each in outcomes:

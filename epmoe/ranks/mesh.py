@@ -8,6 +8,7 @@ process group. Which device a rank has is decided here; files with kernels ask f
 """
 
 import json
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,16 +131,23 @@ class Ranks:
         everyone = zip(_everyone(mine, self.replica_group), lengths, strict=True)
         return [each[:length].cpu().numpy().tobytes() for each, length in everyone]
 
-    def meet(self, purpose: str = "", within_s: float | None = None) -> None:
-        """Wait for every rank, at most start_timeout_s or `within_s`: between a work that takes some ranks much longer
-        (a download, reading weights or standard input) and a collective, in which ranks wait for timeout_s only.
+    def meet(self, purpose: str = "") -> None:
+        """Wait for every rank, at most start_timeout_s: between a work that takes some ranks much longer (a download,
+        reading weights or standard input) and a collective, in which ranks wait for timeout_s only.
 
         The watch goes on: a rank that dies or stops meanwhile is noticed as soon as ever. A rank that comes with
         another `purpose` than rank 0's ends the run, and is named.
         """
         if self.watch is not None:
-            limit = self.start_timeout_s if within_s is None else within_s
-            self.watch.meet(Meeting(limit, START_KEY, purpose=purpose))
+            self.watch.meet(Meeting(self.start_timeout_s, START_KEY, purpose=purpose))
+
+    def meet_after_work(self, purpose: str) -> None:
+        """As `meet`, but after work of any length, the ranks' own: it has bounds for each step, and they end the run.
+
+        Replicas that share out a day's prompts may end hours after each other.
+        """
+        if self.watch is not None:
+            self.watch.meet(Meeting(math.inf, purpose=purpose))
 
     def meet_replica(self, purpose: str) -> None:
         """As `meet`, for the ranks of this rank's replica alone."""

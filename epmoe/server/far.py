@@ -33,6 +33,7 @@ from epmoe.server.frames import (
     packed,
 )  # fmt: skip
 
+END_S = 3.0  # for what is still to be sent, at the end
 LOOK_S = 0.5  # how often a wait for the service looks whether it still may come
 FIGURES_S = 0.25  # between two sets of figures: rank 0 passes them on once a second
 
@@ -52,8 +53,9 @@ class Far(Calls):
         self.up = threading.Event()  # its loop takes turns
         self.figures: Figures | None = None
         self.closed = False
-        for work in (self._read, self._write):
-            threading.Thread(target=work, name="epmoe-far", daemon=True).start()
+        self.writer = threading.Thread(target=self._write, name="epmoe-far", daemon=True)
+        self.writer.start()
+        threading.Thread(target=self._read, name="epmoe-far", daemon=True).start()
 
     def submit(self, calls: Sequence[Call]) -> None:
         """Let these wait for their turn there; a refusal comes to their listeners."""
@@ -85,6 +87,12 @@ class Far(Calls):
         self.closed = True
         self._say(Bye())
 
+    def end(self) -> None:
+        """`close`; what was said has been sent then: a halt may be the last of it."""
+        self.close()
+        self.outbox.put(b"")
+        self.writer.join(END_S)
+
     def drop(self) -> None:
         """It is lost: nothing more is said or heard, and its calls are nobody's."""
         with self.lock:
@@ -109,11 +117,15 @@ class Far(Calls):
 
     def _read(self) -> None:
         frames = Frames(FromReplica)
-        with suppress(OSError, Damaged):
+        try:
             while piece := self.socket.recv(PIECE):
                 for frame in frames.feed(piece):
                     with self.lock:
                         self._hear(frame)
+        except (OSError, Damaged):
+            pass
+        except Exception:  # its calls must not wait for ever
+            traceback.print_exc()
         self._end()
         if not self.closed:
             self.gone()

@@ -140,7 +140,10 @@ class Packed(Sequence[TokenLogprobs | None]):
 
 
 def scores(call: int, found: PromptLogprobs) -> Iterator[Scores]:
-    """The frames that tell of these."""
+    """The frames that tell of these; what has come in frames goes on in them, and is not read."""
+    if isinstance(found, Packed):
+        yield from (Scores(call, each.count, each.logprobs) for each in found.frames)
+        return
     width = max((1 + len(each.top) for each in islice(found, 2) if each is not None), default=1)
     size = max(1, SCORES // width)
     for begin in range(0, len(found), size):

@@ -65,8 +65,10 @@ class Links:
     def close(self) -> None:
         """The ranks part."""
         self.closing.set()
-        for each in (*self.far.values(), *((self.near,) if self.near else ())):
-            each.close()
+        for each in self.far.values():
+            each.end()
+        if self.near is not None:
+            self.near.close()
 
     def _cut(self, replica: int) -> None:
         """The connection to that replica's first rank has ended. Mostly that rank has, which the watch tells."""

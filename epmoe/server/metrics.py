@@ -56,26 +56,28 @@ class Metrics:
 
 
 class _Loaded:
-    """Rank 0's figures as metrics."""
+    """Rank 0's figures as metrics. What a replica has done still counts when it is lost: no counter goes back."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self.last: dict[int, Figures] = {}  # of each replica that there ever was
 
     def collect(self) -> Iterator[Metric]:
         found = self.metrics.load()
         if found is None:
             return
-        load = total(found.replicas)
+        self.last |= {each.replica: each for each in found.replicas}
+        load, done = total(found.replicas), total([*self.last.values()])
         used = 1 - load.pages_free / load.pages if load.pages else 0.0
         yield GaugeMetricFamily("epmoe_requests_running", "requests that run", value=load.running)
         yield GaugeMetricFamily("epmoe_requests_waiting", "requests that wait", value=load.queued + load.waiting)
         yield GaugeMetricFamily("epmoe_queue_tokens", "tokens of prompts that wait", value=load.queued_tokens)
         yield GaugeMetricFamily("epmoe_cache_usage_ratio", "share of the cache's pages in use", value=used)
-        yield CounterMetricFamily("epmoe_put_back", "times that a request was put back", value=load.put_back)
-        yield CounterMetricFamily("epmoe_steps", "steps of the engine", value=load.steps)
-        yield CounterMetricFamily("epmoe_step_seconds", "what they have taken together", value=load.step_s)
-        yield CounterMetricFamily("epmoe_drafted_tokens", "tokens that were drafted", value=load.drafted)
-        yield CounterMetricFamily("epmoe_accepted_tokens", "of them, those that came", value=load.accepted)
+        yield CounterMetricFamily("epmoe_put_back", "times that a request was put back", value=done.put_back)
+        yield CounterMetricFamily("epmoe_steps", "steps of the engine", value=done.steps)
+        yield CounterMetricFamily("epmoe_step_seconds", "what they have taken together", value=done.step_s)
+        yield CounterMetricFamily("epmoe_drafted_tokens", "tokens that were drafted", value=done.drafted)
+        yield CounterMetricFamily("epmoe_accepted_tokens", "of them, those that came", value=done.accepted)
         yield GaugeMetricFamily("epmoe_replicas", "replicas of the model that serve", value=len(found.replicas))
         if len(found.replicas) > 1:
             yield from _by_replica(found.replicas)

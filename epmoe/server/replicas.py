@@ -28,18 +28,17 @@ UNBOUNDED = 1 << 40  # requests, or tokens of theirs: rank 0 has counted them
 
 def service_of(engine: Engine, bounds: Serve) -> "Service | Replicas":
     """What this rank runs (`LLM.serve`), and what callers of rank 0 submit to."""
-    ranks = engine.ranks
-    if ranks.replica:
-        return Service(engine, replace(bounds, queue_requests=UNBOUNDED, queue_tokens=UNBOUNDED))
-    own = Service(engine, bounds)
-    return Replicas(own) if ranks.replicas > 1 and ranks.is_main else own
+    if engine.ranks.replicas == 1:
+        return Service(engine, bounds)
+    own = Service(engine, replace(bounds, queue_requests=UNBOUNDED, queue_tokens=UNBOUNDED))
+    return Replicas(own, bounds) if engine.ranks.is_main else own
 
 
 class Replicas:
-    """On rank 0. The bounds are its own replica's service's, and hold for all together."""
+    """On rank 0. The bounds hold for all replicas together; no replica's own service refuses what was let in here."""
 
-    def __init__(self, own: Service) -> None:
-        self.own, self.bounds, self.step_tokens = own, own.bounds, own.step_tokens
+    def __init__(self, own: Service, bounds: Serve) -> None:
+        self.own, self.bounds, self.step_tokens = own, bounds, own.step_tokens
         self.most = own.engine.scheduler.max_batch
         self.lock = threading.Lock()  # for all that follows
         self.far: dict[int, Far] = {}  # by replica

@@ -38,7 +38,7 @@ class Choice:
             first_token_s=result.first_token_s,
             total_s=result.total_s,
             cached_tokens=result.cached_tokens,
-            prompt_logprobs=result.prompt_logprobs,
+            prompt_logprobs=tuple(result.prompt_logprobs),  # another replica's are read here
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, Stopped
 from epmoe.engine.figures import Figures
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
@@ -68,12 +67,10 @@ class Heard:
 class Echo:
     """A `Service` as far as callers see it. `go` gives each call some tokens."""
 
-    def __init__(self, replica: int = 0, bounds: Serve | None = None) -> None:
-        self.replica, self.bounds = replica, bounds or Serve()
-        self.step_tokens = 9
-        self.engine: Any = SimpleNamespace(
-            scheduler=SimpleNamespace(max_batch=2), cache=SimpleNamespace(pages=SimpleNamespace(size=4))
-        )
+    def __init__(self, replica: int = 0) -> None:
+        self.replica, self.step_tokens = replica, 9
+        scheduler, pages = SimpleNamespace(max_batch=2), SimpleNamespace(size=4)
+        self.engine: Any = SimpleNamespace(scheduler=scheduler, cache=SimpleNamespace(pages=pages))
         self.lock = threading.RLock()
         self.calls: list[Call] = []
         self.made: dict[Call, int] = {}

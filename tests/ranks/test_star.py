@@ -2,6 +2,8 @@
 
 import socket
 import threading
+import time
+from typing import Any
 
 import pytest
 from spawn import run_ranks
@@ -42,3 +44,25 @@ def test_a_replica_that_does_not_come_is_named() -> None:
         pytest.raises(RuntimeError, match=r"replicas \[1, 2\] did not reach rank 0 within 0\.1 s"),
     ):
         _accept_all(listener, "a" * 32, 3, 0.1)
+
+
+class Crowd:
+    """A listener to which a stranger comes at once, each time."""
+
+    def __init__(self, within_s: float) -> None:
+        self.until = time.monotonic() + within_s
+
+    def settimeout(self, seconds: float) -> None:
+        assert seconds > 0
+
+    def accept(self) -> tuple[socket.socket, str]:
+        assert time.monotonic() < self.until, "it waits for ever"
+        here, there = socket.socketpair()
+        there.close()
+        return here, "somewhere"
+
+
+def test_strangers_that_come_and_come_do_not_make_it_wait() -> None:
+    crowd: Any = Crowd(within_s=20)
+    with pytest.raises(RuntimeError, match=r"replicas \[1\] did not reach rank 0 within 0\.1 s"):
+        _accept_all(crowd, "a" * 32, 2, 0.1)

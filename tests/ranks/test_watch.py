@@ -42,14 +42,14 @@ def test_a_slow_node_is_waited_for(step: str, slow: int, tiny_checkpoint: Path, 
         assert started[0].stdout and "4 tokens in" in started[0].stderr
 
 
-def meet_late(seconds: float) -> None:
+def meet_late(seconds: float, work: bool = False) -> None:
     """Rank 1 comes late to the second meeting."""
     with mesh.start(device="cpu", timeout_s=8.0, start_timeout_s=1.0) as mine:
         mine.meet()
         print("waiting", flush=True)
         if mine.rank == 1:
             time.sleep(seconds)
-        mine.meet()
+        mine.meet_after_work("answers") if work else mine.meet()
 
 
 def wait_until_waiting(started: list[Command]) -> None:
@@ -65,6 +65,12 @@ def test_a_rank_that_is_never_ready_is_named(tmp_path: Path) -> None:
         assert [command.wait(30) for command in started] == [1, 1, 1]
         late = "epmoe: rank 1 was not ready within 1 s of the others (runtime.start_timeout_s); rank {} ends too\n"
         assert [command.stderr for command in started] == [late.format(rank) for rank in range(3)]
+
+
+def test_work_may_take_a_rank_as_long_as_it_takes(tmp_path: Path) -> None:
+    """Longer than ranks wait for each other's start."""
+    with commands(meet_late, 2, 3.0, True, folder=tmp_path) as started:
+        assert [command.wait(60) for command in started] == [0, 0], [command.stderr for command in started]
 
 
 def wait_for_ever() -> None:

@@ -12,6 +12,7 @@ from echo import WITHIN_S, Echo, Heard, answer, asked
 from epmoe.engine.call import Call, QueueFull, Stopped
 from epmoe.errors import UserError
 from epmoe.server.far import Far, Near
+from epmoe.server.frames import Load
 
 
 @contextmanager
@@ -107,6 +108,23 @@ def test_a_halt_stops_the_service_there(text: str) -> None:
         else:
             assert echo.stopped == [None]
         assert not gone.is_set()
+
+
+def test_what_was_said_is_sent_before_the_end() -> None:
+    """Whoever closes an AsyncLLM halts the others a moment before the ranks part."""
+    for _ in range(20):
+        with ends() as (far, near, echo, _):
+            near.attach(echo)
+            far.halt(Stopped("over"))
+            far.end()
+            echo.wait(lambda echo=echo: echo.stopped)
+
+
+def test_a_reader_that_fails_is_told_as_an_end(capfd: pytest.CaptureFixture[str]) -> None:
+    with ends() as (_, near, _, gone):
+        near.asker.say(Load([]))  # nobody says so: there is nothing in it
+        assert gone.wait(WITHIN_S)
+    assert "IndexError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["here", "there"])

@@ -18,6 +18,7 @@ from epmoe.server.frames import (
     Frames,
     FromHttp,
     FromRank0,
+    FromReplica,
     Load,
     NewToken,
     Packed,
@@ -64,6 +65,16 @@ def test_scores_of_a_prompt_come_in_several_frames(count: int) -> None:
     assert len(whole) == count and tuple(whole) == given == tuple(whole) and bool(whole)
     assert whole[-1] == given[-1] and whole[1:3] == given[1:3]
     assert list(scores(3, ())) == [] and not Packed([])
+
+
+def test_scores_that_came_in_frames_go_on_in_them() -> None:
+    """From another replica to rank 0 to the HTTP process: reading them for each frame took minutes."""
+    given = (None, *(TokenLogprobs(-number / 7, ((number, -0.5),)) for number in range(2 * SCORES)))
+    came = [each for frame in scores(3, given) for each in Frames(FromReplica).feed(packed(frame))]
+    on = list(scores(8, Packed(came)))
+    assert all(one.logprobs is other.logprobs for one, other in zip(on, came, strict=True)) and len(on) > 2
+    found = [each for frame in on for each in Frames(FromRank0).feed(packed(frame))]
+    assert {each.call for each in found} == {8} and tuple(Packed(found)) == given
 
 
 def test_damage_is_an_error_and_nothing_else() -> None:

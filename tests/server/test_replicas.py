@@ -3,26 +3,31 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from echo import WITHIN_S, Echo, Heard, answer, asked
+from fake_model import EOS, FakeCache, FakeModel
+from loading import rank_of
 
 from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, QueueFull, Stopped
+from epmoe.engine.config import EngineConfig
+from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, Token
 from epmoe.errors import UserError
 from epmoe.server.far import Far, Near
-from epmoe.server.replicas import Replicas
+from epmoe.server.replicas import Replicas, service_of
 
 
 class All:
     """Three replicas, the first of them rank 0's own."""
 
     def __init__(self, bounds: Serve | None = None) -> None:
-        self.echoes = [Echo(0, bounds), Echo(1), Echo(2)]
+        self.echoes = [Echo(0), Echo(1), Echo(2)]
         own: Any = self.echoes[0]
-        self.front = Replicas(own)
+        self.front = Replicas(own, bounds or Serve())
         pairs = {replica: socket.socketpair() for replica in (1, 2)}
         self.far = {replica: Far(here, lambda: None) for replica, (here, _) in pairs.items()}
         self.near = {replica: Near(there, lambda: None) for replica, (_, there) in pairs.items()}
@@ -96,6 +101,26 @@ def test_a_full_queue_is_full_for_all_replicas_together() -> None:
             all_.submit(asked(first, first))
         with pytest.raises(QueueFull, match="prompts of 2 tokens wait already, and this one has 9"):
             all_.submit(asked(*range(100, 109)))
+
+
+def test_a_full_queue_refuses_nothing_of_a_lost_replica() -> None:
+    """It was let in: the bounds are of what comes, and rank 0's own service has none besides."""
+    held, model = FakeCache(), FakeModel()
+    ranks = replace(rank_of(0, 1), replicas=2)
+    engine = Engine(model, held, ranks, EngineConfig(eos_ids=[EOS], max_batch=1))  # type: ignore[arg-type]
+    front = service_of(engine, Serve(queue_requests=2))
+    assert isinstance(front, Replicas)
+    here, there = socket.socketpair()
+    with here, there:
+        front.link({1: (far := Far(here, lambda: None))})
+        made = [(Call(asked(first), heard), heard) for first, heard in enumerate(Heard() for _ in range(4))]
+        for call, _ in made:
+            front.submit([call])
+        assert [len(far.calls), front.own.queued] == [2, 2]
+        with pytest.raises(QueueFull, match="2 requests wait already"):
+            front.submit([Call(asked(9), Heard())])
+        front._lose(frozenset([1]))
+        assert front.own.queued == 4 and not any(heard.ends for _, heard in made)
 
 
 def test_aborts_go_where_the_call_is() -> None:

@@ -6,6 +6,7 @@ import pytest
 from scripted import save_tokenizer
 
 from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
+from epmoe.server.frames import Frames, FromReplica, Packed, packed, scores
 from epmoe.text.delivery import Delivery, Piece
 
 NONE = TokenLogprobs(-1.0, ())
@@ -59,3 +60,13 @@ def test_an_error_is_what_is_taken(tmp_path: Path) -> None:
     assert len(woken) == 1
     with pytest.raises(RuntimeError, match="the first"):
         delivery.take()
+
+
+def test_scores_of_a_prompt_are_a_tuple_from_wherever_they_come(tmp_path: Path) -> None:
+    """From another replica they come packed, and each look at one would read them all."""
+    delivery, _ = made(tmp_path, prompt_logprobs=0)
+    given = (None, NONE, NONE)
+    came = [each for frame in scores(0, given) for each in Frames(FromReplica).feed(packed(frame))]
+    delivery.calls[0].listener.finish(Result((257,), "eos", 0.1, 0.2, (), 0, Packed(came)))
+    _, completion = delivery.take()
+    assert completion is not None and completion.prompt_logprobs == given

@@ -1,0 +1,66 @@
+"""A replica of several ranks that loses one: AsyncLLM's callers do not notice it, and the other replica goes on."""
+
+import asyncio
+import os
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+from safetensors.torch import load_file
+from spawn import commands
+
+from epmoe import LLM, AsyncLLM, SamplingParams
+from epmoe.server.replicas import Replicas
+from epmoe.text.completion import Completion
+from epmoe.weights.hub import DEMO
+
+KEYS: dict[str, Any] = {"runtime": {"device": "cpu", "max_batch": 8, "timeout_s": 20}}
+LONG = SamplingParams(max_tokens=100, temperature=1.0, seed=3, ignore_eos=True)
+PROMPTS = [f"Number {number}" for number in range(4)]
+
+
+def serve(folder: str) -> None:
+    """Two replicas of two ranks, each with a launcher of its own."""
+    rank = int(os.environ["RANK"])
+    os.environ["GROUP_RANK"] = str(rank // 2)
+    Path(folder, f"pid.{rank}").write_text(str(os.getpid()))
+    asyncio.run(call(Path(folder)))
+
+
+async def call(folder: Path) -> None:
+    name = "model.norm.weight"
+    new = {name: load_file(next(DEMO.glob("*.safetensors")))[name]}  # the same as before
+    async with AsyncLLM(mesh={"replica": 2}, **KEYS) as llm:
+        if llm.is_main:
+            tasks = [asyncio.create_task(whole(llm, prompt)) for prompt in PROMPTS]
+            await half_an_answer(llm)
+            os.kill(int((folder / "pid.3").read_text()), SIGKILL)
+            print(await asyncio.gather(*tasks), flush=True)
+        await llm.update_weights(new)
+        if llm.is_main:
+            print(await whole(llm, PROMPTS[0]), flush=True)
+
+
+async def half_an_answer(llm: AsyncLLM) -> None:
+    """Until each replica has begun with what it was asked."""
+    service = llm.service
+    assert isinstance(service, Replicas)
+    while {replica for call, replica in service.calls.items() if call.ids and not call.ended} != {0, 1}:
+        await asyncio.sleep(0.001)
+
+
+async def whole(llm: AsyncLLM, prompt: str) -> tuple[int, ...]:
+    async for event in llm.generate(prompt, LONG):
+        if isinstance(event, Completion):
+            return event.ids
+    raise AssertionError("no completion")
+
+
+def test_callers_do_not_notice_a_lost_rank_of_another_replica(tmp_path: Path) -> None:
+    """Its neighbour fails before the loss is judged, and calls are not told of it. The other takes new weights, too."""
+    with LLM(**KEYS) as llm:
+        expected = [each.ids for each in llm.generate(PROMPTS, LONG)]
+    with commands(serve, 4, str(tmp_path), folder=tmp_path) as started:
+        assert [each.wait(100) for each in started] == [0, 0, 1, -SIGKILL], [each.stderr for each in started]
+    assert started[0].stdout == f"{expected}\n{expected[0]}\n", started[0].stderr
+    assert "epmoe: rank 3 ended without a word (killed?); the others go on without ranks 2, 3\n" in started[0].stderr
