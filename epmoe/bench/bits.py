@@ -101,7 +101,7 @@ def ways(prompts: int, company: int, attention: str) -> list[Way]:
         Way("shared out over the ranks", prompts, own=True),
         Way("shared out, alone on each, with drafts", 1, chunk=64, drafts=True, own=True),
     ]
-    return [way for way in found if not (way.own and attention == "tensor" or way.found and attention == "data")]
+    return [way for way in found if not ((way.own and attention == "tensor") or (way.found and attention == "data"))]
 
 
 def requests(config: BitsConfig, vocab: int) -> list[Request]:

@@ -99,7 +99,9 @@ def test_a_librarys_own_product_is_seen(tmp_path: Path, device: str, monkeypatch
         llm.load()
 
         def same() -> int:
-            together, alone = (run(llm, way, asked) for way in ways(12, 12, "replicate") if way.name in ("a batch of 12", "alone"))
+            together, alone = (
+                run(llm, way, asked) for way in ways(12, 12, "replicate") if way.name in ("a batch of 12", "alone")
+            )
             return compare(alone, together)[1]
 
         assert same() == 12
