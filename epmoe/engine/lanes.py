@@ -52,9 +52,9 @@ class Lanes:
         return sum(lane.put_back for lane in self.lanes)
 
     @property
-    def max_batch(self) -> int:
-        """Sequences that run at a time, at most, all lanes together."""
-        return sum(lane.max_batch for lane in self.lanes)
+    def room(self) -> int:
+        """Requests that may come until as many run or wait in each lane as run at a time: of a lane with more, none."""
+        return sum(max(0, lane.max_batch - len(lane.running) - len(lane.waiting)) for lane in self.lanes)
 
     @property
     def speculation(self) -> Speculation | None:

@@ -267,11 +267,10 @@ class Service:
         found: list[Call] = []
         if self.stopping:
             return found
-        most, before = self.engine.scheduler.max_batch, self.engine.scheduler.before
         # Who waits in the engine does so for pages: who comes later waits here, unless they go before.
-        taken = len(self.released) + sum(map(len, self.leaving))
+        before, room = self.engine.scheduler.before, self.engine.scheduler.room - sum(map(len, self.leaving))
         while self.queue and (before is None or self.queue[0][0] < before):
-            if before is None and taken + len(found) >= most:
+            if before is None and len(found) >= room:
                 break
             found.append(self._pop())
         return found

@@ -20,9 +20,6 @@ from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.cache.pages import Pages
-from epmoe.config.schema import Serve
-from epmoe.engine.call import Call
-from epmoe.engine.compiling import Waiting
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.diagnose import NotFinite
 from epmoe.engine.drafts import Costs
@@ -32,7 +29,6 @@ from epmoe.engine.lanes import ANSWER, Lanes
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Workload
 from epmoe.engine.scheduler import Scheduler
 from epmoe.engine.sequence import Sequence as Running
-from epmoe.engine.service import Service
 from epmoe.ranks.mesh import Ranks
 
 PAGE = 4
@@ -420,18 +416,3 @@ def test_all_ranks_replay_what_was_captured_together() -> None:
     first, *others = run_ranks(replayed, 3)
     assert {each.part for each in first} == {"rows", "drafts"}
     assert all(each == first for each in others)
-
-
-def figures(ranks: Ranks) -> tuple[int, int, int]:
-    """Who runs, and the pages of all caches and those that are free, with a prompt of 50 tokens on the last rank."""
-    tested = engine(ranks, FakeCache(tokens=200))
-    for length in (10, 10, 50)[-ranks.size :]:
-        tested.add(asked(range(length)))
-    tested.step()
-    (found,) = Service(tested, Serve()).figures()
-    tested.clear()
-    return found.running, found.pages, found.pages_free
-
-
-def test_figures_count_the_caches_of_all_ranks() -> None:
-    assert run_ranks(figures, 3) == [(3, 150, 150 - 2 * 3 - 13)] * 3

@@ -15,9 +15,10 @@ from spawn import run_ranks
 
 from epmoe.config.schema import Serve
 from epmoe.engine.call import Call, QueueFull, Stopped
+from epmoe.engine.compiling import Waiting
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.engine import Engine
-from epmoe.engine.request import Request, Result, SamplingParams, TokenLogprobs
+from epmoe.engine.request import Finished, Request, Result, SamplingParams, TokenLogprobs
 from epmoe.engine.service import Service
 from epmoe.errors import UserError
 from epmoe.ranks.control import Control
@@ -332,3 +333,54 @@ def one(served: Served, rng: random.Random) -> bool:
 def test_requests_at_random_times(size: int) -> None:
     found = run_ranks(storm, size, size, 240, timeout=120)
     assert found[0] > 120 and found[1:] == [0] * (size - 1)
+
+
+def engine_of_requests_of_its_own(ranks: Ranks, **limits: Any) -> Engine:
+    model: Any = FakeModel(meets=ranks)
+    cache: Any = FakeCache(tokens=400)
+    return Engine(model, cache, ranks, EngineConfig(eos_ids=[EOS], attention="data", **limits))
+
+
+def prompt(first: int, length: int, new: int) -> Request:
+    return Request(tuple(range(first, first + length)), SamplingParams(max_new_tokens=new, ignore_eos=True))
+
+
+def figures(ranks: Ranks) -> tuple[int, int, int]:
+    """Who runs, and the pages of all caches and those that are free, with a prompt of 50 tokens on the last rank."""
+    tested = engine_of_requests_of_its_own(ranks)
+    for length in (10, 10, 50):
+        tested.add(prompt(0, length, 9))
+    tested.step()
+    (found,) = Service(tested, Serve()).figures()
+    tested.clear()
+    return found.running, found.pages, found.pages_free
+
+
+def test_figures_count_the_caches_of_all_ranks() -> None:
+    assert run_ranks(figures, 3) == [(3, 300, 300 - 2 * 3 - 13)] * 3
+
+
+def released(ranks: Ranks) -> tuple[list[tuple[int, int]], int]:
+    """Who runs and who waits on each rank, and how many more come of the queue, when one has nothing to do any more."""
+    tested = engine_of_requests_of_its_own(ranks, max_batch=2)
+    service = Service(tested, Serve())
+    for number in range(4):  # as much to compute, in a step or in 40
+        for request in (prompt(number, 41, 1), prompt(number + 50, 2, 40)):
+            id = tested.add(request)
+            service.released[id] = Call(request, Heard(), id=id)
+    while tested.scheduler.lanes[0].busy:
+        for event in tested.step():
+            if isinstance(event, Finished):
+                del service.released[event.id]
+    for number in range(5):
+        service._push(Waiting(Call(prompt(number, 3, 3), Heard()), number, 1))
+    assert tested.scheduler.before is None
+    busy = [(len(lane.running), len(lane.waiting)) for lane in tested.scheduler.lanes]
+    found = busy, len(service._release())
+    tested.clear()
+    return found
+
+
+def test_a_rank_that_runs_dry_gets_requests_while_others_wait_elsewhere() -> None:
+    """Those that went before others, by their priority, may all be on one rank."""
+    assert run_ranks(released, 2) == [([(0, 0), (2, 2)], 2)] * 2
