@@ -39,7 +39,7 @@ class Replicas:
 
     def __init__(self, own: Service, bounds: Serve) -> None:
         self.own, self.bounds, self.step_tokens = own, bounds, own.step_tokens
-        self.most = own.engine.scheduler.max_batch
+        self.most = own.engine.max_batch * len(own.engine.scheduler.lanes)
         self.lock = threading.Lock()  # for all that follows
         self.far: dict[int, Far] = {}  # by replica
         self.calls: dict[Call, int] = {}  # those that have not ended → the replica

@@ -7,9 +7,7 @@ whose cache checks what is read and written.
 import random
 from collections import Counter
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -138,22 +136,6 @@ def test_a_lane_that_is_full_is_the_last_choice() -> None:
     run(tested, 150)
     assert [len(lane.running) for lane in tested.lanes] == [1, 0] and tested.lanes[0].pages.left < 50
     assert placed(tested, [asked([*ids, *range(300, 500)], 9)]) == [1]
-
-
-def test_a_lane_that_runs_dry_gets_requests_while_others_wait_elsewhere() -> None:
-    """Those that went before others, by their priority, may all be in one lane."""
-    tested = lanes(2, max_batch=2)
-    kinds = [(53, 1), (4, 50)]  # tokens of prompt and answer: as many to compute, in a step or in 50
-    requests = [asked(range(100 * each, 100 * each + kinds[each % 2][0]), kinds[each % 2][1]) for each in range(8)]
-    assert placed(tested, requests) == [0, 1] * 4
-    run(tested, 20)
-    assert [(len(each.running), len(each.waiting)) for each in tested.lanes] == [(0, 0), (2, 2)]
-    made: Any = SimpleNamespace(scheduler=tested, max_batch=2, ranks=rank_of(0, 2))
-    service, quiet = Service(made, Serve()), Mock()
-    service.released = {each.id: Call(each.request, quiet) for each in (*tested.running, *tested.waiting)}
-    for number in range(5):
-        service._push(Waiting(Call(asked([number]), quiet), number, 1))
-    assert before(tested) is None and len(service._release()) == 2
 
 
 def test_every_host_makes_the_same_choices() -> None:

@@ -69,8 +69,8 @@ class Echo:
 
     def __init__(self, replica: int = 0) -> None:
         self.replica, self.step_tokens = replica, 9
-        scheduler, pages = SimpleNamespace(max_batch=2), SimpleNamespace(size=4)
-        self.engine: Any = SimpleNamespace(scheduler=scheduler, cache=SimpleNamespace(pages=pages))
+        scheduler, cache = SimpleNamespace(lanes=[None]), SimpleNamespace(pages=SimpleNamespace(size=4))
+        self.engine: Any = SimpleNamespace(max_batch=2, scheduler=scheduler, cache=cache)
         self.lock = threading.RLock()
         self.calls: list[Call] = []
         self.made: dict[Call, int] = {}
