@@ -95,23 +95,28 @@ def own_outputs(ranks: Ranks, placement: Placement, name: str, shares: list[tupl
     return found
 
 
-@pytest.mark.parametrize("name", EXCHANGE)
+def every_output(ranks: Ranks, placement: Placement, shares: list[tuple[int, ...]]) -> dict[str, list[torch.Tensor]]:
+    return {name: own_outputs(ranks, placement, name, shares) for name in EXCHANGE}
+
+
 @pytest.mark.parametrize("placement", [contiguous(7, 1), contiguous(7, 2), SCATTERED], ids=["1", "2", "scattered"])
-def test_tokens_that_travel_come_home_with_the_bits_of_one_rank(placement: Placement, name: str) -> None:
+def test_tokens_that_travel_come_home_with_the_bits_of_one_rank(placement: Placement) -> None:
     """mesh.attention=data: each rank has tokens of its own, as many as the others or not, or none."""
     size = len(placement.experts)
     shares = [counts for counts in OWN if len(counts) == size] or [(11,)]
-    results = run_ranks(own_outputs, size, placement, name, shares)
+    results = run_ranks(every_output, size, placement, shares)
     moe = layer(contiguous(7, 1), 0, Slots(rank_of(0, 1)))
     for index, counts in enumerate([*shares, (4,) * size]):
         x_TH = tokens(sum(counts))
         rows_TJH = moe.routed(x_TH, moe.router(x_TH)).wait()
         assert rows_TJH is not None
-        found_TH = torch.cat([result[index] for result in results])
-        if name == "all_reduce":  # other bits
-            torch.testing.assert_close(found_TH, add_rows(rows_TJH), rtol=1e-5, atol=1e-5)
-        else:
-            assert torch.equal(found_TH.view(torch.int32), add_rows(rows_TJH).view(torch.int32)), counts
+        wanted_TH = add_rows(rows_TJH)
+        for name in EXCHANGE:
+            found_TH = torch.cat([result[name][index] for result in results])
+            if name == "all_reduce":  # other bits
+                torch.testing.assert_close(found_TH, wanted_TH, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(found_TH.view(torch.int32), wanted_TH.view(torch.int32)), (name, counts)
 
 
 def test_one_rank_computes_the_layer(one_rank: list[torch.Tensor]) -> None:
