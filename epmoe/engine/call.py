@@ -69,6 +69,7 @@ class Call:
     cached_tokens: int = 0
     ended: bool = False  # its listener knows
     known: int = 0  # of its tokens, those that come once more: see `again`
+    lost: int = 0  # replicas that were lost while they answered it
 
     def hear(self, event: Event) -> bool:
         """Take the next event and tell the listener. True: that has found a stop string, and knows that it has all.
@@ -105,6 +106,7 @@ class Call:
         Its tokens are the same ones then, so that the listener hears of those alone that it does not know.
         """
         self.id, self.known = -1, len(self.ids)
+        self.lost += 1
 
     def fail(self, error: BaseException) -> None:
         """There will be no answer."""

@@ -23,6 +23,7 @@ from epmoe.ranks.control import Control
 from epmoe.server.far import Far
 from epmoe.server.placing import Placing
 
+MOST_LOST = 2  # replicas that one request may have been asked of when they were lost: it may be what ends them
 UNBOUNDED = 1 << 40  # requests, or tokens of theirs: rank 0 has counted them
 
 
@@ -175,8 +176,11 @@ class Replicas:
     def _again(self, calls: Sequence[Call]) -> None:
         for each in calls:
             each.again()
+            if each.lost == MOST_LOST:
+                each.fail(Stopped(f"{MOST_LOST} replicas were lost while they answered it: it is asked of no other"))
+        going = [each for each in calls if not each.ended]
         try:
-            self._place(calls)
+            self._place(going)
         except (UserError, Stopped) as error:
-            for each in calls:
+            for each in going:
                 each.fail(Stopped(f"the replica that answered is lost, and no other one takes the request: {error}"))

@@ -183,6 +183,21 @@ def test_who_asks_does_not_notice_a_lost_replica(said: int) -> None:
         all_.wait(4, 2, 4)
 
 
+def test_a_request_that_replicas_do_not_survive_ends_before_all_have_gone() -> None:
+    with replicas() as all_:
+        _, (poison, heard), _ = all_.submit(*(asked(first) for first in range(3)))
+        all_.wait(1, 1, 1)
+        all_.submit(asked(7))
+        all_.echoes[0].wait(lambda: len(all_.echoes[0].calls) == 2)  # so that the third replica has the least to do
+        all_.front.lose([1])
+        all_.echoes[2].wait(lambda: len(all_.echoes[2].calls) == 2)
+        assert not poison.ended
+        all_.front.lose([2])
+        error = heard.error()
+        assert isinstance(error, Stopped) and "2 replicas were lost while they answered it" in str(error)
+        all_.echoes[0].wait(lambda: len(all_.echoes[0].calls) == 3)  # the other one's, which was lost once
+
+
 def test_an_answer_that_comes_out_otherwise_is_no_answer() -> None:
     """That cannot be; if it is, it is told, and no answer is put together of two."""
     with replicas() as all_:
