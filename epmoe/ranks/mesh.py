@@ -63,7 +63,8 @@ class Ranks:
     expert_group: dist.ProcessGroup | None = None  # the replica's own ranks; None when expert_size is 1
     replica: int = 0
     replicas: int = 1
-    replica_group: dist.ProcessGroup | None = None  # this expert rank of each replica; None when there is one replica
+    # This expert rank of each replica, on the host: a lost one must leave the others no communicator to end with it.
+    replica_group: dist.ProcessGroup | None = None  # None when there is one replica
     neighbours: int = 1  # ranks of this machine, of whichever replica: they share its processors and the host's memory
     units: tuple[tuple[int, ...], ...] = ((0,),)  # replicas that are lost together (`Axes.units`)
     watch: Watch | None = None  # None when size is 1
@@ -95,7 +96,9 @@ class Ranks:
     def spread(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with rank 0's; a collective of all ranks."""
         if self.replica_group is not None and self.leads:
-            dist.broadcast(tensor, group=self.replica_group, group_src=0)
+            host = tensor.cpu()
+            dist.broadcast(host, group=self.replica_group, group_src=0)
+            tensor.copy_(host)
         self.broadcast(tensor)
 
     def broadcast_json(self, value: Any) -> Any:
@@ -119,17 +122,17 @@ class Ranks:
 
     def gather_all(self, values: Sequence[int]) -> list[list[int]]:
         """Each rank's values, by rank; a collective of all ranks."""
-        mine = torch.tensor(self.gather(values), dtype=torch.int64, device=self.device)
+        mine = torch.tensor(self.gather(values), dtype=torch.int64)
         return [each for replica in _everyone(mine, self.replica_group) for each in replica.tolist()]
 
     def across_replicas(self, data: bytes) -> list[bytes]:
         """Each replica's bytes, of which all of its ranks have the same, by replica; a collective of all ranks."""
         if self.replica_group is None:
             return [data]
-        lengths = [int(each) for each in _everyone(torch.tensor([len(data)], device=self.device), self.replica_group)]
-        mine = torch.frombuffer(bytearray(data.ljust(max(*lengths, 1))), dtype=torch.uint8).to(self.device)
+        lengths = [int(each) for each in _everyone(torch.tensor([len(data)]), self.replica_group)]
+        mine = torch.frombuffer(bytearray(data.ljust(max(*lengths, 1))), dtype=torch.uint8)
         everyone = zip(_everyone(mine, self.replica_group), lengths, strict=True)
-        return [each[:length].cpu().numpy().tobytes() for each, length in everyone]
+        return [each[:length].numpy().tobytes() for each, length in everyone]
 
     def meet(self, purpose: str = "") -> None:
         """Wait for every rank, at most start_timeout_s: between a work that takes some ranks much longer (a download,
@@ -288,7 +291,7 @@ def _grouped(met: Ranks, store: dist.Store, timeout_s: float, axes: Axes) -> Ran
     one = axes.replicas == 1
     dist.init_process_group(
         # Spelt out: a group of two default backends crashes some interpreters at exit. No accelerator's group goes
-        # over several replicas before it is used: one that is lost must not disturb the others.
+        # over several replicas: one that is lost must not disturb the others.
         backend if one else "gloo",
         store=store,
         rank=met.rank,
@@ -301,14 +304,14 @@ def _grouped(met: Ranks, store: dist.Store, timeout_s: float, axes: Axes) -> Ran
         group = mesh.get_group("expert")
         return replace(met, expert_rank=mesh.get_local_rank("expert"), expert_size=axes.expert, expert_group=group)
 
-    def grouped(parts: Sequence[Sequence[int]], own: torch.device | None) -> dist.ProcessGroup:
+    def grouped(parts: Sequence[Sequence[int]], backend: str, own: torch.device | None) -> dist.ProcessGroup:
         """This rank's of a partition of all ranks; each rank makes all of them."""
         limit = timedelta(seconds=timeout_s)
         made = {tuple(part): dist.new_group(part, limit, backend, device_id=own) for part in parts}
         return next(group for part, group in made.items() if met.rank in part)
 
-    expert_group = grouped([axes.members(each) for each in range(axes.replicas)], own)
-    replica_group = grouped([axes.counterparts(each) for each in range(axes.expert)], None)
+    expert_group = grouped([axes.members(each) for each in range(axes.replicas)], backend, own)
+    replica_group = grouped([axes.counterparts(each) for each in range(axes.expert)], "gloo", None)
     grid = torch.arange(met.size).view(axes.replicas, axes.expert)
     mesh = DeviceMesh.from_group([replica_group, expert_group], device.type, grid, mesh_dim_names=("replica", "expert"))
     nodes, replica = nodes_of(store, met.size), mesh.get_local_rank("replica")
