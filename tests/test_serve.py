@@ -102,6 +102,7 @@ def test_two_replicas_answer_as_one_does(tmp_path: Path) -> None:
     assert server.stderr.count("epmoe-demo at http") == 1 and "Traceback" not in server.stderr
 
 
+@pytest.mark.slow  # tests/whole/test_lost_replica.py has the same of AsyncLLM, in the midst of its answers
 def test_clients_do_not_notice_a_lost_replica(tmp_path: Path) -> None:
     """Where it has an agent of its own. Other replicas answer its requests once more, and no token comes twice."""
     asked: dict[str, Any] = {"max_tokens": 150, "temperature": 1.0, "seed": 3, "ignore_eos": True}

@@ -33,7 +33,11 @@ def command(*keys: str, ranks: int = 1, timeout: float = 120) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("ranks", "attention"),
-    [(1, "replicate"), (2, "replicate"), (2, "tensor"), pytest.param(2, "data", marks=pytest.mark.slow)],
+    [
+        (1, "replicate"),
+        (2, "replicate"),
+        *(pytest.param(2, each, marks=pytest.mark.slow) for each in ("tensor", "data")),
+    ],
 )
 def test_the_command(ranks: int, attention: str) -> None:
     """And what it finds: every bit is the same in any company."""

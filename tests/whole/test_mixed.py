@@ -138,7 +138,7 @@ def test_what_a_rank_may_have_for_itself(tiny_checkpoint: Path, tmp_path: Path) 
     shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (tmp_path / "copy" / "generation_config.json").unlink(missing_ok=True)
     first = [f"checkpoint={tiny_checkpoint}", f"output={tmp_path}/mixed.jsonl"]
-    own = ["prompt=other", "max_new_tokens=3", "sampling.seed=7", "runtime.timeout_s=90", "mesh.expert=2", "chat=off"]
+    own = ["prompt=other", "max_new_tokens=3", "sampling.seed=7", "runtime.timeout_s=90", "chat=off"]
     ids = []
     for keys in ([first, [f"checkpoint={tmp_path}/copy", *own]], [first, first]):
         with commands(generate, 2, keys, folder=tmp_path) as started:
