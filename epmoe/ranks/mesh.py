@@ -192,7 +192,7 @@ class Ranks:
             mine = tensor_RX.new_zeros(len(tensor_RX), max(columns))
             mine[:, : tensor_RX.shape[1]] = tensor_RX
         everyone = mine.new_empty(self.expert_size * len(mine), mine.shape[1])
-        _all_gather(everyone, mine, group=self.expert_group)
+        all_gather(everyone, mine, group=self.expert_group)
         parts = everyone.view(self.expert_size, *mine.shape)
         if even:
             return parts.transpose(0, 1).flatten(1)
@@ -213,8 +213,9 @@ def _everyone(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch
     return found
 
 
-# Its name since torch 2.13, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Their names since torch 2.13, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @contextmanager

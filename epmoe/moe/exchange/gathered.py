@@ -16,11 +16,7 @@ import torch.distributed as dist
 
 from epmoe.moe.exchange import Counts, Sent
 from epmoe.moe.router.routing import Routing
-from epmoe.ranks.mesh import Ranks
-
-# Their names since torch 2.13, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from epmoe.ranks.mesh import Ranks, all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def scatter(y_XJH: torch.Tensor, sent: Gathered) -> torch.Tensor:
             padded_NAJH[rank, : len(rows)] = rows
         y_XJH = padded_NAJH.flatten(0, 1)
     own_AJH = y_XJH.new_empty(most, *y_XJH.shape[1:])
-    _reduce_scatter(own_AJH, y_XJH.contiguous(), group=sent.group)
+    reduce_scatter(own_AJH, y_XJH.contiguous(), group=sent.group)
     return own_AJH[: counts[sent.rank]]
 
 
@@ -66,7 +62,7 @@ def _gathered(own_TC: torch.Tensor, counts: tuple[int, ...], group: dist.Process
         own_AC = own_TC.new_zeros(most, columns)
         own_AC[:tokens] = own_TC
     all_NAC = own_TC.new_empty(len(counts) * most, columns)
-    _all_gather(all_NAC, own_AC, group=group)
+    all_gather(all_NAC, own_AC, group=group)
     if set(counts) == {most}:
         return all_NAC
     return torch.cat([rows[:count] for rows, count in zip(all_NAC.split(most), counts, strict=True)])
