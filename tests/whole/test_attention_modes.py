@@ -155,3 +155,51 @@ def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
     assert len(found[0]) == 5 and [(each["ids"], each["logprobs"]) for each in found[0]] == [
         (each["ids"], each["logprobs"]) for each in found[1]
     ]
+
+
+# On GPUs: NCCL's collectives in graphs.
+
+
+@pytest.fixture(scope="module")
+def known_on_a_gpu() -> tuple[Answers, int]:
+    found: tuple[Answers, int] = run_ranks(
+        answers, 1, keys_of("replicate", device="cuda"), False, timeout=300, device="cuda"
+    )[0]
+    return found
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("runtime", [{}, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize(("mode", "combine"), [("tensor", "slots"), *(("data", each) for each in DATA)])
+def test_the_same_bits_on_gpus(
+    mode: str, combine: str, runtime: dict[str, Any], known_on_a_gpu: tuple[Answers, int]
+) -> None:
+    keys = keys_of(mode, combine, runtime, "cuda")
+    for said, nbytes in run_ranks(answers, 2, keys, bool(runtime), timeout=300, device="cuda"):
+        assert said == known_on_a_gpu[0]
+        if mode == "tensor" and not runtime:
+            assert nbytes * 2 == known_on_a_gpu[1]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_real_shapes_on_gpus(dtype: str, tmp_path: Path) -> None:
+    """20b's widths and heads, two layers."""
+    place = str(make_checkpoint(tmp_path, "20b", layers=2, vocab=8192, shards=1))
+    options = {"combine": "slots", "experts": "triton", "router": "triton", "dtype": dtype}
+    assert_same(runs(place, 2, "cuda", 240, attention="tensor", **options), runs(place, 1, "cuda", 240, **options))
+
+
+@pytest.mark.multigpu
+def test_two_replicas_on_two_gpus(tmp_path: Path) -> None:
+    prompts, found = tmp_path / "p.jsonl", []
+    prompts.write_text("".join(json.dumps({"prompt": "one cup, two cups, " * each}) + "\n" for each in range(1, 9)))
+    for ranks, replica in ((1, 0), (2, 2)):
+        output = tmp_path / f"{ranks}.jsonl"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        keys = [f"prompts={prompts}", f"output={output}", f"mesh.replica={replica}", "max_new_tokens=24", "chat=off"]
+        keys += ["sampling.logprobs=2", "sampling.ignore_eos=true"]
+        done = subprocess.run([*command, "-m", "epmoe.generate", *keys], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found.append([(each["ids"], each["logprobs"]) for each in map(json.loads, output.read_text().splitlines())])
+    assert found[0] == found[1] and len(found[0]) == 8
