@@ -99,7 +99,8 @@ class _PinnedRing:
             copied.synchronize()
             source = buffer[: part.numel()]
             _read_into(fd, file, [(offset, part.numel())], source)
-            with self._module.stream(self._stream):
+            # Whoever reads may be in inference mode, which a thread of the pool is not.
+            with self._module.stream(self._stream), torch.inference_mode():
                 part.copy_(source, non_blocking=True)
                 copied.record(self._stream)
         finally:

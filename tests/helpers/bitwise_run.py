@@ -45,7 +45,8 @@ class Recorder:
 
     def logits(self, norm_OH: torch.Tensor, part: tuple[int, int] | None, /) -> torch.Tensor:
         logits_OV: torch.Tensor = self.model.logits(norm_OH, None)
-        self.made.append((logits_OV if self.real_O is None else logits_OV[self.real_O]).cpu().clone())
+        real_O, self.real_O = self.real_O, None  # a head that is warmed up has no step before it
+        self.made.append((logits_OV if real_O is None else logits_OV[real_O]).cpu().clone())
         return logits_OV[:, slice(*part)] if part else logits_OV
 
 
@@ -81,7 +82,10 @@ def run(mine: mesh.Ranks, checkpoint: str, options: dict[str, Any], limits: Limi
     cache = fit_cache(model.config, needs, mine, settings)
     recorder = Recorder(model)
     config = EngineConfig(prefill_chunk=16, max_batch=4)
-    results = Engine(recorder, cache, mine, config).generate(asked)
+    engine = Engine(recorder, cache, mine, config)
+    engine.prepare_for(asked)
+    recorder.made.clear()
+    results = engine.generate(asked)
     return [result.ids for result in results], torch.cat(recorder.made)
 
 

@@ -1,6 +1,7 @@
 """Drafts that are tried and wrong as dice fall, by the same dice on every rank: no answer may follow from them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -19,6 +20,16 @@ def try_some(patch: pytest.MonkeyPatch, dice: Random, most: int = MOST_DRAFT, *,
         return counts
 
     patch.setattr(Drafting, "allot", some)
+
+
+def draft_known(patch: pytest.MonkeyPatch, answers: Sequence[Sequence[int]]) -> None:
+    """What is drafted goes on as one of these answers does behind a sequence's last two tokens, where one has them."""
+    behind = {pair: ids[at + 2 :] for ids in answers for at, pair in enumerate(pairwise(ids))}
+
+    def known(self: History, most: int) -> list[int]:
+        return list(behind.get(tuple(self.ids[self.count - 2 : self.count].tolist()), ()))[:most]
+
+    patch.setattr(History, "draft", known)
 
 
 def draft_wrongly(patch: pytest.MonkeyPatch, dice: Random, ids: int, right: float) -> None:

@@ -17,10 +17,11 @@ from epmoe.weights.synthetic import make_checkpoint
 
 HELPERS = str(Path(__file__).resolve().parents[1] / "helpers")
 BEGIN = f"""
-import asyncio, os, random, signal, sys, time
+import asyncio, os, pickle, random, signal, sys, time
+from pathlib import Path
 import pytest
 sys.path.append({HELPERS!r})
-from drafting import draft_wrongly, try_some
+from drafting import draft_known, draft_wrongly, try_some
 from storm import PLACE, SERVE, TIGHT, WHERE, alone, storm
 from epmoe import AsyncLLM, SamplingParams
 from epmoe.engine.drafts import Drafting
@@ -39,6 +40,8 @@ async def main(ranks, speculate, attention, replica):
     if ranks == 1 and speculate != "off":  # it is in this process: each step has drafts, most of them wrong
         patch, dice = pytest.MonkeyPatch(), random.Random(ranks)
         try_some(patch, dice, 8)
+        if os.environ.get("RANDOM_WEIGHTS"):  # whose answers have nothing that was said before
+            draft_known(patch, [one[2] for answer in pickle.loads(Path(sys.argv[2]).read_bytes()) for one in answer])
         draft_wrongly(patch, dice, 2000, 0.8)
         patch.setattr(Drafting, "__init__", known)
     parts = {"mesh": {"attention": attention, "replica": replica}, "speculate": speculate}
@@ -139,7 +142,9 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0)
+        code, out, errors = run(
+            tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0, RANDOM_WEIGHTS="yes"
+        )
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 
