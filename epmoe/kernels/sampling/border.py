@@ -82,7 +82,7 @@ def border_kernel(
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     bracket_ptr,  # float32 [B, 2]
-    sum_ptr,  # int64 [B, groups, 4]
+    sum_ptr,  # int64 [B, groups, 4], as narrow.sum_kernel leaves it
     kept_ptr,  # in, out int64 [B, runs]: all weights that are kept
     candidates_ptr,  # int32 [B]
     candidate_ptr,  # int64 [B, ROOM]
@@ -105,14 +105,20 @@ def border_kernel(
         sum_ptr_G = sum_ptr + (b * groups + g_G) * 4
         total = tl.sum(tl.load(sum_ptr_G, g_G < groups, other=0), 0)
         above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)
-        inside = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
-        above_k = tl.sum(tl.load(sum_ptr_G + 3, g_G < groups, other=0), 0)
+        above_k = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
         c_C = tl.arange(0, ROOM)
         key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
         real_C = key_C != NOTHING
         weight_C = tl.where(real_C, weight_of(key_value(key_C), best, inverse), 0)
         fits = candidates <= ROOM
+        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+        lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
+        low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
+        high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)
+        inside = tl.sum(weight_C, 0)
+        if fits == 0:
+            inside = measure_row(row_ptr, ids, best, inverse, low, False, M) - above
 
         # top-k excludes nothing where all that weighs something is within the k.
         void = by_k & (every == 0) & ((total == above) | ((above_k + candidates < top_k) & (total == above + inside)))
@@ -135,11 +141,6 @@ def border_kernel(
             kept_C = (key_C >= border) & real_C & (weight_C >= least)
             tl.atomic_add(kept_ptr + b * parts + key_id(key_C) // N, weight_C, kept_C)
         else:
-            row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-            lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
-            low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
-            high = ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS
-            high = tl.minimum(high, highest)
             border = lowest
             if by_k:
                 from_, to = tl.where(holds_k, low, lowest), tl.where(holds_k, high, highest)
