@@ -29,14 +29,24 @@ from epmoe.kernels.sampling.numbers import (
 
 @triton.jit
 def border_of(key_C, measure_C, need):
-    """The largest key at which, with all larger ones, the measures reach `need`; all together do."""
-    low = tl.min(tl.where(key_C == NOTHING, 1 << 62, key_C), 0)
-    high = tl.max(key_C, 0) + 1
+    """The largest key at which, with all larger ones, the measures reach `need`; all together do.
+
+    Its score is found first: mostly one candidate alone has it, and there is no id to be looked for.
+    """
+    score_C = key_C >> 20  # NOTHING's is below all others
+    low = tl.min(tl.where(key_C == NOTHING, 1 << 62, score_C), 0)
+    high = tl.max(score_C, 0) + 1
     while high - low > 1:
         middle = low + ((high - low) >> 1)
-        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        reached = tl.sum(tl.where(score_C >= middle, measure_C, 0), 0) >= need
         low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
-    return low
+    equal_C = (score_C == low) & (key_C != NOTHING)
+    border, last = tl.min(tl.where(equal_C, key_C, 1 << 62), 0), tl.max(tl.where(equal_C, key_C, NOTHING), 0) + 1
+    while last - border > 1:
+        middle = border + ((last - border) >> 1)
+        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        border, last = tl.where(reached, middle, border), tl.where(reached, last, middle)
+    return border
 
 
 @triton.jit
