@@ -183,8 +183,8 @@ OPTIONAL = [
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scan": (launch.scan_kernel, dict.fromkeys(OPTIONAL)),
     "adjust": (launch.scan_kernel, {}),
-    "round": (launch.round_kernel, {"M": launch.ROUND_PART}),
-    "sum": (launch.sum_kernel, {"M": launch.SUM_PART, "C": launch.ROUND_PART}),
+    "round": (launch.round_kernel, {"M": launch.ROUND_PART, "STAGES": launch.STAGES["round"]}),
+    "sum": (launch.sum_kernel, {"M": launch.SUM_PART, "C": launch.ROUND_PART, "STAGES": launch.STAGES["sum"]}),
     "border": (launch.border_kernel, {}),
     "draw": (launch.draw_kernel, {}),
     "top": (launch.top_kernel, {}),

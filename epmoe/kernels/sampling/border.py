@@ -29,14 +29,24 @@ from epmoe.kernels.sampling.numbers import (
 
 @triton.jit
 def border_of(key_C, measure_C, need):
-    """The largest key at which, with all larger ones, the measures reach `need`; all together do."""
-    low = tl.min(tl.where(key_C == NOTHING, 1 << 62, key_C), 0)
-    high = tl.max(key_C, 0) + 1
+    """The largest key at which, with all larger ones, the measures reach `need`; all together do.
+
+    Its score is found first: mostly one candidate alone has it, and there is no id to be looked for.
+    """
+    score_C = key_C >> 20  # NOTHING's is below all others
+    low = tl.min(tl.where(key_C == NOTHING, 1 << 62, score_C), 0)
+    high = tl.max(score_C, 0) + 1
     while high - low > 1:
         middle = low + ((high - low) >> 1)
-        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        reached = tl.sum(tl.where(score_C >= middle, measure_C, 0), 0) >= need
         low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
-    return low
+    equal_C = (score_C == low) & (key_C != NOTHING)
+    border, last = tl.min(tl.where(equal_C, key_C, 1 << 62), 0), tl.max(tl.where(equal_C, key_C, NOTHING), 0) + 1
+    while last - border > 1:
+        middle = border + ((last - border) >> 1)
+        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        border, last = tl.where(reached, middle, border), tl.where(reached, last, middle)
+    return border
 
 
 @triton.jit
@@ -82,7 +92,7 @@ def border_kernel(
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     bracket_ptr,  # float32 [B, 2]
-    sum_ptr,  # int64 [B, groups, 4]
+    sum_ptr,  # int64 [B, groups, 4], as narrow.sum_kernel leaves it
     kept_ptr,  # in, out int64 [B, runs]: all weights that are kept
     candidates_ptr,  # int32 [B]
     candidate_ptr,  # int64 [B, ROOM]
@@ -105,14 +115,20 @@ def border_kernel(
         sum_ptr_G = sum_ptr + (b * groups + g_G) * 4
         total = tl.sum(tl.load(sum_ptr_G, g_G < groups, other=0), 0)
         above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)
-        inside = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
-        above_k = tl.sum(tl.load(sum_ptr_G + 3, g_G < groups, other=0), 0)
+        above_k = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
         c_C = tl.arange(0, ROOM)
         key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
         real_C = key_C != NOTHING
         weight_C = tl.where(real_C, weight_of(key_value(key_C), best, inverse), 0)
         fits = candidates <= ROOM
+        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+        lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
+        low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
+        high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)
+        inside = tl.sum(weight_C, 0)
+        if fits == 0:
+            inside = measure_row(row_ptr, ids, best, inverse, low, False, M) - above
 
         # top-k excludes nothing where all that weighs something is within the k.
         void = by_k & (every == 0) & ((total == above) | ((above_k + candidates < top_k) & (total == above + inside)))
@@ -135,11 +151,6 @@ def border_kernel(
             kept_C = (key_C >= border) & real_C & (weight_C >= least)
             tl.atomic_add(kept_ptr + b * parts + key_id(key_C) // N, weight_C, kept_C)
         else:
-            row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-            lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
-            low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
-            high = ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS
-            high = tl.minimum(high, highest)
             border = lowest
             if by_k:
                 from_, to = tl.where(holds_k, low, lowest), tl.where(holds_k, high, highest)

@@ -21,7 +21,8 @@ from epmoe.kernels.sampling.scan import scan_kernel
 
 RUN = 8192  # ids of a program: 25 programs a row for 201,088
 PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
-ROUNDS, PIVOTS, RECORD = 3, 6, 16
+ROUNDS, PIVOTS, RECORD = 3, 8, 16
+STAGES = {"round": 2, "sum": 3}  # loads of a program that are under way, and its own part
 # Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
 # each has several where there are many. Four for each multiprocessor of an H200.
 PROGRAMS = 528
@@ -169,12 +170,12 @@ def _narrow(
     for number in range(ROUNDS):
         round_kernel[(groups, rows)](
             *shared, record.low, record.pivot, record.measure, number, rows, parts, groups, each * RUN,
-            **sizes, M=ROUND_PART, P=PIVOTS, num_warps=WARPS["round"],
+            **sizes, M=ROUND_PART, P=PIVOTS, STAGES=STAGES["round"], num_warps=WARPS["round"],
         )  # fmt: skip
     sum_kernel[(groups, rows)](
         *shared, record.pivot, record.measure, record.bracket, record.sum, record.kept, record.candidates,
         record.candidate, int(every), rows, parts, groups, each, ROUNDS - 1,
-        **sizes, N=RUN, M=SUM_PART, C=ROUND_PART, P=PIVOTS, num_warps=WARPS["sum"],
+        **sizes, N=RUN, M=SUM_PART, C=ROUND_PART, P=PIVOTS, STAGES=STAGES["sum"], num_warps=WARPS["sum"],
     )  # fmt: skip
     border_kernel[(rows,)](
         *shared, record.bracket, record.sum, record.kept, record.candidates, record.candidate, record.border,

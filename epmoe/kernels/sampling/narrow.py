@@ -1,10 +1,10 @@
 """Between which two scores the border of top-k or top-p lies, and the exact sums around them.
 
 A row's measure of a score is how many tokens have it or more (top-k), or how much they weigh (top-p). A round measures
-a few pivots, in float32, and leaves a sixth or seventh of what it found: three rounds 0.3 % of a row's range. Float32
+a few pivots, in float32, and leaves an eighth or ninth of what it found: three rounds 0.2 % of a row's range. Float32
 is exact for a count; for weights a border counts only where it is clear by SLACK, and border.py compares with exact
-sums whatever comes of it. As soon as all from the low end on have room, which a small top-k has after a round, they are
-what is looked for, and further rounds measure nothing.
+sums whatever comes of it. As soon as what is left has room, which a small top-k has after a round and an ordinary top-p
+after two, further rounds measure nothing.
 
 Letters: N ids of a run · M of them at a time · S runs · G groups of runs, one a program · J numbers of a round,
 P of them pivots.
@@ -35,11 +35,11 @@ SLACK = tl.constexpr(2.0**-16)  # of float32's exp2 and sums, several times what
 
 @triton.jit
 def bracket(
-    pivot_ptr, measure_ptr, last, rows, b, groups, top_k, top_p, by_k,
+    pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k,
     SP: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """low and high after round `last`: the border is at least the one and below the other; the low one's measure; and
-    whether all from there on have room, by top-k, where there is no high end then."""
+    """low and high after round `last`: the border is at least the one and below the other; their measures; and whether
+    what lies between them has room: by top-k all from the low end on, and there is no high end then."""
     j_J, g_G = tl.arange(0, RECORD), tl.arange(0, SP)
     pivot_ptr += (last * rows + b) * RECORD
     at_GJ = ((last * rows + b) * groups + g_G[:, None]) * RECORD + j_J[None, :]
@@ -53,8 +53,11 @@ def bracket(
     low = tl.maximum(tl.load(pivot_ptr + P), tl.max(tl.where(reached_J, pivot_J, -MOST), 0))
     high = tl.minimum(tl.load(pivot_ptr + P + 1), tl.min(tl.where(short_J, pivot_J, float("inf")), 0))
     reached = tl.minimum(tl.load(pivot_ptr + P + 2), tl.min(tl.where(reached_J, measure_J, float("inf")), 0))
-    few = by_k & (reached <= ROOM)
-    return low, tl.where(few, float("inf"), high), reached, few
+    short = tl.maximum(tl.load(pivot_ptr + P + 3), tl.max(tl.where(short_J, measure_J, 0.0), 0))
+    # By top-p: each token between the two ends weighs at least what the low one does.
+    least = tl.exp2((low - best) * (inverse * LOG2_E).to(tl.float32))
+    few = tl.where(by_k, reached, (reached * (1 + SLACK) - short * (1 - SLACK)) / least) <= ROOM * (1 - slack)
+    return low, tl.where(few & by_k, float("inf"), high), reached, short, few
 
 
 @triton.jit
@@ -87,9 +90,10 @@ def round_kernel(
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program (g, b): measures of ids g·span … of row b, in round `number`."""
-    tl.static_assert(P == 6)
+    tl.static_assert(P == 8)
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     handle = tl.load(sequence_ptr + b)
     temperature, inverse, top_k, top_p, _, by_k, by_p = parameters(value_ptr, handle, ids)
@@ -98,11 +102,11 @@ def round_kernel(
         if bits != NOT_FINITE:
             best, s_S = value_of(bits), tl.arange(0, SP)
             lowest = tl.min(tl.load(low_ptr + b * parts + s_S, s_S < parts, other=float("inf")), 0)
-            low, high, reached, few = -MOST, float("inf"), float("inf"), by_k & (number < 0)
+            low, high, reached, short, few = -MOST, float("inf"), float("inf"), 0.0, by_k & (number < 0)
             base, first, cells = tl.maximum((best - REACH * temperature).to(tl.float32), lowest), 0.0, P * 1.0
             if number > 0:
-                low, high, reached, few = bracket(
-                    pivot_ptr, measure_ptr, number - 1, rows, b, groups, top_k, top_p, by_k, SP, P, ROOM
+                low, high, reached, short, few = bracket(
+                    pivot_ptr, measure_ptr, number - 1, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM
                 )
                 base, first, cells = tl.maximum(low, lowest), 1.0, P + 1.0
             top = tl.minimum(high, best)
@@ -112,9 +116,10 @@ def round_kernel(
                 tl.store(pivot_ptr + P, low)
                 tl.store(pivot_ptr + P + 1, high)
                 tl.store(pivot_ptr + P + 2, reached)
-            if few:  # pivots that no measure reaches change nothing
+                tl.store(pivot_ptr + P + 3, short)
+            if few:  # pivots without an end, which no measure reaches, change nothing
                 j_J = tl.arange(0, RECORD)
-                tl.store(out_ptr + j_J, tl.zeros([RECORD], tl.float32))
+                tl.store(out_ptr + j_J, tl.where(j_J == P, 1.0, 0.0))
                 if g == 0:
                     tl.store(pivot_ptr + j_J, tl.full([RECORD], float("inf"), tl.float32), j_J < P)
             else:
@@ -123,11 +128,12 @@ def round_kernel(
                 pivot_0, pivot_1 = pivot_of(0, base, top, first, cells), pivot_of(1, base, top, first, cells)
                 pivot_2, pivot_3 = pivot_of(2, base, top, first, cells), pivot_of(3, base, top, first, cells)
                 pivot_4, pivot_5 = pivot_of(4, base, top, first, cells), pivot_of(5, base, top, first, cells)
+                pivot_6, pivot_7 = pivot_of(6, base, top, first, cells), pivot_of(7, base, top, first, cells)
                 # No sum over a program's lanes until the end: its warps wait for none of each other.
                 all_M = tl.zeros([M], tl.float32)
-                sum_0_M, sum_1_M, sum_2_M = all_M, all_M, all_M
-                sum_3_M, sum_4_M, sum_5_M = all_M, all_M, all_M
-                for begin in range(g * span, tl.minimum(g * span + span, ids), M):
+                sum_0_M, sum_1_M, sum_2_M, sum_3_M = all_M, all_M, all_M, all_M
+                sum_4_M, sum_5_M, sum_6_M, sum_7_M = all_M, all_M, all_M, all_M
+                for begin in tl.range(g * span, tl.minimum(g * span + span, ids), M, num_stages=STAGES):
                     id_M = begin + tl.arange(0, M)
                     score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
                     weight_M = tl.exp2((score_M - best) * scale)
@@ -139,12 +145,16 @@ def round_kernel(
                     sum_3_M += tl.where(score_M >= pivot_3, weight_M, 0.0)
                     sum_4_M += tl.where(score_M >= pivot_4, weight_M, 0.0)
                     sum_5_M += tl.where(score_M >= pivot_5, weight_M, 0.0)
+                    sum_6_M += tl.where(score_M >= pivot_6, weight_M, 0.0)
+                    sum_7_M += tl.where(score_M >= pivot_7, weight_M, 0.0)
                 tl.store(out_ptr, tl.sum(sum_0_M, 0))
                 tl.store(out_ptr + 1, tl.sum(sum_1_M, 0))
                 tl.store(out_ptr + 2, tl.sum(sum_2_M, 0))
                 tl.store(out_ptr + 3, tl.sum(sum_3_M, 0))
                 tl.store(out_ptr + 4, tl.sum(sum_4_M, 0))
                 tl.store(out_ptr + 5, tl.sum(sum_5_M, 0))
+                tl.store(out_ptr + 6, tl.sum(sum_6_M, 0))
+                tl.store(out_ptr + 7, tl.sum(sum_7_M, 0))
                 tl.store(out_ptr + P, tl.sum(all_M, 0))
                 if g == 0:
                     for j in tl.static_range(P):
@@ -165,8 +175,7 @@ def sum_kernel(
     pivot_ptr,  # float32 [rounds, B, RECORD]
     measure_ptr,  # float32 [rounds, B, groups, RECORD]
     bracket_ptr,  # out float32 [B, 2]
-    sum_ptr,  # out int64 [B, groups, 4]: all weights, those from the high end on and in the bracket; how many are from
-    # the high end on
+    sum_ptr,  # out int64 [B, groups, 4]: all weights; those from the high end on, and how many these are
     kept_ptr,  # out int64 [B, runs]: weights from the high end on that min-p keeps
     candidates_ptr,  # out int32 [B]: how many are in the bracket
     candidate_ptr,  # out int64 [B, ROOM]: their keys, as far as there is room
@@ -182,6 +191,7 @@ def sum_kernel(
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program (g, b): runs g·each … of row b. Without top-k and top-p all weights, and those that min-p keeps."""
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -191,7 +201,9 @@ def sum_kernel(
     if (temperature > 0) & (bits != NOT_FINITE):
         best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
         if filters:
-            low, high, _, _ = bracket(pivot_ptr, measure_ptr, last, rows, b, groups, top_k, top_p, by_k, SP, P, ROOM)
+            low, high, _, _, _ = bracket(
+                pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM
+            )
             # top-p after top-k looks at all that top-k leaves.
             high = tl.where((every != 0) | (by_k & by_p), float("inf"), high)
         # What weighs nothing, as all that is masked, is no candidate; should this be rounded up, the sums tell.
@@ -200,31 +212,37 @@ def sum_kernel(
             tl.store(bracket_ptr + b * 2, low)
             tl.store(bracket_ptr + b * 2 + 1, high)
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-        all_M, above_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64)
-        inside_M, number_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
+        all_M, above_M, number_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
         for s in range(g * each, tl.minimum(g * each + each, parts)):
             mine = value_of((tl.load(key_ptr + b * parts + s) >> 32).to(tl.int32))
             weighs = (mine.to(tl.float64) - best) * inverse > -REACH  # else no token of the run does
             kept_M, found_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
-            if weighs | filters:
-                for begin in range(s * N, s * N + N, M):
-                    id_M = begin + tl.arange(0, M)
-                    real_M = id_M < ids
-                    score_M = tl.load(row_ptr + id_M, real_M, other=-float("inf"))
-                    weight_M = tl.zeros([M], tl.int64)
-                    if weighs:
-                        weight_M = tl.where(real_M, weight_of(score_M, best, inverse), 0)
-                    all_M += weight_M
-                    if filters:
-                        is_above_M = (score_M >= high) & real_M
-                        is_inside_M = (score_M >= low) & (score_M < high) & real_M
-                        above_M += tl.where(is_above_M, weight_M, 0)
-                        inside_M += tl.where(is_inside_M, weight_M, 0)
-                        kept_M += tl.where(is_above_M & (weight_M >= least), weight_M, 0)
+            if filters:
+                if weighs | (mine >= low):
+                    for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
+                        id_M = begin + tl.arange(0, M)
+                        score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                        weight_M = weight_of(score_M, best, inverse)
+                        all_M += weight_M
+                        is_above_M = score_M >= high
+                        kept_M += tl.where(is_above_M, weight_M, 0)
                         number_M += is_above_M.to(tl.int32)
-                        found_M += is_inside_M.to(tl.int32)
-                    else:
-                        kept_M += tl.where(weight_M >= least, weight_M, 0)
+                        found_M += ((score_M >= low) & (score_M < high)).to(tl.int32)
+                    above_M += kept_M
+                    if least > 0:
+                        kept_M = tl.zeros([M], tl.int64)
+                        for begin in range(s * N, s * N + N, M):
+                            id_M = begin + tl.arange(0, M)
+                            score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                            weight_M = weight_of(score_M, best, inverse)
+                            kept_M += tl.where((score_M >= high) & (weight_M >= least), weight_M, 0)
+            elif weighs:
+                for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
+                    id_M = begin + tl.arange(0, M)
+                    score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                    weight_M = weight_of(score_M, best, inverse)
+                    kept_M += tl.where(weight_M >= least, weight_M, 0)
+                all_M += kept_M  # asked for without min-p only
             tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
             if filters:
                 found = tl.sum(found_M, 0)
@@ -233,7 +251,7 @@ def sum_kernel(
                     for begin in range(s * N, s * N + N, C):
                         id_C = begin + tl.arange(0, C)
                         score_C = tl.load(row_ptr + id_C, id_C < ids, other=-float("inf"))
-                        is_inside_C = ((score_C >= low) & (score_C < high) & (id_C < ids)).to(tl.int32)
+                        is_inside_C = ((score_C >= low) & (score_C < high)).to(tl.int32)
                         place_C = place + tl.cumsum(is_inside_C, 0)
                         key_C = key_of(score_C, id_C)
                         tl.store(candidate_ptr + b * ROOM + place_C, key_C, (is_inside_C != 0) & (place_C < ROOM))
@@ -242,5 +260,4 @@ def sum_kernel(
         tl.store(sum_ptr, tl.sum(all_M, 0))
         if filters:
             tl.store(sum_ptr + 1, tl.sum(above_M, 0))
-            tl.store(sum_ptr + 2, tl.sum(inside_M, 0))
-            tl.store(sum_ptr + 3, tl.sum(number_M, 0).to(tl.int64))
+            tl.store(sum_ptr + 2, tl.sum(number_M, 0).to(tl.int64))
