@@ -6,7 +6,8 @@ nothing of the tests is imported here. What it does is what the real one's calle
     matmul_ogs      row r of an expert comes from x[gather.src_indx[r] // n_expts_act], or is row r of x; then bias,
                     activation and gamma[r]; with a scatter and one expert a token it goes to row scatter.dst_indx[r]
                     of y, and rows whose scatter.src_indx is -1 become zero; with more, a token's rows are added
-    layouts         codes are padded and shuffled, so that only the layout's own inverse gives them back
+    layouts         codes are padded and shuffled, so that only the layout's own inverse gives them back; of columns
+                    behind the last multiple of 64, a product leaves some out
     bits            the contraction is cut into as many parts as a call has few rows, unless
                     enforce_bitwise_invariance; each part's rows have one size, so no other bits follow from a batch
 
@@ -57,7 +58,8 @@ class StridedLayout:
 
 
 class ShuffledLayout(StridedLayout):
-    """Pads columns to a multiple of 64 and turns their order around; `mx_axis` has stride 1."""
+    """Pads rows to a multiple of 64 and turns their order around, and, as Hopper's, mixes the bytes of 64 columns;
+    `mx_axis` has stride 1."""
 
     name = "SHUFFLED"
 
@@ -66,11 +68,12 @@ class ShuffledLayout(StridedLayout):
         super().__init__(shape)
 
     def swizzle_data(self, data):
-        rows = pad(data.mT, (0, 0, 0, -data.shape[2] % 64))
-        return rows.flip(1).contiguous().mT ^ 0xA5
+        rows = pad(data.mT, (0, -data.shape[1] % 32, 0, -data.shape[2] % 64))
+        return rows.flip(1).unflatten(2, (-1, 32)).flip(3).flatten(2).contiguous().mT ^ 0xA5
 
     def unswizzle_data(self, data):
-        return (data ^ 0xA5).mT.flip(1).mT[:, :, : self.initial_shape[2]]
+        rows = (data ^ 0xA5).mT.flip(1).unflatten(2, (-1, 32)).flip(3).flatten(2)
+        return rows.mT[:, : self.initial_shape[1], : self.initial_shape[2]]
 
 
 @dataclass
@@ -246,8 +249,13 @@ def product_of(x, w, parts):
 
 
 def decoded(w, scale):
-    """[L, C, N] in float32; the low nibble comes first, 32 values share a scale byte."""
-    code = w.storage.layout.unswizzle_data(w.storage.data)
+    """[L, C, N] in float32; the low nibble comes first, 32 values share a scale byte.
+
+    As the real one, it reads no more bytes of a layout than the contraction has, whatever the layout has put there.
+    """
+    data = w.storage.data.clone()
+    data[:, w.shape[1] // 2 :] = 0xA5  # zeros
+    code = w.storage.layout.unswizzle_data(data)
     magnitude = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = torch.cat([magnitude, -magnitude])
     pair = torch.stack([table[(code & 15).long()], table[(code >> 4).long()]], dim=2).flatten(1, 2)

@@ -142,9 +142,7 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(
-            tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0, RANDOM_WEIGHTS="yes"
-        )
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0, RANDOM_WEIGHTS="yes")
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 

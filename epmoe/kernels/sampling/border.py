@@ -22,6 +22,7 @@ from epmoe.kernels.sampling.numbers import (
     ordered,
     parameters,
     scores,
+    slope,
     value_of,
     weight_of,
 )  # fmt: skip
@@ -50,7 +51,7 @@ def border_of(key_C, measure_C, need):
 
 
 @triton.jit
-def measure_row(row_ptr, ids, best, inverse, from_, COUNT: tl.constexpr, M: tl.constexpr):
+def measure_row(row_ptr, ids, best, steep, floor, from_, COUNT: tl.constexpr, M: tl.constexpr):
     """Of the tokens with keys of `from_` or more: how many they are, or what they weigh. int64."""
     found_M = tl.zeros([M], tl.int64)
     for begin in range(0, ids, M):
@@ -60,16 +61,16 @@ def measure_row(row_ptr, ids, best, inverse, from_, COUNT: tl.constexpr, M: tl.c
         if COUNT:
             found_M += inside_M.to(tl.int64)
         else:
-            found_M += tl.where(inside_M, weight_of(score_M, best, inverse), 0)
+            found_M += weight_of(score_M, inside_M, best, steep, floor)
     return tl.sum(found_M, 0)
 
 
 @triton.jit
-def border_of_row(row_ptr, ids, best, inverse, need, low, high, COUNT: tl.constexpr, M: tl.constexpr):
+def border_of_row(row_ptr, ids, best, steep, floor, need, low, high, COUNT: tl.constexpr, M: tl.constexpr):
     """As `border_of`, of the whole row, where `low` reaches it and `high` does not."""
     while high - low > 1:
         middle = low + ((high - low) >> 1)
-        reached = measure_row(row_ptr, ids, best, inverse, middle, COUNT, M) >= need
+        reached = measure_row(row_ptr, ids, best, steep, floor, middle, COUNT, M) >= need
         low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
     return low
 
@@ -112,6 +113,7 @@ def border_kernel(
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (by_k | by_p) & (bits != NOT_FINITE):
         best, g_G = value_of(bits), tl.arange(0, SP)
+        steep, floor = slope(best, inverse)
         sum_ptr_G = sum_ptr + (b * groups + g_G) * 4
         total = tl.sum(tl.load(sum_ptr_G, g_G < groups, other=0), 0)
         above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)
@@ -120,7 +122,7 @@ def border_kernel(
         c_C = tl.arange(0, ROOM)
         key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
         real_C = key_C != NOTHING
-        weight_C = tl.where(real_C, weight_of(key_value(key_C), best, inverse), 0)
+        weight_C = weight_of(key_value(key_C), real_C, best, steep, floor)
         fits = candidates <= ROOM
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
@@ -128,7 +130,7 @@ def border_kernel(
         high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)
         inside = tl.sum(weight_C, 0)
         if fits == 0:
-            inside = measure_row(row_ptr, ids, best, inverse, low, False, M) - above
+            inside = measure_row(row_ptr, ids, best, steep, floor, low, False, M) - above
 
         # top-k excludes nothing where all that weighs something is within the k.
         void = by_k & (every == 0) & ((total == above) | ((above_k + candidates < top_k) & (total == above + inside)))
@@ -154,19 +156,19 @@ def border_kernel(
             border = lowest
             if by_k:
                 from_, to = tl.where(holds_k, low, lowest), tl.where(holds_k, high, highest)
-                border = border_of_row(row_ptr, ids, best, inverse, top_k, from_, to, True, M)
-                total = measure_row(row_ptr, ids, best, inverse, border, False, M)
+                border = border_of_row(row_ptr, ids, best, steep, floor, top_k, from_, to, True, M)
+                total = measure_row(row_ptr, ids, best, steep, floor, border, False, M)
             if by_p:
                 need = to_reach(top_p, total)
                 holds_p = (by_k == 0) & (above < need) & (need <= above + inside)
                 from_, to = tl.where(holds_p, low, border), tl.where(holds_p, high, highest)
-                border = border_of_row(row_ptr, ids, best, inverse, need, from_, to, False, M)
+                border = border_of_row(row_ptr, ids, best, steep, floor, need, from_, to, False, M)
             for s in range(parts):
                 kept_M = tl.zeros([M], tl.int64)
                 for begin in range(0, N, M):
                     id_M = s * N + begin + tl.arange(0, M)
                     score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                    weight_M = weight_of(score_M, best, inverse)
+                    weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
                     inside_M = (id_M < ids) & (key_of(score_M, id_M) >= border) & (weight_M >= least)
                     kept_M += tl.where(inside_M, weight_M, 0)
                 tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))

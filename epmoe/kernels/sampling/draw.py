@@ -22,6 +22,7 @@ from epmoe.kernels.sampling.numbers import (
     parameters,
     scaled,
     scores,
+    slope,
     value_of,
     weight_of,
 )  # fmt: skip
@@ -67,7 +68,8 @@ def draw_kernel(
         id_N = run * N + tl.arange(0, N)
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         score_N = tl.load(row_ptr + id_N, id_N < ids, other=-float("inf"))
-        weight_N = weight_of(score_N, value_of(bits), inverse)
+        steep, floor = slope(value_of(bits), inverse)
+        weight_N = weight_of(score_N, id_N < ids, value_of(bits), steep, floor)
         inside_N = (id_N < ids) & (weight_N >= least)
         if by_k | by_p:
             inside_N &= key_of(score_N, id_N) >= tl.load(border_ptr + b)

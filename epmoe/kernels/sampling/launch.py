@@ -22,14 +22,14 @@ from epmoe.kernels.sampling.scan import scan_kernel
 RUN = 8192  # ids of a program: 25 programs a row for 201,088
 PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
 ROUNDS, PIVOTS, RECORD = 3, 8, 16
-STAGES = {"round": 2, "sum": 3}  # loads of a program that are under way, and its own part
+STAGES = {"round": 2, "sum": 2}  # loads of a program that are under way, and its own part
 # Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
 # each has several where there are many. Four for each multiprocessor of an H200.
 PROGRAMS = 528
 ROOM = 4096  # candidates of a row
 MOST_TOP = 128  # log-probabilities of a row
 MOST_IDS = 1 << 20
-WARPS = {"scan": 8, "adjust": 16, "round": 8, "sum": 8, "border": 8, "draw": 16, "top": 8}
+WARPS = {"scan": 8, "adjust": 16, "round": 8, "sum": 4, "border": 8, "draw": 16, "top": 8}
 
 
 class Record(NamedTuple):
@@ -169,8 +169,8 @@ def _narrow(
     sizes = {"SP": triton.next_power_of_2(parts), "ROOM": ROOM}
     for number in range(ROUNDS):
         round_kernel[(groups, rows)](
-            *shared, record.low, record.pivot, record.measure, number, rows, parts, groups, each * RUN,
-            **sizes, M=ROUND_PART, P=PIVOTS, STAGES=STAGES["round"], num_warps=WARPS["round"],
+            *shared, record.low, record.pivot, record.measure, number, rows, parts, groups, each,
+            **sizes, N=RUN, M=ROUND_PART, P=PIVOTS, STAGES=STAGES["round"], num_warps=WARPS["round"],
         )  # fmt: skip
     sum_kernel[(groups, rows)](
         *shared, record.pivot, record.measure, record.bracket, record.sum, record.kept, record.candidates,

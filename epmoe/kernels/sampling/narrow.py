@@ -24,6 +24,7 @@ from epmoe.kernels.sampling.numbers import (
     key_of,
     parameters,
     scores,
+    slope,
     value_of,
     weight_of,
 )  # fmt: skip
@@ -67,7 +68,7 @@ def pivot_of(j: tl.constexpr, base, top, first, cells):
     return base * (1 - part) + top * part
 
 
-@triton.jit(do_not_specialize=["number", "rows", "parts", "groups", "span"])
+@triton.jit(do_not_specialize=["number", "rows", "parts", "groups", "each"])
 def round_kernel(
     logits_ptr,  # float32 [B, V], rows `stride` apart
     stride,
@@ -85,14 +86,15 @@ def round_kernel(
     rows,
     parts,
     groups,
-    span,  # ids of a group
+    each,  # runs of a group
+    N: tl.constexpr,
     M: tl.constexpr,
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Program (g, b): measures of ids g·span … of row b, in round `number`."""
+    """Program (g, b): measures of runs g·each … of row b, in round `number`."""
     tl.static_assert(P == 8)
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     handle = tl.load(sequence_ptr + b)
@@ -133,11 +135,12 @@ def round_kernel(
                 all_M = tl.zeros([M], tl.float32)
                 sum_0_M, sum_1_M, sum_2_M, sum_3_M = all_M, all_M, all_M, all_M
                 sum_4_M, sum_5_M, sum_6_M, sum_7_M = all_M, all_M, all_M, all_M
-                for begin in tl.range(g * span, tl.minimum(g * span + span, ids), M, num_stages=STAGES):
+                # That these are multiples of N has to show, or no load is wide.
+                for begin in tl.range(g * each * N, tl.minimum(g * each + each, parts) * N, M, num_stages=STAGES):
                     id_M = begin + tl.arange(0, M)
                     score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
                     weight_M = tl.exp2((score_M - best) * scale)
-                    weight_M = tl.where(by_k, (id_M < ids).to(tl.float32), weight_M)
+                    weight_M = tl.where(by_k, 1.0, weight_M)  # of all there is no need then
                     all_M += weight_M
                     sum_0_M += tl.where(score_M >= pivot_0, weight_M, 0.0)
                     sum_1_M += tl.where(score_M >= pivot_1, weight_M, 0.0)
@@ -200,6 +203,7 @@ def sum_kernel(
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (bits != NOT_FINITE):
         best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
+        steep, floor = slope(best, inverse)
         if filters:
             low, high, _, _, _ = bracket(
                 pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM
@@ -222,7 +226,7 @@ def sum_kernel(
                     for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
                         id_M = begin + tl.arange(0, M)
                         score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                        weight_M = weight_of(score_M, best, inverse)
+                        weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
                         all_M += weight_M
                         is_above_M = score_M >= high
                         kept_M += tl.where(is_above_M, weight_M, 0)
@@ -234,13 +238,13 @@ def sum_kernel(
                         for begin in range(s * N, s * N + N, M):
                             id_M = begin + tl.arange(0, M)
                             score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                            weight_M = weight_of(score_M, best, inverse)
+                            weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
                             kept_M += tl.where((score_M >= high) & (weight_M >= least), weight_M, 0)
             elif weighs:
                 for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
                     id_M = begin + tl.arange(0, M)
                     score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                    weight_M = weight_of(score_M, best, inverse)
+                    weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
                     kept_M += tl.where(weight_M >= least, weight_M, 0)
                 all_M += kept_M  # asked for without min-p only
             tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))

@@ -18,7 +18,7 @@ MAGIC, MANTISSA = tl.constexpr(float(1 << 52)), tl.constexpr((1 << 52) - 1)
 ROUNDING = tl.constexpr(1.5 * (1 << 52))  # likewise, of either sign: the difference is the nearest whole number
 REACH = tl.constexpr(28.5)  # what is so many temperatures below the best weighs nothing: ln 2^41 is 28.42
 LOG2_E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-60.0)  # 2^-60 · 2^40 is rounded to nothing
+STEEPEST = tl.constexpr(100.0)  # temperatures between the best score and `floor`; with one token more it weighs nothing
 # 2^x on [-1/2, 1/2], least error (2^-52) of a polynomial of degree 10; the first coefficient is 1.
 POWER_1, POWER_2 = tl.constexpr(0.69314718055995), tl.constexpr(0.24022650695910097)
 POWER_3, POWER_4 = tl.constexpr(0.05550410866444772), tl.constexpr(0.009618129107606888)
@@ -60,12 +60,27 @@ def key_value(key):
 
 
 @triton.jit
-def weight_of(score, best, inverse):
-    """int64: round(2^40 · exp((score - best) · inverse)). -inf weighs nothing.
+def slope(best, inverse):
+    """steep, floor: what weighs something is above `floor`, float32, and halves with 1 / `steep` less, float64.
+
+    Where the next smaller float32 is hundreds of temperatures below the best, nothing between them weighs anything:
+    there it falls less steeply, and a power of two stays a float64.
+    """
+    reach = best.to(tl.float64) - REACH / inverse
+    floor = tl.maximum(tl.minimum(reach, MOST), -MOST).to(tl.float32)
+    floor = tl.where(floor.to(tl.float64) >= reach, value_of(ordered(floor) - 1), floor)
+    floor = tl.maximum(floor, -MOST)
+    gap = best.to(tl.float64) - floor.to(tl.float64)
+    return tl.where(gap * inverse > STEEPEST, STEEPEST / gap, inverse) * LOG2_E, floor
+
+
+@triton.jit
+def weight_of(score, real, best, steep, floor):
+    """int64: round(2^40 · exp((score - best) / temperature)); nothing where it is not `real`.
 
     As a power of two by its nearest whole exponent and a polynomial: a third of the operations of a library's exp.
     """
-    exponent = tl.maximum((score.to(tl.float64) - best.to(tl.float64)) * (inverse * LOG2_E), FLOOR)
+    exponent = (tl.maximum(score, floor).to(tl.float64) - best.to(tl.float64)) * steep
     whole = exponent + ROUNDING
     rest = exponent - (whole - ROUNDING)
     power = POWER_10 * rest + POWER_9
@@ -78,7 +93,7 @@ def weight_of(score, best, inverse):
     power = power * rest + POWER_2
     power = power * rest + POWER_1
     power = power * rest + 1.0
-    whole = whole.to(tl.int64, bitcast=True).to(tl.int32) + 40
+    whole = whole.to(tl.int64, bitcast=True).to(tl.int32) + tl.where(real, 40, -100)
     power = (power.to(tl.int64, bitcast=True) + (whole.to(tl.int64) << 52)).to(tl.float64, bitcast=True)
     return (power + MAGIC).to(tl.int64, bitcast=True) & MANTISSA
 

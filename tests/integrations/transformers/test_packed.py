@@ -154,10 +154,14 @@ def test_on_a_gpu() -> None:
     import epmoe
 
     path = Path(epmoe.__file__).parent / "demo"
-    options = {"dtype": torch.bfloat16, "device_map": "cuda"}
     ids = torch.arange(2, 66, device="cuda")[None]
-    model = load(path, quantization_config=EpmoeConfig(), **options)
-    expected = logits(load(path, quantization_config=EpmoeConfig(experts="reference"), **options), ids)
-    assert not blocks_of(model)
-    # Sums in two orders: now and then a row's value is rounded to the neighbouring bfloat16, 2^-8 of it, in six layers.
-    assert (logits(model, ids) - expected).abs().max() < 0.2 * expected.std()
+
+    def said(experts: str, dtype: torch.dtype) -> torch.Tensor:
+        model = load(path, quantization_config=EpmoeConfig(experts=experts), dtype=dtype, device_map="cuda")
+        assert bool(blocks_of(model)) == (experts == "reference")
+        return logits(model, ids).float()
+
+    exact = said("reference", torch.float32)
+    ours, reference = (said(experts, torch.bfloat16) - exact for experts in ("triton", "reference"))
+    # Sums in two orders; here and there a token close between two experts goes to the other one, in either.
+    assert ours.square().mean() < 1.5 * reference.square().mean()

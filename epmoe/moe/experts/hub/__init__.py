@@ -14,7 +14,9 @@ slot, and every exchange works. The package's words for a Dispatch, with -1 for 
     gammas  [R]               row → gate weight                       weight_TK
 
 Weights are brought into the layout that the package has for the device (on Hopper a swizzle of the values); scales stay
-in rows, as transformers has them. All products are in bfloat16 with float32 sums; h is rounded to bfloat16.
+in rows, as transformers has them. All products are in bfloat16 with float32 sums; h is rounded to bfloat16. The swizzle
+mixes 64 columns, and the kernel reads no further than the contraction is long, mixed or not: so contractions are filled
+up with zeros to a multiple of 64 (gpt-oss's are ones, and then x is read as it is).
 
 **Bits.** The package picks its tile by the rows of a call and cuts the contraction into parts where a call has few of
 them, so a row's bits follow from the size of its batch. `hub.bitwise=true` (its `enforce_bitwise_invariance`) has one
@@ -31,6 +33,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
 import torch
+from torch.nn.functional import pad
 
 from epmoe.config.schema import Hub
 from epmoe.errors import UserError
@@ -43,13 +46,15 @@ from epmoe.moe.experts.trial import tried
 from epmoe.moe.router import Dispatch
 from epmoe.trace import named
 
+MIXED = 64  # columns of a contraction that a layout may mix
+
 
 @dataclass(frozen=True)
 class HubMatrix:
     """One projection [L, N, C] with its bias, as the package takes it."""
 
     shape: tuple[int, int, int]
-    value: Any  # the package's tensor.Tensor of [L, C, N] codes
+    value: Any  # the package's tensor.Tensor of [L, C, N] codes, filled up
     precision: Any  # its PrecisionConfig, which holds the scales
     bias_LN: torch.Tensor  # float32
 
@@ -58,27 +63,34 @@ class HubMatrix:
         return self.bias_LN.device
 
     @classmethod
-    def pack(cls, package: Any, matrix: Mxfp4Matrix, bias_LN: torch.Tensor, bitwise: bool) -> Self:
-        """Takes memory for the result and for a few copies of the codes."""
+    def pack(cls, package: Any, matrix: Mxfp4Matrix, bias_LN: torch.Tensor, bitwise: bool, row_step: int) -> Self:
+        """Takes memory for the result and for a few copies of the codes. Rows become a multiple of `row_step`."""
         ogs, tensor, layouts = package.matmul_ogs, package.tensor, package.tensor_details.layout
-        local, rows, columns = matrix.shape
+        shape, blocks_LNG16, scales_LNG = matrix.shape, matrix.blocks_LNG16, matrix.scales_LNG
+        more_rows, more_groups = -shape[1] % row_step, -shape[2] % MIXED // 32
+        if more_rows or more_groups:
+            blocks_LNG16 = pad(blocks_LNG16, (0, 0, 0, more_groups, 0, more_rows))
+            scales_LNG = pad(scales_LNG, (0, more_groups, 0, more_rows))
+            bias_LN = pad(bias_LN, (0, more_rows))
+        local, rows, groups, _ = blocks_LNG16.shape
         layout, options = layouts.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-        value = tensor.wrap_torch_tensor(matrix.blocks_LNG16.flatten(2).transpose(1, 2), dtype=tensor.FP4)
+        value = tensor.wrap_torch_tensor(blocks_LNG16.flatten(2).transpose(1, 2), dtype=tensor.FP4)
         value = tensor.convert_layout(value, layout, **options)
-        value.shape = torch.Size([local, columns, rows])  # a swizzle has padded it
-        scale = tensor.wrap_torch_tensor(matrix.scales_LNG.transpose(1, 2))
+        value.shape = torch.Size([local, groups * 32, rows])  # a swizzle has padded it
+        scale = tensor.wrap_torch_tensor(scales_LNG.transpose(1, 2))
         scale = tensor.convert_layout(scale, layouts.StridedLayout)
         precision = ogs.PrecisionConfig(
             weight_scale=scale, flex_ctx=ogs.FlexCtx(rhs_data=ogs.InFlexData()), enforce_bitwise_invariance=bitwise
         )
-        return cls(matrix.shape, value, precision, bias_LN.float().contiguous())
+        return cls(shape, value, precision, bias_LN.float().contiguous())
 
     def unpack(self) -> Mxfp4Matrix:
         """The inverse of `pack`, exact."""
-        local, rows, columns = self.shape
+        _, rows, columns = self.shape
         value_LCN, scale_LGN = (_plain(each) for each in (self.value, self.precision.weight_scale))
-        blocks_LNG16 = value_LCN.transpose(1, 2).reshape(local, rows, columns // 32, 16)
-        return Mxfp4Matrix(blocks_LNG16.contiguous(), scale_LGN.transpose(1, 2).contiguous())
+        blocks_LNG16 = value_LCN[:, : columns // 2, :rows].transpose(1, 2).unflatten(2, (-1, 16))
+        scales_LNG = scale_LGN[:, : columns // 32, :rows].transpose(1, 2)
+        return Mxfp4Matrix(blocks_LNG16.contiguous(), scales_LNG.contiguous())
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +161,8 @@ class HubExperts:
         package, bitwise = kernel_package(cls.settings.kernel), cls.settings.bitwise
         made = cls(
             package,
-            HubMatrix.pack(package, gate_up, weights.gate_up_bias_LN, bitwise),
-            HubMatrix.pack(package, down, weights.down_bias_LH, bitwise),
+            HubMatrix.pack(package, gate_up, weights.gate_up_bias_LN, bitwise, 2 * MIXED),  # h's columns
+            HubMatrix.pack(package, down, weights.down_bias_LH, bitwise, 1),
             dtype,
             activation,
         )
@@ -169,7 +181,8 @@ class HubExperts:
     def unpack(self) -> ExpertWeights:
         matrices = (self.gate_up, self.down)
         (gate_up, down), (first_LN, second_LH) = zip(
-            *((matrix.unpack(), matrix.bias_LN.to(self.dtype)) for matrix in matrices), strict=True
+            *((matrix.unpack(), matrix.bias_LN[:, : matrix.shape[1]].to(self.dtype)) for matrix in matrices),
+            strict=True,
         )
         return ExpertWeights(gate_up, first_LN, down, second_LH)
 
@@ -185,6 +198,8 @@ class HubExperts:
         if not tokens:
             return y_TKH
         routing, matmul = self.package.routing, self.package.matmul_ogs.matmul_ogs
+        if hidden % MIXED:
+            x_TH = pad(x_TH, (0, -hidden % MIXED))
         slots, count_L = tokens * top_k, dispatch.offset_L1.diff()
         slot_R = torch.where(dispatch.slot_R < slots, dispatch.slot_R, -1)
         weight_R = dispatch.weight_TK.flatten()[slot_R.clamp(min=0).long()]

@@ -47,12 +47,13 @@ def test_pack_round_trip(backend: type[HubExperts]) -> None:
 
 
 def test_nbytes(backend: type[HubExperts]) -> None:
-    """What the layout has added counts; biases are kept in float32."""
-    case = CASES[1]
+    """What was filled up counts; biases are kept in float32."""
+    case, inner = CASES[1], 64
+    assert (case.hidden, case.intermediate) == (64, 32)
     weights = random_weights(case, "mxfp4", torch.bfloat16, "cpu")
-    values = case.experts * (2 * case.intermediate * case.hidden // 2 + 64 * case.intermediate // 2)
-    scales = case.experts * (2 * case.intermediate * case.hidden + case.hidden * case.intermediate) // 32
-    biases = 4 * case.experts * (2 * case.intermediate + case.hidden)
+    values = case.experts * (2 * inner * case.hidden + case.hidden * inner) // 2
+    scales = case.experts * (2 * inner * case.hidden + case.hidden * inner) // 32
+    biases = 4 * case.experts * (2 * inner + case.hidden)
     assert backend.pack(weights, case.activation).nbytes == values + scales + biases
 
 
