@@ -184,7 +184,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scan": (launch.scan_kernel, dict.fromkeys(OPTIONAL)),
     "adjust": (launch.scan_kernel, {}),
     "round": (launch.round_kernel, {"M": launch.ROUND_PART, "STAGES": launch.STAGES["round"]}),
-    "sum": (launch.sum_kernel, {"M": launch.SUM_PART, "C": launch.ROUND_PART, "STAGES": launch.STAGES["sum"]}),
+    "sum": (launch.sum_kernel, {"M": launch.SUM_PART, "STAGES": launch.STAGES["sum"]}),
     "border": (launch.border_kernel, {}),
     "draw": (launch.draw_kernel, {}),
     "top": (launch.top_kernel, {}),
@@ -204,7 +204,7 @@ def compiled(name: str, arch: int, **known: int) -> dict[str, int]:
         if each not in constants
     }
     wide = [each for each in ("stride", "ids", "adjusted_stride") if each not in known]
-    return compile_kernel(kernel, signature, constants, launch.WARPS[name], arch=arch, divisible=wide, fusion=False)
+    return compile_kernel(kernel, signature, constants, launch.WARPS[name], arch=arch, divisible=wide, fusion=kernel is not launch.scan_kernel)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

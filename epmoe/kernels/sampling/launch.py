@@ -29,7 +29,7 @@ PROGRAMS = 528
 ROOM = 4096  # candidates of a row
 MOST_TOP = 128  # log-probabilities of a row
 MOST_IDS = 1 << 20
-WARPS = {"scan": 8, "adjust": 16, "round": 8, "sum": 4, "border": 8, "draw": 16, "top": 8}
+WARPS = {"scan": 8, "adjust": 16, "round": 4, "sum": 4, "border": 8, "draw": 16, "top": 8}
 
 
 class Record(NamedTuple):
@@ -175,7 +175,7 @@ def _narrow(
     sum_kernel[(groups, rows)](
         *shared, record.pivot, record.measure, record.bracket, record.sum, record.kept, record.candidates,
         record.candidate, int(every), rows, parts, groups, each, ROUNDS - 1,
-        **sizes, N=RUN, M=SUM_PART, C=ROUND_PART, P=PIVOTS, STAGES=STAGES["sum"], num_warps=WARPS["sum"],
+        **sizes, N=RUN, M=SUM_PART, P=PIVOTS, STAGES=STAGES["sum"], num_warps=WARPS["sum"],
     )  # fmt: skip
     border_kernel[(rows,)](
         *shared, record.bracket, record.sum, record.kept, record.candidates, record.candidate, record.border,

@@ -142,14 +142,14 @@ def round_kernel(
                     weight_M = tl.exp2((score_M - best) * scale)
                     weight_M = tl.where(by_k, 1.0, weight_M)  # of all there is no need then
                     all_M += weight_M
-                    sum_0_M += tl.where(score_M >= pivot_0, weight_M, 0.0)
-                    sum_1_M += tl.where(score_M >= pivot_1, weight_M, 0.0)
-                    sum_2_M += tl.where(score_M >= pivot_2, weight_M, 0.0)
-                    sum_3_M += tl.where(score_M >= pivot_3, weight_M, 0.0)
-                    sum_4_M += tl.where(score_M >= pivot_4, weight_M, 0.0)
-                    sum_5_M += tl.where(score_M >= pivot_5, weight_M, 0.0)
-                    sum_6_M += tl.where(score_M >= pivot_6, weight_M, 0.0)
-                    sum_7_M += tl.where(score_M >= pivot_7, weight_M, 0.0)
+                    sum_0_M += (score_M >= pivot_0).to(tl.float32) * weight_M
+                    sum_1_M += (score_M >= pivot_1).to(tl.float32) * weight_M
+                    sum_2_M += (score_M >= pivot_2).to(tl.float32) * weight_M
+                    sum_3_M += (score_M >= pivot_3).to(tl.float32) * weight_M
+                    sum_4_M += (score_M >= pivot_4).to(tl.float32) * weight_M
+                    sum_5_M += (score_M >= pivot_5).to(tl.float32) * weight_M
+                    sum_6_M += (score_M >= pivot_6).to(tl.float32) * weight_M
+                    sum_7_M += (score_M >= pivot_7).to(tl.float32) * weight_M
                 tl.store(out_ptr, tl.sum(sum_0_M, 0))
                 tl.store(out_ptr + 1, tl.sum(sum_1_M, 0))
                 tl.store(out_ptr + 2, tl.sum(sum_2_M, 0))
@@ -190,7 +190,6 @@ def sum_kernel(
     last,
     N: tl.constexpr,
     M: tl.constexpr,
-    C: tl.constexpr,  # ids at a time that are looked through for candidates
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
@@ -251,15 +250,15 @@ def sum_kernel(
             if filters:
                 found = tl.sum(found_M, 0)
                 if found > 0:  # in any order: what comes of them does not depend on it
-                    place = tl.atomic_add(candidates_ptr + b, found) - 1
-                    for begin in range(s * N, s * N + N, C):
-                        id_C = begin + tl.arange(0, C)
-                        score_C = tl.load(row_ptr + id_C, id_C < ids, other=-float("inf"))
-                        is_inside_C = ((score_C >= low) & (score_C < high)).to(tl.int32)
-                        place_C = place + tl.cumsum(is_inside_C, 0)
-                        key_C = key_of(score_C, id_C)
-                        tl.store(candidate_ptr + b * ROOM + place_C, key_C, (is_inside_C != 0) & (place_C < ROOM))
-                        place += tl.sum(is_inside_C, 0)
+                    # Each lane has places of its own, one behind the other: none waits for another in the loop.
+                    place_M = tl.atomic_add(candidates_ptr + b, found) + tl.cumsum(found_M, 0) - found_M
+                    for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
+                        id_M = begin + tl.arange(0, M)
+                        score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                        is_inside_M = (score_M >= low) & (score_M < high)
+                        key_ptr_M = candidate_ptr + b * ROOM + place_M
+                        tl.store(key_ptr_M, key_of(score_M, id_M), is_inside_M & (place_M < ROOM))
+                        place_M += is_inside_M.to(tl.int32)
         sum_ptr += (b * groups + g) * 4
         tl.store(sum_ptr, tl.sum(all_M, 0))
         if filters:
