@@ -4,6 +4,10 @@
     rows of a step              c  d  e  f           its last token and the draft's, each at its own position
     chosen                      d  e  x  y           the draft was right up to e, so d, e and x are the answer's
 
+What was said otherwise once is expected so again: here x instead of f, and behind it what follows the x, or g, whichever
+came. A table that becomes a list of objects, or a text in which a name changes, so costs one wrong draft for each kind
+of place and not for each place.
+
 A token follows from those before it and from nothing else, a row's bits from no other row: so an answer with drafts is
 the answer without, bit for bit, and a wrong draft costs the time of its rows.
 
@@ -25,15 +29,18 @@ MOST_DRAFT = 15  # tokens of a draft
 MOST_ROWS = 256  # of a step with drafts
 SEARCHED = 1024  # the latest places that have the last token; a text of one token has as many as it is long
 LEAST_MATCH, MOST_MATCH = 2, 8  # last tokens that stood there before; more of them tell no more
+RARE = 4  # a token that was there no more often is a match alone
 PATIENCE = 16  # tokens until the next search, at most, after some that were in vain
+FRESH = 64  # tokens after a right one in which every search counts
+FOLLOWED = 3  # tokens that have agreed, after which another one replaces what stood there
 MARGIN = 1.02  # drafts are tried where the tokens a second become so many times as many
 
 # After so many tokens a sequence goes on without a draft model that has guessed too few of them (`least_share`).
 MODEL_TRIALS = 32
 
 # How often a drafted token was the one that came, by how many tokens before it were drafted rightly or had matched:
-# fewer than 3, fewer than 6, more. What is held before anything has come counts as so many trials; older ones fade.
-MATCHES = (3, 6)
+# fewer than 2, fewer than 6, more. What is held before anything has come counts as so many trials; older ones fade.
+MATCHES = (2, 6)
 HELD, HELD_TRIALS, FADE = (0.2, 0.5, 0.8), 2.0, 0.95
 
 
@@ -71,6 +78,15 @@ class Costs:
         return found
 
 
+@dataclass
+class Replaced:
+    """What was said instead of a token, when its place was followed."""
+
+    token: int
+    behind: int  # the place behind it in the answer, the latest
+    stays: bool = False  # whether the text went on as behind the replaced one, and not as there
+
+
 class History:
     """A sequence's tokens so far, and what followed when the last ones stood there before."""
 
@@ -81,7 +97,10 @@ class History:
         self.ids[: self.count] = ids
         self.next = -1  # place of the token that is drafted first; -1: none
         self.matched = 0  # tokens before it that agree with the last ones, as far as was looked
-        self.vain, self.pause = 0, 0  # searches without use, one after the other; tokens until the next one
+        self.replaced: dict[int, Replaced] = {}
+        self.judged: tuple[int, int] | None = None  # a token just replaced, and the place behind it
+        # Searches without use, one after the other; tokens until the next one; and since a right one, counted down.
+        self.vain, self.pause, self.fresh = 0, 0, 0
         self.tried, self.right = [HELD_TRIALS] * len(HELD), [HELD_TRIALS * held for held in HELD]
         self._search()
 
@@ -89,17 +108,22 @@ class History:
         """A token has come."""
         if self.count == len(self.ids):
             self.ids = np.concatenate((self.ids, np.empty(self.count, np.int32)))
-        place, right = self.next, False
+        place, expected, behind = self.next, -1, -1
         if place >= 0:
-            right = bool(self.ids[place] == token)
-            self._learn(right)
+            expected, behind = self._expected(place)
+            self._learn(expected == token)
         self.ids[self.count] = token
         self.count += 1
-        if right:
-            self.next, self.matched, self.vain, self.pause = place + 1, self.matched + 1, 0, 0
+        self._judge(token)
+        if expected == token:
+            self.next, self.matched, self.vain, self.pause, self.fresh = behind, self.matched + 1, 0, 0, FRESH
+            if (stood := int(self.ids[place])) != token:
+                self.replaced[stood].behind = self.count
             return
-        followed = self.matched >= MATCHES[0]
-        self.next, self.matched = -1, 0
+        followed = self.matched >= FOLLOWED
+        if place >= 0:
+            self._replace(place, token, followed)
+        self.next, self.matched, self.fresh = -1, 0, max(0, self.fresh - 1)
         if self.pause:
             self.pause -= 1
         else:
@@ -114,12 +138,39 @@ class History:
 
     def draft(self, most: int) -> list[int]:
         """Up to so many next tokens; a text that runs into its own end goes on as it did before."""
-        if self.next < 0:
-            return []
-        found = self.ids[self.next : min(self.next + most, self.count)].tolist()
-        for place in range(len(found), most):
-            found.append(found[place - (self.count - self.next)])
+        found: list[int] = []
+        place = self.next
+        while 0 <= place and len(found) < most:
+            if place < self.count:
+                token, place = self._expected(place)
+            else:
+                token, place = found[place - self.count], place + 1
+            found.append(token)
         return found
+
+    def _expected(self, place: int) -> tuple[int, int]:
+        """The token that comes where that place is followed, and the place behind it."""
+        stood = int(self.ids[place])
+        instead = self.replaced.get(stood)
+        if instead is None:
+            return stood, place + 1
+        return instead.token, place + 1 if instead.stays else instead.behind
+
+    def _replace(self, place: int, token: int, followed: bool) -> None:
+        """Another token has come than was expected."""
+        stood = int(self.ids[place])
+        if stood == token:
+            del self.replaced[stood]  # it is back
+        elif followed:
+            self.replaced[stood], self.judged = Replaced(token, self.count), (stood, place + 1)
+
+    def _judge(self, token: int) -> None:
+        """The first token behind one that was replaced."""
+        if self.judged:
+            stood, place = self.judged
+            self.judged = None
+            if stood in self.replaced:
+                self.replaced[stood].stays = int(self.ids[place]) == token
 
     def chance(self, ahead: int) -> float:
         """That the draft's token after `ahead` right ones is right."""
@@ -135,6 +186,7 @@ class History:
         """The place behind the longest earlier match of the last tokens, of equal ones the latest."""
         ids = self.ids[: self.count]
         end_X: np.ndarray[Any, Any] = np.flatnonzero(ids[:-1] == ids[-1]) if self.count else np.empty(0, np.int64)
+        rare = len(end_X) <= RARE
         end_X, length = end_X[-SEARCHED:], 1
         while len(end_X) and length < MOST_MATCH:
             longer_X = end_X[end_X >= length]
@@ -142,10 +194,10 @@ class History:
             if not len(longer_X):
                 break
             end_X, length = longer_X, length + 1
-        if len(end_X) and length >= LEAST_MATCH:
+        if len(end_X) and (rare or length >= LEAST_MATCH):
             self.next, self.matched = int(end_X[-1]) + 1, length
         self.vain += 1  # until a token proves it right
-        self.pause = min(2 ** min(self.vain, 8) // 4, PATIENCE)
+        self.pause = 0 if self.fresh else min(2 ** min(self.vain, 8) // 4, PATIENCE)
 
 
 class Modelled(History):

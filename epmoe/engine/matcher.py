@@ -34,40 +34,47 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
-        self.ahead = list[tuple[int, LLMatcher]]()  # a draft's next token, and the state after it
+        self.ahead = list[tuple[int, str]]()  # a draft's next token, and the failure of the mask after it
+        self.failed = ""
 
     @property
     def failure(self) -> str:
         """Why it can say nothing any more: the grammar is too complex from here on; else ""."""
-        return _line(self.matcher.get_error()) if self.matcher.is_error() else ""
-
-    def along(self, draft: Sequence[int]) -> list[LLMatcher]:
-        """Here, and after each of these tokens up to the first that the grammar refuses; `take` goes on with them.
-
-        By copies, some microseconds each: llguidance's own way, there and back on one matcher, loses its place where a
-        grammar names tokens by their ids.
-        """
-        states, self.ahead = [self.matcher], []
-        for token in draft:
-            state = states[-1].deep_copy()
-            if not state.is_stopped():  # else nothing changes any more
-                if not state.validate_tokens([token]):
-                    break
-                state.consume_token(token)
-            states.append(state)
-            self.ahead.append((token, state))
-        return states
+        return self.failed or _failure(self.matcher)
 
     def take(self, token: int) -> None:
-        """A token that the last mask allowed. Once the grammar has come to its end nothing changes any more.
-
-        Of a draft's token the state is there, and with it the failure of the mask after it, if it had one.
-        """
+        """A token that the last mask allowed. Once the grammar has come to its end nothing changes any more."""
         ahead, self.ahead = self.ahead, []
-        if ahead and ahead[0][0] == token:
-            (_, self.matcher), *self.ahead = ahead
-        elif not self.matcher.is_stopped():
+        if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
+        if ahead and ahead[0][0] == token:
+            (_, self.failed), *self.ahead = ahead
+
+
+class Walk:
+    """A copy of a matcher, which goes along a draft as if its tokens had come.
+
+    By a copy: llguidance's own way, there and back on one matcher, loses its place where a grammar names tokens by
+    their ids.
+    """
+
+    def __init__(self, of: Matcher, draft: Sequence[int], row: int) -> None:
+        self.of, self.draft, self.row = of, draft, row
+        self.state = of.matcher.deep_copy()
+        of.ahead = []
+
+    def step(self, ahead: int) -> bool:
+        """Take the draft's token behind `ahead` others; False: the grammar refuses it."""
+        token = self.draft[ahead]
+        if not self.state.is_stopped():  # else nothing changes any more
+            if not self.state.validate_tokens([token]):
+                return False
+            self.state.consume_token(token)
+        return True
+
+    def masked(self, ahead: int) -> None:
+        """There is the mask behind so many tokens."""
+        self.of.ahead.append((self.draft[ahead - 1], _failure(self.state)))
 
 
 class Grammars:
@@ -138,14 +145,28 @@ class Grammars:
         Returns:
             how many rows were written.
         """
-        rows, states = 0, list[tuple[LLMatcher, int]]()
-        for each, draft in asked:
-            states += ((state, rows + ahead) for ahead, state in enumerate(each.along(draft)))
-            rows += 1 + len(draft)
+        rows = sum(1 + len(draft) for _, draft in asked)
         assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= rows
-        if len(states) < rows:
-            words_GW[:rows] = -1  # what nobody writes allows everything
-        self.executor.unsafe_compute_mask_ptr(states, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+        states, walks, row = list[tuple[LLMatcher, int]](), list[Walk](), 0
+        for each, draft in asked:
+            states.append((each.matcher, row))
+            if draft:
+                walks.append(Walk(each, draft, row))
+            row += 1 + len(draft)
+        ahead = 0  # tokens of a draft
+        while states:
+            self.executor.unsafe_compute_mask_ptr(states, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+            going = list[Walk]()
+            for walk in walks:
+                if ahead:
+                    walk.masked(ahead)
+                if ahead < len(walk.draft):
+                    if walk.step(ahead):
+                        going.append(walk)
+                    else:
+                        words_GW[walk.row + ahead + 1 : walk.row + 1 + len(walk.draft)] = -1
+            ahead, walks = ahead + 1, going
+            states = [(walk.state, walk.row + ahead) for walk in going]
         return rows
 
 
@@ -164,6 +185,10 @@ def _check_length(grammar: str) -> None:
 def _refused(message: str) -> UserError:
     """All of what llguidance says, which for a pattern has its reason at the end."""
     return UserError(f"the grammar is refused ({' '.join(message.split())[:300]}): mend it")
+
+
+def _failure(matcher: LLMatcher) -> str:
+    return _line(matcher.get_error()) if matcher.is_error() else ""
 
 
 def _line(message: str) -> str:
