@@ -140,7 +140,7 @@ class History:
         """Up to so many next tokens; a text that runs into its own end goes on as it did before."""
         found: list[int] = []
         place = self.next
-        while 0 <= place and len(found) < most:
+        while place >= 0 and len(found) < most:
             if place < self.count:
                 token, place = self._expected(place)
             else:

@@ -33,6 +33,7 @@ from epmoe.server.frames import (
     FromHttp,
     Hello,
     Idle,
+    Opened,
     Ready,
     Submit,
     Up,
@@ -89,7 +90,7 @@ class Door:
         self.ready: Ready | None = None
         self.closing = self.draining = False
         self.error: BaseException | None = None  # why there is no HTTP process any more
-        self.up, self.idle = threading.Event(), threading.Event()
+        self.up, self.opened, self.idle = threading.Event(), threading.Event(), threading.Event()
         self.begun: deque[float] = deque()  # when processes have begun, of the last ones
         self.http = Http(self.hello, self.listener, self.limits)
         self.thread = threading.Thread(target=self._run, name="epmoe-door", daemon=True)
@@ -105,12 +106,13 @@ class Door:
             raise self.error
 
     def open(self, service: Serving, ready: Ready) -> None:
-        """Requests may come, and go to this service."""
+        """Requests may come, and go to this service: from now on none is refused since it came too early."""
         self.service, self.ready = service, ready
         if self.draining:
             service.stop(Stopped("the server ends before it was ready"))
             return
         self.http.say(ready)
+        self.opened.wait(self.limits.start_s)
         if self.error is not None:  # it may have failed while there was no service to stop
             service.stop(self.error)
 
@@ -156,8 +158,8 @@ class Door:
             code = http.process.wait()
             self._abort_all(http)
             if self.closing or self.draining or self.error is not None:
-                self.idle.set()
-                self.up.set()
+                for event in (self.up, self.opened, self.idle):
+                    event.set()
                 return
             why = why or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
             if not self.up.is_set() or self._too_often():
@@ -176,8 +178,8 @@ class Door:
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
-        self.up.set()
-        self.idle.set()
+        for event in (self.up, self.opened, self.idle):
+            event.set()
         if self.service is not None:
             self.service.stop(error)
 
@@ -198,6 +200,8 @@ class Door:
         match frame:
             case Up():
                 self.up.set()
+            case Opened():
+                self.opened.set()
             case Broken(text):
                 self._fail(UserError(text))
             case Submit():

@@ -1,6 +1,6 @@
 """What rank 0 and its HTTP process say to each other: frames of 4 bytes of length, little endian, and msgpack.
 
-HTTP → rank 0      Up · Broken · Submit · Abort · Idle
+HTTP → rank 0      Up · Opened · Broken · Submit · Abort · Idle
 rank 0 → HTTP      Hello · Ready · Step · Scores · Refused · Load · Drain · Bye
 
 Rank 0 in its turn asks the other replicas of the model, by their first ranks:
@@ -185,6 +185,10 @@ class Up(Frame, frozen=True):
     """The HTTP process answers; or the replica does."""
 
 
+class Opened(Frame, frozen=True):
+    """It lets requests in."""
+
+
 class Broken(Frame, frozen=True):
     """A user's mistake, found in the HTTP process: the run ends with it."""
 
@@ -215,7 +219,7 @@ class Idle(Frame, frozen=True):
     """After Drain: nothing is in flight any more."""
 
 
-FromHttp = Up | Broken | Submit | Abort | Idle
+FromHttp = Up | Opened | Broken | Submit | Abort | Idle
 FromReplica = Up | Step | _Received | Refused | Load | Bye
 ToReplica = Submit | Abort | Halt | Bye
 FromRank0 = Hello | Ready | Step | _Received | Refused | Load | Drain | Bye

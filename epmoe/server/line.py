@@ -20,6 +20,7 @@ from epmoe.server.frames import (
     Hello,
     Idle,
     Load,
+    Opened,
     Ready,
     packed,
 )  # fmt: skip
@@ -105,6 +106,7 @@ class Line(Calls):
         match frame:
             case Ready():
                 self.ready = frame
+                self.say(Opened())
             case Load():
                 self.load = frame
             case Drain():

@@ -204,7 +204,15 @@ def compiled(name: str, arch: int, **known: int) -> dict[str, int]:
         if each not in constants
     }
     wide = [each for each in ("stride", "ids", "adjusted_stride") if each not in known]
-    return compile_kernel(kernel, signature, constants, launch.WARPS[name], arch=arch, divisible=wide, fusion=kernel is not launch.scan_kernel)
+    return compile_kernel(
+        kernel,
+        signature,
+        constants,
+        launch.WARPS[name],
+        arch=arch,
+        divisible=wide,
+        fusion=kernel is not launch.scan_kernel,
+    )
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

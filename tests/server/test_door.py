@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +115,23 @@ def test_an_end_before_it_is_ready_comes_when_it_is(tokenizer: Path) -> None:
         assert time.monotonic() - begin < 1 and not stopped
         door.open(still, Ready("x", 64))
         assert [str(each) for each in stopped] == ["the server ends before it was ready"]
+
+
+def test_it_is_open_when_requests_are_let_in(tokenizer: Path) -> None:
+    """A process that is slow to hear of it would refuse whoever comes at once."""
+    service: Any = SimpleNamespace(stop=lambda error: None, figures=lambda: ())
+    with a_door(tokenizer) as door:
+        http = door.http.process
+        opening = threading.Thread(target=door.open, args=(service, Ready("x", 64)))
+        os.kill(http.pid, signal.SIGSTOP)
+        try:
+            opening.start()
+            opening.join(0.5)
+            assert opening.is_alive()
+        finally:
+            os.kill(http.pid, signal.SIGCONT)
+        opening.join(20)
+        assert not opening.is_alive() and door.opened.is_set()
 
 
 def test_a_port_that_is_taken(tokenizer: Path) -> None:

@@ -21,6 +21,7 @@ from epmoe.server.frames import (
     FromReplica,
     Load,
     NewToken,
+    Opened,
     Packed,
     Refused,
     Step,
@@ -37,7 +38,12 @@ FROM_0: list[Frame] = [
     Refused([1, 2], "full", "come again"),
     Load([Figures(1, 2, 3, 4, 5, 6, 7, 8, 0.5), Figures(1, 2, 3, 4, 5, 6, 7, 8, 0.5, 9, 9, 1)]),
 ]
-FROM_HTTP: list[Frame] = [Up(), Submit([Ask([1, 2, 3], -1, [(7, {"seed": 2**53 - 1, "stop": ["a"]})])]), Abort([7])]
+FROM_HTTP: list[Frame] = [
+    Up(),
+    Opened(),
+    Submit([Ask([1, 2, 3], -1, [(7, {"seed": 2**53 - 1, "stop": ["a"]})])]),
+    Abort([7]),
+]
 
 
 @pytest.mark.parametrize(("union", "frames"), [(FromRank0, FROM_0), (FromHttp, FROM_HTTP)], ids=["rank 0", "HTTP"])

@@ -96,6 +96,7 @@ def test_nobody_waits_for_the_scores_of_a_long_prompt(stream: bool, port: int) -
     other = threading.Thread(target=follow)
     other.start()
     while len(times) < 20:
+        assert other.is_alive()
         time.sleep(0.01)
     ids = [number % 200 for number in range(TOKENS)]
     connection, answer = asked(port, {"prompt": ids, "max_tokens": 2, "echo": True, "logprobs": TOP, "stream": stream})

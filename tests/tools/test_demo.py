@@ -17,8 +17,18 @@ KEY = "for this test"
 def started(*arguments: str, **env: str) -> "subprocess.Popen[str]":
     env = {**os.environ, "EPMOE_PYTHON": sys.executable, "EPMOE_API_KEY": "", **env}
     pipe = subprocess.PIPE
+
+    def heeds_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs the tests in the background may have it ignored
+
     return subprocess.Popen(
-        [str(DEMO), "serve", *arguments], env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        [str(DEMO), "serve", *arguments],
+        env=env,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heeds_interrupts,
     )
 
 

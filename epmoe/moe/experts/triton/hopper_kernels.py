@@ -390,9 +390,7 @@ def _finish(sums, value_BQ):
 
 
 @gluon.jit
-def _copy_run(
-    descs, buffers, run, row, strip, B: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, PDL: gl.constexpr
-):
+def _copy_run(descs, buffers, run, row, strip, B: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, PDL: gl.constexpr):
     """Start copying a run's words [B, 64] and x [M, 256]; its side's barrier tells when they are there.
 
     With PDL the kernel in front, which makes x, may still run (gpu.py): the words are under way before it has ended.
