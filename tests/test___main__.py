@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import python
 
 from epmoe import __main__, __version__
 from epmoe.__main__ import COMMANDS
@@ -15,6 +16,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def command(*words: str, start: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    if not start:
+        return python("-m", "epmoe", *words)
     run = [sys.executable, *start, "-m", "epmoe", *words]
     return subprocess.run(run, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 

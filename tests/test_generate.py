@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import python
 from spawn import commands
 
 from epmoe import generate, llm
@@ -27,10 +28,10 @@ CPU = "runtime.device=cpu"
 
 def command(*keys: str, ranks: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """`ranks` 0 is without torchrun."""
-    start = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
-    return subprocess.run(
-        [*start, "-m", "epmoe.generate", CPU, *keys], input=stdin, capture_output=True, text=True, timeout=120
-    )
+    words = ["-m", "epmoe.generate", CPU, *keys]
+    if not ranks:
+        return python(*words, stdin=stdin)
+    return subprocess.run([*TORCHRUN, str(ranks), *words], input=stdin, capture_output=True, text=True, timeout=120)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -119,7 +120,7 @@ def test_one_rank_without_torchrun_writes_the_same(
 
 
 def test_two_replicas_write_the_same(checkpoint: str, tmp_path: Path) -> None:
-    """Under torchrun; another number of replicas than divides the ranks is refused."""
+    """Started by hand; another number of replicas than divides the ranks is refused."""
     kinds: tuple[dict[str, Any], ...] = (
         {},
         {"stop": ["a"]},
@@ -130,17 +131,17 @@ def test_two_replicas_write_the_same(checkpoint: str, tmp_path: Path) -> None:
     asked = [{"prompt": "What is " * (1 + number), "seed": number, **each} for number, each in enumerate(kinds)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
     keys = [checkpoint, f"prompts={tmp_path / 'p.jsonl'}", "max_new_tokens=9"]
-    runs = {"one": ([], 0), "two": (["mesh.replica=2"], 2)}
+    runs = {"one": ([], 1), "two": (["mesh.replica=2"], 2)}
     found = []
     for name, (more, ranks) in runs.items():
         file = tmp_path / f"{name}.jsonl"
-        done = command(*keys, f"output={file}", *more, ranks=ranks)
+        done = python("-m", "epmoe.generate", CPU, *keys, f"output={file}", *more, ranks=ranks)
         assert done.returncode == 0, done.stderr
         timeless = [{key: value for key, value in each.items() if not key.endswith("_s")} for each in lines(file)]
         found.append((done.stdout, timeless))
-        assert f"; {max(1, ranks)} rank" in done.stderr
+        assert f"; {ranks} rank" in done.stderr
     assert found[0] == found[1] and len(found[0][1]) == 6
-    done = command(*keys, f"output={tmp_path / 'two.jsonl'}", "mesh.replica=3", ranks=2)
+    done = python("-m", "epmoe.generate", CPU, *keys, f"output={tmp_path / 'two.jsonl'}", "mesh.replica=3", ranks=2)
     assert done.stderr.count("mesh.replica=3 does not divide the number of ranks, 2: take one of 1, 2, or") == 1
 
 
@@ -325,7 +326,9 @@ def test_standard_output_that_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("start", [[sys.executable], [*TORCHRUN, "2"]], ids=["python", "torchrun"])
+@pytest.mark.parametrize(
+    "start", [[sys.executable], pytest.param([*TORCHRUN, "2"], marks=pytest.mark.slow)], ids=["python", "torchrun"]
+)
 def test_with_no_key_the_embedded_model_writes_at_once(start: list[str]) -> None:
     """Streamed, also into a pipe: the text comes in about as many pieces as it has tokens."""
     keys = [] if len(start) == 1 else [CPU]

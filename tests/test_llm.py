@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import python
 from spawn import commands, run_ranks
 
 from epmoe.engine.request import SamplingParams
@@ -317,12 +318,12 @@ def examples() -> list[Any]:
 
 
 @pytest.mark.parametrize("text", examples())
-def test_examples_run(text: str, tmp_path: Path) -> None:
+def test_examples_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are, by themselves, with the embedded model."""
     script = tmp_path / "example.py"
     script.write_text(text, encoding="utf-8")
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = python(str(script))
     assert done.returncode == 0 and len(done.stdout) > 50, done.stderr
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import python
 from spawn import run_ranks
 
 from epmoe.bench.conditions import open_model
@@ -58,9 +59,7 @@ def cells_of(lines: list[str]) -> list[list[str]]:
 
 
 def command(*keys: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    start = start if ranks > 1 else [sys.executable]
-    return subprocess.run([*start, "-m", "epmoe.bench", *keys], capture_output=True, text=True, timeout=120)
+    return python("-m", "epmoe.bench", *keys, ranks=ranks)
 
 
 @pytest.fixture(scope="module", params=[1, 2])

@@ -1,13 +1,12 @@
 """The comparison of bits as users start it: its table, what it can see, and on a GPU what it finds."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import python
 from torch.nn import functional
 
 from epmoe.bench.bits import BitsConfig, compare, continued, requests, rest, run, ways
@@ -22,9 +21,7 @@ from epmoe.weights.synthetic import make_checkpoint
 
 def command(*keys: str, ranks: int = 1, timeout: float = 120) -> dict[str, Any]:
     """Its line of JSON."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    start = start if ranks > 1 else [sys.executable]
-    done = subprocess.run([*start, "-m", "epmoe.bench", "bits", *keys], capture_output=True, text=True, timeout=timeout)
+    done = python("-m", "epmoe.bench", "bits", *keys, ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

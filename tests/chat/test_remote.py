@@ -22,7 +22,7 @@ KEY = "s3cret"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("remote") / "run", env={"EPMOE_API_KEY": KEY}) as one:
+    with served(tmp_path_factory.mktemp("remote") / "run", env={"EPMOE_API_KEY": KEY}, forked=True) as one:
         yield one
 
 

@@ -39,14 +39,14 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("calling")
     path = scripted(folder / "checkpoint", CHAIN)
     (path / "chat_template.jinja").write_text(TEMPLATE)
-    with served(folder / "run", f"checkpoint={path}", "sampling=greedy") as one:
+    with served(folder / "run", f"checkpoint={path}", "sampling=greedy", forked=True) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model, whose answers have no markup."""
-    with served(tmp_path_factory.mktemp("plain")) as one:
+    with served(tmp_path_factory.mktemp("plain"), forked=True) as one:
         yield one
 
 

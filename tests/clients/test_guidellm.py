@@ -17,7 +17,7 @@ REQUESTS, PROMPT, OUTPUT = 8, 40, 12
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with served(folder, f"serve.log={folder / 'log'}") as one:
+    with served(folder, f"serve.log={folder / 'log'}", forked=True) as one:
         yield one
 
 

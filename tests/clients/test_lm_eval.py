@@ -76,7 +76,7 @@ def expected() -> Expected:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("server")) as one:
+    with served(tmp_path_factory.mktemp("server"), forked=True) as one:
         yield one
 
 

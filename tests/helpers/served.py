@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 import psutil
+from forked import Forked
 from spawn import free_port
 
 WITHIN_S = 60
@@ -29,7 +30,7 @@ Answered = tuple[int, Any, dict[str, str]]  # status, object or text, headers in
 class Server:
     """One that is ready."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", stdout: Path, stderr: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | Forked", stdout: Path, stderr: Path) -> None:
         self.process, self.stdout_path, self.stderr_path = process, stdout, stderr
         self.model, self.port = "", 0
 
@@ -117,10 +118,15 @@ def post(path: str, body: Mapping[str, Any]) -> bytes:
     return head.encode() + data
 
 
-def begun(folder: Path, start: Sequence[str], keys: Sequence[str], env: Mapping[str, str]) -> Server:
+def begun(
+    folder: Path, start: Sequence[str], keys: Sequence[str], env: Mapping[str, str], forked: bool = False
+) -> Server:
     """The command, behind `start`, with its output in the folder's files."""
     folder.mkdir(exist_ok=True)
     common = ("serve.port=0", "runtime.device=cpu", "serve.drain_s=10")
+    if forked:
+        words, all_env = ("-m", "epmoe.serve", *common, *keys), {**os.environ, "EPMOE_API_KEY": "", **env}
+        return Server(Forked(words, folder, all_env), folder / "out", folder / "err")
     out, err = folder / "stdout", folder / "stderr"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(
@@ -153,13 +159,19 @@ def two_nodes(folder: Path, *keys: str, ranks: int = 1) -> Iterator[list[Server]
 
 @contextmanager
 def served(
-    folder: Path, *keys: str, ranks: int = 0, env: Mapping[str, str] | None = None, settled: bool = True
+    folder: Path,
+    *keys: str,
+    ranks: int = 0,
+    env: Mapping[str, str] | None = None,
+    settled: bool = True,
+    forked: bool = False,
 ) -> Iterator[Server]:
     """A server with these keys; `ranks` of torchrun, or without it. At the block's end SIGTERM ends it with 0.
 
-    `settled`: the block leaves it running.
+    `settled`: the block leaves it running. `forked`: without torchrun, and without the seconds that a fresh interpreter
+    takes to import torch.
     """
-    server = begun(folder, (*TORCHRUN, str(ranks)) if ranks else (), keys, env or {})
+    server = begun(folder, (*TORCHRUN, str(ranks)) if ranks else (), keys, env or {}, forked)
     process = server.process
     try:
         server.wait_ready()

@@ -53,7 +53,7 @@ def run_ranks(
     processes = []
     for rank in range(world_size):
         here, there = FORK.Pipe(duplex=False)
-        variables = {**_launch(rank, world_size, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
+        variables = {**launch_of(rank, world_size, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
         joined = {"device": device, "timeout_s": timeout, "mesh": (replica, 0)}
         process = FORK.Process(target=_run_rank, args=(there, variables, joined, fn, args))
         process.start()
@@ -68,7 +68,7 @@ def run_ranks(
             process.join()
 
 
-def _launch(rank: int, world_size: int, port: int) -> dict[str, str]:
+def launch_of(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -189,7 +189,7 @@ def commands(
     """Run `ranks.main(fn(*args))` on `world_size` ranks as by hand, without an agent; rank 0 hosts the store."""
     port = port or free_port()
     started = [
-        Command(folder, {**_launch(rank, world_size, port), **(env or {})}, fn, args) for rank in range(world_size)
+        Command(folder, {**launch_of(rank, world_size, port), **(env or {})}, fn, args) for rank in range(world_size)
     ]
     try:
         yield started

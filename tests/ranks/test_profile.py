@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import python
 from torch.profiler import ProfilerActivity, profile
 
 from epmoe.errors import UserError
@@ -37,9 +38,7 @@ def test_every_rank_names_every_step(tiny_checkpoint: Path, tmp_path: Path) -> N
     """Once a layer and step; the tokens say how many steps there were."""
     folder = tmp_path / "a folder, with=signs"
     keys = [f"checkpoint={tiny_checkpoint}", "runtime=cpu", "prompt=a", "max_new_tokens=3", "sampling.ignore_eos=true"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*start, "-m", "epmoe.generate", *keys, f"runtime.profile={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python("-m", "epmoe.generate", *keys, f"runtime.profile={folder}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in folder.iterdir()) == ["rank-0.json", "rank-1.json"]
     found = [ranges(file) for file in sorted(folder.iterdir())]

@@ -24,7 +24,8 @@ KEY = "s3cret-key"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with served(folder, "serve.max_body=100000", "serve.max_bodies=150000", f"serve.log={folder / 'log'}") as one:
+    keys = ("serve.max_body=100000", "serve.max_bodies=150000", f"serve.log={folder / 'log'}")
+    with served(folder, *keys, forked=True) as one:
         yield one
 
 
@@ -360,7 +361,7 @@ def test_metrics_and_the_log(server: Server) -> None:
 def test_a_key_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
-    with served(tmp_path / "run", f"serve.api_key_file={file}", "serve.model=own/name") as one:
+    with served(tmp_path / "run", f"serve.api_key_file={file}", "serve.model=own/name", forked=True) as one:
         assert one.model == "own/name"
         for wrong in ("", "Bearer", "Bearer wrong", f"Bearer {KEY}x", KEY):
             status, answer, headers = one.ask("/v1/models", headers={"Authorization": wrong})

@@ -15,7 +15,7 @@ LONG = {"prompt": "It was a fine morning, and", "max_tokens": 490, "ignore_eos":
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = ("runtime.max_batch=2", "serve.queue_requests=2")
-    with served(tmp_path_factory.mktemp("server"), *keys) as one:
+    with served(tmp_path_factory.mktemp("server"), *keys, forked=True) as one:
         yield one
 
 

@@ -88,7 +88,7 @@ def written(folder: Path, chain: tuple[str, ...]) -> Path:
 @pytest.fixture(scope="module")
 def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("calling")
-    with served(folder / "run", f"checkpoint={written(folder, CALL)}", "sampling=greedy") as one:
+    with served(folder / "run", f"checkpoint={written(folder, CALL)}", "sampling=greedy", forked=True) as one:
         yield one
 
 
@@ -96,7 +96,7 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def saying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("saying")
     keys = ("sampling=greedy", "serve.responses=3", "max_new_tokens=9")
-    with served(folder / "run", f"checkpoint={written(folder, SAID)}", *keys) as one:
+    with served(folder / "run", f"checkpoint={written(folder, SAID)}", *keys, forked=True) as one:
         yield one
 
 

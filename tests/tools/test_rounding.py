@@ -1,12 +1,11 @@
 """scripts/bench/rounding.py: each layer's error, counted by hand; bars, a picture, one line for a mistake."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from loading import EXPERTS, stored
 
 from epmoe.formats import SCALES
@@ -37,8 +36,7 @@ def test_the_command(tmp_path: Path) -> None:
     """On the embedded model, whose experts are MXFP4 already: ocp and best return every byte's value."""
     script, picture = str(ROOT / "scripts/bench/rounding.py"), tmp_path / "errors.svg"
     make_checkpoint(tmp_path / "m", experts=3)
-    command = [sys.executable, script, str(tmp_path / "m"), "--device", "cpu", "--plot", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python(script, str(tmp_path / "m"), "--device", "cpu", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     record = json.loads(last)
@@ -60,6 +58,5 @@ def test_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(words: list[str], said: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts/bench/rounding.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python(str(ROOT / "scripts/bench/rounding.py"), *words)
     assert done.returncode != 0 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -23,7 +23,7 @@ ERROR = {"message", "type", "param", "code"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("server"), *SMALL) as one:
+    with served(tmp_path_factory.mktemp("server"), *SMALL, forked=True) as one:
         yield one
 
 

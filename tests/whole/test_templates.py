@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from scripted import scripted
 
 from epmoe.weights.checkpoint import Checkpoint
@@ -30,9 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*keys: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    start = [sys.executable, *torchrun, "-m", "epmoe.generate", "runtime.device=cpu"]
-    return subprocess.run([*start, *keys], capture_output=True, text=True, timeout=120, check=False)
+    return python("-m", "epmoe.generate", "runtime.device=cpu", *keys, ranks=ranks)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:

@@ -1,12 +1,12 @@
 """The benchmark of load as users start it: its table, its line of JSON, its figures; mistakes are one line."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import python
 
 from epmoe.bench import __main__ as command
 from epmoe.bench.load.callers import Served
@@ -21,10 +21,7 @@ SMALL = ["runtime=cpu", f"checkpoint={DEMO}", "requests=12", "prompt_tokens=unif
 
 def run(*keys: str, ranks: int = 1) -> tuple[list[str], dict[str, Any]]:
     """The lines of the table, the JSON."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    start = start if ranks > 1 else [sys.executable]
-    words = [*start, "-m", "epmoe.bench", *keys]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = python("-m", "epmoe.bench", *keys, ranks=ranks)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     return lines, json.loads(last)

@@ -44,7 +44,7 @@ def written(folder: Path, chain: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with served(folder / "run", f"checkpoint={written(folder, CALL)}", "sampling=greedy") as one:
+    with served(folder / "run", f"checkpoint={written(folder, CALL)}", "sampling=greedy", forked=True) as one:
         assert one.model == "checkpoint"
         yield one
 
@@ -100,7 +100,7 @@ def test_what_the_template_is_told(server: Server) -> None:
 
 
 def test_reasoning_has_both_names(folder: Path) -> None:
-    with served(folder / "thought", f"checkpoint={written(folder, THOUGHT)}", "sampling=greedy") as one:
+    with served(folder / "thought", f"checkpoint={written(folder, THOUGHT)}", "sampling=greedy", forked=True) as one:
         body = {"messages": USER, "max_tokens": 6}
         message = one.ask("/v1/chat/completions", body)[1]["choices"][0]["message"]
         assert message["reasoning"] == message["reasoning_content"] == "They ask for rain."

@@ -35,7 +35,7 @@ WITH_IDS = {"return_token_ids": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("plain")) as one:
+    with served(tmp_path_factory.mktemp("plain"), forked=True) as one:
         yield one
 
 
@@ -287,7 +287,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def harmony(checkpoint: Path) -> Iterator[Server]:
-    with served(checkpoint.parent / "run", f"checkpoint={checkpoint}") as one:
+    with served(checkpoint.parent / "run", f"checkpoint={checkpoint}", forked=True) as one:
         yield one
 
 
