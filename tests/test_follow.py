@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import python
 
 from epmoe.errors import UserError
 from epmoe.llm import LLM
@@ -78,16 +79,21 @@ def run(script: Path, text: str, *arguments: Any, **env: str) -> "subprocess.Pop
 
 
 @pytest.mark.parametrize(
-    ("runtime", "ranks"), [("cpu", "2,3"), pytest.param("default", "2", marks=pytest.mark.multigpu)]
+    ("runtime", "ranks"),
+    [
+        ("cpu", "3"),
+        pytest.param("cpu", "2", marks=pytest.mark.slow),
+        pytest.param("default", "2", marks=pytest.mark.multigpu),
+    ],
 )
 def test_every_call_is_that_of_one_rank(runtime: str, ranks: str, tmp_path: Path) -> None:
     for seed in (1, 2):
         path = make_checkpoint(tmp_path / str(seed), seed=seed, experts=5, max_position=64)
         (path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ tools }}")
-    script = run(tmp_path / "script.py", EVERY_CALL, tmp_path / "1", tmp_path / "2", runtime, ranks)
-    out, errors = script.communicate(timeout=180)
-    assert script.returncode == 0, errors
-    assert out == "the script runs\nthe same\n" and "rror" not in errors
+    (script := tmp_path / "script.py").write_text(EVERY_CALL)
+    done = python(str(script), str(tmp_path / "1"), str(tmp_path / "2"), runtime, ranks, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the script runs\nthe same\n" and "rror" not in done.stderr
 
 
 READY = """
@@ -122,7 +128,6 @@ def ready(folder: Path, text: str = READY) -> Iterator[tuple["subprocess.Popen[s
             script.kill()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("at_work", [False, True])
 def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
     """While rank 0 is in the caller's hands, and where it waits for the one that has gone."""
@@ -143,11 +148,11 @@ def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
         assert psutil.wait_procs(ranks, 10)[1] == []
 
 
-SLOW_INTERRUPT = pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)  # tests/whole/test_served.py has one
+# tests/whole/test_served.py has them
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGKILL, -9), (signal.SIGINT, 130))]
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), SLOW_INTERRUPT])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), *SLOW])
 def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, tmp_path: Path) -> None:
     with ready(tmp_path) as (script, ranks):
         script.send_signal(number)

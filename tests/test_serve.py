@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import python
 from loading import rank_of
 from served import TORCHRUN, Server, post, served, two_nodes
 
@@ -222,7 +223,7 @@ main(serve.serve)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2], ids=["alone", "two ranks"])
 def test_a_signal_while_kernels_compile_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
     """At either rank, long before the guard would kill it; all end with 0, and nothing is left."""
     (script := tmp_path / "script.py").write_text(STARTING)
@@ -289,8 +290,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "says"), MISTAKES, ids=[words[0] for words, _ in MISTAKES])
 def test_mistakes_are_one_line(words: list[str], says: str) -> None:
-    command = [sys.executable, "-m", "epmoe.serve", "runtime.device=cpu", "serve.port=0", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = python("-m", "epmoe.serve", "runtime.device=cpu", "serve.port=0", *words, timeout=60)
     if words == ["--help"]:
         assert done.returncode == 0 and "serve.drain_s=20.0" in done.stdout and "OpenAI" in done.stdout
         return

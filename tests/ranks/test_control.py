@@ -45,7 +45,7 @@ def alone(ranks: Ranks) -> list[Any]:
 def idle(ranks: Ranks, timeout_s: float) -> Any:
     """Heartbeats for several times the group's timeout, then an order; then silence."""
     control = Control(ranks, timeout_s)
-    for _ in range(12):
+    for _ in range(8):
         if control.leads:
             time.sleep(control.beat_s)
         control.turn({} if control.leads else None)

@@ -129,7 +129,7 @@ def comes_to_it_late(seconds: float) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_signal_is_one_however_late_a_handler_runs(ranks: int, tmp_path: Path) -> None:
     with commands(comes_to_it_late, ranks, guard.AGAIN_S + 1.5, folder=tmp_path) as started:
         until_running(started)
@@ -159,8 +159,13 @@ def test_a_block_that_does_not_end_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [
+        *zip(CASES, (2, 1, 2), strict=True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in zip(CASES, (1, 2, 1), strict=True)),
+    ],
+)
 def test_signals(case: str, ranks: int, tmp_path: Path) -> None:
     """Whichever rank they come to, all end with 0."""
     signals, between_s, seconds, _ = CASES[case]

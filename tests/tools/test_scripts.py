@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ONE = "tests/formats/test_bf16.py::test_checkpoint_layout"
 
 
 def script(name: str, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -24,11 +25,11 @@ def test_refuses_without_devices(option: str, needed: int) -> None:
     assert done.stderr == f"scripts/test: {option} needs {needed} CUDA device(s), found 0: no test was run\n"
 
 
-@pytest.mark.parametrize("selected", ["tests/tools/test_launch.py", "tests/tools"], ids=["one process", "parallel"])
+@pytest.mark.parametrize("selected", ["tests/formats/test_bf16.py", "tests/formats"], ids=["one process", "parallel"])
 def test_record(selected: str, tmp_path: Path) -> None:
     """Counts and the commit are those of the run, of all workers; pytest's own arguments pass through."""
     file = tmp_path / "record.json"
-    done = script("test", "--json", str(file), selected, "-k", "test_one_node", EPMOE_COMMIT="abc")
+    done = script("test", "--json", str(file), selected, "-k", "test_checkpoint_layout", EPMOE_COMMIT="abc")
     assert done.returncode == 0, done.stdout
     record = json.loads(file.read_text())
     assert {key: record[key] for key in ("passed", "failed", "error", "skipped")} == {
@@ -38,10 +39,10 @@ def test_record(selected: str, tmp_path: Path) -> None:
         "skipped": 0,
     }
     assert record["commit"] == "abc" and record["devices"] == [] and record["exit_status"] == 0
-    assert record["deselected"] > 0 and list(record["durations"]) == ["tests/tools/test_launch.py::test_one_node"]
+    assert record["deselected"] > 0 and list(record["durations"]) == [ONE]
     last = done.stdout.splitlines()[-1]
     assert last.startswith("=") and f" 1 passed, {record['deselected']} deselected in " in last
-    assert ("workers [" in done.stdout) == (selected == "tests/tools")
+    assert ("workers [" in done.stdout) == (selected == "tests/formats")
 
 
 def test_chosen_interpreter() -> None:

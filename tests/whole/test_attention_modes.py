@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from bitwise_run import Run, assert_same, runs
 from drafting import draft_wrongly, try_some
+from forked import python
 from kinds import KINDS, PROMPTS
 from spawn import free_port, run_ranks
 
@@ -28,13 +29,15 @@ WAYS: list[tuple[int, str, str, dict[str, Any], bool]] = [
     (2, "tensor", "slots", SMALL, True),
     (4, "tensor", "slots", {}, False),
     (2, "data", "all_to_all", SMALL, True),
-    (3, "data", "slots", {}, False),
 ]
 MORE = [
-    (ranks, *way, runtime, True)
-    for runtime in ({}, SMALL)
-    for way, sizes in ((("tensor", "slots"), (1, 2, 4, 8)), *((("data", each), (1, 2, 3, 4, 8)) for each in DATA))
-    for ranks in sizes
+    (3, "data", "slots", {}, False),  # tests/whole/test_data.py has them
+    *(
+        (ranks, *way, runtime, True)
+        for runtime in ({}, SMALL)
+        for way, sizes in ((("tensor", "slots"), (1, 2, 4, 8)), *((("data", each), (1, 2, 3, 4, 8)) for each in DATA))
+        for ranks in sizes
+    ),
 ]
 Answers = list[tuple[Any, ...]]
 
@@ -120,9 +123,7 @@ def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
     prompts.write_text("".join(json.dumps(each) + "\n" for each in lines))
     keys = [f"prompts={prompts}", "runtime.device=cpu", "max_new_tokens=12", "sampling.logprobs=2", "chat=off"]
     one, port = tmp_path / "one.jsonl", str(free_port())
-    subprocess.run(
-        [sys.executable, "-m", "epmoe.generate", *keys, f"output={one}"], check=True, timeout=100, capture_output=True
-    )
+    python("-m", "epmoe.generate", *keys, f"output={one}").check_returncode()
     agents: list[subprocess.Popen[str]] = []
     for node in range(2):
         options = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]

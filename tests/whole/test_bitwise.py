@@ -54,7 +54,7 @@ def test_all_reduce_does_not(checkpoint: str) -> None:
     torch.testing.assert_close(four[:steps], one[:steps], atol=0.25, rtol=0)  # yet it computes the same thing
 
 
-@pytest.mark.parametrize("threads", ["1", "2", None])
+@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "2", None])
 def test_omp_num_threads_changes_nothing(checkpoint: str, one_rank: Run, threads: str | None, tmp_path: Path) -> None:
     """Fresh interpreters, since OpenMP reads the variable once; one rank without it, as a user starts it."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -78,6 +78,7 @@ def test_torchruns_own_choice_of_threads_changes_nothing(checkpoint: str, one_ra
     assert (tmp_path / "found").read_text() == digest(one_rank)
 
 
+@pytest.mark.slow  # tests/whole/test_attention_modes.py has it on two and four
 def test_embedded_model_on_eight_ranks() -> None:
     assert_same(runs(str(DEMO), 8, combine="slots"), runs(str(DEMO), 1, combine="slots"))
 

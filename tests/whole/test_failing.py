@@ -73,7 +73,11 @@ def lines(command: Command) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("victim", "attention"), [*((rank, "replicate") for rank in range(4)), (2, "tensor"), (3, "data")]
+    ("victim", "attention"),
+    [
+        *((0, "replicate"), (2, "tensor"), (3, "data")),
+        *(pytest.param(rank, "replicate", marks=pytest.mark.slow) for rank in (1, 2, 3)),
+    ],
 )
 def test_rank_killed_in_a_generation_is_named_by_every_other(
     victim: int, attention: str, long_generation: list[str], tmp_path: Path
@@ -144,7 +148,7 @@ def test_signal_while_modules_are_imported(number: Signals) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])  # tests/ranks/test_watch.py has one
 def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -> None:
     """A stopped process keeps its connections, so only its silence tells; the bound is timeout_s."""
     with commands(add_for_ever, 3, "cpu", 8.0, folder=tmp_path) as started:
@@ -271,8 +275,8 @@ def test_rank_that_does_not_finish_is_named(tmp_path: Path) -> None:
 def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     """The wait at the start is bounded; here two of three ranks are started."""
     port = free_port()
-    says = f"epmoe: rank 2 did not come to MASTER_PORT {port} within 5 s (runtime.timeout_s); rank {{}} ends too"
-    with commands(add_for_ever, 2, "cpu", 5.0, folder=tmp_path, env={"WORLD_SIZE": "3"}, port=port) as started:
+    says = f"epmoe: rank 2 did not come to MASTER_PORT {port} within 3 s (runtime.timeout_s); rank {{}} ends too"
+    with commands(add_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}, port=port) as started:
         assert end_all(started, 30) == [1, 1]
         for rank in (0, 1):
             assert lines(started[rank]) == [says.format(rank)]

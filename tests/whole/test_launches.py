@@ -78,7 +78,14 @@ def step(
     return names, body
 
 
-@pytest.mark.parametrize(("rows", "ranks", "kept"), [(1, 1, False), (3, 1, True), (1, 2, True), (3, 2, False)])
+@pytest.mark.parametrize(
+    ("rows", "ranks", "kept"),
+    [
+        (3, 1, True),
+        (1, 2, False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1, False), (3, 2, True))),
+    ],
+)
 def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int, kept: bool) -> None:
     """Eight a layer with a window, nine with full attention (the cache is longer than one split), nine around them.
 

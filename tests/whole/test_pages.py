@@ -221,35 +221,39 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("pages"), experts=5, top_k=2))
 
 
-def compare(checkpoint: str, device: str, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
+Ways = list[tuple[int, bool]]  # ranks, and whether prefixes are found
+WAYS: Ways = [(1, True), (1, False), (2, True), (2, False)]
+
+
+def compare(checkpoint: str, device: str, ways: Ways, options: dict[str, Any]) -> None:
     (large,) = run_ranks(run, 1, checkpoint, 1.0, False, options, device=device, timeout=240)
     assert large.put_back == 0 and large.cached == 0 and not large.left and not large.late
     assert "nan" not in "".join(large.outputs) and len(set(large.outputs)) == 64
-    for size in sizes:
-        for prefix_cache in (True, False):
-            found = run_ranks(run, size, checkpoint, 0.1, prefix_cache, options, device=device, timeout=240)
-            for each in found:
-                assert each == found[0] and each.outputs == large.outputs
-                assert each.put_back > 3 and (each.cached > 200) == prefix_cache and not each.left
-                assert not each.late
+    for size, prefix_cache in ways:
+        found = run_ranks(run, size, checkpoint, 0.1, prefix_cache, options, device=device, timeout=240)
+        for each in found:
+            assert each == found[0] and each.outputs == large.outputs
+            assert each.put_back > 3 and (each.cached > 200) == prefix_cache and not each.left
+            assert not each.late
     (found,) = run_ranks(run, 1, checkpoint, 1.0, True, options, device=device, timeout=240)
     assert found.outputs == large.outputs and found.put_back == 0 and found.cached > 200
 
 
-def test_a_tenth_of_the_cache_gives_the_same_bits(checkpoint: str) -> None:
+@pytest.mark.parametrize("ways", [WAYS[1:3], pytest.param(WAYS, marks=pytest.mark.slow)], ids=len)
+def test_a_tenth_of_the_cache_gives_the_same_bits(ways: Ways, checkpoint: str) -> None:
     """On 1 and 2 ranks, with prefixes and without; and a large cache with prefixes."""
-    compare(checkpoint, "cpu", (1, 2), {})
+    compare(checkpoint, "cpu", ways, {})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_tenth_of_the_cache_gives_the_same_bits_on_a_gpu(checkpoint: str, graphs: bool) -> None:
-    compare(checkpoint, "cuda", (1,), {"graphs": graphs})
+    compare(checkpoint, "cuda", WAYS[:2], {"graphs": graphs})
 
 
 @pytest.mark.multigpu
 def test_a_tenth_of_the_cache_gives_the_same_bits_on_two_gpus(checkpoint: str) -> None:
-    compare(checkpoint, "cuda", (2,), {"graphs": True})
+    compare(checkpoint, "cuda", WAYS[2:], {"graphs": True})
 
 
 def talk(device: str) -> None:

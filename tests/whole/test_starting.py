@@ -48,12 +48,16 @@ def end_without(victim: int, number: Signals, folder: Path) -> None:
             assert (f"rank {victim} did not come" in line) == bool(victim)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_goes_while_all_import(victim: int, tmp_path: Path) -> None:
+# Each signal, and rank 0 and another one; all of both where there is time.
+GO = [(0, SIGKILL), (2, SIGSTOP), (0, SIGTERM), (2, SIGINT)]
+REST = [(2, SIGKILL), (0, SIGSTOP), (2, SIGTERM), (0, SIGINT)]
+
+
+@pytest.mark.parametrize("cases", [GO, pytest.param(REST, marks=pytest.mark.slow)], ids=["some", "the rest"])
+def test_a_rank_that_goes_while_all_import(cases: list[tuple[int, Signals]], tmp_path: Path) -> None:
     """Four runs at once: they only wait."""
     with ThreadPoolExecutor() as pool:
-        numbers = (SIGKILL, SIGSTOP, SIGTERM, SIGINT)
-        list(pool.map(lambda number: end_without(victim, number, tmp_path / number.name), numbers))
+        list(pool.map(lambda case: end_without(case[0], case[1], tmp_path / case[1].name), cases))
 
 
 def test_slow_imports_are_no_death(tmp_path: Path) -> None:

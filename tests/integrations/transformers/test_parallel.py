@@ -109,5 +109,6 @@ def test_two_ranks(folder: Path, alone: dict[str, Ran], monkeypatch: pytest.Monk
     assert found.keys() == first.keys() and all(torch.equal(found[name], first[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_three_ranks(folder: Path, alone: dict[str, Ran]) -> None:
     check(3, run_ranks(all_families, 3, folder, timeout=150), folder, alone)
