@@ -4,9 +4,9 @@
     rows of a step              c  d  e  f           its last token and the draft's, each at its own position
     chosen                      d  e  x  y           the draft was right up to e, so d, e and x are the answer's
 
-What was said otherwise once is expected so again: here x instead of f, and behind it what follows the x, or g, whichever
-came. A table that becomes a list of objects, or a text in which a name changes, so costs one wrong draft for each kind
-of place and not for each place.
+What was said otherwise once is expected so again: here x instead of f, and behind it what follows the x, or g,
+whichever came. A table that becomes a list of objects, or a text in which a name changes, so costs one wrong draft for
+each kind of place and not for each place.
 
 A token follows from those before it and from nothing else, a row's bits from no other row: so an answer with drafts is
 the answer without, bit for bit, and a wrong draft costs the time of its rows.
