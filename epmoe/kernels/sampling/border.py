@@ -29,24 +29,6 @@ from epmoe.kernels.sampling.numbers import (
 
 
 @triton.jit
-def each_sum(a_1, a_2, a_3, b_1, b_2, b_3):
-    return a_1 + b_1, a_2 + b_2, a_3 + b_3
-
-
-@triton.jit
-def quarter_of(place_C, measure_C, need, low, high):
-    """low and high of that quarter of the range in which the measure from a place on falls below `need`."""
-    step = (high - low + 3) >> 2
-    one, two, three = low + step, low + 2 * step, low + 3 * step  # the last may be `high` or beyond: nothing is there
-    from_1_C, from_2_C = tl.where(place_C >= one, measure_C, 0), tl.where(place_C >= two, measure_C, 0)
-    from_1, from_2, from_3 = tl.reduce((from_1_C, from_2_C, tl.where(place_C >= three, measure_C, 0)), 0, each_sum)
-    end = high
-    high = tl.where(from_1 < need, one, tl.where(from_2 < need, two, tl.where(from_3 < need, three, end)))
-    low = tl.where(from_3 >= need, three, tl.where(from_2 >= need, two, tl.where(from_1 >= need, one, low)))
-    return low, tl.minimum(high, end)
-
-
-@triton.jit
 def border_of(key_C, measure_C, need):
     """The largest key at which, with all larger ones, the measures reach `need`; all together do.
 
@@ -56,11 +38,15 @@ def border_of(key_C, measure_C, need):
     low = tl.min(tl.where(key_C == NOTHING, 1 << 62, score_C), 0)
     high = tl.max(score_C, 0) + 1
     while high - low > 1:
-        low, high = quarter_of(score_C, measure_C, need, low, high)
+        middle = low + ((high - low) >> 1)
+        reached = tl.sum(tl.where(score_C >= middle, measure_C, 0), 0) >= need
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
     equal_C = (score_C == low) & (key_C != NOTHING)
     border, last = tl.min(tl.where(equal_C, key_C, 1 << 62), 0), tl.max(tl.where(equal_C, key_C, NOTHING), 0) + 1
     while last - border > 1:
-        border, last = quarter_of(key_C, measure_C, need, border, last)
+        middle = border + ((last - border) >> 1)
+        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        border, last = tl.where(reached, middle, border), tl.where(reached, last, middle)
     return border
 
 
