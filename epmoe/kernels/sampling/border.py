@@ -16,6 +16,7 @@ from epmoe.kernels.sampling.numbers import (
     NOT_FINITE,
     NOTHING,
     best_key,
+    candidate_keys,
     key_id,
     key_of,
     key_value,
@@ -96,7 +97,7 @@ def border_kernel(
     sum_ptr,  # int64 [B, groups, 4], as narrow.sum_kernel leaves it
     kept_ptr,  # in, out int64 [B, runs]: all weights that are kept
     candidates_ptr,  # int32 [B]
-    candidate_ptr,  # int64 [B, ROOM]
+    candidate_ptr,  # int32 [B, ROOM]: ids
     border_ptr,  # out int64 [B], of rows with top-k or top-p
     every,  # 1: what weighs nothing has its place, too
     parts,
@@ -120,11 +121,11 @@ def border_kernel(
         above_k = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
         c_C = tl.arange(0, ROOM)
-        key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
-        real_C = key_C != NOTHING
+        real_C = c_C < candidates
+        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+        key_C = candidate_keys(row_ptr, candidate_ptr + b * ROOM, real_C, ROOM)
         weight_C = weight_of(key_value(key_C), real_C, best, steep, floor)
         fits = candidates <= ROOM
-        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
         low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
         high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)
