@@ -26,8 +26,8 @@ KEPT = 0.1  # of what is free, for all that is neither weights nor cache
 
 
 class Machine(NamedTuple):
-    """What a kind of mesh can do: bytes a second from memory, FLOP a second, bytes a second between two ranks, and µs of
-    a message: the sum of slots, in symmetric memory on a node; an all-gather; another collective of the group."""
+    """What a kind of mesh can do: bytes a second from memory, FLOP a second, bytes a second between ranks, and µs of a
+    message: the sum of slots, in symmetric memory on a node; an all-gather; another collective of the group."""
 
     memory: float
     flops: float
