@@ -86,8 +86,11 @@ class Stock:
 
     def take(self) -> int:
         """A page for a new user, whatever it held."""
-        page = self.free.pop() if self.free else next(iter(self.passed or self.idle))
-        self._forget(page)
+        if self.free:
+            page = self.free.pop()  # which has no key, and is idle nowhere
+        else:
+            page = next(iter(self.passed or self.idle))
+            self._forget(page)
         self.users[page] = 1
         return page
 
@@ -242,8 +245,7 @@ class Pages:
             own = Held(lasting=self._seen_from(stock, {count, known, whole}))
             self.held[handle].append(own)
             self._skip(own, stock.first_seen(count * self.size) // self.size)
-            for key in keys[own.first : count]:
-                self._append(handle, stock, own, stock.share(key))
+            self._append(handle, stock, own, list(map(stock.share, keys[own.first : count])))
         return handle, count * self.size
 
     def grow(self, handle: int, begin: int, end: int) -> int:
@@ -263,8 +265,8 @@ class Pages:
             available = self.left if stock.window is None else stock.available
             end = min(end, (len(own.pages) + available) * self.size)
         for stock, own in held if end > begin else ():
-            while len(own.pages) * self.size < end:
-                self._append(handle, stock, own, stock.take())
+            lacking = -(-end // self.size) - len(own.pages)
+            self._append(handle, stock, own, [stock.take() for _ in range(lacking)])
         self.calm[handle] = min(
             min(len(own.pages) * self.size, stock.passes((own.first + 1) * self.size)) for stock, own in held
         )
@@ -304,10 +306,12 @@ class Pages:
         changed, self.changed = self.changed, {}
         return changed
 
-    def _append(self, handle: int, stock: Stock, own: Held, page: int) -> None:
-        self.changed[self.stocks.index(stock), handle, len(own.pages)] = page
-        own.pages.append(page)
-        self.together += stock is self.full
+    def _append(self, handle: int, stock: Stock, own: Held, pages: list[int]) -> None:
+        number = self.stocks.index(stock)
+        for place, page in enumerate(pages, len(own.pages)):
+            self.changed[number, handle, place] = page
+        own.pages += pages
+        self.together += len(pages) * (stock is self.full)
 
     def _seen_from(self, stock: Stock, places: Iterable[int]) -> frozenset[int]:
         """The pages that the first tokens of these pages see of a window before them."""

@@ -4,9 +4,9 @@
     rows of a step              c  d  e  f           its last token and the draft's, each at its own position
     chosen                      d  e  x  y           the draft was right up to e, so d, e and x are the answer's
 
-What was said otherwise once is expected so again: here x instead of f, and behind it what follows the x, or g, whichever
-came. A table that becomes a list of objects, or a text in which a name changes, so costs one wrong draft for each kind
-of place and not for each place.
+What was said otherwise once is expected so again: here x instead of f, and behind it what follows the x, or g,
+whichever came. A table that becomes a list of objects, or a text in which a name changes, so costs one wrong draft for
+each kind of place and not for each place.
 
 A token follows from those before it and from nothing else, a row's bits from no other row: so an answer with drafts is
 the answer without, bit for bit, and a wrong draft costs the time of its rows.
@@ -50,7 +50,8 @@ class Costs:
 
     The defaults are fitted to gpt-oss-20b's steps on one H200 (1.65, 3.38, 4.77 and 8.16 ms at 1, 16, 64 and 256 rows;
     scripts/bench/NOTES.md): of 1.35 ms, 2.3 are what all 768 experts' weights take, 0.018 a row. Whoever drafts waits
-    for the tokens of the step before: an estimate of 0.25 ms and 4 µs a row.
+    for the tokens of the step before, and the host has more to do for each row: 0.25 ms and 20 µs a row, of 28 that
+    were measured where each row has a grammar.
 
     Args:
         experts: of a layer on this rank.
@@ -62,7 +63,7 @@ class Costs:
     expert: float = 0.053
     row: float = 0.013
     wait: float = 0.19
-    wait_row: float = 0.003
+    wait_row: float = 0.015
 
     @classmethod
     def of(cls, num_experts: int, top_k: int, ranks: int = 1) -> "Costs":
@@ -76,6 +77,10 @@ class Costs:
             found.append(1.0 + self.expert * self.experts * (1.0 - untouched) + self.row * rows)
             untouched *= self.untouched
         return found
+
+    def drafted(self, steps: Sequence[float], rows: int) -> float:
+        """What one of `steps` with drafts takes, of so many rows."""
+        return steps[rows] + self.wait + self.wait_row * rows
 
 
 @dataclass
@@ -266,7 +271,7 @@ def least_share(costs: Costs, cost: float, depth: int) -> float:
         cost: of its `depth` tokens, in steps of one row.
     """
     steps = costs.steps(1 + depth)
-    longer = (steps[1 + depth] + costs.wait + costs.wait_row) / steps[1] + cost
+    longer = costs.drafted(steps, 1 + depth) / steps[1] + cost
     shares = (percent / 100 for percent in range(5, 100, 5))
     return next((share for share in shares if sum(share**ahead for ahead in range(depth + 1)) > longer), 1.0)
 
@@ -304,9 +309,8 @@ class Drafting:
 
     def pays(self, rows: int) -> bool:
         """Whether any drafts can be worth it beside so many rows: those that are all right."""
-        before, wait = MARGIN * rows / self.steps[rows], self.costs.wait + self.costs.wait_row * rows
-        most = min(self.most_rows, (1 + MOST_DRAFT) * rows)
-        return any(each / (self.steps[each] + wait) > before for each in range(rows + 1, most + 1))
+        before, most = MARGIN * rows / self.steps[rows], min(self.most_rows, (1 + MOST_DRAFT) * rows)
+        return any(each / self.costs.drafted(self.steps, each) > before for each in range(rows + 1, most + 1))
 
     def allot(self, drafters: Sequence[Drafter], rows: int, room: int) -> list[int]:
         """How many tokens each drafts, so that a step brings the most tokens in its time; none where none is worth it.
@@ -320,17 +324,17 @@ class Drafting:
         those = [each for each, (_, most) in enumerate(drafters) if most > 0]
         chances = [(-drafters[each][0].chance(0), each) for each in those]
         heapq.heapify(chances)
-        tokens, wait = float(rows), self.costs.wait + self.costs.wait_row * rows
+        tokens = float(rows)
         best_rate = MARGIN * tokens / self.steps[rows]
         while chances and len(taken) < room:
             chance, each = chances[0]
-            if -chance * self.steps[rows] < self.costs.row * tokens:
+            if -chance * self.steps[rows] < (self.costs.row + self.costs.wait_row) * tokens:
                 break  # less than a row takes, and no other brings more
             history, most = drafters[each]
             taken.append(each)
             counts[each] += 1
             tokens -= chance
-            rate = tokens / (self.steps[rows + len(taken)] + wait)
+            rate = tokens / self.costs.drafted(self.steps, rows + len(taken))
             if rate > best_rate:
                 best_rate, best = rate, len(taken)
             if counts[each] < most:

@@ -163,8 +163,12 @@ class Engine:
         Raises:
             UserError: see `check` and `matcher`; a request that the whole cache cannot hold.
         """
+        self.check([request], self.scheduler.added - self.first)
+        return self._add(request)
+
+    def _add(self, request: Request) -> int:
+        """One that was checked."""
         number = self.scheduler.added - self.first
-        self.check([request], number)
         assert request.params.kept <= self.runner.state.kept, "not prepared"
         matcher = self.matcher(request, number + 1)
         return self.scheduler.add(request, time.perf_counter(), matcher)
@@ -239,7 +243,7 @@ class Engine:
         stopped: set[int] = set()
         try:
             for request in requests:
-                self.add(request)
+                self._add(request)
             while self.busy:
                 for event in self.step():
                     index = event.id - self.first

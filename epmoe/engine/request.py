@@ -312,9 +312,9 @@ def check(requests: Sequence[Request], vocab: int, max_positions: int, first: in
                 f"prompt {number} has {len(request.ids)} tokens and the model has {max_positions} positions "
                 "(max_position_embeddings) for prompt and output: shorten the prompt"
             )
-        if max(request.ids) >= vocab:
+        if (largest := max(request.ids)) >= vocab:
             raise UserError(
-                f"prompt {number} has token id {max(request.ids)} and the model's vocab_size is {vocab}: "
+                f"prompt {number} has token id {largest} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
             )
         _check_params(request.params, number, vocab)

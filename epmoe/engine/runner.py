@@ -115,10 +115,13 @@ class Runner:
         if not any(plan.work.rows or plan.work.pieces for plan in plans):
             return None
         id_B, most = None, max(len(plan.sequences) for plan in plans)
-        if ragged and own.work.drafts and variant and variant.adjusted:
-            ragged.chosen.extend(self._branch(ragged, own.work.drafts))
+        branched = own.work.drafts if ragged and variant and variant.adjusted else {}
+        if ragged and branched:
+            ragged.chosen.extend(self._chosen(ragged, branched))
         if ragged:
             launcher.ragged(ragged, [plan.ragged for plan in plans if plan.ragged])
+            if branched:  # while the step runs up to its head
+                self.state.branch([(each.handle, draft, bool(each.matcher)) for each, draft in branched.items()])
         elif variant and not variant.adjusted and self.told_to is None:
             id_B = launcher.decode([each.handle for each in sequences], variant)
         else:
@@ -127,9 +130,9 @@ class Runner:
             launcher.rows([each.handle for each in sequences], most)
         return Started(plans, own, id_B) if any(plan.brings for plan in plans) else None
 
-    def _branch(self, ragged: Ragged, drafts: Drafts) -> list[int]:
+    def _chosen(self, ragged: Ragged, drafts: Drafts) -> list[int]:
         """For each output a handle by whose parameters it is chosen: in a draft one that knows the tokens before."""
-        branches = iter(self.state.branch([(each.handle, draft) for each, draft in drafts.items()]))
+        branches = iter(self.state.branches(sum(map(len, drafts.values()))))
         outputs = zip(ragged.ended, ragged.ahead, strict=True)
         return [next(branches) if ahead else each.handle for each, ahead in outputs]
 

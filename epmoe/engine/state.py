@@ -176,32 +176,40 @@ class State:
         counted_B: torch.Tensor = twins.advance(id_B, sequence_B, position_B, self.sequences, self.vocab, drafted)
         return counted_B
 
-    def branch(self, drafts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-        """Handles for the rows of drafts, in their order: copies of the sequences' state, as if the tokens had come.
+    def branches(self, count: int) -> list[int]:
+        """Handles for so many rows of drafts; `branch` fills them."""
+        handles = list(range(self.spare + 1, self.spare + 1 + count))
+        assert handles[-1] < self.count, "more rows than branches"
+        return handles
+
+    def branch(self, drafts: Sequence[tuple[int, Sequence[int], bool]]) -> None:
+        """Let the first `branches` be copies of the sequences' state, as if the tokens had come, row by row.
 
         They hold until the next call.
 
         Args:
-            drafts: a sequence's handle and its draft.
+            drafts: a sequence's handle and its draft, and whether its masks are still to come: then none is copied.
         """
         device = self.ranks.device
-        rows = [(handle, draft[:count]) for handle, draft in drafts for count in range(1, len(draft) + 1)]
-        handles = list(range(self.spare + 1, self.spare + 1 + len(rows)))
-        assert handles[-1] < self.count, "more rows than branches"
-        from_R = to_device([handle for handle, _ in rows], torch.int64, device)
-        to_R = to_device(handles, torch.int64, device)
+        rows = [(handle, draft[:count], late) for handle, draft, late in drafts for count in range(1, len(draft) + 1)]
+        handles = self.branches(len(rows))
+        from_R, to_R = (to_device(each, torch.int64, device) for each in ([row[0] for row in rows], handles))
         _, _, seen_SV, count_SV = self.sequences
-        kept = (*self.params_S, self.penalty_S3, seen_SV, count_SV, *(self.listed or ()), self.allowed_SW)
-        for each in kept:
+        for each in (*self.params_S, self.penalty_S3, seen_SV, count_SV, *(self.listed or ())):
             if each is not None:
                 each.index_copy_(0, to_R, each[from_R])
-        said = [(handle, id) for handle, (_, ids) in zip(handles, rows, strict=True) for id in ids]
+        masked = [(handle, to) for (handle, _, late), to in zip(rows, handles, strict=True) if not late]
+        if self.allowed_SW is not None and masked:
+            from_X, to_X = (to_device(each, torch.int64, device) for each in zip(*masked, strict=True))
+            self.allowed_SW.index_copy_(0, to_X, self.allowed_SW[from_X])
+        if seen_SV is None and count_SV is None:
+            return
+        said = [(handle, id) for handle, (_, ids, _) in zip(handles, rows, strict=True) for id in ids]
         handle_X, id_X = (to_device(each, torch.int64, device) for each in zip(*said, strict=True))
         if seen_SV is not None:
             seen_SV.index_put_((handle_X, id_X), torch.ones_like(handle_X, dtype=torch.bool))
         if count_SV is not None:
             count_SV.index_put_((handle_X, id_X), torch.ones_like(handle_X, dtype=torch.int32), accumulate=True)
-        return handles
 
     def tokens(self, given_T: torch.Tensor) -> torch.Tensor:
         """int64 [T]: the given tokens, and where -1 - handle is given, that sequence's last one."""

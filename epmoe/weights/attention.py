@@ -26,18 +26,22 @@ KEPT = 0.1  # of what is free, for all that is neither weights nor cache
 
 
 class Machine(NamedTuple):
-    """What a kind of mesh can do: bytes a second from memory, FLOP a second, and of messages bytes and µs each."""
+    """What a kind of mesh can do: bytes a second from memory, FLOP a second, bytes a second between ranks, and µs of a
+    message: the sum of slots, in symmetric memory on a node; an all-gather; another collective of the group."""
 
     memory: float
     flops: float
     link: float
-    message_us: float
+    sum_us: float
+    gather_us: float
+    other_us: float
 
 
 # One node: NVIDIA H200 over NVLink; an all-reduce of 24 MB was measured to take 101 µs on 2 ranks and 127 on 4, of one
-# token 10 and 14 (8 ranks: an estimate). Several nodes: an estimate, for 400 Gbit/s a GPU.
-NODE = {2: Machine(4.2e12, 6e14, 2.6e11, 10.0), 4: Machine(4.2e12, 6e14, 2.1e11, 14.0)}
-LARGER, NODES = Machine(4.2e12, 6e14, 2.1e11, 20.0), Machine(4.2e12, 6e14, 4e10, 40.0)
+# token 10 and 14. What follows for the process group's from decode steps of 2 ranks with 1, 64 and 256 texts stands in
+# scripts/bench/NOTES.md, 45. The rest is an estimate; over nodes it is for 400 Gbit/s a GPU.
+NODE = {2: Machine(4.2e12, 6e14, 2.6e11, 10.0, 12.0, 34.0), 4: Machine(4.2e12, 6e14, 2.1e11, 14.0, 16.0, 38.0)}
+LARGER, NODES = Machine(4.2e12, 6e14, 2.1e11, 20.0, 22.0, 44.0), Machine(4.2e12, 6e14, 4e10, 40.0, 40.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,11 @@ def predicted_us(way: Way, model: ModelConfig, ranks: Ranks, batch: int) -> floa
     read = (model.layers * weights + rows * attended * position(model) * way.heads) * itemsize
     done = 2 * rows * model.layers * weights
     messages = traffic(layer, way.name, "slots", max(1, round(rows)))
-    sent = sum(machine.message_us + 1e6 * max(each.brings, each.gets) / machine.link for each in messages)
+    each_us = {"all_reduce": machine.sum_us, "all_gather": machine.gather_us}
+    sent = sum(
+        each_us.get(each.collective, machine.other_us) + 1e6 * max(each.brings, each.gets) / machine.link
+        for each in messages
+    )
     return 1e6 * max(read / machine.memory, done / machine.flops) + model.layers * sent
 
 

@@ -151,7 +151,7 @@ def test_one_that_is_sure_does_not_make_all_others_wait() -> None:
     drafting = Drafting(COSTS, 256)
     assert sum(drafting.allot([(sure, 3), *[(nothing, 3)] * 63], 64, 192)) == 0
     half = drafting.allot([*[(sure, 15)] * 32, *[(nothing, 15)] * 32], 64, 192)
-    assert sum(half) == 192 and not any(half[32:]) and min(half[:32]) >= 5
+    assert 48 < sum(half) < 96 and not any(half[32:])
 
 
 def test_a_dear_draft_model_has_to_be_right_more_often() -> None:
@@ -184,10 +184,10 @@ def test_among_many_rows_no_draft_pays() -> None:
     """Where the surest draft would not be tried, a draft model need not be asked."""
     sure, drafting = said([1, 2, 3] * 30, [1, 2, 3] * 90), Drafting(COSTS, 256)
     assert sure.chance(0) > 0.98
-    for rows in (1, 16, 64, 128, 180, 200, 255, 256):
+    for rows in (1, 16, 64, 90, 128, 200, 255, 256):
         tried = sum(drafting.allot([(sure, 15)] * rows, rows, 256 - rows)) > 0
         assert drafting.pays(rows) or not tried
-        assert drafting.pays(rows) == (rows < 200)
+        assert drafting.pays(rows) == (rows < 100)
     assert Drafting(FREE, 512).pays(500) and not Drafting(FREE, 512).pays(512)
 
 

@@ -143,7 +143,8 @@ def test_branches_know_the_tokens_before_them() -> None:
     ).settled()
     made.admit(6, (1, 2), params, said=(2,))
     before = made.adjustments()[torch.tensor([6])]
-    handles = made.branch([(6, [9, 9]), (0, [4])])
+    handles = made.branches(3)
+    made.branch([(6, [9, 9], False), (0, [4], False)])
     assert handles == [SEQUENCES + 1, SEQUENCES + 2, SEQUENCES + 3]
     assert made.params_S.value_SP[handles[1]].tolist() == list(params.row()) and made.params_S.seed_S[handles[1]] == 11
     found = made.adjustments()[torch.tensor([6, *handles])]
@@ -157,6 +158,16 @@ def test_branches_know_the_tokens_before_them() -> None:
     assert found.listed.value_SK[2, 0] == 1.5 and found.penalty_S3[2].tolist() == [1.0, 1.0, 0.0]
     after = made.adjustments()[torch.tensor([6])]
     assert before.count_SV is not None and after.count_SV is not None and torch.equal(before.count_SV, after.count_SV)
+
+
+def test_a_mask_that_is_still_to_come_is_not_copied() -> None:
+    made = state(seen=False, branches=5)
+    made.keep(ALL_KEPT)
+    made.admit(6, (1, 2), SamplingParams(allowed_token_ids=(1, 2, 3, 9)).settled())
+    made.branch([(6, [9], True), (6, [9], False)])
+    assert made.allowed_SW is not None
+    late_W, copied_W = made.allowed_SW[made.branches(2)]
+    assert torch.equal(copied_W, made.allowed_SW[6]) and not torch.equal(late_W, copied_W)
 
 
 def test_tokens_that_the_device_knows() -> None:

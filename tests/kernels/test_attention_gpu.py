@@ -55,7 +55,7 @@ def test_a_ranks_heads_have_the_bits_of_all(dtype: torch.dtype) -> None:
     """mesh.attention=tensor, also with some of a key/value head's queries on each rank."""
     for case in (each for each in CASES if each.name in SHARED):
         compare_parts(case, SHARED[case.name], "cuda", dtype, fast=True)
-    for ranks in (2, 4, 8, 16):
+    for ranks in (2, 4, 8, 16) if dtype == torch.bfloat16 else (2, 16):  # a case compiles for seconds
         for window in (None, 128):
             compare_parts(replace(MANY, window=window), ranks, "cuda", dtype, fast=True)
 

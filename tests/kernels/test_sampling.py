@@ -167,7 +167,7 @@ def test_log_probabilities_in_the_interpreter(kind: str) -> None:
 TYPES = {
     "float32": "logits adjusted penalty listed_value low pivot measure bracket",
     "float64": "value chosen_out logprob_out",
-    "int32": "kind number allowed candidates",
+    "int32": "kind number allowed candidates candidate",
     "uint8": "seen",
 }
 POINTERS = {"float32": "*fp32", "float64": "*fp64", "int32": "*i32", "uint8": "*u8"}

@@ -16,6 +16,7 @@ from epmoe.kernels.sampling.numbers import (
     NOT_FINITE,
     NOTHING,
     best_key,
+    candidate_keys,
     key_id,
     key_of,
     key_value,
@@ -29,24 +30,6 @@ from epmoe.kernels.sampling.numbers import (
 
 
 @triton.jit
-def each_sum(a_1, a_2, a_3, b_1, b_2, b_3):
-    return a_1 + b_1, a_2 + b_2, a_3 + b_3
-
-
-@triton.jit
-def quarter_of(place_C, measure_C, need, low, high):
-    """low and high of that quarter of the range in which the measure from a place on falls below `need`."""
-    step = (high - low + 3) >> 2
-    one, two, three = low + step, low + 2 * step, low + 3 * step  # the last may be `high` or beyond: nothing is there
-    from_1_C, from_2_C = tl.where(place_C >= one, measure_C, 0), tl.where(place_C >= two, measure_C, 0)
-    from_1, from_2, from_3 = tl.reduce((from_1_C, from_2_C, tl.where(place_C >= three, measure_C, 0)), 0, each_sum)
-    end = high
-    high = tl.where(from_1 < need, one, tl.where(from_2 < need, two, tl.where(from_3 < need, three, end)))
-    low = tl.where(from_3 >= need, three, tl.where(from_2 >= need, two, tl.where(from_1 >= need, one, low)))
-    return low, tl.minimum(high, end)
-
-
-@triton.jit
 def border_of(key_C, measure_C, need):
     """The largest key at which, with all larger ones, the measures reach `need`; all together do.
 
@@ -56,11 +39,15 @@ def border_of(key_C, measure_C, need):
     low = tl.min(tl.where(key_C == NOTHING, 1 << 62, score_C), 0)
     high = tl.max(score_C, 0) + 1
     while high - low > 1:
-        low, high = quarter_of(score_C, measure_C, need, low, high)
+        middle = low + ((high - low) >> 1)
+        reached = tl.sum(tl.where(score_C >= middle, measure_C, 0), 0) >= need
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
     equal_C = (score_C == low) & (key_C != NOTHING)
     border, last = tl.min(tl.where(equal_C, key_C, 1 << 62), 0), tl.max(tl.where(equal_C, key_C, NOTHING), 0) + 1
     while last - border > 1:
-        border, last = quarter_of(key_C, measure_C, need, border, last)
+        middle = border + ((last - border) >> 1)
+        reached = tl.sum(tl.where(key_C >= middle, measure_C, 0), 0) >= need
+        border, last = tl.where(reached, middle, border), tl.where(reached, last, middle)
     return border
 
 
@@ -110,7 +97,7 @@ def border_kernel(
     sum_ptr,  # int64 [B, groups, 4], as narrow.sum_kernel leaves it
     kept_ptr,  # in, out int64 [B, runs]: all weights that are kept
     candidates_ptr,  # int32 [B]
-    candidate_ptr,  # int64 [B, ROOM]
+    candidate_ptr,  # int32 [B, ROOM]: ids
     border_ptr,  # out int64 [B], of rows with top-k or top-p
     every,  # 1: what weighs nothing has its place, too
     parts,
@@ -134,11 +121,11 @@ def border_kernel(
         above_k = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
         c_C = tl.arange(0, ROOM)
-        key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
-        real_C = key_C != NOTHING
+        real_C = c_C < candidates
+        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
+        key_C = candidate_keys(row_ptr, candidate_ptr + b * ROOM, real_C, ROOM)
         weight_C = weight_of(key_value(key_C), real_C, best, steep, floor)
         fits = candidates <= ROOM
-        row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
         low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
         high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)

@@ -15,6 +15,7 @@ from epmoe.kernels.sampling.numbers import (
     NOTHING,
     UNIT,
     best_key,
+    candidate_keys,
     key_id,
     key_of,
     key_value,
@@ -86,7 +87,7 @@ def top_kernel(
     key_ptr,  # int64 [B, runs]
     sum_ptr,  # int64 [B, groups, 4]
     candidates_ptr,  # int32 [B]
-    candidate_ptr,  # int64 [B, ROOM]
+    candidate_ptr,  # int32 [B, ROOM]: ids
     border_ptr,  # int64 [B]
     chosen_ptr,  # int64 [B]: ids
     found_ptr,  # scratch int64 [B, QP]
@@ -121,7 +122,7 @@ def top_kernel(
             border, candidates = tl.load(border_ptr + b), tl.load(candidates_ptr + b)
         if candidates <= ROOM:  # all that is above the border is among them
             c_C = tl.arange(0, ROOM)
-            key_C = tl.load(candidate_ptr + b * ROOM + c_C, c_C < candidates, other=NOTHING)
+            key_C = candidate_keys(row_ptr, candidate_ptr + b * ROOM, c_C < candidates, ROOM)
             place_C = tl.cumsum((key_C >= border).to(tl.int32), 0) - 1
             tl.store(found_ptr + b * QP + place_C, key_C, key_C >= border)
         else:

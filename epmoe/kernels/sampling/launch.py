@@ -44,7 +44,7 @@ class Record(NamedTuple):
     sum: torch.Tensor  # int64 [B, groups, 4]
     kept: torch.Tensor  # int64 [B, runs]
     candidates: torch.Tensor  # int32 [B]
-    candidate: torch.Tensor  # int64 [B, ROOM]
+    candidate: torch.Tensor  # int32 [B, ROOM]: ids
     border: torch.Tensor  # int64 [B]
 
 
@@ -131,7 +131,7 @@ def _scan(
         made(torch.int64, rows, groups, 4),
         made(torch.int64, rows, parts),
         made(torch.int32, rows),
-        made(torch.int64, rows, ROOM),
+        made(torch.int32, rows, ROOM),
         made(torch.int64, rows),
     )
     penalty, seen, count, allowed = None, None, None, None

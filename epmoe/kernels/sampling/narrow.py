@@ -21,7 +21,6 @@ from epmoe.kernels.sampling.numbers import (
     NOT_FINITE,
     REACH,
     best_key,
-    key_of,
     parameters,
     scores,
     slope,
@@ -181,7 +180,7 @@ def sum_kernel(
     sum_ptr,  # out int64 [B, groups, 4]: all weights; those from the high end on, and how many these are
     kept_ptr,  # out int64 [B, runs]: weights from the high end on that min-p keeps
     candidates_ptr,  # out int32 [B]: how many are in the bracket
-    candidate_ptr,  # out int64 [B, ROOM]: their keys, as far as there is room
+    candidate_ptr,  # out int32 [B, ROOM]: their ids, as far as there is room
     every,  # 1: the bracket has no high end, all that is above the low one is a candidate
     rows,
     parts,
@@ -256,8 +255,7 @@ def sum_kernel(
                         id_M = begin + tl.arange(0, M)
                         score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
                         is_inside_M = (score_M >= low) & (score_M < high)
-                        key_ptr_M = candidate_ptr + b * ROOM + place_M
-                        tl.store(key_ptr_M, key_of(score_M, id_M), is_inside_M & (place_M < ROOM))
+                        tl.store(candidate_ptr + b * ROOM + place_M, id_M, is_inside_M & (place_M < ROOM))
                         place_M += is_inside_M.to(tl.int32)
         sum_ptr += (b * groups + g) * 4
         tl.store(sum_ptr, tl.sum(all_M, 0))

@@ -106,6 +106,13 @@ def best_key(key_ptr, b, parts, SP: tl.constexpr):
 
 
 @triton.jit
+def candidate_keys(row_ptr, candidate_ptr, real_C, ROOM: tl.constexpr):
+    """Keys of a row's candidates, in no order; NOTHING, where none is `real`."""
+    id_C = tl.load(candidate_ptr + tl.arange(0, ROOM), real_C, other=0)
+    return tl.where(real_C, key_of(tl.load(row_ptr + id_C, real_C, other=0), id_C), NOTHING)
+
+
+@triton.jit
 def parameters(value_ptr, handle, ids):
     """Temperature and its inverse, top-k, top-p, the least weight by min-p; whether top-k and top-p are there."""
     temperature = tl.load(value_ptr + handle * 4)

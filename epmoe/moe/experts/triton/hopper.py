@@ -95,14 +95,13 @@ def down(
 
 
 def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: ExpertTile) -> list[TensorDescriptor]:
-    """What the copy engine needs to know of x and of the words: in blocks of a tile and of parts of one."""
+    """What the copy engine needs to know of x and of the words: in blocks of a tile, and in blocks of half a tile."""
     describe = TensorDescriptor.from_tensor
     # All experts' strips one after the other; of each, the lines of 64 words: of a run of 4 pairs, one for each row.
     strip_line_word = matrix.word_LZX.flatten(0, 1).unflatten(1, (-1, 64))
     return [
         describe(x_RC, [tile.tokens, 256], SHARED.value),
         describe(x_RC, [tile.tokens // 2, 256], SHARED.value),
-        describe(x_RC, [max(8, tile.tokens // 4), 256], SHARED.value),
         describe(strip_line_word, [tile.weight_rows // STRIP, STRIP, 64], WORDS.value),
         describe(strip_line_word, [tile.weight_rows // STRIP // 2, STRIP, 64], WORDS.value),
     ]

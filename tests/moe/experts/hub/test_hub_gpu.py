@@ -5,6 +5,7 @@ LOCAL_KERNELS=kernels-community/gpt-oss-triton-kernels=DIRECTORY.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,24 +37,34 @@ OURS = [case for case in CASES if case.activation.up_offset == 1]
 TOKENS = [1, 2, 7, 33, 250, 1500]  # the contraction in parts, and in one; every tile
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["by size", "bitwise"])
-def backend(request: pytest.FixtureRequest) -> type[HubExperts]:
+@pytest.fixture(scope="module")
+def package() -> Any:
     try:
-        kernel_package(Hub().kernel)
+        return kernel_package(Hub().kernel)
     except UserError as error:
         pytest.skip(f"the kernels are not here: {error}")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["by size", "bitwise"])
+def backend(request: pytest.FixtureRequest, package: Any) -> type[HubExperts]:
     return HubExperts.configured(Hub(bitwise=request.param))
 
 
 @pytest.fixture(scope="module")
-def bitwise(backend: type[HubExperts]) -> type[HubExperts]:
+def bitwise(package: Any) -> type[HubExperts]:
     return HubExperts.configured(Hub(bitwise=True))
 
 
 @pytest.mark.parametrize("case", OURS, ids=str)
+@pytest.mark.parametrize("backend", [False], indirect=True, ids=["by size"])
 def test_forward(backend: type[HubExperts], case: Case) -> None:
     """The layer's equations, at every edge of shape and routing."""
     run_case(backend, "mxfp4", case, "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", OURS[2::4], ids=str)
+def test_forward_with_one_tile(bitwise: type[HubExperts], case: Case) -> None:
+    run_case(bitwise, "mxfp4", case, "cuda", torch.bfloat16)
 
 
 def real_input(tokens: int) -> tuple[torch.Tensor, Dispatch]:
@@ -124,11 +135,11 @@ def test_graphs(backend: type[HubExperts], tokens: int) -> None:
     assert torch.equal(y_TKH, experts.forward(x_TH, dispatch))
 
 
-def test_rounding_up_is_theirs(backend: type[HubExperts]) -> None:
+def test_rounding_up_is_theirs(package: Any) -> None:
     """quant.scale=up has the bytes of the package's own conversion, whatever the group's size."""
     generator = torch.Generator().manual_seed(6)
     exponent = torch.randint(-100, 100, (4000, 1), generator=generator)
     value = torch.ldexp(torch.randn(4000, 96, generator=generator), exponent).to("cuda", torch.bfloat16)
-    code, scale = kernel_package(Hub().kernel).numerics_details.mxfp.downcast_to_mxfp_torch(value, torch.uint8, axis=-1)
+    code, scale = package.numerics_details.mxfp.downcast_to_mxfp_torch(value, torch.uint8, axis=-1)
     blocks, scales = encode(value, scale="up")
     assert torch.equal(blocks.flatten(1), code) and torch.equal(scales, scale)
