@@ -179,7 +179,7 @@ def test_a_lost_rank_is_told_to_whoever_waits(tmp_path: Path) -> None:
 
 def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
     """New requests are refused meanwhile; the exit code is 0."""
-    with served(tmp_path / "run", "serve.drain_s=100", settled=False) as server:
+    with served(tmp_path / "run", "serve.drain_s=100", settled=False, forked=True) as server:
         begun = Begun(server, 150)
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 5
@@ -195,7 +195,7 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
 
 def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
     """One that would take longer hears why it ends."""
-    with served(tmp_path / "run", "serve.drain_s=0.5", settled=False) as server:
+    with served(tmp_path / "run", "serve.drain_s=0.5", settled=False, forked=True) as server:
         begun = Begun(server)
         server.process.send_signal(signal.SIGINT)
         said = begun.rest()
@@ -264,7 +264,7 @@ def test_a_second_signal_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
 
 def test_the_http_process_is_started_again(tmp_path: Path) -> None:
     """Whoever waited for it has lost the connection, the ranks have ended the request, and others are served."""
-    with served(tmp_path / "run") as server:
+    with served(tmp_path / "run", forked=True) as server:
         begun = Begun(server)
         old = server.http_process()
         old.kill()

@@ -93,5 +93,8 @@ def _run(env: dict[str, str], here: str, place: Path, words: tuple[str, ...]) ->
         else:
             sys.argv, sys.path[:0] = [*words], [str(Path(words[0]).parent)]
             runpy.run_path(words[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     finally:  # the end of an interpreter, which the fork server's processes have not
         atexit._run_exitfuncs()

@@ -171,7 +171,7 @@ def served(
     `settled`: the block leaves it running. `forked`: without torchrun, and without the seconds that a fresh interpreter
     takes to import torch.
     """
-    server = begun(folder, (*TORCHRUN, str(ranks)) if ranks else (), keys, env or {}, forked)
+    server = begun(folder, (*TORCHRUN, str(ranks)) if ranks else (), keys, env or {}, forked and not ranks)
     process = server.process
     try:
         server.wait_ready()

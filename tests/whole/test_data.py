@@ -177,7 +177,8 @@ def test_caches_that_are_too_small(combine: str, checkpoint: str, small: Outcome
 @pytest.mark.parametrize(
     ("size", "combine", "ways"),
     [
-        (2, "all_to_all", ["as it comes"]),
+        # tests/whole/test_attention_modes.py has it
+        pytest.param(2, "all_to_all", ["as it comes"], marks=SLOW),
         *(pytest.param(size, each, [*ENGINES][:2], marks=SLOW) for size in (1, 2, 3, 4, 8) for each in EXCHANGES),
         *(pytest.param(size, each, ["drafts", "bodies"], marks=SLOW) for size in (2, 3, 4, 8) for each in EXCHANGES),
         *(pytest.param(size, each, ["put back"], marks=SLOW) for size in (1, 2, 3) for each in EXCHANGES),

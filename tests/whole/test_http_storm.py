@@ -49,6 +49,7 @@ def rage(
     *,
     ranks: int = 0,
     once: bool = False,
+    forked: bool = True,
 ) -> list[Held]:
     """Let a storm come over a server of its own, in rounds of these seeds; what is held after each.
 
@@ -57,7 +58,8 @@ def rage(
     """
     log = folder / "log"
     # Few responses are kept, so that memory is full of them early.
-    with served(folder / "server", *TIGHT, "serve.responses=20", f"serve.log={log}", ranks=ranks) as server:
+    keys = (*TIGHT, "serve.responses=20", f"serve.log={log}")
+    with served(folder / "server", *keys, ranks=ranks, forked=forked) as server:
         said, storm, found = server.stderr, Storm(server.port, kinds, once=once), []
         processes = [server.http_process(), server.ranks()[0] if ranks else psutil.Process(server.process.pid)]
         for seeds in rounds:
@@ -114,7 +116,7 @@ def test_nothing_leaks_is_lost_or_doubled(llm: LLM, tmp_path: Path) -> None:
     under way, as objects, so its most depends on how many clients happen to ask for them at once.
     """
     rounds = [range(200 * number, 200 * (number + 1)) for number in range(10)]
-    found = rage(tmp_path, alone(llm, 24), rounds, tuple(WAYS))
+    found = rage(tmp_path, alone(llm, 24), rounds, tuple(WAYS), forked=False)
     assert all(each.descriptors == found[0].descriptors for each in found), found
     early, late = (list(zip(*(each.bytes for each in part), strict=True)) for part in (found[3:6], found[-3:]))
     assert all(max(after) < 1.015 * max(before) for before, after in zip(early, late, strict=True)), (early, late)
