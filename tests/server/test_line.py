@@ -23,6 +23,7 @@ from epmoe.server.frames import (
     Hello,
     Idle,
     NewToken,
+    Opened,
     Ready,
     Refused,
     Scores,
@@ -57,7 +58,7 @@ class Heard:
 
 
 def with_line(body: Callable[[Line, Callable[..., None], socket.socket], Coroutine[Any, Any, None]]) -> list[Frame]:
-    """Run `body(line, say, rank 0's socket)`; what the line has said."""
+    """Run `body(line, say, rank 0's socket)`; what the line has said after it was open."""
     here, there = socket.socketpair()
     said: list[Frame] = []
 
@@ -86,7 +87,8 @@ def with_line(body: Callable[[Line, Callable[..., None], socket.socket], Corouti
     asyncio.run(run())
     reader.join(10)
     there.close()
-    return said
+    assert said[0] == Opened()
+    return said[1:]
 
 
 def test_tokens_ends_and_stop_strings() -> None:
