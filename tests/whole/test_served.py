@@ -274,8 +274,8 @@ async def main():
         between = await asyncio.gather(*(whole(llm, number) for number in range(6)))
         await llm.update_weights({name: stored[name]})
         print(before != between, before == await asyncio.gather(*(whole(llm, number) for number in range(6))))
-        while not all(each.steps > 10 for each in llm.service.figures()):  # of others they come a moment later
-            await asyncio.sleep(0.1)
+        while not all(each.steps > 10 for each in llm.service.figures()):  # one is asked when it is up, perhaps late
+            assert before == await asyncio.gather(*(whole(llm, number) for number in range(6)))
 
 asyncio.run(main())
 """
