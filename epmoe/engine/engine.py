@@ -304,7 +304,9 @@ class Engine:
 
     def _fail(self, sequence: kinds.Sequence) -> Finished:
         """Its grammar has failed: it ends."""
-        failure = _failure(sequence)
+        failure, grammar = _failure(sequence), sequence.request.params.grammar
+        assert grammar
+        self.grammars.spoil(grammar)
         warn(f"request {sequence.id - self.first + 1} cannot go on: its grammar has failed ({failure})")
         result = self.scheduler.finish(sequence, "error", time.perf_counter())
         return Finished(sequence.id, replace(result, failure=failure))

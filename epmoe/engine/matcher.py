@@ -12,9 +12,10 @@ Letters: G rows with a grammar · W words of 32 bits, a bit an id.
 """
 
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -29,11 +30,18 @@ MOST_THREADS = 8
 LIMITS = LLParserLimits(max_grammar_size=20_000, max_lexer_states=50_000, step_lexer_fuel=100_000, verbose_errors=False)
 
 
-class Matcher:
-    """Where an answer stands in its grammar."""
+State = tuple[LLMatcher, int, int]  # its mask's row; its lexer
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self.matcher = matcher
+
+class Matcher:
+    """Where an answer stands in its grammar.
+
+    Args:
+        lexer: that it shares with all copies of one compiled grammar.
+    """
+
+    def __init__(self, matcher: LLMatcher, lexer: int = -1) -> None:
+        self.matcher, self.lexer = matcher, lexer
         self.ahead = list[tuple[int, str]]()  # a draft's next token, and the failure of the mask after it
         self.failed = ""
 
@@ -94,7 +102,8 @@ class Grammars:
         self.executor = LLExecutor(max(1, threads))
         self.compilers = ThreadPoolExecutor(max(2, threads), "epmoe-grammar")  # two: a long compile delays no short one
         self.held: dict[str, Future[LLMatcher]] = {}
-        self._compiled: Callable[[str], LLMatcher] = lru_cache(MOST_COMPILED)(self._compile)
+        self.compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # beside those, the latest ones
+        self.lock = Lock()
 
     def matcher(self, grammar: str) -> Matcher:
         """At the beginning of an answer.
@@ -103,7 +112,18 @@ class Grammars:
             UserError: it is no grammar, or too large a one.
         """
         held = self.held.get(grammar)
-        return Matcher((self._compiled(grammar) if held is None else held.result()).deep_copy())
+        made = self._remembered(grammar) if held is None else held.result()
+        return Matcher(made.deep_copy(), id(made))
+
+    def spoil(self, grammar: str) -> None:
+        """A matcher of it has failed: who begins from now on shares nothing with it.
+
+        What its lexer may take up is a bound for all copies together.
+        """
+        with self.lock:
+            self.compiled.pop(grammar, None)
+        if grammar in self.held:
+            self.held[grammar] = self.compilers.submit(self._compile, grammar)
 
     def hold(self, grammar: str, then: Callable[[str], object]) -> None:
         """Compile it on another thread, and keep it until `drop`.
@@ -123,6 +143,16 @@ class Grammars:
     def drop(self, grammar: str) -> None:
         """Nobody asks for it any more; matchers that there are stay."""
         self.held.pop(grammar).cancel()
+
+    def _remembered(self, grammar: str) -> LLMatcher:
+        with self.lock:
+            made = self.compiled.pop(grammar, None)
+        made = made or self._compile(grammar)
+        with self.lock:
+            self.compiled[grammar] = made
+            if len(self.compiled) > MOST_COMPILED:
+                self.compiled.popitem(last=False)
+        return made
 
     def _compile(self, grammar: str) -> LLMatcher:
         _check_length(grammar)
@@ -147,15 +177,16 @@ class Grammars:
         """
         rows = sum(1 + len(draft) for _, draft in asked)
         assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= rows
-        states, walks, row = list[tuple[LLMatcher, int]](), list[Walk](), 0
+        states, walks, row = list[State](), list[Walk](), 0
         for each, draft in asked:
-            states.append((each.matcher, row))
+            states.append((each.matcher, row, each.lexer))
             if draft:
                 walks.append(Walk(each, draft, row))
             row += 1 + len(draft)
         ahead = 0  # tokens of a draft
         while states:
-            self.executor.unsafe_compute_mask_ptr(states, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
+            for wave in _waves(states):
+                self.executor.unsafe_compute_mask_ptr(wave, words_GW.data_ptr(), 4 * words_GW.shape[1], len(words_GW))
             going = list[Walk]()
             for walk in walks:
                 if ahead:
@@ -166,7 +197,7 @@ class Grammars:
                     else:
                         words_GW[walk.row + ahead + 1 : walk.row + 1 + len(walk.draft)] = -1
             ahead, walks = ahead + 1, going
-            states = [(walk.state, walk.row + ahead) for walk in going]
+            states = [(walk.state, walk.row + ahead, walk.of.lexer) for walk in going]
         return rows
 
 
@@ -185,6 +216,18 @@ def _check_length(grammar: str) -> None:
 def _refused(message: str) -> UserError:
     """All of what llguidance says, which for a pattern has its reason at the end."""
     return UserError(f"the grammar is refused ({' '.join(message.split())[:300]}): mend it")
+
+
+def _waves(states: Sequence[State]) -> list[list[tuple[LLMatcher, int]]]:
+    """Those of one lexer one after the other, since threads would wait for each other: and in their order, so that
+    every rank finds the same one failing where the lexer's bound is used up."""
+    waves, found = list[list[tuple[LLMatcher, int]]](), Counter[int]()
+    for matcher, row, lexer in states:
+        if found[lexer] == len(waves):
+            waves.append([])
+        waves[found[lexer]].append((matcher, row))
+        found[lexer] += 1
+    return waves
 
 
 def _failure(matcher: LLMatcher) -> str:

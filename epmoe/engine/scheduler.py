@@ -190,7 +190,7 @@ class Scheduler:
     def _learn(self, sequence: Sequence) -> None:
         """Its pages that are full, and whose tokens have come, may be found."""
         count = min(sequence.computed, sequence.length) // self.pages.size
-        if sequence.handle >= 0 and count > self.pages.learnt[sequence.handle]:
+        if not sequence.finished and sequence.handle >= 0 and count > self.pages.learnt[sequence.handle]:
             self._name(sequence, count)
             self.pages.learn(sequence.handle, sequence.keys, count)
 

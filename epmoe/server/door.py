@@ -112,7 +112,8 @@ class Door:
             service.stop(Stopped("the server ends before it was ready"))
             return
         self.http.say(ready)
-        self.opened.wait(self.limits.start_s)
+        if not self.opened.wait(self.limits.start_s):
+            self.error = UserError(f"the HTTP process does not answer within {self.limits.start_s:g} s")
         if self.error is not None:  # it may have failed while there was no service to stop
             service.stop(self.error)
 

@@ -1,17 +1,19 @@
 """Masks of grammars: what may come next, bounds on what a grammar may cost, failures that are told."""
 
 import json
+import random
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from fake_model import EOS, VOCAB
 from fake_words import text, vocabulary
+from llguidance import LLParserLimits
 
 from epmoe.engine.adjust import words
-from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher, check_grammar
+from epmoe.engine.matcher import MOST_CHARACTERS, Grammars, Matcher, _waves, check_grammar
 from epmoe.errors import UserError
 from epmoe.layers.adjust import unpacked
 
@@ -59,6 +61,47 @@ def test_masks_along_a_draft(grammar: str, grammars: Grammars) -> None:
     for token in (a, c, EOS):
         matchers[0].take(token)
         assert not matchers[0].failure
+
+
+LARGE = "start: /(A|B)*A(A|B){40}/"  # each token more makes a new state of its lexer
+
+
+def until_it_fails(grammars: Grammars, matcher: Matcher) -> int:
+    """Tokens until then, of letters as dice fall."""
+    dice = random.Random(0)
+    for count in range(2000):
+        masks(grammars, [matcher])
+        if matcher.failure:
+            return count
+        matcher.take(33 + dice.randrange(2))
+    raise AssertionError("it never fails")
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> Grammars:
+    limits = LLParserLimits(max_lexer_states=400, step_lexer_fuel=100_000, verbose_errors=False)
+    monkeypatch.setattr("epmoe.engine.matcher.LIMITS", limits)
+    return Grammars(vocabulary())
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_one_that_has_failed_harms_nobody_who_begins_after_it(held: bool, tight: Grammars) -> None:
+    """All copies of a compiled grammar have one lexer, whose states are bounded."""
+    if held:
+        tight.hold(LARGE, lambda reason: None)
+    first, beside = tight.matcher(LARGE), tight.matcher(LARGE)
+    count = until_it_fails(tight, first)
+    assert until_it_fails(tight, beside) < count // 2  # nothing is left for it
+    tight.spoil(LARGE)
+    assert until_it_fails(tight, tight.matcher(LARGE)) == count > 10
+
+
+def test_masks_of_one_lexer_are_made_in_their_order() -> None:
+    """So that it does not follow from threads which of them finds the bound."""
+    one, two, other = (cast(Any, name) for name in "abc")
+    states = [(one, 0, 7), (other, 1, 8), (two, 2, 7), (one, 3, 8), (two, 4, 7)]
+    assert _waves(states) == [[(one, 0), (other, 1)], [(two, 2), (one, 3)], [(two, 4)]]
+    assert _waves([]) == []
 
 
 WRONG = {

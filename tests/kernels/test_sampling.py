@@ -116,6 +116,28 @@ def few_allowed(device: str) -> None:
     assert max(record.candidates.tolist()) == 35
 
 
+def far_below(device: str) -> None:
+    """Scores so far below 0 that a candidate of no token, were it 0, would weigh more than all; and a top-p that is 0
+    in float32."""
+    ways: list[Values] = [
+        (1.0, 0, 1e-46, 0.0), (1.0, 0, 1e-300, 0.0), (1.0, 0, 0.9, 0.0), (0.01, 0, 0.9, 0.0), (1.0, 50, 0.9, 0.0),
+        (0.1, 50, 0.9, 0.0), (1.0, 0, 0.9, 0.1),
+    ]  # fmt: skip
+    for below in (3, 8, 70, 100, 300):
+        logits_BV = kinds_of_logits(VOCAB)["ordinary"].repeat(len(ways), 1) - below
+        rows = rows_of(logits_BV, ways)
+        same_ids(rows, device)
+        moved = rows.to(device)
+        record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
+        launch._narrow(moved.logits_BV, moved.sequence_B, moved.params, record, every=False)
+        assert int(record.kept.min()) >= 0 and int(record.kept.sum(1).max()) < VOCAB << 40
+
+
+def test_scores_far_below_nothing_in_the_interpreter() -> None:
+    interpreted(small, far_below, 64, "cpu")
+    interpreted(small, far_below, 1024, "cpu")
+
+
 def test_few_allowed_in_the_interpreter() -> None:
     interpreted(small, few_allowed, 64, "cpu")
 
@@ -239,6 +261,7 @@ def test_adjustments_and_neighbours_on_a_gpu() -> None:
     few_ways(20_000, "cuda")
     tiny("cuda")
     few_allowed("cuda")
+    far_below("cuda")
     not_finite("cuda")
     alone("cuda")
     for vocab in (VOCAB, 50_001, 201_088):

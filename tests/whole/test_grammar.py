@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_model import EOS, FakeCache, FakeModel, expected, outputs, some_requests
 from fake_words import text, vocabulary
+from llguidance import LLParserLimits
 from loading import rank_of
 from schemas import schema
 from scripted import rambling
@@ -329,3 +330,17 @@ def test_harmony_answers_and_calls(harmony: str) -> None:
         assert last.recipient in asked[number][1]
     assert ended > 20 and thought > 2
     assert set().union(*recipients.values()) == {None, "functions.rain", "functions.now"}
+
+
+def test_one_that_fails_in_the_step_of_its_prompt_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has given its pages back before the step that read its prompt has ended."""
+    limits = LLParserLimits(max_lexer_states=100, step_lexer_fuel=100_000, verbose_errors=False)
+    monkeypatch.setattr("epmoe.engine.matcher.LIMITS", limits)
+    grammar = "start: /([A-Z]|[a-z])*[A-Z]([a-z]|[A-Z]){40}/"
+    kinds = [{"grammar": grammar, "temperature": 1.0, "seed": seed} for seed in range(3)]
+    requests = [
+        Request(tuple(range(9)), SamplingParams(max_new_tokens=200, ignore_eos=True, **kind)) for kind in [*kinds, {}]
+    ]
+    results = engine(max_batch=1).generate(requests)
+    assert [each.finish_reason for each in results] == [*["error"] * 3, "length"]
+    assert "lexer" in results[0].failure

@@ -117,7 +117,7 @@ def parameters(value_ptr, handle, ids):
     """Temperature and its inverse, top-k, top-p, the least weight by min-p; whether top-k and top-p are there."""
     temperature = tl.load(value_ptr + handle * 4)
     top_k = tl.minimum(tl.load(value_ptr + handle * 4 + 1), ids * 1.0).to(tl.int32)  # a single id is the compiler's own
-    top_p = tl.load(value_ptr + handle * 4 + 2)
+    top_p = tl.maximum(tl.load(value_ptr + handle * 4 + 2), 2.0**-61)  # as good as any less, and a float32
     least = tl.ceil(tl.load(value_ptr + handle * 4 + 3) * UNIT).to(tl.int64)
     by_k = (top_k > 0) & (top_k < ids)
     inverse = 1.0 / tl.where(temperature > 0, temperature, 1.0)
