@@ -337,7 +337,7 @@ def test_one_that_fails_in_the_step_of_its_prompt_harms_no_other(monkeypatch: py
     limits = LLParserLimits(max_lexer_states=100, step_lexer_fuel=100_000, verbose_errors=False)
     monkeypatch.setattr("epmoe.engine.matcher.LIMITS", limits)
     grammar = "start: /([A-Z]|[a-z])*[A-Z]([a-z]|[A-Z]){40}/"
-    kinds = [{"grammar": grammar, "temperature": 1.0, "seed": seed} for seed in range(3)]
+    kinds: list[dict[str, Any]] = [{"grammar": grammar, "temperature": 1.0, "seed": seed} for seed in range(3)]
     requests = [
         Request(tuple(range(9)), SamplingParams(max_new_tokens=200, ignore_eos=True, **kind)) for kind in [*kinds, {}]
     ]
