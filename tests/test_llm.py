@@ -318,12 +318,11 @@ def examples() -> list[Any]:
 
 
 @pytest.mark.parametrize("text", examples())
-def test_examples_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(text: str, tmp_path: Path) -> None:
     """As they are, by themselves, with the embedded model."""
     script = tmp_path / "example.py"
     script.write_text(text, encoding="utf-8")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = python(str(script))
+    done = python(str(script), env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0 and len(done.stdout) > 50, done.stderr
 
 

@@ -30,7 +30,7 @@ MOST_THREADS = 8
 LIMITS = LLParserLimits(max_grammar_size=20_000, max_lexer_states=50_000, step_lexer_fuel=100_000, verbose_errors=False)
 
 
-State = tuple[LLMatcher, int, int]  # its mask's row; its lexer
+Due = tuple[LLMatcher, int, int]  # whose mask is to be made; the mask's row; the lexer
 
 
 class Matcher:
@@ -40,7 +40,7 @@ class Matcher:
         lexer: that it shares with all copies of one compiled grammar.
     """
 
-    def __init__(self, matcher: LLMatcher, lexer: int = -1) -> None:
+    def __init__(self, matcher: LLMatcher, lexer: int) -> None:
         self.matcher, self.lexer = matcher, lexer
         self.ahead = list[tuple[int, str]]()  # a draft's next token, and the failure of the mask after it
         self.failed = ""
@@ -177,7 +177,7 @@ class Grammars:
         """
         rows = sum(1 + len(draft) for _, draft in asked)
         assert words_GW.is_contiguous() and words_GW.element_size() == 4 and len(words_GW) >= rows
-        states, walks, row = list[State](), list[Walk](), 0
+        states, walks, row = list[Due](), list[Walk](), 0
         for each, draft in asked:
             states.append((each.matcher, row, each.lexer))
             if draft:
@@ -218,7 +218,7 @@ def _refused(message: str) -> UserError:
     return UserError(f"the grammar is refused ({' '.join(message.split())[:300]}): mend it")
 
 
-def _waves(states: Sequence[State]) -> list[list[tuple[LLMatcher, int]]]:
+def _waves(states: Sequence[Due]) -> list[list[tuple[LLMatcher, int]]]:
     """Those of one lexer one after the other, since threads would wait for each other: and in their order, so that
     every rank finds the same one failing where the lexer's bound is used up."""
     waves, found = list[list[tuple[LLMatcher, int]]](), Counter[int]()

@@ -115,10 +115,10 @@ class Runner:
         if not any(plan.work.rows or plan.work.pieces for plan in plans):
             return None
         id_B, most = None, max(len(plan.sequences) for plan in plans)
-        branched = own.work.drafts if ragged and variant and variant.adjusted else {}
-        if ragged and branched:
-            ragged.chosen.extend(self._chosen(ragged, branched))
         if ragged:
+            branched = own.work.drafts if variant and variant.adjusted else {}
+            if branched:
+                ragged.chosen.extend(self._chosen(ragged, branched))
             launcher.ragged(ragged, [plan.ragged for plan in plans if plan.ragged])
             if branched:  # while the step runs up to its head
                 self.state.branch([(each.handle, draft, bool(each.matcher)) for each, draft in branched.items()])

@@ -95,8 +95,7 @@ class Door:
         self.http = Http(self.hello, self.listener, self.limits)
         self.thread = threading.Thread(target=self._run, name="epmoe-door", daemon=True)
         self.thread.start()
-        if not self.up.wait(self.limits.start_s):
-            self.error = UserError(f"the HTTP process does not answer within {self.limits.start_s:g} s")
+        self._await(self.up)
         self.check()
 
     def check(self) -> None:
@@ -112,8 +111,7 @@ class Door:
             service.stop(Stopped("the server ends before it was ready"))
             return
         self.http.say(ready)
-        if not self.opened.wait(self.limits.start_s):
-            self.error = UserError(f"the HTTP process does not answer within {self.limits.start_s:g} s")
+        self._await(self.opened)
         if self.error is not None:  # it may have failed while there was no service to stop
             service.stop(self.error)
 
@@ -134,6 +132,10 @@ class Door:
             self.http.process.wait(self.limits.end_s)
         self.http.end()
         self.http.process.wait()
+
+    def _await(self, event: threading.Event) -> None:
+        if not event.wait(self.limits.start_s):
+            self.error = UserError(f"the HTTP process does not answer within {self.limits.start_s:g} s")
 
     # The door's thread
 
@@ -159,8 +161,7 @@ class Door:
             code = http.process.wait()
             self._abort_all(http)
             if self.closing or self.draining or self.error is not None:
-                for event in (self.up, self.opened, self.idle):
-                    event.set()
+                self._release()
                 return
             why = why or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
             if not self.up.is_set() or self._too_often():
@@ -177,10 +178,14 @@ class Door:
             self.begun.popleft()
         return len(self.begun) > self.limits.restarts
 
-    def _fail(self, error: BaseException) -> None:
-        self.error = error
+    def _release(self) -> None:
+        """Nobody need wait any more: there will be no other process."""
         for event in (self.up, self.opened, self.idle):
             event.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        self._release()
         if self.service is not None:
             self.service.stop(error)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epmoe.engine.drafts import (
+    FRESH,
     MODEL_TRIALS,
     MOST_DRAFT,
     MOST_MATCH,
@@ -117,6 +118,15 @@ def test_who_finds_nothing_looks_less_often(monkeypatch: pytest.MonkeyPatch) -> 
     assert history.draft(2) == [90, 91]
     history.take(90)
     assert (history.vain, history.pause) == (0, 0)
+
+
+def test_who_was_right_lately_looks_each_time() -> None:
+    history = said([1, 2, 3, 4, 1, 2], [3])
+    for token in range(100, 100 + FRESH - 1):
+        history.take(token)
+        assert history.pause == 0
+    history.take(99)
+    assert history.pause == PATIENCE
 
 
 def test_what_is_right_is_learnt_by_how_much_matched() -> None:

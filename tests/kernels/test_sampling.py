@@ -243,6 +243,12 @@ def test_compiles_without_spills(name: str, arch: int) -> None:
     assert compiled(name, arch)["spills"] == 0
 
 
+@pytest.mark.parametrize("name", launch.STAGES)
+def test_what_is_loaded_ahead_comes_16_bytes_at_a_time(name: str) -> None:
+    """As it does only where the compiler sees that a row's parts begin at multiples of 16 bytes."""
+    assert compiled(name, 90)["narrow"] == 0
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_a_vocabulary_of_one_id(name: str) -> None:
     """Which is no number of the launch any more then: Triton takes a 1 for a constant."""

@@ -124,6 +124,7 @@ def border_kernel(
         real_C = c_C < candidates
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         key_C = candidate_keys(row_ptr, candidate_ptr + b * ROOM, real_C, ROOM)
+        # Where there is no candidate, there is no score either: any that is read from NOTHING may be above the best.
         weight_C = tl.where(real_C, weight_of(key_value(key_C), real_C, best, steep, floor), 0)
         fits = candidates <= ROOM
         lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS

@@ -22,7 +22,7 @@ from epmoe.kernels.sampling.scan import scan_kernel
 RUN = 8192  # ids of a program: 25 programs a row for 201,088
 PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
 ROUNDS, PIVOTS, RECORD = 3, 8, 16
-STAGES = {"round": 2, "sum": 2}  # loads of a program that are under way, and its own part
+STAGES = {"round": 2, "sum": 2}  # parts that a program has asked for: the one that it is at among them
 # Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
 # each has several where there are many. Four for each multiprocessor of an H200.
 PROGRAMS = 528

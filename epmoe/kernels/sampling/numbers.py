@@ -76,7 +76,7 @@ def slope(best, inverse):
 
 @triton.jit
 def weight_of(score, real, best, steep, floor):
-    """int64: round(2^40 · exp((score - best) / temperature)); nothing where it is not `real`.
+    """int64: round(2^40 · exp((score - best) / temperature)), of no score above `best`; nothing where it is not `real`.
 
     As a power of two by its nearest whole exponent and a polynomial: a third of the operations of a library's exp.
     """
