@@ -43,8 +43,8 @@ def compile_kernel(
     "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
-    "narrow": copies to shared memory of 4 bytes a thread, and "biased": products whose sum begins with what the kernel adds afterwards, which the compiler makes of a product that
-    begins with zero, and which rounds otherwise}`.
+    "narrow": copies to shared memory of 4 bytes a thread, and "biased": products whose sum begins with what the kernel
+    adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
