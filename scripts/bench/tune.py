@@ -38,7 +38,7 @@ CANDIDATES = (
 )
 QUICK = "64x8x64x4x3 64x16x64x4x3 128x32x64x4x3 128x64x64x8x2"
 # on that generation these too
-HOPPER = " hopper:128x32x64x4x2 hopper:128x64x64x4x2 hopper:256x64x64x8x2 hopper:256x128x64x8x2"
+HOPPER = " hopper:128x32x64x4x2 hopper:128x64x64x4x2 hopper:128x96x64x4x2 hopper:256x64x64x8x2 hopper:256x128x64x8x2"
 # A tile more is worth it when it saves this much of the time at one point: each is compiled before a run is ready, and
 # a tile's times differ by 2 % from measurement to measurement.
 CHANGE = 0.03

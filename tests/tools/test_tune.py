@@ -56,7 +56,7 @@ def test_the_tuner_tries_what_is_shipped() -> None:
         assert {str(tile) for _, tile in table(torch.bfloat16, generation)} <= set(names)
 
 
-@pytest.mark.parametrize("name", [FEW, "hopper:128x64x64x4x2"])
+@pytest.mark.parametrize("name", [FEW, "hopper:128x96x64x4x2"])
 def test_names_of_tiles(name: str) -> None:
     assert str(ExpertTile.parse(name)) == name
     assert ExpertTile.parse(FEW) == ExpertTile(weight_rows=64, tokens=16, words=64, warps=4, stages=3, kernel="triton")
@@ -70,8 +70,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no limit in the middle": ({"up_to": None}, "at least double"),
     "half a strip": ({"kernel": "hopper", "weight_rows": 64}, "a multiple of 128 weight rows"),
     "warps without rows": ({"kernel": "hopper", "weight_rows": 128, "warps": 8}, "at least 32 a warp"),
-    "half of 24 tokens": ({"kernel": "hopper", "weight_rows": 128, "tokens": 24}, "a multiple of 16 tokens"),
-    "half a group of warps": ({"kernel": "hopper", "weight_rows": 256, "warps": 6}, "of 4 warps"),
+    "three quarters of 64 tokens": ({"kernel": "hopper", "weight_rows": 128, "tokens": 48}, "128 or 256 tokens"),
+    "half a group of warps": ({"kernel": "hopper", "weight_rows": 256, "warps": 6}, "a multiple of 4 warps"),
     "an unknown field": ({"splits": 2}, "has the fields"),
 }
 

@@ -7,6 +7,7 @@ This file imports no triton, so that any machine can ask what it serves.
     kernels.py           the kernels of few rows an expert, on every GPU
     hopper.py            launches of those of many rows, on Hopper
     hopper_kernels.py    these kernels, with the same bits
+    hopper_product.py    the product of one of their tiles
     tiles.py             which tile and which kernel, by the table in tiles.json
 
 Memory in `forward` beyond the packed weights: h [T·K, I] and the result [T, K, H], both in x's dtype; and on a Hopper
