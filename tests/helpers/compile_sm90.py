@@ -43,7 +43,7 @@ def compile_kernel(
     "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
-    "narrow": copies to shared memory of 4 bytes a thread, and "biased": products whose sum begins with what the kernel
+    "wide": loads of 16 bytes a thread, and "biased": products whose sum begins with what the kernel
     adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`.
 
     Args:
@@ -75,7 +75,7 @@ def compile_kernel(
     factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
     cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
-    cost["narrow"] = len(re.findall(r"cp\.async\.ca\.shared\.global [^;]*, 0x4,", compiled.asm["ptx"]))
+    cost["wide"] = len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"]))
     cost["biased"] = _biased(compiled.asm.get("ttir", ""))
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)

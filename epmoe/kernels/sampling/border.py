@@ -62,7 +62,7 @@ def measure_row(row_ptr, ids, best, steep, floor, from_, COUNT: tl.constexpr, M:
         if COUNT:
             found_M += inside_M.to(tl.int64)
         else:
-            found_M += weight_of(score_M, inside_M, best, steep, floor)
+            found_M += tl.where(inside_M, weight_of(score_M, best, steep, floor), 0)
     return tl.sum(found_M, 0)
 
 
@@ -80,6 +80,41 @@ def border_of_row(row_ptr, ids, best, steep, floor, need, low, high, COUNT: tl.c
 def to_reach(top_p, total):
     """min(total, ceil(p · total)), the product in float64."""
     return tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
+
+
+@triton.jit
+def excludes_nothing(known, inside):
+    """Whether top-k does so: all that weighs something is within the k."""
+    every, total, above, above_k, candidates, top_k, _, by_k, _ = known
+    return by_k & (every == 0) & ((total == above) | ((above_k + candidates < top_k) & (total == above + inside)))
+
+
+@triton.jit
+def among(row_ptr, candidate_ptr, kept_ptr, known, best, steep, floor, least, N: tl.constexpr, C: tl.constexpr):
+    """Of up to C candidates: what they weigh, the border, and whether it is among them. Then those are kept that are
+    not below it."""
+    _, total, above, above_k, candidates, top_k, top_p, by_k, by_p = known
+    real_C = tl.arange(0, C) < candidates
+    key_C = candidate_keys(row_ptr, candidate_ptr, real_C, C)
+    # Where there is no candidate, there is no score either: any that is read from NOTHING may be above the best.
+    weight_C = tl.where(real_C, weight_of(key_value(key_C), best, steep, floor), 0)
+    inside = tl.sum(weight_C, 0)
+    by_k &= excludes_nothing(known, inside) == 0
+    done = (by_k == 0) | ((above_k < top_k) & (top_k <= above_k + candidates))
+    border = tl.full([], NOTHING, tl.int64)
+    if by_k & done:
+        border = border_of(key_C, real_C.to(tl.int64), top_k - above_k)
+    if by_p & done:
+        left_C = tl.where(key_C >= border, weight_C, 0)
+        left = tl.sum(left_C, 0)
+        need = to_reach(top_p, tl.where(by_k, above + left, total))
+        done &= (above < need) & (need <= above + left)
+        if done:
+            border = border_of(tl.where(key_C >= border, key_C, NOTHING), left_C, need - above)
+    if done:
+        kept_C = (key_C >= border) & real_C & (weight_C >= least)
+        tl.atomic_add(kept_ptr + key_id(key_C) // N, weight_C, kept_C)
+    return inside, border, done
 
 
 @triton.jit(do_not_specialize=["every", "parts", "groups"])
@@ -106,6 +141,7 @@ def border_kernel(
     M: tl.constexpr,
     SP: tl.constexpr,
     ROOM: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """Program b."""
     b = tl.program_id(0).to(tl.int64)
@@ -120,41 +156,24 @@ def border_kernel(
         above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)
         above_k = tl.sum(tl.load(sum_ptr_G + 2, g_G < groups, other=0), 0)
         candidates = tl.load(candidates_ptr + b)
-        c_C = tl.arange(0, ROOM)
-        real_C = c_C < candidates
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
-        key_C = candidate_keys(row_ptr, candidate_ptr + b * ROOM, real_C, ROOM)
-        # Where there is no candidate, there is no score either: any that is read from NOTHING may be above the best.
-        weight_C = tl.where(real_C, weight_of(key_value(key_C), real_C, best, steep, floor), 0)
-        fits = candidates <= ROOM
         lowest, highest = tl.full([], -1 << 31, tl.int64) * MOST_IDS, (ordered(best).to(tl.int64) + 1) * MOST_IDS
         low = ordered(tl.load(bracket_ptr + b * 2)).to(tl.int64) * MOST_IDS
         high = tl.minimum(ordered(tl.load(bracket_ptr + b * 2 + 1)).to(tl.int64) * MOST_IDS, highest)
-        inside = tl.sum(weight_C, 0)
-        if fits == 0:
-            inside = measure_row(row_ptr, ids, best, steep, floor, low, False, M) - above
-
-        # top-k excludes nothing where all that weighs something is within the k.
-        void = by_k & (every == 0) & ((total == above) | ((above_k + candidates < top_k) & (total == above + inside)))
-        by_k &= void == 0
-        holds_k = (above_k < top_k) & (top_k <= above_k + candidates)
-        done = fits | ((total == above) & (by_p == 0) & void)
-        border = NOTHING
-        if by_k & fits & holds_k:
-            border = border_of(key_C, real_C.to(tl.int64), top_k - above_k)
-        done &= (by_k == 0) | holds_k
-        if by_p & done:
-            left_C = tl.where(key_C >= border, weight_C, 0)
-            left = tl.sum(left_C, 0)
-            need = to_reach(top_p, tl.where(by_k, above + left, total))
-            holds_p = (above < need) & (need <= above + left)
-            done &= holds_p
-            if holds_p:
-                border = border_of(tl.where(key_C >= border, key_C, NOTHING), left_C, need - above)
-        if done:
-            kept_C = (key_C >= border) & real_C & (weight_C >= least)
-            tl.atomic_add(kept_ptr + b * parts + key_id(key_C) // N, weight_C, kept_C)
+        known = (every, total, above, above_k, candidates, top_k, top_p, by_k, by_p)
+        candidate_ptr += b * ROOM
+        kept_ptr += b * parts
+        if candidates <= FEW:
+            inside, border, done = among(row_ptr, candidate_ptr, kept_ptr, known, best, steep, floor, least, N, FEW)
+        elif candidates <= ROOM:
+            inside, border, done = among(row_ptr, candidate_ptr, kept_ptr, known, best, steep, floor, least, N, ROOM)
         else:
+            inside = measure_row(row_ptr, ids, best, steep, floor, low, False, M) - above
+            border = tl.full([], NOTHING, tl.int64)
+            done = (total == above) & (by_p == 0) & excludes_nothing(known, inside)
+        if done == 0:
+            by_k &= excludes_nothing(known, inside) == 0
+            holds_k = (above_k < top_k) & (top_k <= above_k + candidates)
             border = lowest
             if by_k:
                 from_, to = tl.where(holds_k, low, lowest), tl.where(holds_k, high, highest)
@@ -170,8 +189,8 @@ def border_kernel(
                 for begin in range(0, N, M):
                     id_M = s * N + begin + tl.arange(0, M)
                     score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                    weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
+                    weight_M = weight_of(score_M, best, steep, floor)
                     inside_M = (id_M < ids) & (key_of(score_M, id_M) >= border) & (weight_M >= least)
                     kept_M += tl.where(inside_M, weight_M, 0)
-                tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
+                tl.store(kept_ptr + s, tl.sum(kept_M, 0))
         tl.store(border_ptr + b, border)

@@ -70,7 +70,7 @@ def draw_kernel(
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         score_N = tl.load(row_ptr + id_N, id_N < ids, other=-float("inf"))
         steep, floor = slope(value_of(bits), inverse)
-        weight_N = weight_of(score_N, id_N < ids, value_of(bits), steep, floor)
+        weight_N = weight_of(score_N, value_of(bits), steep, floor)
         inside_N = (id_N < ids) & (weight_N >= least)
         if by_k | by_p:
             inside_N &= key_of(score_N, id_N) >= tl.load(border_ptr + b)

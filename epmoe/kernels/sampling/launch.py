@@ -22,11 +22,10 @@ from epmoe.kernels.sampling.scan import scan_kernel
 RUN = 8192  # ids of a program: 25 programs a row for 201,088
 PART, ROUND_PART, SUM_PART = 2048, 1024, 512  # of them that a program has in registers; beside its sums
 ROUNDS, PIVOTS, RECORD = 3, 8, 16
-STAGES = {"round": 2, "sum": 2}  # parts that a program has asked for: the one that it is at among them
 # Of a pass, at most, if the rows are no more: what a program finds out before it begins takes as long as some runs, so
 # each has several where there are many. Four for each multiprocessor of an H200.
 PROGRAMS = 528
-ROOM = 4096  # candidates of a row
+ROOM, FEW = 4096, 1024  # candidates of a row; so many, or fewer, are looked through faster
 MOST_TOP = 128  # log-probabilities of a row
 MOST_IDS = 1 << 20
 WARPS = {"scan": 8, "adjust": 16, "round": 4, "sum": 4, "border": 8, "draw": 16, "top": 8}
@@ -170,14 +169,14 @@ def _narrow(
     for number in range(ROUNDS):
         round_kernel[(groups, rows)](
             *shared, record.low, record.pivot, record.measure, number, rows, parts, groups, each,
-            **sizes, N=RUN, M=ROUND_PART, P=PIVOTS, STAGES=STAGES["round"], num_warps=WARPS["round"],
+            **sizes, N=RUN, M=ROUND_PART, P=PIVOTS, num_warps=WARPS["round"],
         )  # fmt: skip
     sum_kernel[(groups, rows)](
         *shared, record.pivot, record.measure, record.bracket, record.sum, record.kept, record.candidates,
         record.candidate, int(every), rows, parts, groups, each, ROUNDS - 1,
-        **sizes, N=RUN, M=SUM_PART, P=PIVOTS, STAGES=STAGES["sum"], num_warps=WARPS["sum"],
+        **sizes, N=RUN, M=SUM_PART, P=PIVOTS, num_warps=WARPS["sum"],
     )  # fmt: skip
     border_kernel[(rows,)](
         *shared, record.bracket, record.sum, record.kept, record.candidates, record.candidate, record.border,
-        int(every), parts, groups, **sizes, N=RUN, M=PART, num_warps=WARPS["border"],
+        int(every), parts, groups, **sizes, FEW=min(FEW, ROOM // 2), N=RUN, M=PART, num_warps=WARPS["border"],
     )  # fmt: skip

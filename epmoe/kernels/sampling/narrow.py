@@ -1,10 +1,11 @@
 """Between which two scores the border of top-k or top-p lies, and the exact sums around them.
 
 A row's measure of a score is how many tokens have it or more (top-k), or how much they weigh (top-p). A round measures
-a few pivots, in float32, and leaves an eighth or ninth of what it found: three rounds 0.2 % of a row's range. Float32
-is exact for a count; for weights a border counts only where it is clear by SLACK, and border.py compares with exact
-sums whatever comes of it. As soon as what is left has room, which a small top-k has after a round and an ordinary top-p
-after two, further rounds measure nothing.
+a few pivots, in float32. Those of the first are evenly spaced and leave an eighth of the row's range. Through what they
+have found goes a cubic curve, and the second round's pivots stand close to where it has the border: what they leave is
+mostly a twentieth of that. A third round leaves a ninth. Float32 is exact for a count; for weights a border counts only
+where it is clear by SLACK, and border.py compares with exact sums whatever comes of it. As soon as what is left has
+room, which a small top-k has after a round and nearly every top-p after two, further rounds measure nothing.
 
 Letters: N ids of a run · M of them at a time · S runs · G groups of runs, one a program · J numbers of a round,
 P of them pivots.
@@ -31,6 +32,9 @@ from epmoe.kernels.sampling.numbers import (
 # Numbers of a round: P pivots, the two ends that they lie between, the low one's measure; or P measures, and the row's.
 RECORD = tl.constexpr(16)
 SLACK = tl.constexpr(2.0**-16)  # of float32's exp2 and sums, several times what they err
+# Where the second round's pivots are between the border as it is guessed and the lower end (negative) or the upper.
+SPREAD = tl.constexpr((-0.5, -0.15, -0.05, -0.015, 0.015, 0.05, 0.15, 0.5))
+POINTS = tl.constexpr(128)  # of the curve
 
 
 @triton.jit
@@ -38,8 +42,9 @@ def bracket(
     pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k,
     SP: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """low and high after round `last`: the border is at least the one and below the other; their measures; and whether
-    what lies between them has room: by top-k all from the low end on, and there is no high end then."""
+    """low and high after round `last`: the border is at least the one and below the other; their measures; whether what
+    lies between them has room: by top-k all from the low end on, and there is no high end then; and, after the first
+    round, which share of the way from low to high the border may be."""
     j_J, g_G = tl.arange(0, RECORD), tl.arange(0, SP)
     pivot_ptr += (last * rows + b) * RECORD
     at_GJ = ((last * rows + b) * groups + g_G[:, None]) * RECORD + j_J[None, :]
@@ -57,13 +62,56 @@ def bracket(
     # By top-p: each token between the two ends weighs at least what the low one does.
     least = tl.exp2((low - best) * (inverse * LOG2_E).to(tl.float32))
     few = tl.where(by_k, reached, (reached * (1 + SLACK) - short * (1 - SLACK)) / least) <= ROOM * (1 - slack)
-    return low, tl.where(few & by_k, float("inf"), high), reached, short, few
+    # The best token's weight, and of counts its own, is 1; that is where the next pivot would be.
+    point_J = tl.where(j_J < P, measure_J, tl.where(j_J == P, 1.0, 0.0))
+    count = tl.sum(reached_J.to(tl.int32), 0)
+    share = guessed(
+        point_of(point_J, count - 2, all), point_of(point_J, count - 1, all), point_of(point_J, count, all),
+        point_of(point_J, count + 1, all), need,
+    )  # fmt: skip
+    return low, tl.where(few & by_k, float("inf"), high), reached, short, few, share
 
 
 @triton.jit
-def pivot_of(j: tl.constexpr, base, top, first, cells):
-    """The j-th of so many, from `base` on; the difference of the two ends might be beyond float32."""
-    part = (j + first) / cells
+def point_of(point_J, j, all):
+    return tl.where(j < 0, all, tl.sum(tl.where(tl.arange(0, RECORD) == j, point_J, 0.0), 0))
+
+
+@triton.jit
+def guessed(y0, y1, y2, y3, need):
+    """At which share of the way from y1 to y2 the monotone cubic through four falling points is `need`."""
+    step = y2 - y1
+    slope1 = tl.maximum(tl.minimum((y2 - y0) * 0.5, 0.0), 3 * step)
+    slope2 = tl.maximum(tl.minimum((y3 - y1) * 0.5, 0.0), 3 * step)
+    t_I = (tl.arange(0, POINTS) + 0.5) / POINTS
+    y_I = y1 + t_I * (slope1 + t_I * (3 * step - 2 * slope1 - slope2 + t_I * (slope1 + slope2 - 2 * step)))
+    return tl.sum((y_I >= need).to(tl.float32), 0) / POINTS
+
+
+@triton.jit
+def loaded(row_ptr, begin, ids, end, M: tl.constexpr):
+    """M scores from `begin` on; -infinity behind the row, and from `end` on, where nothing is read."""
+    id_M = begin + tl.arange(0, M)
+    return tl.load(row_ptr + id_M, id_M < tl.minimum(ids, end), other=-float("inf"))
+
+
+@triton.jit
+def bits_set(word):
+    """How many bits of an int32, which is not negative, are set."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return (word * 0x01010101) >> 24
+
+
+@triton.jit
+def pivot_of(j: tl.constexpr, number, base, top, share):
+    """The j-th of round `number`; the difference of the two ends might be beyond float32."""
+    part = tl.where(number == 0, j / 8, (j + 1) / 9)
+    if SPREAD[j] < 0:
+        part = tl.where(number == 1, share * (1 + SPREAD[j]), part)
+    else:
+        part = tl.where(number == 1, share + (1 - share) * SPREAD[j], part)
     return base * (1 - part) + top * part
 
 
@@ -91,7 +139,6 @@ def round_kernel(
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Program (g, b): measures of runs g·each … of row b, in round `number`."""
     tl.static_assert(P == 8)
@@ -104,12 +151,16 @@ def round_kernel(
             best, s_S = value_of(bits), tl.arange(0, SP)
             lowest = tl.min(tl.load(low_ptr + b * parts + s_S, s_S < parts, other=float("inf")), 0)
             low, high, reached, short, few = -MOST, float("inf"), float("inf"), 0.0, by_k & (number < 0)
-            base, first, cells = tl.maximum((best - REACH * temperature).to(tl.float32), lowest), 0.0, P * 1.0
+            # By top-p, what is ln(V / (1 - p)) temperatures below the best, or more, is too little altogether.
+            reach, share = REACH * temperature, 0.0
+            if by_k == 0:
+                reach = tl.minimum(REACH, tl.log(ids / tl.maximum(1 - top_p, 2.0**-60)) + 0.01) * temperature
+            base = tl.maximum((best - reach).to(tl.float32), lowest)
             if number > 0:
-                low, high, reached, short, few = bracket(
+                low, high, reached, short, few, share = bracket(
                     pivot_ptr, measure_ptr, number - 1, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM
                 )
-                base, first, cells = tl.maximum(low, lowest), 1.0, P + 1.0
+                base = tl.maximum(low, lowest)
             top = tl.minimum(high, best)
             out_ptr = measure_ptr + ((number * rows + b) * groups + g) * RECORD
             pivot_ptr += (number * rows + b) * RECORD
@@ -126,18 +177,20 @@ def round_kernel(
             else:
                 row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
                 scale = (inverse * LOG2_E).to(tl.float32)
-                pivot_0, pivot_1 = pivot_of(0, base, top, first, cells), pivot_of(1, base, top, first, cells)
-                pivot_2, pivot_3 = pivot_of(2, base, top, first, cells), pivot_of(3, base, top, first, cells)
-                pivot_4, pivot_5 = pivot_of(4, base, top, first, cells), pivot_of(5, base, top, first, cells)
-                pivot_6, pivot_7 = pivot_of(6, base, top, first, cells), pivot_of(7, base, top, first, cells)
+                pivot_0, pivot_1 = pivot_of(0, number, base, top, share), pivot_of(1, number, base, top, share)
+                pivot_2, pivot_3 = pivot_of(2, number, base, top, share), pivot_of(3, number, base, top, share)
+                pivot_4, pivot_5 = pivot_of(4, number, base, top, share), pivot_of(5, number, base, top, share)
+                pivot_6, pivot_7 = pivot_of(6, number, base, top, share), pivot_of(7, number, base, top, share)
                 # No sum over a program's lanes until the end: its warps wait for none of each other.
                 all_M = tl.zeros([M], tl.float32)
                 sum_0_M, sum_1_M, sum_2_M, sum_3_M = all_M, all_M, all_M, all_M
                 sum_4_M, sum_5_M, sum_6_M, sum_7_M = all_M, all_M, all_M, all_M
                 # That these are multiples of N has to show, or no load is wide.
-                for begin in tl.range(g * each * N, tl.minimum(g * each + each, parts) * N, M, num_stages=STAGES):
-                    id_M = begin + tl.arange(0, M)
-                    score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
+                end = tl.minimum(g * each + each, parts) * N
+                next_M = loaded(row_ptr, g * each * N, ids, end, M)
+                for begin in range(g * each * N, end, M):
+                    score_M = next_M
+                    next_M = loaded(row_ptr, begin + M, ids, end, M)
                     weight_M = tl.exp2((score_M - best) * scale)
                     weight_M = tl.where(by_k, 1.0, weight_M)  # of all there is no need then
                     all_M += weight_M
@@ -160,7 +213,7 @@ def round_kernel(
                 tl.store(out_ptr + P, tl.sum(all_M, 0))
                 if g == 0:
                     for j in tl.static_range(P):
-                        tl.store(pivot_ptr + j, pivot_of(j, base, top, first, cells))
+                        tl.store(pivot_ptr + j, pivot_of(j, number, base, top, share))
 
 
 @triton.jit(do_not_specialize=["every", "rows", "parts", "groups", "each", "last"])
@@ -192,9 +245,9 @@ def sum_kernel(
     SP: tl.constexpr,
     P: tl.constexpr,
     ROOM: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Program (g, b): runs g·each … of row b. Without top-k and top-p all weights, and those that min-p keeps."""
+    tl.static_assert(N // M < 32)
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     handle = tl.load(sequence_ptr + b)
     temperature, inverse, top_k, top_p, least, by_k, by_p = parameters(value_ptr, handle, ids)
@@ -203,7 +256,7 @@ def sum_kernel(
         best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
         steep, floor = slope(best, inverse)
         if filters:
-            low, high, _, _, _ = bracket(
+            low, high, _, _, _, _ = bracket(
                 pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM
             )
             # top-p after top-k looks at all that top-k leaves.
@@ -218,45 +271,48 @@ def sum_kernel(
         for s in range(g * each, tl.minimum(g * each + each, parts)):
             mine = value_of((tl.load(key_ptr + b * parts + s) >> 32).to(tl.int32))
             weighs = (mine.to(tl.float64) - best) * inverse > -REACH  # else no token of the run does
-            kept_M, found_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)
+            kept_M, hit_M = tl.zeros([M], tl.int64), tl.zeros([M], tl.int32)  # a bit for each part
             if filters:
                 if weighs | (mine >= low):
-                    for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
-                        id_M = begin + tl.arange(0, M)
-                        score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                        weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
+                    next_M = loaded(row_ptr, s * N, ids, s * N + N, M)
+                    for part in range(N // M):
+                        score_M = next_M
+                        next_M = loaded(row_ptr, s * N + (part + 1) * M, ids, s * N + N, M)
+                        weight_M = weight_of(score_M, best, steep, floor)
                         all_M += weight_M
                         is_above_M = score_M >= high
                         kept_M += tl.where(is_above_M, weight_M, 0)
                         number_M += is_above_M.to(tl.int32)
-                        found_M += ((score_M >= low) & (score_M < high)).to(tl.int32)
+                        hit_M |= ((score_M >= low) & (score_M < high)).to(tl.int32) << part
                     above_M += kept_M
                     if least > 0:
                         kept_M = tl.zeros([M], tl.int64)
                         for begin in range(s * N, s * N + N, M):
                             id_M = begin + tl.arange(0, M)
                             score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                            weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
+                            weight_M = weight_of(score_M, best, steep, floor)
                             kept_M += tl.where((score_M >= high) & (weight_M >= least), weight_M, 0)
             elif weighs:
-                for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
-                    id_M = begin + tl.arange(0, M)
-                    score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                    weight_M = weight_of(score_M, id_M < ids, best, steep, floor)
+                next_M = loaded(row_ptr, s * N, ids, s * N + N, M)
+                for part in range(N // M):
+                    weight_M = weight_of(next_M, best, steep, floor)
+                    next_M = loaded(row_ptr, s * N + (part + 1) * M, ids, s * N + N, M)
                     kept_M += tl.where(weight_M >= least, weight_M, 0)
                 all_M += kept_M  # asked for without min-p only
             tl.store(kept_ptr + b * parts + s, tl.sum(kept_M, 0))
             if filters:
+                found_M = bits_set(hit_M)
                 found = tl.sum(found_M, 0)
                 if found > 0:  # in any order: what comes of them does not depend on it
                     # Each lane has places of its own, one behind the other: none waits for another in the loop.
                     place_M = tl.atomic_add(candidates_ptr + b, found) + tl.cumsum(found_M, 0) - found_M
-                    for begin in tl.range(s * N, s * N + N, M, num_stages=STAGES):
-                        id_M = begin + tl.arange(0, M)
-                        score_M = tl.load(row_ptr + id_M, id_M < ids, other=-float("inf"))
-                        is_inside_M = (score_M >= low) & (score_M < high)
-                        tl.store(candidate_ptr + b * ROOM + place_M, id_M, is_inside_M & (place_M < ROOM))
-                        place_M += is_inside_M.to(tl.int32)
+                    for _ in range(tl.max(found_M, 0)):
+                        # The lowest bit's place is a float32's exponent.
+                        part_M = ((hit_M & -hit_M).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+                        id_M = s * N + part_M * M + tl.arange(0, M)
+                        tl.store(candidate_ptr + b * ROOM + place_M, id_M, (hit_M != 0) & (place_M < ROOM))
+                        hit_M &= hit_M - 1
+                        place_M += 1
         sum_ptr += (b * groups + g) * 4
         tl.store(sum_ptr, tl.sum(all_M, 0))
         if filters:

@@ -75,8 +75,8 @@ def slope(best, inverse):
 
 
 @triton.jit
-def weight_of(score, real, best, steep, floor):
-    """int64: round(2^40 · exp((score - best) / temperature)), of no score above `best`; nothing where it is not `real`.
+def weight_of(score, best, steep, floor):
+    """int64: round(2^40 · exp((score - best) / temperature)), of no score above `best`; 0 of -infinity.
 
     As a power of two by its nearest whole exponent and a polynomial: a third of the operations of a library's exp.
     """
@@ -93,7 +93,8 @@ def weight_of(score, real, best, steep, floor):
     power = power * rest + POWER_2
     power = power * rest + POWER_1
     power = power * rest + 1.0
-    whole = whole.to(tl.int64, bitcast=True).to(tl.int32) + tl.where(real, 40, -100)
+    # Where even `floor` is the best score, -infinity still weighs nothing.
+    whole = whole.to(tl.int64, bitcast=True).to(tl.int32) + tl.where(score > -float("inf"), 40, -100)
     power = (power.to(tl.int64, bitcast=True) + (whole.to(tl.int64) << 52)).to(tl.float64, bitcast=True)
     return (power + MAGIC).to(tl.int64, bitcast=True) & MANTISSA
 
