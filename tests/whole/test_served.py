@@ -134,7 +134,10 @@ def test_every_answer_is_the_one_that_it_is_alone_over_replicas(
 
 @pytest.mark.gpu
 @pytest.mark.timeout(500)
-def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [120, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two layers of gpt-oss-20b's shapes."""
     place = make_checkpoint(tmp_path / "20b", "20b", layers=2)
     where = {"checkpoint": str(place), "device": "cuda", "cache_tokens": 400}
@@ -142,7 +145,8 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(tmp_path: Path, monke
     file = tmp_path / "known"
     subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
     for speculate in ("off", "ngram"):
-        code, out, errors = run(tmp_path, ITS_OWN_RANKS, 500, file, 1, speculate, "replicate", 0, RANDOM_WEIGHTS="yes")
+        how = (1, speculate, "replicate", 0)
+        code, out, errors = run(tmp_path, ITS_OWN_RANKS, count, file, *how, RANDOM_WEIGHTS="yes")
         assert code == 0 and out.startswith("ended well: ") and "rror" not in errors, errors
 
 

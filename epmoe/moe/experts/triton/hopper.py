@@ -110,14 +110,13 @@ def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: ExpertTile) -> list[Te
 
 
 def sizes(tile: ExpertTile) -> dict[str, int]:
-    """The kernels' constants for a tile's tokens: M of them, a power of two, and where these are not all, M/2 MORE.
+    """The kernels' constants for a tile's tokens: M of them, and where these are not all, M/2 MORE.
 
     Then a run of x comes in two pieces, three of which take less shared memory than two whole runs, so that two
     programs share a multiprocessor. Other tiles lose 2 to 4 % by that.
     """
-    whole = 1 << tile.tokens.bit_length() - 1
-    more = tile.tokens - whole
-    return {"M": whole, "MORE": more, "PIECES": 2 if more else 1}
+    more = tile.tokens - tile.run
+    return {"M": tile.run, "MORE": more, "PIECES": 2 if more else 1}
 
 
 def _constants(tile: ExpertTile, matrix: WordMatrix) -> dict[str, object]:

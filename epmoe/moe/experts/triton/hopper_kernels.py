@@ -9,8 +9,8 @@ With many rows arithmetic is the limit, and in plain Triton each product waits f
 operand is made in registers. Gluon lets a program say what runs beside what: hopper_product.py.
 
 A program's tile is B × M; the last weight rows take half of B where that holds them, else the last of an expert's rows
-half of M. With MORE = M/2 a tile holds M + MORE rows, as two products with the same weights: what is converted once
-serves 96 rows where the next power of two would be 128.
+half of M. With MORE = M/2 they may be M + MORE, as two products with the same weights: what is converted once serves
+them all, where a tile of its own for the last few would convert it again.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -50,7 +50,7 @@ def gate_up_kernel(
 ):
     """h[r] = activation(x[r] · gate_upᵀ + bias)."""
     tiles_n = gl.cdiv(rows, B)
-    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M + MORE)
+    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M, MORE)
     if expert >= num_local:
         after_previous(PDL)
         return
@@ -95,7 +95,7 @@ def down_kernel(
 ):
     """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias)."""
     tiles_n = gl.cdiv(rows, B)
-    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M + MORE)
+    expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M, MORE)
     if expert >= num_local:
         after_previous(PDL)
         return
@@ -201,20 +201,21 @@ def _store_y(acc_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, st
 
 
 @gluon.jit
-def _find_tile(offset_ptr, tile, num_local, LOCAL: gl.constexpr, M: gl.constexpr):
-    """The tile-th run of M rows, counted expert by expert → (expert, its first row, the expert's last row + 1).
+def _find_tile(offset_ptr, tile, num_local, LOCAL: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr):
+    """The tile-th run of M rows, counted expert by expert → (expert, its first row, its last row + 1).
 
-    The expert is num_local or more where there is no such tile.
+    An expert's last run has up to MORE rows in addition. The expert is num_local or more where there is no such tile.
     """
     l_L = gl.arange(0, LOCAL, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     start_L = gl.load(offset_ptr + l_L, l_L < num_local, other=0)
-    stop_L = gl.load(offset_ptr + l_L + 1, l_L < num_local, other=0)
-    tiles_L = (stop_L - start_L + M - 1) // M
+    rows_L = gl.load(offset_ptr + l_L + 1, l_L < num_local, other=0) - start_L
+    tiles_L = gl.where(rows_L > 0, gl.maximum((rows_L - MORE + M - 1) // M, 1), 0)
     passed_L = gl.associative_scan(tiles_L, 0, _add) <= tile  # experts whose tiles all come before
     expert = gl.sum(passed_L.to(gl.int32), 0)
     inside = tile - gl.sum(gl.where(passed_L, tiles_L, 0), 0)
     known = gl.minimum(expert, num_local - 1)
-    return expert, gl.load(offset_ptr + known) + inside * M, gl.load(offset_ptr + known + 1)
+    first, stop = gl.load(offset_ptr + known) + inside * M, gl.load(offset_ptr + known + 1)
+    return expert, first, gl.where(stop - first > M + MORE, first + M, stop)
 
 
 @gluon.jit

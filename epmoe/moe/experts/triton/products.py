@@ -43,7 +43,7 @@ def gate_up(
     _check(x_TH, matrix, bias_LN, dispatch)
     h_RI = x_TH.new_empty(slots, rows // 2)
     tile = _tile(x_TH, matrix, dispatch)
-    grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(rows, tile.weight_rows)
+    grid = max_tiles(slots, num_local, tile.run) * triton.cdiv(rows, tile.weight_rows)
     if grid and tile.kernel == "hopper":
         _hopper().gate_up(x_TH, matrix, bias_LN, dispatch, activation, h_RI, tile, grid)
     elif grid:
@@ -88,7 +88,7 @@ def down(
         y_TKH = new(*dispatch.expert_TK.shape, hidden)
     assert y_TKH.shape == (*dispatch.expert_TK.shape, hidden) and y_TKH.is_contiguous() and y_TKH.dtype == h_RI.dtype
     tile = _tile(h_RI, matrix, dispatch)
-    grid = max_tiles(slots, num_local, tile.tokens) * triton.cdiv(hidden, tile.weight_rows)
+    grid = max_tiles(slots, num_local, tile.run) * triton.cdiv(hidden, tile.weight_rows)
     if grid and tile.kernel == "hopper":
         _hopper().down(h_RI, matrix, bias_LH, dispatch, y_TKH, tile, grid)
     elif grid:

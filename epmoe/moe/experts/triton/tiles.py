@@ -42,6 +42,15 @@ class ExpertTile:
         weight_rows, tokens, words, warps, stages = map(int, sizes.split("x"))
         return cls(weight_rows, tokens, words, warps, stages, kernel or "triton")
 
+    @property
+    def run(self) -> int:
+        """Rows of an expert that a program takes while more are left, a power of two; at the end up to `tokens`.
+
+        >>> ExpertTile.parse("hopper:128x96x64x4x2").run, ExpertTile.parse("64x16x64x4x3").run
+        (64, 16)
+        """
+        return 1 << self.tokens.bit_length() - 1
+
     def __str__(self) -> str:
         sizes = f"{self.weight_rows}x{self.tokens}x{self.words}x{self.warps}x{self.stages}"
         return sizes if self.kernel == "triton" else f"{self.kernel}:{sizes}"
