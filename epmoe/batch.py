@@ -91,7 +91,7 @@ class Drafted(NamedTuple):
 class SamplingTensors(NamedTuple):
     """How every sequence's tokens are chosen, by its handle."""
 
-    value_SP: torch.Tensor  # float64: temperature, top-k, top-p, min-p
+    value_SP: torch.Tensor  # float64: temperature, top-k, top-p, min-p, 1 / temperature (1 where that is 0)
     seed_S: torch.Tensor  # int64
     kind_S: torch.Tensor  # int32: a bit for each of KINDS that its logits need
 

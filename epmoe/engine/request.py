@@ -88,7 +88,8 @@ class SamplingParams(Sampling, Length):
     def row(self) -> tuple[float, ...]:
         """What `SamplingTensors.value_SP` holds of these: settled."""
         values = vars(self.settled())
-        return tuple(values[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        temperature, *others = (values[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        return temperature, *others, 1 / (temperature or 1)
 
     def penalties(self) -> tuple[float, float, float]:
         """Repetition, frequency and presence: settled."""

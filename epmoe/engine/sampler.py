@@ -20,7 +20,7 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
     """The parameters of as many sequences."""
     values = [each.row() for each in params]
     return SamplingTensors(
-        torch.tensor(values, dtype=torch.float64).reshape(len(params), 4).to(device),
+        torch.tensor(values, dtype=torch.float64).reshape(len(params), 5).to(device),
         torch.tensor([each.settled().seed for each in params], dtype=torch.int64).to(device),
         torch.tensor([kind(each) for each in params], dtype=torch.int32).to(device),
     )

@@ -135,9 +135,9 @@ def drop(weight_V: torch.Tensor, score_V: torch.Tensor, values: Sequence[float])
     """Let what top-k, top-p and min-p do not keep weigh nothing.
 
     Args:
-        values: temperature, top-k, top-p, min-p.
+        values: temperature, top-k, top-p, min-p, and what may follow.
     """
-    temperature, top_k, top_p, min_p = values
+    temperature, top_k, top_p, min_p, *_ = values
     reach = REACH * temperature
     if 0 < top_k < len(score_V):
         weight_V.masked_fill_(~first(score_V, None, int(top_k), reach), 0)

@@ -184,7 +184,7 @@ CASES = {
 def test_filters_keep_what_transformers_keeps(case: str) -> None:
     """Random float32 logits have no ties, where the two define top-k differently."""
     params = CASES[case]
-    temperature, top_k, top_p, min_p = params.row()
+    temperature, top_k, top_p, min_p, _ = params.row()
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(int(top_k)))

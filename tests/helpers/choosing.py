@@ -179,13 +179,20 @@ def adjusted_rows(vocab: int) -> Rows:
     return rows._replace(adjustments=adjustments)
 
 
+def values_of(ways: list[Values]) -> torch.Tensor:
+    """A row of `SamplingTensors.value_SP` for each."""
+    value_B4 = torch.tensor(ways, dtype=torch.float64).reshape(len(ways), 4)
+    temperature_B1 = value_B4[:, :1]
+    return torch.cat([value_B4, 1 / temperature_B1.where(temperature_B1 > 0, 1)], dim=1)
+
+
 def rows_of(logits_BV: torch.Tensor, ways: list[Values]) -> Rows:
     """Rows without adjustments, a way each."""
     count = len(ways)
     handle_B = torch.randperm(count + 3, generator=torch.Generator().manual_seed(count))[:count]
-    value_SP = torch.full((count + 3, 4), torch.nan, dtype=torch.float64)
+    value_SP = torch.full((count + 3, 5), torch.nan, dtype=torch.float64)
     seed_S = torch.randint(2**62, (count + 3,), generator=torch.Generator().manual_seed(1))
-    value_SP[handle_B] = torch.tensor(ways, dtype=torch.float64).reshape(count, 4)
+    value_SP[handle_B] = values_of(ways)
     params = SamplingTensors(value_SP, seed_S, torch.zeros(count + 3, dtype=torch.int32))
     return Rows(logits_BV, handle_B, torch.arange(count) * 1001, params, None)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from choosing import ADJUSTED, WAYS, Rows, Values, adjusted_rows, kinds_of_logits, rows_of
+from choosing import ADJUSTED, WAYS, Rows, Values, adjusted_rows, kinds_of_logits, rows_of, values_of
 from compile_sm90 import compile_kernel
 from interpret import interpreted
 
@@ -296,7 +296,7 @@ def test_a_graph_on_a_gpu() -> None:
     for seed in range(3):
         generator = torch.Generator("cuda").manual_seed(seed)
         rows.logits_BV.normal_(0, 3, generator=generator)
-        rows.params.value_SP[rows.sequence_B] = torch.tensor(ADJUSTED * 8, dtype=torch.float64, device="cuda")
+        rows.params.value_SP[rows.sequence_B] = values_of(ADJUSTED * 8).to("cuda")
         rows.position_B.add_(7)
         graph.replay()
         assert torch.equal(id_B, choose(*rows))

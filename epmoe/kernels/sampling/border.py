@@ -125,7 +125,7 @@ def border_kernel(
     adjusted_ptr,  # float32, rows `adjusted_stride` apart
     adjusted_stride,
     sequence_ptr,  # int64 [B]
-    value_ptr,  # float64 [S, 4]
+    value_ptr,  # float64 [S, 5]
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     bracket_ptr,  # float32 [B, 2]
@@ -150,7 +150,7 @@ def border_kernel(
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (by_k | by_p) & (bits != NOT_FINITE):
         best, g_G = value_of(bits), tl.arange(0, SP)
-        steep, floor = slope(best, inverse)
+        steep, floor = slope(best, temperature, inverse)
         sum_ptr_G = sum_ptr + (b * groups + g_G) * 4
         total = tl.sum(tl.load(sum_ptr_G, g_G < groups, other=0), 0)
         above = tl.sum(tl.load(sum_ptr_G + 1, g_G < groups, other=0), 0)

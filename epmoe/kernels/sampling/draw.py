@@ -38,7 +38,7 @@ def draw_kernel(
     adjusted_stride,
     sequence_ptr,  # int64 [B]
     position_ptr,  # int64 [B]
-    value_ptr,  # float64 [S, 4]
+    value_ptr,  # float64 [S, 5]
     seed_ptr,  # int64 [S]
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
@@ -69,7 +69,7 @@ def draw_kernel(
         id_N = run * N + tl.arange(0, N)
         row_ptr = scores(logits_ptr, stride, adjusted_ptr, adjusted_stride, kind_ptr, handle, b)
         score_N = tl.load(row_ptr + id_N, id_N < ids, other=-float("inf"))
-        steep, floor = slope(value_of(bits), inverse)
+        steep, floor = slope(value_of(bits), temperature, inverse)
         weight_N = weight_of(score_N, value_of(bits), steep, floor)
         inside_N = (id_N < ids) & (weight_N >= least)
         if by_k | by_p:

@@ -27,6 +27,7 @@ ROUNDS, PIVOTS, RECORD = 3, 8, 16
 PROGRAMS = 528
 ROOM, FEW = 4096, 1024  # candidates of a row; so many, or fewer, are looked through faster
 MOST_TOP = 128  # log-probabilities of a row
+VALUES = 5  # of SamplingTensors.value_SP
 MOST_IDS = 1 << 20
 WARPS = {"scan": 8, "adjust": 16, "round": 4, "sum": 4, "border": 8, "draw": 16, "top": 8}
 
@@ -85,11 +86,11 @@ def top_logprobs(
     logprob_BQ = torch.empty((rows, top), dtype=torch.float64, device=device)
     if not rows:
         return chosen_B, id_BQ, logprob_BQ
-    value_14 = torch.ones((1, 4), dtype=torch.float64, device=device)
-    value_14[:, 1::2] = 0
-    value_14[:, 1] = top
+    value_15 = torch.ones((1, 5), dtype=torch.float64, device=device)
+    value_15[:, 1:4:2] = 0
+    value_15[:, 1] = top
     sequence_B = torch.zeros(rows, dtype=torch.int64, device=device)
-    params = SamplingTensors(value_14, sequence_B[:1], torch.zeros(1, dtype=torch.int32, device=device))
+    params = SamplingTensors(value_15, sequence_B[:1], torch.zeros(1, dtype=torch.int32, device=device))
     record = _scan(logits_BV, sequence_B, sequence_B, params, None)
     _narrow(logits_BV, sequence_B, params, record, every=True)
     found = torch.empty((rows, MOST_TOP), dtype=torch.int64, device=device)
@@ -111,7 +112,7 @@ def _scan(
 ) -> Record:
     (rows, ids), device = logits_BV.shape, logits_BV.device
     assert logits_BV.dtype == torch.float32 and logits_BV.stride(1) == 1 and 0 < ids <= MOST_IDS
-    assert params.value_SP.is_contiguous() and params.value_SP.shape[1] == 4
+    assert params.value_SP.is_contiguous() and params.value_SP.shape[1] == VALUES
     parts = triton.cdiv(ids, RUN)
     groups = triton.cdiv(parts, _runs_of_a_group(parts, rows))
 

@@ -123,7 +123,7 @@ def round_kernel(
     adjusted_ptr,  # float32, rows `adjusted_stride` apart
     adjusted_stride,
     sequence_ptr,  # int64 [B]
-    value_ptr,  # float64 [S, 4]
+    value_ptr,  # float64 [S, 5]
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     low_ptr,  # float32 [B, runs]
@@ -154,7 +154,8 @@ def round_kernel(
             # By top-p, what is ln(V / (1 - p)) temperatures below the best, or more, is too little altogether.
             reach, share = REACH * temperature, 0.0
             if by_k == 0:
-                reach = tl.minimum(REACH, tl.log(ids / tl.maximum(1 - top_p, 2.0**-60)) + 0.01) * temperature
+                others = ids / tl.maximum((1 - top_p).to(tl.float32), 2.0**-60)
+                reach = tl.minimum(REACH, (tl.log(others) + 0.01).to(tl.float64)) * temperature
             base = tl.maximum((best - reach).to(tl.float32), lowest)
             if number > 0:
                 low, high, reached, short, few, share = bracket(
@@ -224,7 +225,7 @@ def sum_kernel(
     adjusted_ptr,  # float32, rows `adjusted_stride` apart
     adjusted_stride,
     sequence_ptr,  # int64 [B]
-    value_ptr,  # float64 [S, 4]
+    value_ptr,  # float64 [S, 5]
     kind_ptr,  # int32 [S]
     key_ptr,  # int64 [B, runs]
     pivot_ptr,  # float32 [rounds, B, RECORD]
@@ -254,7 +255,7 @@ def sum_kernel(
     bits = (best_key(key_ptr, b, parts, SP) >> 32).to(tl.int32)
     if (temperature > 0) & (bits != NOT_FINITE):
         best, low, high, filters = value_of(bits), -MOST, -MOST, by_k | by_p
-        steep, floor = slope(best, inverse)
+        steep, floor = slope(best, temperature, inverse)
         if filters:
             low, high, _, _, _, _ = bracket(
                 pivot_ptr, measure_ptr, last, rows, b, groups, best, inverse, top_k, top_p, by_k, SP, P, ROOM

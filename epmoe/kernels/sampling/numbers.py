@@ -1,5 +1,8 @@
 """Numbers of the choice, as epmoe/layers/sampling.py has them: keys, weights, a row's parameters.
 
+Nothing here divides in float64: a kernel with a subroutine, which such a division calls, makes a process' other kernels
+begin later (scripts/bench/NOTES.md, entry 50).
+
 A key is a score's bits, in the order of integers, above an id counted down: one int64 by which tokens are ordered.
 """
 
@@ -19,6 +22,7 @@ ROUNDING = tl.constexpr(1.5 * (1 << 52))  # likewise, of either sign: the differ
 REACH = tl.constexpr(28.5)  # what is so many temperatures below the best weighs nothing: ln 2^41 is 28.42
 LOG2_E = tl.constexpr(1.4426950408889634)
 STEEPEST = tl.constexpr(100.0)  # temperatures between the best score and `floor`; with one token more it weighs nothing
+RECIPROCAL = tl.constexpr(0x7FDE6238502484BA)  # less a float64's bits: nearly those of 1 / it
 # 2^x on [-1/2, 1/2], least error (2^-52) of a polynomial of degree 10; the first coefficient is 1.
 POWER_1, POWER_2 = tl.constexpr(0.69314718055995), tl.constexpr(0.24022650695910097)
 POWER_3, POWER_4 = tl.constexpr(0.05550410866444772), tl.constexpr(0.009618129107606888)
@@ -60,18 +64,21 @@ def key_value(key):
 
 
 @triton.jit
-def slope(best, inverse):
+def slope(best, temperature, inverse):
     """steep, floor: what weighs something is above `floor`, float32, and halves with 1 / `steep` less, float64.
 
     Where the next smaller float32 is hundreds of temperatures below the best, nothing between them weighs anything:
     there it falls less steeply, and a power of two stays a float64.
     """
-    reach = best.to(tl.float64) - REACH / inverse
+    reach = best.to(tl.float64) - REACH * temperature
     floor = tl.maximum(tl.minimum(reach, MOST), -MOST).to(tl.float32)
     floor = tl.where(floor.to(tl.float64) >= reach, value_of(ordered(floor) - 1), floor)
     floor = tl.maximum(floor, -MOST)
     gap = best.to(tl.float64) - floor.to(tl.float64)
-    return tl.where(gap * inverse > STEEPEST, STEEPEST / gap, inverse) * LOG2_E, floor
+    # An eighth more or less than 1 / gap, by the bits of its exponent.
+    bits = -gap.to(tl.int64, bitcast=True) + RECIPROCAL
+    steep = bits.to(tl.float64, bitcast=True) * STEEPEST
+    return tl.where(gap * inverse > STEEPEST, steep, inverse) * LOG2_E, floor
 
 
 @triton.jit
@@ -116,12 +123,12 @@ def candidate_keys(row_ptr, candidate_ptr, real_C, ROOM: tl.constexpr):
 @triton.jit
 def parameters(value_ptr, handle, ids):
     """Temperature and its inverse, top-k, top-p, the least weight by min-p; whether top-k and top-p are there."""
-    temperature = tl.load(value_ptr + handle * 4)
-    top_k = tl.minimum(tl.load(value_ptr + handle * 4 + 1), ids * 1.0).to(tl.int32)  # a single id is the compiler's own
-    top_p = tl.maximum(tl.load(value_ptr + handle * 4 + 2), 2.0**-61)  # as good as any less, and a float32
-    least = tl.ceil(tl.load(value_ptr + handle * 4 + 3) * UNIT).to(tl.int64)
+    value_ptr += handle * 5
+    temperature, inverse = tl.load(value_ptr), tl.load(value_ptr + 4)
+    top_k = tl.minimum(tl.load(value_ptr + 1), ids * 1.0).to(tl.int32)  # a single id is the compiler's own
+    top_p = tl.maximum(tl.load(value_ptr + 2), 2.0**-61)  # as good as any less, and a float32
+    least = tl.ceil(tl.load(value_ptr + 3) * UNIT).to(tl.int64)
     by_k = (top_k > 0) & (top_k < ids)
-    inverse = 1.0 / tl.where(temperature > 0, temperature, 1.0)
     return temperature, inverse, top_k, top_p, least, by_k, top_p < 1
 
 
