@@ -1,9 +1,6 @@
 """Numbers of the choice, as epmoe/layers/sampling.py has them: keys, weights, a row's parameters.
 
-Nothing here divides in float64: a kernel with a subroutine, which such a division calls, makes a process' other kernels
-begin later (scripts/bench/NOTES.md, entry 50).
-
-A key is a score's bits, in the order of integers, above an id counted down: one int64 by which tokens are ordered.
+Nothing here divides in float64, which is a subroutine, and each program of each launch would wait for it.
 """
 
 # mypy: disallow-untyped-defs=False
