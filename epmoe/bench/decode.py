@@ -4,6 +4,8 @@ A step's time is the difference of two runs that differ in their length alone, s
 part of the batch cancel out:
 
     ms a step = (t(long) − t(short)) / (long − short)        the median of `repeat` such pairs, after a warm-up
+
+Where tokens are chosen in another way than greedily, greedy steps take turns with them.
 """
 
 import statistics
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from epmoe.bench.conditions import Record
-from epmoe.bench.options import WAYS, BenchConfig
+from epmoe.bench.options import GREEDY, WAYS, BenchConfig
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.ranks.mesh import Ranks
@@ -51,15 +53,21 @@ def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int, sampling: str 
 
 def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConfig) -> Record:
     """One row of the table, without its floor."""
-    (short, long), way = config.lengths, config.sampling
-    seconds(engine, ranks, batch, short, way)
-    steps, first = [], []
+    (short, long), ways = config.lengths, config.ways
+    for way in ways:
+        seconds(engine, ranks, batch, short, way)
+    of_way: dict[str, list[float]] = {way: [] for way in ways}
+    first = []
     for _ in range(config.repeat):
-        whole, first_token = seconds(engine, ranks, batch, long, way)
-        less, _ = seconds(engine, ranks, batch, short, way)
-        steps.append((whole - less) / (long - short))
-        first.append(first_token)
-    step, size = statistics.median(steps), len(batch.ids_BP)
+        for way, steps in of_way.items():
+            whole, first_token = seconds(engine, ranks, batch, long, way)
+            less, _ = seconds(engine, ranks, batch, short, way)
+            steps.append((whole - less) / (long - short))
+            if way == config.sampling:
+                first.append(first_token)
+    median = {way: statistics.median(steps) for way, steps in of_way.items()}
+    step, size = median[config.sampling], len(batch.ids_BP)
+    greedy = {"greedy_ms": 1e3 * median[GREEDY], "above_greedy": step / median[GREEDY] - 1} if len(ways) > 1 else {}
     if ranks.is_main:  # a run that is cut short has not been for nothing
         tell(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step")
     return {
@@ -67,7 +75,8 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConf
         "ms": 1e3 * step,
         "tokens_per_s": size / step,
         "first_token_ms": 1e3 * statistics.median(first),
-        "ms_of_each": [1e3 * each for each in steps],
+        "ms_of_each": [1e3 * each for each in of_way[config.sampling]],
+        **greedy,
     }
 
 

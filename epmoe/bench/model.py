@@ -71,7 +71,8 @@ def measure(config: BenchConfig, ranks: Ranks) -> tuple[Checkpoint, Floor, Recor
     batches = [Batch.of(size, config.prompt_tokens, llm.architecture.vocab) for size in config.batches]
     begin = time.perf_counter()
     largest = max(batches, key=lambda batch: len(batch.ids_BP))
-    llm.prepare(largest.requests(config.lengths[1], config.sampling))
+    for way in config.ways:
+        llm.prepare(largest.requests(config.lengths[1], way))
     ready_s = time.perf_counter() - begin
 
     # First tokens come first: a GPU that has just run at its limit of power is slower for a while.

@@ -8,9 +8,10 @@ from epmoe.config.keys import Names, Numbers, Range, key
 from epmoe.config.schema import ModelKeys, Serve
 from epmoe.errors import UserError
 
+GREEDY = "greedy"
 # How the tokens of a decode step are chosen, by name: keys of the group `sampling`.
 WAYS: dict[str, dict[str, float]] = {
-    "greedy": {},
+    GREEDY: {},
     "temperature": {"temperature": 1.0},
     "top_p": {"temperature": 1.0, "top_p": 0.9},
     "top_k": {"temperature": 1.0, "top_k": 50},
@@ -43,7 +44,7 @@ class Measurement(Size):
     """What is measured."""
 
     batches: tuple[int, ...] = key((1, 16, 64, 256), "sequences that decode at a time", Numbers(Range(above=0)))
-    sampling: str = key("greedy", "how timed decodes choose", Names(tuple(WAYS)))
+    sampling: str = key(GREEDY, "how timed decodes choose; greedy ones take turns with others", Names(tuple(WAYS)))
     prompt_tokens: int = key(128, "random tokens that each sequence begins with", Range(above=0))
     lengths: tuple[int, int] = key(
         (32, 160), "new tokens of the two timed runs", Numbers(Range(above=0), ascending=True)
@@ -64,6 +65,11 @@ class Measurement(Size):
     bandwidth: float = key(0.0, "TB/s that the floor assumes; 0: measured", Range(low=0))
     flops: float = key(0.0, "TFLOP/s that the bounds of prompts assume; 0: measured", Range(low=0))
     compare: str | None = key(None, "run beside it: a peer, or the same with experts=hub", Names(PEERS))
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Of choosing, whose decode steps are measured in turns."""
+        return tuple(dict.fromkeys((GREEDY, self.sampling)))
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ The tables go to standard output and end in one line of JSON. Others, each with 
             raise UserError("compare=hub with experts=hub is twice the same: choose another backend, or leave one out")
         if self.compare == "transformers" and not self.checkpoint:
             raise UserError(f"compare={self.compare} needs files to read: give checkpoint=DIRECTORY")
-        if self.compare == "transformers" and self.sampling != "greedy":
+        if self.compare == "transformers" and self.sampling != GREEDY:
             raise UserError(f"compare={self.compare} is greedy, and sampling={self.sampling}: leave one of them out")
 
     def check_steps(self, chunk: int) -> None:

@@ -34,6 +34,7 @@ def _conditions(record: Record) -> list[str]:
 
 def _decode(record: Record) -> list[str]:
     heads = ["batch", "ms a step", "tokens/s", "first token, ms", "GB to read", "floor, ms", "of floor"]
+    beside = any("greedy_ms" in row for row in record["decode"])
     rows = [
         [
             f"{row['batch']}",
@@ -43,14 +44,16 @@ def _decode(record: Record) -> list[str]:
             f"{row['floor_bytes'] / 1e9:.4g}",
             f"{row['floor_ms']:.4g}",
             f"{row['of_floor']:.2f}",
+            *([f"{row['greedy_ms']:.3f}", f"{100 * row['above_greedy']:.1f}"] if beside else []),
             *_compared(row),
         ]
         for row in record["decode"]
     ]
-    return markdown([*heads, *_PEER] if "peer" in record else heads, rows)
+    return markdown([*heads, *(_GREEDY if beside else []), *(_PEER if "peer" in record else [])], rows)
 
 
 _PEER = ["peer, ms", "speedup"]
+_GREEDY = ["greedy, ms", "above, %"]
 
 
 def _compared(row: Record) -> list[str]:
