@@ -100,14 +100,15 @@ def random_weights(layer: Layer, seed: int) -> ExpertWeights:
     return ExpertWeights(matrix(2 * inter, hidden), bias(2 * inter), matrix(hidden, inter), bias(hidden))
 
 
-def inputs(layer: Layer, tokens: int) -> tuple[list[torch.Tensor], list[Dispatch]]:
-    """Tokens and a routing for each call; every expert is as likely as any other."""
+def inputs(layer: Layer, tokens: int, spread: float = 0.0) -> tuple[list[torch.Tensor], list[Dispatch]]:
+    """Tokens and a routing for each call; every expert is as likely as any other, or its logit differs by `spread`."""
     generator = torch.Generator("cuda").manual_seed(tokens)
     local_E = torch.full((layer.experts,), -1, dtype=torch.int32, device="cuda")
     local_E[: layer.local] = torch.arange(layer.local, dtype=torch.int32, device="cuda")
     xs, dispatches = [], []
     for _ in range(CALLS):
         logits_TE = torch.randn(tokens, layer.experts, device="cuda", generator=generator)
+        logits_TE += spread * torch.randn(layer.experts, device="cuda", generator=generator)
         dispatches.append(route(logits_TE, layer.top_k, local_E, layer.local))
         xs.append(torch.randn(tokens, layer.hidden, device="cuda", generator=generator).bfloat16())
     return xs, dispatches
@@ -191,7 +192,7 @@ def bench_tokens(
     limit: tuple[float, float],
 ) -> dict:
     """One row of the table."""
-    xs, dispatches = inputs(layer, tokens)
+    xs, dispatches = inputs(layer, tokens, options.spread)
     used = copies_needed(layer, tokens, len(ours))
 
     def forward(call: int) -> None:
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2880)
     parser.add_argument("--intermediate", type=int, default=2880)
     parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--spread", type=float, default=0.0, help="of the experts' mean logits; a model has about 0.2")
     parser.add_argument("--bandwidth", type=float, default=0.0, help="TB/s for the floor; 0: measured")
     parser.add_argument("--flops", type=float, default=0.0, help="TFLOP/s for the floor; 0: measured")
     parser.add_argument("--copies", type=int, default=16, help="most copies of a layer's weights")
@@ -268,6 +270,7 @@ def main() -> None:
         "hidden": options.hidden,
         "intermediate": options.intermediate,
         "top_k": options.top_k,
+        "spread": options.spread,
         "tiles": [asdict(tile) for _, tile in table(torch.bfloat16, generation(torch.device("cuda")))],
         "rows": rows,
     }

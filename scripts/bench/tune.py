@@ -135,16 +135,16 @@ def _values(value: dict[str, Any] | list[Any]) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value
 
 
-def measure(layer: Layer, tokens_list: list[int], tiles: str) -> list[Point]:
+def measure(layer: Layer, tokens_list: list[int], tiles: str, spread: float) -> list[Point]:
     """A point for each number of tokens."""
     copies = max(copies_needed(layer, tokens, MOST_COPIES) for tokens in tokens_list)
     experts = [TritonExperts.pack(random_weights(layer, seed), GatedActivation()) for seed in range(copies)]
-    return [measure_point(layer, tokens, tiles, experts) for tokens in tokens_list]
+    return [measure_point(layer, tokens, tiles, experts, spread) for tokens in tokens_list]
 
 
-def measure_point(layer: Layer, tokens: int, tiles: str, experts: list[TritonExperts]) -> Point:
+def measure_point(layer: Layer, tokens: int, tiles: str, experts: list[TritonExperts], spread: float) -> Point:
     """`experts` are copies of the layer."""
-    xs, dispatches = inputs(layer, tokens)
+    xs, dispatches = inputs(layer, tokens, spread)
     used = copies_needed(layer, tokens, len(experts))
     point: Point = {"rows": tokens * layer.top_k / layer.experts, "experts": f"{layer.local}/{layer.experts}"}
     print("T={} experts {experts}, {rows:g} rows an expert:".format(tokens, **point), flush=True)
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2880)
     parser.add_argument("--intermediate", type=int, default=2880)
     parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--spread", type=float, default=0.0, help="of the experts' mean logits, as moe.py's")
     parser.add_argument("--tiles", help="the candidates, with spaces; otherwise a list for this generation of GPUs")
     parser.add_argument("--quick", action="store_true", help="few candidates, few points")
     parser.add_argument("--output", type=Path, default=FILE)
@@ -175,14 +176,14 @@ def main() -> None:
     for share in options.experts.split(","):
         local, experts = map(int, share.split("/"))
         layer = Layer(local, experts, options.hidden, options.intermediate, options.top_k)
-        points += measure(layer, [int(tokens) for tokens in options.tokens.split(",")], tiles)
+        points += measure(layer, [int(tokens) for tokens in options.tokens.split(",")], tiles, options.spread)
     conditions = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": shlex.join(["scripts/bench/tune.py", *sys.argv[1:]]),
-        **{name: getattr(options, name) for name in ("hidden", "intermediate", "top_k")},
+        **{name: getattr(options, name) for name in ("hidden", "intermediate", "top_k", "spread")},
     }
     content = json.loads(FILE.read_text(encoding="utf-8"))
     try:
