@@ -138,6 +138,49 @@ def test_scores_far_below_nothing_in_the_interpreter() -> None:
     interpreted(small, far_below, 1024, "cpu")
 
 
+def as_many(few: int, room: int) -> None:
+    """As many candidates as there are places for, of either size, and one more: others weigh nothing."""
+    generator, seen = torch.Generator().manual_seed(0), set()
+    counts = (1, few, few + 1, room, room + 1)
+    for count in counts:
+        ways: list[Values] = [
+            *((1.0, 0, top_p, 0.0) for top_p in (0.2, 0.9, 1 - 2**-53)),
+            *((1.0, top_k, 0.9, 0.0) for top_k in (max(1, count - 1), count, count + 1)),
+            (1.0, 0, 0.9, 0.3),
+        ]
+        for spread in (0.0, 1e-3):
+            logits_V = torch.full((300,), -1e4)
+            some = torch.randperm(300, generator=generator)[:count]
+            logits_V[some] = torch.randn(count, generator=generator) * spread
+            rows = rows_of(logits_V.repeat(len(ways), 1), ways)
+            same_ids(rows, "cpu")
+            record = launch._scan(*rows)
+            launch._narrow(rows.logits_BV, rows.sequence_B, rows.params, record, every=False)
+            seen |= set(record.candidates.tolist())
+    assert seen >= set(counts)
+
+
+def test_as_many_candidates_as_there_is_room_for_in_the_interpreter() -> None:
+    interpreted(small, as_many, 64, 32, 64)
+
+
+def rounds(vocab: int, device: str) -> None:
+    """Few of these rows have no room for what two rounds leave."""
+    ways: list[Values] = [(1.0, 0, top_p, 0.0) for top_p in (0.5, 0.8, 0.9, 0.95, 0.99)]
+    generator = torch.Generator().manual_seed(3)
+    logits_BV = torch.cat([torch.randn(len(ways), vocab, generator=generator) * each for each in (0.5, 1.0, 2.0, 3.0)])
+    moved = rows_of(logits_BV, ways * 4).to(device)
+    record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
+    launch._narrow(moved.logits_BV, moved.sequence_B, moved.params, record, every=False)
+    third_B = record.pivot[2, :, : launch.PIVOTS].isfinite().any(1)
+    assert int(third_B.sum()) <= 3, third_B.tolist()
+
+
+def test_two_rounds_are_mostly_enough_in_the_interpreter() -> None:
+    """Of these 20 rows 10 need a third one where the second's pivots are spread wide."""
+    interpreted(small, rounds, 64, 3142, "cpu")
+
+
 def test_few_allowed_in_the_interpreter() -> None:
     interpreted(small, few_allowed, 64, "cpu")
 

@@ -70,7 +70,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no limit in the middle": ({"up_to": None}, "at least double"),
     "half a strip": ({"kernel": "hopper", "weight_rows": 64}, "a multiple of 128 weight rows"),
     "warps without rows": ({"kernel": "hopper", "weight_rows": 128, "warps": 8}, "at least 32 a warp"),
-    "three quarters of 64 tokens": ({"kernel": "hopper", "weight_rows": 128, "tokens": 48}, "128 or 256 tokens"),
+    "three quarters of 64 tokens": ({"kernel": "hopper", "weight_rows": 128, "tokens": 48}, "96 or 128 tokens"),
     "half a group of warps": ({"kernel": "hopper", "weight_rows": 256, "warps": 6}, "a multiple of 4 warps"),
     "an unknown field": ({"splits": 2}, "has the fields"),
 }

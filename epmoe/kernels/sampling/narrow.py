@@ -151,10 +151,11 @@ def round_kernel(
             best, s_S = value_of(bits), tl.arange(0, SP)
             lowest = tl.min(tl.load(low_ptr + b * parts + s_S, s_S < parts, other=float("inf")), 0)
             low, high, reached, short, few = -MOST, float("inf"), float("inf"), 0.0, by_k & (number < 0)
-            # By top-p, what is ln(V / (1 - p)) temperatures below the best, or more, is too little altogether.
+            # By top-p, what is ln(V / (1 - p)) temperatures below the best, or more, is too little altogether; a pivot
+            # there is to be clear of the border, too.
             reach, share = REACH * temperature, 0.0
             if by_k == 0:
-                others = ids / tl.maximum((1 - top_p).to(tl.float32), 2.0**-60)
+                others = ids / tl.maximum((1 - top_p).to(tl.float32) - 2 * SLACK, 2.0**-60)
                 reach = tl.minimum(REACH, (tl.log(others) + 0.01).to(tl.float64)) * temperature
             base = tl.maximum((best - reach).to(tl.float32), lowest)
             if number > 0:
@@ -193,7 +194,7 @@ def round_kernel(
                     score_M = next_M
                     next_M = loaded(row_ptr, begin + M, ids, end, M)
                     weight_M = tl.exp2((score_M - best) * scale)
-                    weight_M = tl.where(by_k, 1.0, weight_M)  # of all there is no need then
+                    weight_M = tl.where(by_k, 1.0, weight_M)
                     all_M += weight_M
                     sum_0_M += (score_M >= pivot_0).to(tl.float32) * weight_M
                     sum_1_M += (score_M >= pivot_1).to(tl.float32) * weight_M

@@ -98,8 +98,8 @@ def _read_table(where: str, rows: list[dict[str, Any]]) -> Table:
     for tile in (tile for tile in tiles if tile.kernel == "hopper"):
         if tile.weight_rows % 128 or tile.weight_rows < 32 * tile.warps:
             raise ValueError(f"{where}: {tile} must have a multiple of 128 weight rows, at least 32 a warp")
-        if tile.tokens not in (16, 32, 64, 96, 128, 256) or tile.warps % 4:
-            raise ValueError(f"{where}: {tile} must have 16, 32, 64, 96, 128 or 256 tokens and a multiple of 4 warps")
+        if tile.tokens not in (16, 32, 64, 96, 128) or tile.warps % 4:
+            raise ValueError(f"{where}: {tile} must have 16, 32, 64, 96 or 128 tokens and a multiple of 4 warps")
     if unknown := {tile.kernel for tile in tiles} - set(KERNELS):
         raise ValueError(f"{where}: unknown kernel {sorted(unknown)[0]!r}; known: {', '.join(KERNELS)}")
     return tuple(zip(limits, tiles, strict=True))
