@@ -44,7 +44,7 @@ class Measurement(Size):
     """What is measured."""
 
     batches: tuple[int, ...] = key((1, 16, 64, 256), "sequences that decode at a time", Numbers(Range(above=0)))
-    sampling: str = key(GREEDY, "how timed decodes choose; greedy ones take turns with others", Names(tuple(WAYS)))
+    sampling: str = key(GREEDY, "how timed decodes choose", Names(tuple(WAYS)))
     prompt_tokens: int = key(128, "random tokens that each sequence begins with", Range(above=0))
     lengths: tuple[int, int] = key(
         (32, 160), "new tokens of the two timed runs", Numbers(Range(above=0), ascending=True)
