@@ -8,7 +8,8 @@
 On a GPU a CUDA graph holds calls with different logits, as in moe.py; time: the median of its replays / calls. On a CPU
 it is the least of REPEATS calls. `one of all`: one row draws by top-p, the others are greedy. `penalty`: repetition,
 frequency and presence, greedy. `logprobs`: a greedy choice and its five likeliest tokens. Kinds of logits: ordinary,
-normal · 3; peaked, a token that has nearly everything; flat, normal / 100; tied, ordinary ones in bf16. The last line
+normal · 3; broad, normal / 2, about what random weights give; peaked, a token that has nearly everything; flat,
+normal / 100; tied, ordinary ones in bf16. The last line
 is one JSON object.
 """
 
@@ -30,6 +31,7 @@ from epmoe.engine.sampler import sample, sampling_tensors, top_logprobs
 
 KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "ordinary": lambda normal_BV: normal_BV * 3,
+    "broad": lambda normal_BV: normal_BV / 2,
     "peaked": lambda normal_BV: torch.where(normal_BV == normal_BV.amax(1, keepdim=True), 30.0, normal_BV * 3),
     "flat": lambda normal_BV: normal_BV / 100,
     "tied": lambda normal_BV: (normal_BV * 3).bfloat16().float(),

@@ -19,7 +19,7 @@ from epmoe.kernels.sampling import choose, launch, top_logprobs
 from epmoe.layers import sampling
 
 VOCAB = 1200  # three runs, the last one short
-SIZES = {"RUN": 512, "PART": 512, "ROUND_PART": 128, "SUM_PART": 256}
+SIZES = {"RUN": 512, "PART": 256, "ROUND_PART": 128, "SUM_PART": 256}
 SOME = [WAYS[way] for way in (0, 1, 3, 4, 7, 9, 12, 13, 15, 16, 19)]
 KINDS = list(kinds_of_logits(64))
 

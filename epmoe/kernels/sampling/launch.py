@@ -145,8 +145,8 @@ def _scan(
         logits_BV, logits_BV.stride(0), ids, sequence_B, position_B, params.kind_S, penalty, seen, count, *listed,
         entries, allowed, 1 if allowed is None else allowed.shape[1], adjusted, adjusted.stride(0),
         record.key, record.low, record.candidates, parts,
-        N=RUN, K=triton.next_power_of_2(entries), num_warps=WARPS["scan" if adjustments is None else "adjust"],
-        enable_fp_fusion=False,
+        N=RUN, M=min(PART, RUN), K=triton.next_power_of_2(entries),
+        num_warps=WARPS["scan" if adjustments is None else "adjust"], enable_fp_fusion=False,
     )  # fmt: skip
     return record
 

@@ -1,11 +1,12 @@
 """Between which two scores the border of top-k or top-p lies, and the exact sums around them.
 
 A row's measure of a score is how many tokens have it or more (top-k), or how much they weigh (top-p). A round measures
-a few pivots, in float32. Those of the first are evenly spaced and leave an eighth of the row's range. Through what they
-have found goes a cubic curve, and the second round's pivots stand close to where it has the border: what they leave is
-mostly a twentieth of that. A third round leaves a ninth. Float32 is exact for a count; for weights a border counts only
-where it is clear by SLACK, and border.py compares with exact sums whatever comes of it. As soon as what is left has
-room, which a small top-k has after a round and nearly every top-p after two, further rounds measure nothing.
+a few pivots, in float32. Those of the first are evenly spaced and leave an eighth of the row's range. Through what
+they have found goes a curve, cubic in the logarithm of a measure's odds (of normal scores a nearly straight line), and
+the second round's pivots stand close to where it has the border: what they leave is mostly a sixtieth of that. A third
+round leaves a ninth. Float32 is exact for a count; for weights a border counts only where it is clear by SLACK, and
+border.py compares with exact sums whatever comes of it. As soon as what is left has room, which a small top-k has
+after a round and nearly every top-p after two, further rounds measure nothing.
 
 Letters: N ids of a run · M of them at a time · S runs · G groups of runs, one a program · J numbers of a round,
 P of them pivots.
@@ -33,8 +34,9 @@ from epmoe.kernels.sampling.numbers import (
 RECORD = tl.constexpr(16)
 SLACK = tl.constexpr(2.0**-16)  # of float32's exp2 and sums, several times what they err
 # Where the second round's pivots are between the border as it is guessed and the lower end (negative) or the upper.
-SPREAD = tl.constexpr((-0.5, -0.15, -0.05, -0.015, 0.015, 0.05, 0.15, 0.5))
-POINTS = tl.constexpr(128)  # of the curve
+SPREAD = tl.constexpr((-0.5, -0.12, -0.03, -0.008, 0.008, 0.03, 0.12, 0.5))
+POINTS = tl.constexpr(512)  # of the curve
+ODDS = tl.constexpr(2.0**-20)  # the least share of a measure
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def bracket(
     count = tl.sum(reached_J.to(tl.int32), 0)
     share = guessed(
         point_of(point_J, count - 2, all), point_of(point_J, count - 1, all), point_of(point_J, count, all),
-        point_of(point_J, count + 1, all), need,
+        point_of(point_J, count + 1, all), need, all,
     )  # fmt: skip
     return low, tl.where(few & by_k, float("inf"), high), reached, short, few, share
 
@@ -78,8 +80,17 @@ def point_of(point_J, j, all):
 
 
 @triton.jit
-def guessed(y0, y1, y2, y3, need):
-    """At which share of the way from y1 to y2 the monotone cubic through four falling points is `need`."""
+def odds(measure, all):
+    """ln(measure / (all - measure)); where one of them is nothing, some number."""
+    little = all * ODDS
+    return tl.log((measure + little) / (tl.maximum(all - measure, 0.0) + little))
+
+
+@triton.jit
+def guessed(m0, m1, m2, m3, need, all):
+    """At which share of the way from m1 to m2 the curve through four falling measures is `need`: a monotone cubic."""
+    y0, y1, y2, y3 = odds(m0, all), odds(m1, all), odds(m2, all), odds(m3, all)
+    need = odds(need, all)
     step = y2 - y1
     slope1 = tl.maximum(tl.minimum((y2 - y0) * 0.5, 0.0), 3 * step)
     slope2 = tl.maximum(tl.minimum((y3 - y1) * 0.5, 0.0), 3 * step)

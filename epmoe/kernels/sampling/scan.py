@@ -1,6 +1,6 @@
 """The first pass: adjusted scores, and of each run of ids the best key and the lowest score.
 
-Letters: N ids of a run · K entries of a list.
+Letters: N ids of a run · M of them at a time · K entries of a list.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -37,54 +37,70 @@ def scan_kernel(
     candidates_ptr,  # out int32 [B]: 0
     parts,
     N: tl.constexpr,
+    M: tl.constexpr,
     K: tl.constexpr,  # `entries` rounded up to a power of two
 ):
-    """Program (s, b): ids s·N … of row b. Each operation is rounded: launched without fusion."""
+    """Program (s, b): ids s·N … of row b, M at a time. Each operation is rounded: launched without fusion."""
     s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    id_N = s * N + tl.arange(0, N)
-    real_N = id_N < ids
-    score_N = tl.load(logits_ptr + b * stride + id_N, real_N, other=0)
-    finite_N = tl.abs(score_N) < float("inf")  # of what the model made; NaN compares as false
+    row_ptr = logits_ptr + b * stride
+    kind = 0
     if penalty_ptr is not None:
         handle = tl.load(sequence_ptr + b)
         kind = tl.load(kind_ptr + handle)
-        if kind != 0:
-            out_ptr_N = adjusted_ptr + b * adjusted_stride + id_N
-            if seen_ptr is not None:  # noqa: SIM102 -- known to the compiler
-                if kind & SEEN != 0:
-                    repetition = tl.load(penalty_ptr + handle * 3)
-                    seen_N = tl.load(seen_ptr + handle * ids + id_N, real_N, other=0) != 0
-                    less_N = tl.where(score_N < 0, score_N * repetition, tl.div_rn(score_N, repetition))
-                    score_N = tl.where(seen_N, less_N, score_N)
-            if number_ptr is not None:  # noqa: SIM102
-                if kind & COUNT != 0:
-                    frequency, presence = tl.load(penalty_ptr + handle * 3 + 1), tl.load(penalty_ptr + handle * 3 + 2)
-                    number_N = tl.load(number_ptr + handle * ids + id_N, real_N, other=0)
-                    score_N -= number_N.to(tl.float32) * frequency + tl.where(number_N > 0, presence, 0.0)
-            if listed_id_ptr is not None:  # noqa: SIM102
-                if kind & LISTED != 0:
-                    # Through memory, since only there an entry finds its id; several may have the same one.
-                    tl.store(out_ptr_N, score_N, real_N)
-                    tl.debug_barrier()
-                    k_K = tl.arange(0, K)
-                    at_K = handle * entries + k_K
-                    entry_K = tl.load(listed_id_ptr + at_K, k_K < entries, other=-1)
-                    until_K = tl.load(listed_until_ptr + at_K, k_K < entries, other=0)
-                    mine_K = (entry_K >= s * N) & (entry_K < s * N + N) & (tl.load(position_ptr + b) < until_K)
-                    value_K = tl.load(listed_value_ptr + at_K, mine_K, other=0)
-                    tl.atomic_add(adjusted_ptr + b * adjusted_stride + entry_K, value_K, mine_K)
-                    tl.debug_barrier()
-                    score_N = tl.load(out_ptr_N, real_N, other=0, volatile=True)
-            if allowed_ptr is not None:  # noqa: SIM102
-                if kind & ALLOWED != 0:
-                    word_N = tl.load(allowed_ptr + handle * words + id_N // 32, real_N, other=0)
-                    score_N = tl.where((word_N >> (id_N % 32)) & 1 != 0, score_N, -MOST)
-            score_N = tl.minimum(tl.maximum(score_N, -MOST), MOST)
-            tl.store(out_ptr_N, score_N, real_N)
-    bits_N = tl.where(finite_N, ordered(score_N), NOT_FINITE)
-    bits = tl.max(tl.where(real_N, bits_N, -NOT_FINITE - 1), 0)
-    id = tl.min(tl.where(real_N & (bits_N == bits), id_N, ids), 0)
-    tl.store(key_ptr + b * parts + s, (bits.to(tl.int64) << 32) + (id.to(tl.int64) ^ LOW))
-    tl.store(low_ptr + b * parts + s, tl.min(tl.where(real_N & (score_N > -MOST), score_N, float("inf")), 0))
+    # Of each lane, and of all at the end: a program's warps wait for none of each other in between.
+    best_M, best_id_M = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.int32)
+    low_M = tl.full([M], float("inf"), tl.float32)
+    id_M = s * N + tl.arange(0, M)
+    next_M = tl.load(row_ptr + id_M, id_M < ids, other=-MOST)  # behind the row: as what is masked, with a larger id
+    for part in range(N // M):
+        id_M = s * N + part * M + tl.arange(0, M)
+        real_M, score_M = id_M < ids, next_M
+        if part + 1 < N // M:
+            next_M = tl.load(row_ptr + id_M + M, id_M + M < ids, other=-MOST)
+        finite_M = tl.abs(score_M) < float("inf")  # of what the model made; NaN compares as false
+        if penalty_ptr is not None:  # noqa: SIM102 -- known to the compiler
+            if kind != 0:
+                out_ptr_M = adjusted_ptr + b * adjusted_stride + id_M
+                if seen_ptr is not None:  # noqa: SIM102
+                    if kind & SEEN != 0:
+                        repetition = tl.load(penalty_ptr + handle * 3)
+                        seen_M = tl.load(seen_ptr + handle * ids + id_M, real_M, other=0) != 0
+                        less_M = tl.where(score_M < 0, score_M * repetition, tl.div_rn(score_M, repetition))
+                        score_M = tl.where(seen_M, less_M, score_M)
+                if number_ptr is not None:  # noqa: SIM102
+                    if kind & COUNT != 0:
+                        frequency, presence = (
+                            tl.load(penalty_ptr + handle * 3 + 1),
+                            tl.load(penalty_ptr + handle * 3 + 2),
+                        )
+                        number_M = tl.load(number_ptr + handle * ids + id_M, real_M, other=0)
+                        score_M -= number_M.to(tl.float32) * frequency + tl.where(number_M > 0, presence, 0.0)
+                if listed_id_ptr is not None:  # noqa: SIM102
+                    if kind & LISTED != 0:
+                        # Through memory, since only there an entry finds its id; several may have the same one.
+                        tl.store(out_ptr_M, score_M, real_M)
+                        tl.debug_barrier()
+                        k_K, begin = tl.arange(0, K), s * N + part * M
+                        at_K = handle * entries + k_K
+                        entry_K = tl.load(listed_id_ptr + at_K, k_K < entries, other=-1)
+                        until_K = tl.load(listed_until_ptr + at_K, k_K < entries, other=0)
+                        mine_K = (entry_K >= begin) & (entry_K < begin + M) & (tl.load(position_ptr + b) < until_K)
+                        value_K = tl.load(listed_value_ptr + at_K, mine_K, other=0)
+                        tl.atomic_add(adjusted_ptr + b * adjusted_stride + entry_K, value_K, mine_K)
+                        tl.debug_barrier()
+                        score_M = tl.load(out_ptr_M, real_M, other=-MOST, volatile=True)
+                if allowed_ptr is not None:  # noqa: SIM102
+                    if kind & ALLOWED != 0:
+                        word_M = tl.load(allowed_ptr + handle * words + id_M // 32, real_M, other=0)
+                        score_M = tl.where((word_M >> (id_M % 32)) & 1 != 0, score_M, -MOST)
+                score_M = tl.minimum(tl.maximum(score_M, -MOST), MOST)
+                tl.store(out_ptr_M, score_M, real_M)
+        here_M = tl.where(finite_M, score_M, float("inf"))
+        better_M = here_M > best_M  # of equal ones the first, whose id is the least
+        best_M, best_id_M = tl.where(better_M, here_M, best_M), tl.where(better_M, id_M, best_id_M)
+        low_M = tl.minimum(low_M, tl.where(score_M > -MOST, score_M, float("inf")))
+    bits_M = tl.where(best_M < float("inf"), ordered(best_M), NOT_FINITE)
+    tl.store(key_ptr + b * parts + s, tl.max((bits_M.to(tl.int64) << 32) + (best_id_M.to(tl.int64) ^ LOW), 0))
+    tl.store(low_ptr + b * parts + s, tl.min(low_M, 0))
     if s == 0:
         tl.store(candidates_ptr + b, 0)
