@@ -5,7 +5,7 @@ part of the batch cancel out:
 
     ms a step = (t(long) − t(short)) / (long − short)        the median of `repeat` such pairs, after a warm-up
 
-Where tokens are chosen in another way than greedily, greedy steps take turns with them.
+Where tokens are chosen in another way than greedily, choice.py says what that adds.
 """
 
 import statistics
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from epmoe.bench.choice import measure_choice
 from epmoe.bench.conditions import Record
 from epmoe.bench.options import GREEDY, WAYS, BenchConfig
 from epmoe.engine.engine import Engine
@@ -53,21 +54,16 @@ def seconds(engine: Engine, ranks: Ranks, batch: Batch, new: int, sampling: str 
 
 def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConfig) -> Record:
     """One row of the table, without its floor."""
-    (short, long), ways = config.lengths, config.ways
-    for way in ways:
-        seconds(engine, ranks, batch, short, way)
-    of_way: dict[str, list[float]] = {way: [] for way in ways}
-    first = []
+    short, long = config.lengths
+    seconds(engine, ranks, batch, short, config.sampling)
+    steps, first = [], []
     for _ in range(config.repeat):
-        for way, steps in of_way.items():
-            whole, first_token = seconds(engine, ranks, batch, long, way)
-            less, _ = seconds(engine, ranks, batch, short, way)
-            steps.append((whole - less) / (long - short))
-            if way == config.sampling:
-                first.append(first_token)
-    median = {way: statistics.median(steps) for way, steps in of_way.items()}
-    step, size = median[config.sampling], len(batch.ids_BP)
-    greedy = {"greedy_ms": 1e3 * median[GREEDY], "above_greedy": step / median[GREEDY] - 1} if len(ways) > 1 else {}
+        whole, first_token = seconds(engine, ranks, batch, long, config.sampling)
+        less, _ = seconds(engine, ranks, batch, short, config.sampling)
+        steps.append((whole - less) / (long - short))
+        first.append(first_token)
+    step, size = statistics.median(steps), len(batch.ids_BP)
+    beside = {} if config.sampling == GREEDY else measure_choice(engine, ranks, batch.requests(long, config.sampling))
     if ranks.is_main:  # a run that is cut short has not been for nothing
         tell(f"epmoe: batch {size}: {1e3 * step:.3f} ms a step")
     return {
@@ -75,8 +71,8 @@ def measure_decode(engine: Engine, ranks: Ranks, batch: Batch, config: BenchConf
         "ms": 1e3 * step,
         "tokens_per_s": size / step,
         "first_token_ms": 1e3 * statistics.median(first),
-        "ms_of_each": [1e3 * each for each in of_way[config.sampling]],
-        **greedy,
+        "ms_of_each": [1e3 * each for each in steps],
+        **beside,
     }
 
 

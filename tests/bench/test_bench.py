@@ -276,13 +276,15 @@ def test_decodes_of_sampled_tokens(sampling: str, monkeypatch: pytest.MonkeyPatc
     record = json.loads(last)
     assert record["sampling"] == sampling and any(f"decodes by {sampling}" in line for line in lines)
     (row,) = record["decode"]
-    assert row["above_greedy"] == pytest.approx(row["ms"] / row["greedy_ms"] - 1) and row["greedy_ms"] != row["ms"]
-    assert any("| greedy, ms | above, % |" in line for line in lines)
-    # In turns, a warm-up of both, then long and short runs of two sequences; and the greedy way has none of it.
-    greedy, other = (chosen[2 * i : 2 * i + 2] + chosen[4 * i + 4 : 4 * i + 8] for i in (0, 1))
-    assert len(chosen) == 12
+    # What log-probabilities take is behind the step.
+    assert (
+        ("greedy_ms" in row) == (sampling != "logprobs") == any("| greedy, ms | above, % |" in line for line in lines)
+    )
+    if "greedy_ms" in row:
+        assert row["greedy_ms"] > 0 and row["above_greedy"] > -0.9
+    assert len(chosen) == 6  # a warm-up, then a long and a short run of two sequences
     for key, value in WAYS[sampling].items():
-        assert {getattr(each, key) for each in other} == {value} != {getattr(each, key) for each in greedy}
+        assert {getattr(each, key) for each in chosen} == {value} != {getattr(SamplingParams(), key)}
     assert {each.seed for each in chosen} == {0, 1}
 
 
