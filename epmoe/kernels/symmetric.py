@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,9 @@ def allocate(count: int, ranks: Ranks) -> torch.Tensor:
     return buffer
 
 
-def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The ranks' buffers, this one's among them, as this rank sees them.
+def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], Any]:
+    """The ranks' buffers as this rank sees them, this one's among them; and what keeps them mapped, as `buffer` keeps
+    its own memory: these tensors do not.
 
     Keeps Python's lock while it waits for the other ranks, so the watch is deaf meanwhile: they must be there.
     """
@@ -72,4 +74,4 @@ def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Ten
     # Else torch would make a multicast object too, which these kernels do not use and some machines refuse.
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     handle = _symmetric_memory.rendezvous(buffer, group.group_name)
-    return [handle.get_buffer(peer, (len(buffer),), torch.uint8) for peer in range(group.size())]
+    return [handle.get_buffer(peer, (len(buffer),), torch.uint8) for peer in range(group.size())], handle

@@ -40,9 +40,11 @@ class Places:
 
     Args:
         byte_N: uint8, PLACES places on each rank, POISON throughout.
+        kept: what must live as long as these tensors are used.
     """
 
-    def __init__(self, rank: int, byte_N: Sequence[torch.Tensor]) -> None:
+    def __init__(self, rank: int, byte_N: Sequence[torch.Tensor], kept: object = None) -> None:
+        self.kept = kept
         room = len(byte_N[rank]) // PLACES
         parts = [[each[place * room : (place + 1) * room] for each in byte_N] for place in range(PLACES)]
         device = byte_N[rank].device
@@ -80,7 +82,7 @@ class Places:
             # Freeing waits too, but keeps Python's lock meanwhile, so that the watch could not end this rank if a peer
             # has been lost and a kernel waits for it.
             torch.accelerator.synchronize(self.places[0].address_N.device)
-        self.places = []
+        self.places, self.kept = [], None
 
 
 def connect(ranks: Ranks, room: int = ROOM) -> Places | None:
@@ -98,9 +100,10 @@ def connect(ranks: Ranks, room: int = ROOM) -> Places | None:
         # Two meetings: a rank that waited in the second step for one that failed in the first would wait for long.
         buffer, reason = _agreed(ranks, lambda: symmetric.allocate(PLACES * (room + MARKS), ranks))
         if buffer is not None:
-            byte_N, reason = _agreed(ranks, lambda: symmetric.rendezvous(buffer, group))
-            if byte_N is not None:
-                places = Places(ranks.expert_rank, byte_N)
+            mapped, reason = _agreed(ranks, lambda: symmetric.rendezvous(buffer, group))
+            if mapped is not None:
+                byte_N, handle = mapped
+                places = Places(ranks.expert_rank, byte_N, (buffer, handle))
                 ranks.until_end.append(places)
                 return places
     if ranks.is_main:

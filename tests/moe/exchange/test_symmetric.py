@@ -48,8 +48,8 @@ def pretend(folder: str, *, failing: str = "", rank: int = 1, mine: int = 0) -> 
     def mapped(rank: int, count: int) -> torch.Tensor:
         return torch.from_file(f"{folder}/{rank}", shared=True, size=count, dtype=torch.uint8)
 
-    def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-        return [mapped(peer, len(buffer)) for peer in range(group.size())]
+    def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], Any]:
+        return [mapped(peer, len(buffer)) for peer in range(group.size())], None
 
     memory.possible = lambda device: True
     memory.allocate = lambda count, ranks: mapped(ranks.expert_rank, count).fill_(255)
