@@ -32,6 +32,7 @@ def _start() -> None:
 
     torch.set_num_threads(1)
     _patch_once()
+    _know_types()
 
 
 def _patch_once() -> None:
@@ -50,6 +51,44 @@ def _patch_once() -> None:
         return interpreter._LangPatchScope()  # restores nothing
 
     interpreter._patch_lang = once
+
+
+def _know_types() -> None:
+    """Have each type of numpy, each type of a block and each tensor's shape once: the interpreter makes all of them anew
+    for every operation, which takes a third of its time.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    found = interpreter._get_np_dtype
+    of_numpy: dict[str, Any] = {}
+    blocks: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+    def np_dtype(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in of_numpy:
+            of_numpy[name] = found(kind)
+        return of_numpy[name]
+
+    def block(element: Any, shape: Any) -> Any:
+        key = element.name, tuple(map(int, shape))
+        if key not in blocks:
+            blocks[key] = core.block_type(element, list(key[1]))
+        return blocks[key]
+
+    make = core.tensor.__init__
+
+    def init(self: Any, handle: Any, kind: Any) -> None:
+        if known := getattr(kind, "known", None):
+            self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, kind, kind.scalar, known
+        else:
+            make(self, handle, kind)
+            kind.known = self.shape, self.numel
+
+    core.tensor.__init__ = init
+    interpreter._get_np_dtype = np_dtype
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, element, shape: block(element, shape)
+    core.block_type.with_element_ty = lambda self, element: block(element, self.shape)
 
 
 def _call(function: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -18,8 +18,8 @@ from epmoe.batch import Adjustments
 from epmoe.kernels.sampling import choose, launch, top_logprobs
 from epmoe.layers import sampling
 
-VOCAB = 1200  # three runs, the last one short
-SIZES = {"RUN": 512, "PART": 256, "ROUND_PART": 128, "SUM_PART": 256}
+VOCAB = 700  # three runs, the last one short
+SIZES = {"RUN": 256, "PART": 128, "ROUND_PART": 128, "SUM_PART": 128}
 SOME = [WAYS[way] for way in (0, 1, 3, 4, 7, 9, 12, 13, 15, 16, 19)]
 KINDS = list(kinds_of_logits(64))
 
@@ -32,8 +32,18 @@ def small(function: Any, room: int, *args: Any) -> None:
         function(*args)
 
 
-def same_ids(rows: Rows, device: str) -> None:
-    assert choose(*rows.to(device)).tolist() == sampling.choose(*rows).tolist()
+def same_ids(rows: Rows, device: str) -> launch.Record:
+    """What the launches have left for each other on the way to the ids."""
+    scan, records = launch._scan, []
+
+    def kept(*args: Any) -> launch.Record:
+        records.append(scan(*args))
+        return records[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_scan", kept)
+        assert choose(*rows.to(device)).tolist() == sampling.choose(*rows).tolist()
+    return records[0]
 
 
 def each_way(ways: list[Values], kind: str, vocab: int, device: str) -> None:
@@ -89,11 +99,9 @@ def test_what_is_not_finite_in_the_interpreter() -> None:
 def adjusted(vocab: int, device: str) -> None:
     """The scores' bits, and the ids; what is None adjusts nothing."""
     rows = adjusted_rows(vocab)
-    moved = rows.to(device)
-    record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
+    record = same_ids(rows, device)
     kind_B = rows.params.kind_S[rows.sequence_B]
     assert torch.equal(record.adjusted[:, :vocab].cpu()[kind_B > 0], rows.scores()[kind_B > 0])
-    same_ids(rows, device)
 
 
 def test_adjustments_in_the_interpreter() -> None:
@@ -109,33 +117,26 @@ def few_allowed(device: str) -> None:
     allowed_SW[:, 3], allowed_SW[:, 20] = 0b1011, -1
     rows.params.kind_S.fill_(0b1000)
     rows = rows._replace(adjustments=Adjustments(torch.ones(handles, 3), allowed_SW=allowed_SW))
-    same_ids(rows, device)
-    moved = rows.to(device)
-    record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
-    launch._narrow(moved.logits_BV, moved.sequence_B, moved.params, record, every=False)
-    assert max(record.candidates.tolist()) == 35
+    assert max(same_ids(rows, device).candidates.tolist()) == 35
 
 
-def far_below(device: str) -> None:
+def far_below(device: str, belows: tuple[int, ...] = (3, 8, 70, 100, 300)) -> None:
     """Scores so far below 0 that a candidate of no token, were it 0, would weigh more than all; and a top-p that is 0
     in float32."""
     ways: list[Values] = [
         (1.0, 0, 1e-46, 0.0), (1.0, 0, 1e-300, 0.0), (1.0, 0, 0.9, 0.0), (0.01, 0, 0.9, 0.0), (1.0, 50, 0.9, 0.0),
         (0.1, 50, 0.9, 0.0), (1.0, 0, 0.9, 0.1),
     ]  # fmt: skip
-    for below in (3, 8, 70, 100, 300):
+    for below in belows:
         logits_BV = kinds_of_logits(VOCAB)["ordinary"].repeat(len(ways), 1) - below
-        rows = rows_of(logits_BV, ways)
-        same_ids(rows, device)
-        moved = rows.to(device)
-        record = launch._scan(moved.logits_BV, moved.sequence_B, moved.position_B, moved.params, moved.adjustments)
-        launch._narrow(moved.logits_BV, moved.sequence_B, moved.params, record, every=False)
+        record = same_ids(rows_of(logits_BV, ways), device)
         assert int(record.kept.min()) >= 0 and int(record.kept.sum(1).max()) < VOCAB << 40
 
 
 def test_scores_far_below_nothing_in_the_interpreter() -> None:
-    interpreted(small, far_below, 64, "cpu")
-    interpreted(small, far_below, 1024, "cpu")
+    """With room for some of them, and for all."""
+    interpreted(small, far_below, 64, "cpu", (3, 70, 300))
+    interpreted(small, far_below, 1024, "cpu", (8, 100))
 
 
 def as_many(few: int, room: int) -> None:
@@ -144,19 +145,16 @@ def as_many(few: int, room: int) -> None:
     counts = (1, few, few + 1, room, room + 1)
     for count in counts:
         ways: list[Values] = [
-            *((1.0, 0, top_p, 0.0) for top_p in (0.2, 0.9, 1 - 2**-53)),
+            *((1.0, 0, top_p, 0.0) for top_p in (0.5, 1 - 2**-53)),
             *((1.0, top_k, 0.9, 0.0) for top_k in (max(1, count - 1), count, count + 1)),
             (1.0, 0, 0.9, 0.3),
         ]
-        for spread in (0.0, 1e-3):
+        for spread in (0.0,) if count == 1 else (1e-3,) if count > room else (0.0, 1e-3):
             logits_V = torch.full((300,), -1e4)
             some = torch.randperm(300, generator=generator)[:count]
             logits_V[some] = torch.randn(count, generator=generator) * spread
             rows = rows_of(logits_V.repeat(len(ways), 1), ways)
-            same_ids(rows, "cpu")
-            record = launch._scan(*rows)
-            launch._narrow(rows.logits_BV, rows.sequence_B, rows.params, record, every=False)
-            seen |= set(record.candidates.tolist())
+            seen |= set(same_ids(rows, "cpu").candidates.tolist())
     assert seen >= set(counts)
 
 
