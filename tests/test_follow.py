@@ -128,7 +128,7 @@ def ready(folder: Path, text: str = READY) -> Iterator[tuple["subprocess.Popen[s
             script.kill()
 
 
-@pytest.mark.parametrize("at_work", [False, True])
+@pytest.mark.parametrize("at_work", [pytest.param(False, marks=pytest.mark.slow), True])  # tests/whole/test_served.py
 def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
     """While rank 0 is in the caller's hands, and where it waits for the one that has gone."""
     with ready(tmp_path) as (script, ranks):
@@ -162,20 +162,27 @@ def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, t
         assert "Traceback" not in script.stderr.read()
 
 
-def test_a_script_that_ends_without_close_or_with_an_error(tmp_path: Path) -> None:
-    for last, code in (("", 0), ("raise ValueError('mine')", 1), ("sys.exit(7)", 7)):
-        text = (
-            READY.replace("ranks=3", "ranks=2")
-            .replace("sys.stdin.readline()\nllm", "llm")
-            .replace("\nsys.stdin.readline()\n", f"\n{last}\n")
-        )
-        script = run(tmp_path / "script.py", text)
-        assert script.stdout is not None and script.stdout.readline() == "ready\n"
-        ranks = psutil.Process(script.pid).children()
-        out, errors = script.communicate(timeout=60)
-        assert (script.returncode, out) == (code, "came through\n"), errors
-        assert ("mine" in errors) == ("mine" in last)
-        assert psutil.wait_procs(ranks, 10)[1] == []
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        pytest.param("", 0, marks=pytest.mark.slow),  # tests/whole/test_served.py has it of AsyncLLM
+        ("raise ValueError('mine')", 1),
+        pytest.param("sys.exit(7)", 7, marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_that_ends_without_close_or_with_an_error(last: str, code: int, tmp_path: Path) -> None:
+    text = (
+        READY.replace("ranks=3", "ranks=2")
+        .replace("sys.stdin.readline()\nllm", "llm")
+        .replace("\nsys.stdin.readline()\n", f"\n{last}\n")
+    )
+    script = run(tmp_path / "script.py", text)
+    assert script.stdout is not None and script.stdout.readline() == "ready\n"
+    ranks = psutil.Process(script.pid).children()
+    out, errors = script.communicate(timeout=60)
+    assert (script.returncode, out) == (code, "came through\n"), errors
+    assert ("mine" in errors) == ("mine" in last)
+    assert psutil.wait_procs(ranks, 10)[1] == []
 
 
 DIES_EARLY = """

@@ -72,7 +72,7 @@ def test_rank_0_says_that_memory_bounds_the_cache() -> None:
         assert part in three[0].said[0]
 
 
-@pytest.mark.parametrize("cache_tokens", [ROOM, WANTED])
+@pytest.mark.parametrize("cache_tokens", [ROOM, pytest.param(WANTED, marks=pytest.mark.slow)])
 def test_a_fixed_capacity_gives_the_same_bits_though_memory_differs(cache_tokens: int) -> None:
     """Log-probabilities on 1 and 3 ranks, where without it the ranks would have other batches (the test above).
 

@@ -53,7 +53,7 @@ def test_an_answer_may_take_longer(server: Server) -> None:
     assert said.count(b"data: ") > 50 and seconds > HEADER_S
 
 
-SLOW = {"prompt": "It was", "max_tokens": 200, "ignore_eos": True, "stream": True}
+SLOW = {"prompt": "It was", "max_tokens": 70, "ignore_eos": True, "stream": True}
 
 
 def answered_slowly(server: Server, connection: socket.socket) -> tuple[float, bytes]:

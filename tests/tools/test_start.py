@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_phases_of_a_start(tiny_checkpoint: Path, ranks: int) -> None:
     command = [sys.executable, str(ROOT / "scripts/bench/start.py"), str(tiny_checkpoint), "--repeat", "1"]
     done = subprocess.run(

@@ -113,7 +113,8 @@ def test_heads_that_so_many_ranks_cannot_share() -> None:
         run_ranks(opened, 3, keys_of("tensor"))
 
 
-@pytest.mark.parametrize("mode", ["data", pytest.param("tensor", marks=slow)])
+@pytest.mark.slow  # tests/ranks/test_launch.py has two agents, the tests above have the modes
+@pytest.mark.parametrize("mode", ["data", "tensor"])
 def test_two_agents_as_two_nodes(mode: str, tmp_path: Path) -> None:
     """torchrun on each of two nodes, two ranks each; the file of answers is that of one rank."""
     prompts = tmp_path / "p.jsonl"

@@ -33,7 +33,7 @@ def one_rank(checkpoint: str) -> Run:
     return ids, logits
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_slots_give_the_same_bits_on_any_number_of_ranks(checkpoint: str, one_rank: Run, size: int) -> None:
     assert_same(runs(checkpoint, size, combine="slots"), one_rank)
 
@@ -54,7 +54,7 @@ def test_all_reduce_does_not(checkpoint: str) -> None:
     torch.testing.assert_close(four[:steps], one[:steps], atol=0.25, rtol=0)  # yet it computes the same thing
 
 
-@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "2", None])
+@pytest.mark.parametrize("threads", [*(pytest.param(each, marks=pytest.mark.slow) for each in "12"), None])
 def test_omp_num_threads_changes_nothing(checkpoint: str, one_rank: Run, threads: str | None, tmp_path: Path) -> None:
     """Fresh interpreters, since OpenMP reads the variable once; one rank without it, as a user starts it."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

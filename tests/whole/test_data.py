@@ -167,7 +167,7 @@ def test_the_bits_of_one_rank(size: int, combine: str, ways: list[str], checkpoi
         assert cached > 50  # a request comes where its prompt is
 
 
-@pytest.mark.parametrize("combine", EXCHANGES)
+@pytest.mark.parametrize("combine", [pytest.param("slots", marks=SLOW), "all_to_all"])
 def test_caches_that_are_too_small(combine: str, checkpoint: str, small: Outcome) -> None:
     """A rank puts a request back while the other goes on; nobody's bits change."""
     ((_, put_back),) = same(checkpoint, 2, combine, ["put back"], small)

@@ -186,11 +186,14 @@ def real_requests(count: int, vocab: int) -> list[Request]:
     ]
 
 
+COUNT = 40
+
+
 def run(mine: Ranks, checkpoint: str, share: float, prefix_cache: bool, options: dict[str, Any]) -> Found:
-    """64 requests in a cache of this share of what they could need together."""
+    """COUNT requests in a cache of this share of what they could need together."""
     model, report = load(Checkpoint.open(checkpoint), mine, Choices(combine="slots"), progress=False)
     config, page = model.config, 4
-    requests = real_requests(64, config.vocab)
+    requests = real_requests(COUNT, config.vocab)
     needs = sum(-(-each.cached(config.max_positions) // page) * page for each in requests)
     kinds = {"step": 32, "prefix_cache": prefix_cache, "dtype": DTYPES[report.dtype]}
     shape: Any = {"windows": config.windows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, **kinds}
@@ -228,7 +231,7 @@ WAYS: Ways = [(1, True), (1, False), (2, True), (2, False)]
 def compare(checkpoint: str, device: str, ways: Ways, options: dict[str, Any]) -> None:
     (large,) = run_ranks(run, 1, checkpoint, 1.0, False, options, device=device, timeout=240)
     assert large.put_back == 0 and large.cached == 0 and not large.left and not large.late
-    assert "nan" not in "".join(large.outputs) and len(set(large.outputs)) == 64
+    assert "nan" not in "".join(large.outputs) and len(set(large.outputs)) == COUNT
     for size, prefix_cache in ways:
         found = run_ranks(run, size, checkpoint, 0.1, prefix_cache, options, device=device, timeout=240)
         for each in found:

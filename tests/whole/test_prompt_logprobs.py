@@ -117,7 +117,13 @@ COMPANY: dict[str, tuple[int, int, dict[str, Any]]] = {  # ranks, positions of t
 }
 
 
-@pytest.mark.parametrize("case", COMPANY)
+# Both at once is what the last one has.
+SLOW = ("two ranks", "put back")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in COMPANY]
+)
 def test_the_same_bits_in_any_company(checkpoint: str, wanted: Found, case: str) -> None:
     ranks, tokens, options = COMPANY[case]
     for outputs, told, put_back in run_ranks(run, ranks, checkpoint, tokens, options, timeout=240):

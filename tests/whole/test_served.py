@@ -102,7 +102,8 @@ def run(
 
 HOW = ("off", "ngram")
 STORMS = [
-    *((1, 110, "ngram", "replicate"), (2, 70, "off", "replicate"), (2, 70, "ngram", "data")),
+    *((1, 70, "ngram", "replicate"), (2, 70, "ngram", "data")),
+    pytest.param(2, 70, "off", "replicate", marks=pytest.mark.slow),  # a restart of torchrun's has it below
     pytest.param(4, 90, "ngram", "replicate", marks=pytest.mark.slow),
     *(pytest.param(ranks, 500, how, "replicate", marks=pytest.mark.slow) for ranks in (1, 2, 4) for how in HOW),
     *(pytest.param(ranks, 500, how, "data", marks=pytest.mark.slow) for ranks in (2, 4) for how in HOW),
@@ -153,6 +154,7 @@ def test_every_answer_is_the_one_that_it_is_alone_on_a_gpu(
 AGENT = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
+@pytest.mark.slow  # the next one has it twice
 def test_under_torchrun_requests_come_to_rank_0(known: Path, tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, TORCHRUN, 40, known, launcher=AGENT)
     assert code == 0, errors
@@ -161,8 +163,9 @@ def test_under_torchrun_requests_come_to_rank_0(known: Path, tmp_path: Path) -> 
 
 
 def test_a_rank_that_dies_ends_the_run_and_torchrun_brings_it_back(known: Path, tmp_path: Path) -> None:
-    code, out, errors = run(tmp_path, TORCHRUN, 50, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
+    code, out, errors = run(tmp_path, TORCHRUN, 40, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
     assert code == 0 and "ended well" in out, errors
+    assert out.count("generate was called on rank 1: requests come to rank 0 alone\n") == 2
     assert "epmoe: rank 1 ended without a word (killed?); rank 0 ends too" in errors.splitlines()
 
 

@@ -18,8 +18,9 @@ from epmoe.errors import UserError
 from epmoe.llm import LLM
 from epmoe.ranks.mesh import Ranks
 
-TRAFFIC = Traffic(14, 1, read_lengths("a", "uniform:1:40"), read_lengths("b", "uniform:1:9"))
-TURNS = Traffic(14, 3, read_lengths("a", "uniform:9:25"), read_lengths("b", "uniform:1:9"))
+COUNT = 9
+TRAFFIC = Traffic(COUNT, 1, read_lengths("a", "uniform:1:40"), read_lengths("b", "uniform:1:9"))
+TURNS = Traffic(COUNT, 3, read_lengths("a", "uniform:9:25"), read_lengths("b", "uniform:1:9"))
 BOUNDS = Serve(queue_requests=sys.maxsize, step_tokens=32)
 
 
@@ -77,7 +78,7 @@ def test_every_request_is_answered(traffic: Traffic, ranks: int, kind: str) -> N
         assert answers == by_rank[0][0] and wrong == 0 and 0 < cost_us < 1e6
         assert bool(found) == (found is by_rank[0][1])  # rank 0 alone hears of it
     answers, found, *_ = by_rank[0]
-    assert len(answers) == 14 and sorted(len(each.token_s) for each in found) == sorted(each for _, each in lengths)
+    assert len(answers) == COUNT and sorted(len(each.token_s) for each in found) == sorted(each for _, each in lengths)
     assert sorted(each.prompt_tokens for each in found) == sorted(len(ids) for ids, *_ in answers.values())
     assert all(each.first_s > 0 and min(each.between_s, default=1) >= 0 for each in found)
     assert not any(each.cached_tokens for each in found if each.turn == 0)

@@ -64,9 +64,9 @@ def chatted(server: Server, number: int) -> tuple[str, str, tuple[int, ...]]:
     return "".join(each.delta.content or "" for each in choices), choices[-1].finish_reason, tuple(ids)
 
 
-@pytest.mark.parametrize("numbers", [range(21, 41), pytest.param(range(100), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("numbers", [range(21, 33), pytest.param(range(100), marks=pytest.mark.slow)], ids=len)
 def test_json_schemas(server: Server, llm: LLM, numbers: range) -> None:
-    """What was not cut is valid; what was says `length`. Ids are those of the same process: of twenty a third's."""
+    """What was not cut is valid; what was says `length`. Ids are those of the same process: of a dozen a third's."""
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(partial(chatted, server), numbers))
     cut = 0
@@ -77,7 +77,7 @@ def test_json_schemas(server: Server, llm: LLM, numbers: range) -> None:
         assert reason == "stop"
         jsonschema.Draft202012Validator(schema(number)).validate(json.loads(text))
     assert cut <= len(numbers) / 20
-    compared = numbers[:: 1 if len(numbers) > 20 else 3]
+    compared = numbers[:: 1 if len(numbers) > 12 else 3]
     params = [
         SamplingParams(
             grammar=answer(llm.tokenizer, (), of_schema(schema(number))),
@@ -323,14 +323,14 @@ def test_calls_obey_their_tools(harmony: Server, checkpoint: Path, kind: str) ->
         "logit_bias": {str(end): 5}, **own,
     }  # fmt: skip
     found: list[str] = []
-    for seed in range(4):
+    for seed in range(3):
         try:
             (choice,) = client.chat.completions.parse(**{**asked, "seed": seed}).choices
         except openai.LengthFinishReasonError:
             found.append("cut")
             continue
         found.append(judged(choice, kind))
-        if seed < 2:
+        if seed < 1:
             with client.chat.completions.stream(**{**asked, "seed": seed}) as stream:
                 (streamed,) = stream.get_final_completion().choices
             assert judged(streamed, kind) == found[-1]
@@ -338,7 +338,7 @@ def test_calls_obey_their_tools(harmony: Server, checkpoint: Path, kind: str) ->
             assert [each.function for each in streamed.message.tool_calls or ()] == [
                 each.function for each in choice.message.tool_calls or ()
             ]
-    assert {*found} - {"cut"} <= allowed and found.count("cut") < 3, found
+    assert {*found} - {"cut"} <= allowed and found.count("cut") < 2, found
 
 
 def judged(choice: Any, kind: str) -> str:
@@ -368,7 +368,7 @@ def test_ids_of_calls_are_those_of_the_same_process(harmony: Server, checkpoint:
     tools = [Tool("Rain", CALLED[0]["function"]["parameters"]), Tool("Clock", CALLED[1]["function"]["parameters"])]
     with LLM(str(checkpoint), runtime="cpu") as llm:
         end = llm.tokenizer.tokenizer.token_to_id("<|end|>") or 0
-        for seed in range(3):
+        for seed in range(2):
             own: dict[str, Any] = {"temperature": 1, "seed": seed, "max_tokens": 120, "logit_bias": {str(end): 5}}
             body = {"messages": USER, "tools": CALLED, "tool_choice": "required", "return_token_ids": True}
             status, found, _ = harmony.ask("/v1/chat/completions", {**body, **own})
