@@ -81,8 +81,8 @@ def run(script: Path, text: str, *arguments: Any, **env: str) -> "subprocess.Pop
 @pytest.mark.parametrize(
     ("runtime", "ranks"),
     [
-        ("cpu", "3"),
-        pytest.param("cpu", "2", marks=pytest.mark.slow),
+        ("cpu", "2"),
+        pytest.param("cpu", "3", marks=pytest.mark.slow),
         pytest.param("default", "2", marks=pytest.mark.multigpu),
     ],
 )
@@ -148,11 +148,8 @@ def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
         assert psutil.wait_procs(ranks, 10)[1] == []
 
 
-# tests/whole/test_served.py has them
-SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGKILL, -9), (signal.SIGINT, 130))]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), *SLOW])
+@pytest.mark.slow  # tests/whole/test_served.py has the first two, tests/test_serve.py the third
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, tmp_path: Path) -> None:
     with ready(tmp_path) as (script, ranks):
         script.send_signal(number)

@@ -145,6 +145,7 @@ def test_two_replicas_write_the_same(checkpoint: str, tmp_path: Path) -> None:
     assert done.stderr.count("mesh.replica=3 does not divide the number of ranks, 2: take one of 1, 2, or") == 1
 
 
+@pytest.mark.slow  # tests/config/test_compose.py has one
 def test_a_mistake_is_one_line_from_all_ranks(checkpoint: str) -> None:
     done = command(checkpoint, "prompt=", ranks=2)
     assert done.returncode != 0 and done.stdout == ""

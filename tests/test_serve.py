@@ -44,6 +44,7 @@ class Begun:
         return self.said
 
 
+@pytest.mark.slow  # the next one has two ranks, tests/whole/test_served.py their answers
 def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
     """And end with 0 when the last of them is told to."""
     prompts = ["It was a fine morning, and", "The captain of the guard"]

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "batches=1,3", "prompt_tokens=5", "lengths=4,12", "prefill=2x16", "repeat=2", "first=1,16", "mixed=2x6", "samples=4"
 ]  # fmt: skip
+QUICK = [*SMALL[:3], "prefill=", "first=", "mixed=", "repeat=1", "bandwidth=1", "flops=1"]  # decodes alone
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 # What a step of the tiny size must read in float32, counted by hand: 2 layers, hidden 96, 4 heads and 2 key/value heads
 # of 16, 5 experts of 64, 2 a token, 320 tokens, windows 8 and none.
@@ -252,7 +253,7 @@ def test_benchmark_of_the_routers() -> None:
 
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run of each batch is recorded, beside what is measured."""
-    monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *SMALL, f"runtime.profile={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *QUICK, f"runtime.profile={tmp_path}"])
     bench()
     (file,) = tmp_path.iterdir()
     names = [event["name"] for event in json.loads(file.read_text())["traceEvents"]]

@@ -3,6 +3,7 @@
 import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,6 @@ from epmoe.errors import UserError
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import Choices
-from epmoe.weights.hub import DEMO
 from epmoe.weights.load import load
 
 PAGE, BATCH = 4, 6
@@ -38,9 +38,9 @@ class Found:
     said: list[str]  # lines on standard error while the cache was made
 
 
-def run(mine: Ranks, cache_tokens: int) -> Found:
-    """The embedded model in a host that has room for ROOM positions on each of three ranks, for all on one."""
-    model, _ = load(Checkpoint.open(DEMO), mine, Choices(combine="slots", dtype="float32"), progress=False)
+def run(mine: Ranks, checkpoint: Path, cache_tokens: int) -> Found:
+    """A small model in a host that has room for ROOM positions on each of three ranks, for all on one."""
+    model, _ = load(Checkpoint.open(checkpoint), mine, Choices(combine="slots", dtype="float32"), progress=False)
     config, write, held = model.config, Cache.write, []
     asked = [replace(each, params=replace(each.params, logprobs=5)) for each in requests(config.vocab)]
     needs = [request.cached(config.max_positions) for request in asked]
@@ -61,10 +61,10 @@ def run(mine: Ranks, cache_tokens: int) -> Found:
     return Found(cache.tokens, max(held), outputs, said.getvalue().splitlines())
 
 
-def test_rank_0_says_that_memory_bounds_the_cache() -> None:
+def test_rank_0_says_that_memory_bounds_the_cache(tiny_checkpoint: Path) -> None:
     """Once, and only where it does: one rank has the memory of all three. Fewer sequences run together then."""
-    (one,) = run_ranks(run, 1, 0)
-    three = run_ranks(run, 3, 0)
+    (one,) = run_ranks(run, 1, tiny_checkpoint, 0)
+    three = run_ranks(run, 3, tiny_checkpoint, 0)
     assert (one.tokens, one.together, one.said) == (WANTED, BATCH, [])
     assert all(each.tokens == ROOM and each.together == three[0].together < BATCH for each in three)
     assert [len(each.said) for each in three] == [1, 0, 0]
@@ -72,13 +72,13 @@ def test_rank_0_says_that_memory_bounds_the_cache() -> None:
         assert part in three[0].said[0]
 
 
-@pytest.mark.parametrize("cache_tokens", [ROOM, pytest.param(WANTED, marks=pytest.mark.slow)])
-def test_a_fixed_capacity_gives_the_same_bits_though_memory_differs(cache_tokens: int) -> None:
+@pytest.mark.parametrize("cache_tokens", [ROOM, WANTED])
+def test_a_fixed_capacity_gives_the_same_bits_though_memory_differs(tiny_checkpoint: Path, cache_tokens: int) -> None:
     """Log-probabilities on 1 and 3 ranks, where without it the ranks would have other batches (the test above).
 
     The smaller capacity holds back as many requests on one rank as on three; the larger one holds back none.
     """
-    runs = run_ranks(run, 1, cache_tokens) + run_ranks(run, 3, cache_tokens)
+    runs = run_ranks(run, 1, tiny_checkpoint, cache_tokens) + run_ranks(run, 3, tiny_checkpoint, cache_tokens)
     assert {each.tokens for each in runs} == {cache_tokens}
     assert {each.together < BATCH for each in runs} == {cache_tokens == ROOM}
     assert all(each.said == [] for each in runs)

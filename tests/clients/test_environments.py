@@ -31,6 +31,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wheels"
 
 
+@pytest.mark.slow  # as all clients are that have environments
 def test_made_once_and_anew_for_another_release(tmp_path: Path, local: Path) -> None:
     wheel(local, "1.0")
     wheel(local, "2.0")
@@ -45,6 +46,7 @@ def test_made_once_and_anew_for_another_release(tmp_path: Path, local: Path) -> 
     assert run(tmp_path / "home", environment(tmp_path / "made" / "one", "tiny", pins=pins), *tell) == "2.0\n"
 
 
+@pytest.mark.slow
 def test_what_is_missing_fails_and_is_not_there_the_next_time(tmp_path: Path, local: Path) -> None:
     pins = tmp_path / "pins.txt"
     pins.write_text("tiny==1.0\n")
@@ -55,6 +57,7 @@ def test_what_is_missing_fails_and_is_not_there_the_next_time(tmp_path: Path, lo
     assert environment(tmp_path / "one", "tiny", pins=pins).exists()
 
 
+@pytest.mark.slow
 def test_a_release_that_is_not_pinned_fails(tmp_path: Path, local: Path) -> None:
     wheel(local, "1.0")
     pins = tmp_path / "pins.txt"

@@ -194,6 +194,7 @@ def test_a_walk_counts_what_a_decoder_would_bring() -> None:
     assert accepted.walk(right_BS[0].tolist(), 1, 1) == (5, 4)
 
 
+@pytest.mark.slow  # tests/demo/test_demo.py has the like of the model
 def test_the_training_script_makes_a_head(model: Any, tmp_path: Path) -> None:
     """The whole path of scripts/train_eagle3.py in seconds; the loss falls."""
     command = [sys.executable, str(ROOT / "scripts" / "train_eagle3.py"), "--out", str(tmp_path), "--quick"]

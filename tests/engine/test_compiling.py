@@ -209,7 +209,7 @@ def caller(served: Served, seed: str, done: list[int]) -> None:
         done.append(1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_all_ranks_keep_the_same_few(size: int) -> None:
     found = run_ranks(storm, size, size, timeout=120)
     assert found[0][0] > 60

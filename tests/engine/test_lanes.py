@@ -304,7 +304,7 @@ def come_and_go(ranks: Ranks, seed: int) -> tuple[dict[int, tuple[tuple[int, ...
     return found, tested.scheduler.put_back, [each.lane for each in lane_s]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=SLOW), 3])
 def test_requests_come_and_go(size: int) -> None:
     requests = short(60, size)
     results = run_ranks(come_and_go, size, size)

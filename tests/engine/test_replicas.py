@@ -89,6 +89,7 @@ def test_attention_over_a_replicas_ranks(attention: str, alone: list[Any]) -> No
         assert found == alone
 
 
+@pytest.mark.slow  # tests/whole/test_served.py has new weights for both
 def test_ranks_of_its_own(alone: list[Any]) -> None:
     """LLM(ranks=2) may be two replicas, too; new weights come to both."""
     with LLM(ranks=2, mesh={"replica": 2}, **KEYS) as llm, LLM(**KEYS) as one:

@@ -54,9 +54,9 @@ def test_what_is_not_finite_yields_no_token(bad: float) -> None:
 
 @pytest.mark.parametrize("over", ["positions", "seeds"])
 def test_frequencies_follow_softmax(over: str) -> None:
-    """40 000 draws from 60 tokens, over positions of one seed and over seeds at one position: within 4 sigma of χ²."""
+    """20 000 draws from 60 tokens, over positions of one seed and over seeds at one position: within 4 sigma of χ²."""
     row = logits(1, 60, seed=4)
-    draws = 40_000
+    draws = 20_000
     seeds = list(range(draws)) if over == "seeds" else [11] * draws
     positions = [9] * draws if over == "seeds" else list(range(draws))
     params = [SamplingParams(temperature=1.5, seed=seed) for seed in seeds]
@@ -68,7 +68,7 @@ def test_frequencies_follow_softmax(over: str) -> None:
 def test_neighbouring_draws_are_independent() -> None:
     """Pairs (token at position p, token at p + 1) and (seed s, seed s + 1) fill their joint table as a product."""
     row = logits(1, 6, seed=2) / 3
-    draws = 20_000
+    draws = 12_000
     for seeds, positions in (([3] * draws, list(range(draws))), (list(range(draws)), [3] * draws)):
         ids = sample(row.expand(draws, -1), [SamplingParams(temperature=1.0, seed=s) for s in seeds], positions)
         p = row[0].double().softmax(0)

@@ -278,7 +278,7 @@ def compiled(name: str, arch: int, **known: int) -> dict[str, int]:
     )
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills(name: str, arch: int) -> None:
     assert compiled(name, arch)["spills"] == 0

@@ -284,7 +284,11 @@ def big_layer() -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
     yield None, [(1, 16383)] * 8
 
 
-@pytest.mark.parametrize(("window", "sequences"), list(big_layer()))
+# Those without a cache before them are slow: the first two have many new tokens, too.
+@pytest.mark.parametrize(
+    ("window", "sequences"),
+    [pytest.param(*each, marks=pytest.mark.slow if each[1] == [(1024, 0)] else ()) for each in big_layer()],
+)
 def test_memory_is_bounded_at_gpt_oss_sizes(window: int | None, sequences: list[tuple[int, int]]) -> None:
     """Protects long prompts: no tensor beyond the stated bounds; runs the real shapes on the meta device."""
     with torch.device("meta"):

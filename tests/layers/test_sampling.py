@@ -101,7 +101,7 @@ def test_frequencies_of_100_000_draws(kind: str) -> None:
 @pytest.mark.parametrize("values", [(1.0, 7, 1.0, 0.0), (0.8, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.05)], ids=str)
 def test_frequencies_of_what_is_kept(values: Values) -> None:
     """Over seeds at one position; in float64, the filters as transformers' definitions."""
-    draws, logits_V = 20_000, kinds_of_logits(80)["ordinary"]
+    draws, logits_V = 6_000, kinds_of_logits(80)["ordinary"]
     temperature, top_k, top_p, min_p = values
     probability_V = (logits_V.double() / temperature).softmax(0)
     sorted_V, order_V = probability_V.sort(descending=True)

@@ -122,7 +122,7 @@ def run_halved(mine: Ranks, place: str, options: dict[str, Any], least: int) -> 
     return run(mine, place, options, Limits(halves_from=least)), sum(halved)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_halved_steps_give_the_same_bits_on_any_number_of_ranks(checkpoint: str, dtype: str) -> None:
     """Tokens and all logits, of prompts that are cut within and between sequences, with a window and without.
 

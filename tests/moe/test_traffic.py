@@ -82,7 +82,7 @@ WAYS = [
     ("replicate", "all_reduce"),
     ("tensor", "slots"),
     ("data", "slots"),
-    ("data", "all_reduce"),
+    pytest.param("data", "all_reduce", marks=pytest.mark.slow),
 ]
 
 

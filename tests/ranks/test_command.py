@@ -46,6 +46,7 @@ def torchrun(
     return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("epmoe: ")]
 
 
+@pytest.mark.slow  # tests/whole/test_served.py has a restart
 def test_restart_recovers(tmp_path: Path) -> None:
     """`--max-restarts`: keys that the first attempt left in the agent's store must not mislead the second.
 
@@ -58,6 +59,7 @@ def test_restart_recovers(tmp_path: Path) -> None:
     assert lines == ["epmoe: rank 1 ended without a word (killed?); rank 0 ends too"]
 
 
+@pytest.mark.slow  # tests/whole/test_starting.py has it without an agent
 def test_early_mistake_is_told_once_though_rank_0_is_slow(tmp_path: Path) -> None:
     """A mistake before the ranks meet: the agent would end rank 0 before it has told it, did the others not wait."""
     code, out, lines = torchrun(

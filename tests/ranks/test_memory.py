@@ -102,7 +102,7 @@ main(generate)
 """
 
 
-@pytest.mark.parametrize(("spare", "says"), [(150, "weights need"), (330, "")])
+@pytest.mark.parametrize(("spare", "says"), [(150, "weights need"), pytest.param(330, "", marks=pytest.mark.slow)])
 def test_a_command_under_ulimit(spare: int, says: str, tmp_path: Path) -> None:
     """Megabytes beyond what the interpreter has, too few for the weights: one line, no text."""
     make_checkpoint(tmp_path, vocab=40_000, hidden=1024, layers=1)

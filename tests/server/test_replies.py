@@ -53,7 +53,7 @@ def test_a_full_queue_is_told_at_once(server: Server) -> None:
     """Of six that come at once two run and two wait; who is refused may come again."""
 
     def ask(number: int) -> tuple[int, str]:
-        status, answer, headers = server.ask("/v1/completions", {**LONG, "max_tokens": 80, "stream": number % 2 == 0})
+        status, answer, headers = server.ask("/v1/completions", {**LONG, "max_tokens": 40, "stream": number % 2 == 0})
         if status == 429:
             assert answer["error"]["code"] == "rate_limit_exceeded" and headers["retry-after"] == "1"
         return status, str(answer)

@@ -109,7 +109,11 @@ def test_a_name_of_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nothing"], "experts='nothing' is unknown; known: triton, hub, reference, or package.module:Class"),
+        pytest.param(
+            ["nothing"],
+            "experts='nothing' is unknown; known: triton, hub, reference, or package.module:Class",
+            marks=pytest.mark.slow,
+        ),
         (["toy:Nothing"], "experts='toy:Nothing': toy has no class Nothing: give the name of a class in it"),
         (["triton", "--device", "cpu"], "triton does not serve cpu: take another --device"),
     ],

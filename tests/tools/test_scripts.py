@@ -25,7 +25,11 @@ def test_refuses_without_devices(option: str, needed: int) -> None:
     assert done.stderr == f"scripts/test: {option} needs {needed} CUDA device(s), found 0: no test was run\n"
 
 
-@pytest.mark.parametrize("selected", ["tests/formats/test_bf16.py", "tests/formats"], ids=["one process", "parallel"])
+@pytest.mark.parametrize(
+    "selected",
+    [pytest.param("tests/formats/test_bf16.py", id="one process", marks=pytest.mark.slow),
+     pytest.param("tests/formats", id="parallel")],
+)  # fmt: skip
 def test_record(selected: str, tmp_path: Path) -> None:
     """Counts and the commit are those of the run, of all workers; pytest's own arguments pass through."""
     file = tmp_path / "record.json"
@@ -67,10 +71,12 @@ SCRIPTS = (
     "bench/tune",
 )
 # As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path. Each in a process of its
-# own, all of which have torch from the first one.
+# own, all of which have torch, and triton where there is one, from the first one.
 BARE = """
-import os, runpy, sys
+import contextlib, os, runpy, sys
 import torch
+with contextlib.suppress(ImportError):
+    import triton
 root, *files = sys.argv[1:]
 sys.path = [each for each in sys.path if each != root]
 for number, file in enumerate(files):

@@ -254,7 +254,7 @@ def obeying(tokenizer: Tokenizer, number: int) -> str:
     return grammar
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(40, marks=pytest.mark.slow)])
 def test_json_schemas(count: int) -> None:
     """Every answer that was not cut is valid; a cut one says so, and is a valid beginning."""
     (found,) = run_ranks(schemas_on, 1, range(count), timeout=200)
@@ -266,7 +266,7 @@ def test_json_schemas(count: int) -> None:
         assert reason == "eos"
         jsonschema.Draft202012Validator(schema(number)).validate(json.loads(answered))
     assert cut <= count / 20
-    some = [number for number, each in enumerate(found) if number % 13 == 0 or each[1] == "length"]
+    some = [number for number, (_, reason, ids) in enumerate(found) if len(ids) < 60 or reason == "length"][:6]
     on_two = run_ranks(schemas_on, 2, some, timeout=200)
     assert on_two[0] == on_two[1] == [found[number] for number in some]
 
@@ -287,8 +287,8 @@ def harmony(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(rambling(tmp_path_factory.mktemp("harmony") / "checkpoint"))
 
 
-def turns(mine: Ranks, checkpoint: str) -> list[Any]:
-    """Eight answers of each kind in one batch; what is thought is short, since its end has a bias."""
+def turns(mine: Ranks, checkpoint: str, count: int) -> list[Any]:
+    """So many answers of each kind in one batch; what is thought is short, since its end has a bias."""
     keys = {"checkpoint": checkpoint, "runtime": {"device": "cpu", "max_batch": 16}}
     with LLM.opened(from_keys(keys), mine) as llm:
         llm.load()
@@ -300,11 +300,11 @@ def turns(mine: Ranks, checkpoint: str) -> list[Any]:
                 grammar=answer(llm.tokenizer, prompt, **asked),
                 temperature=float(seed > 0),
                 seed=seed,
-                max_tokens=300,
+                max_tokens=200,
                 logit_bias=((end or 0, 5.0),),
             )
             for asked, _ in TURNS.values()
-            for seed in range(8)
+            for seed in range(count)
         ]
         found = llm.chat([messages] * len(params), params)
         assert found[0].prompt_ids == tuple(prompt)
@@ -313,8 +313,9 @@ def turns(mine: Ranks, checkpoint: str) -> list[Any]:
 
 def test_harmony_answers_and_calls(harmony: str) -> None:
     """Whatever a model with random weights thinks, it ends in a message or a call that obeys; the same on two ranks."""
-    (found,) = run_ranks(turns, 1, harmony)
-    assert run_ranks(turns, 2, harmony) == [found, found]
+    (found,) = run_ranks(turns, 1, harmony, 8)
+    some = [each for number, each in enumerate(found) if number % 8 < 2]
+    assert run_ranks(turns, 2, harmony, 2) == [some, some]
     ended, thought, asked = 0, 0, [each for each in TURNS.values() for _ in range(8)]
     recipients: dict[int, set[str | None]] = {}
     for number, (reason, messages, _) in enumerate(found):

@@ -87,7 +87,7 @@ def check(server: Server, seeds: range) -> None:
 
 
 def test_damaged_requests(server: Server) -> None:
-    check(server, range(24))
+    check(server, range(16, 40))
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def put_scale(name: str, scale: int) -> Callable[[dict[str, torch.Tensor]], None
     return change
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, pytest.param(-math.inf, marks=pytest.mark.slow)])
 def test_each_tensor(checkpoint: Path, tmp_path: Path, value: float) -> None:
     clean = answer(checkpoint)
     for name, place in PLACES.items():

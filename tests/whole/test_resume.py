@@ -94,7 +94,7 @@ def interrupted(folder: Path, checkpoint: Path, size: int, number: Signals, vict
     ("size", "number", "victims", "told"),
     [
         pytest.param(2, SIGKILL, [1], "rank 1 ended without a word", id="a-peer-is-killed"),
-        pytest.param(2, SIGINT, [0, 1], "interrupted", id="ctrl-c"),
+        pytest.param(2, SIGINT, [0, 1], "interrupted", id="ctrl-c", marks=pytest.mark.slow),
         pytest.param(1, SIGTERM, [0], "ended by SIGTERM", id="terminated-alone"),
         pytest.param(1, SIGKILL, [0], None, id="killed-alone"),
     ],
@@ -144,7 +144,7 @@ def test_other_prompts_are_refused_and_a_whole_file_needs_no_weights(
     assert (tmp_path / "o.jsonl").read_bytes() == before and not (tmp_path / "o.jsonl.unfinished").exists()
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_prompt_whose_numbers_are_none_harms_no_other(
     size: int, checkpoint: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:

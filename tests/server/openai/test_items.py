@@ -161,7 +161,7 @@ ANY = st.recursive(
         st.dictionaries(st.sampled_from(NAMES), ANY, max_size=7) | st.sampled_from([USER, CALL, OUTPUT]), max_size=4
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_comes_is_a_conversation_or_refused(items: list[Any]) -> None:
     try:
         found = messages("Be brief.", items)
