@@ -128,7 +128,7 @@ def ready(folder: Path, text: str = READY) -> Iterator[tuple["subprocess.Popen[s
             script.kill()
 
 
-@pytest.mark.parametrize("at_work", [pytest.param(False, marks=pytest.mark.slow), True])  # tests/whole/test_served.py
+@pytest.mark.parametrize("at_work", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
     """While rank 0 is in the caller's hands, and where it waits for the one that has gone."""
     with ready(tmp_path) as (script, ranks):
@@ -162,7 +162,7 @@ def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, t
 @pytest.mark.parametrize(
     ("last", "code"),
     [
-        pytest.param("", 0, marks=pytest.mark.slow),  # tests/whole/test_served.py has it of AsyncLLM
+        pytest.param("", 0, marks=pytest.mark.slow),  # tests/test_llm.py has it under torchrun
         ("raise ValueError('mine')", 1),
         pytest.param("sys.exit(7)", 7, marks=pytest.mark.slow),
     ],
@@ -215,10 +215,15 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
-        (DIES_EARLY, 1, "epmoe: rank 1 ended with exit code 1; rank 0 ends too"),
-        (FAILS_ALONE, 2, "epmoe: error: rank 1: too little of everything"),
+        pytest.param(
+            DIES_EARLY,
+            1,
+            "epmoe: rank 1 ended with exit code 1; rank 0 ends too",
+            id="before the ranks have met",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(FAILS_ALONE, 2, "epmoe: error: rank 1: too little of everything", id="in a call"),
     ],
-    ids=["before the ranks have met", "in a call"],
 )
 def test_a_rank_that_fails_alone(text: str, code: int, says: str, tmp_path: Path) -> None:
     begin = time.monotonic()

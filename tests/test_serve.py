@@ -224,7 +224,7 @@ main(serve.serve)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two ranks"])
 def test_a_signal_while_kernels_compile_ends_it_at_once(ranks: int, tmp_path: Path) -> None:
     """At either rank, long before the guard would kill it; all end with 0, and nothing is left."""
     (script := tmp_path / "script.py").write_text(STARTING)

@@ -73,7 +73,7 @@ def test_a_model_without_numbers_ends_it(clocked: Any) -> None:
         Watched(clocked).enter(request(4, 1))
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("tokens", [1, pytest.param(40, marks=pytest.mark.slow), 300])
 def test_with_the_embedded_model(tokens: int) -> None:
     with LLM("", runtime={"device": "cpu", "prefill_chunk": 256, "max_batch": 4}) as llm:
         row = measure_mixed(llm, (3, tokens), 5, samples=2)

@@ -12,13 +12,17 @@ from epmoe.bench.model import bench
 from epmoe.bench.options import BenchConfig
 from epmoe.config.compose import parse
 from epmoe.errors import UserError
-from tests.bench.test_bench import SMALL
+
+FEW = [
+    "batches=2", "prompt_tokens=5", "lengths=2,4", "prefill=1x8", "repeat=1", "first=1", "mixed=2x6", "samples=2",
+    "bandwidth=1", "flops=1",
+]  # fmt: skip
 
 
 def test_the_peer_runs_the_same_checkpoint(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [f"checkpoint={tiny_checkpoint}", "runtime=cpu", "compare=transformers", *SMALL, "repeat=1"]
+    keys = [f"checkpoint={tiny_checkpoint}", "runtime=cpu", "compare=transformers", *FEW]
     monkeypatch.setattr(sys, "argv", ["bench", *keys])
     bench()
     *lines, last = capsys.readouterr().out.splitlines()
@@ -28,12 +32,6 @@ def test_the_peer_runs_the_same_checkpoint(
         assert row["speedup"] == pytest.approx(row["peer_ms"] / row["ms"])
     assert record["prefill"]["peer_tokens_per_s"] > 0
     assert any("peer, ms | speedup" in line for line in lines)
-
-
-FEW = [
-    "batches=2", "prompt_tokens=5", "lengths=2,4", "prefill=1x8", "repeat=1", "first=1", "mixed=2x6", "samples=2",
-    "bandwidth=1", "flops=1",
-]  # fmt: skip
 
 
 def test_hub_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,9 @@ def beside(mine: Ranks, victim: int) -> list[float]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("size", "victim"), [(1, 0), pytest.param(2, 0, marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.parametrize(
+    ("size", "victim"), [*(pytest.param(size, 0, marks=pytest.mark.slow) for size in (1, 2)), (2, 1)]
+)
 def test_no_step_of_any_rank_waits_for_a_compiler(size: int, victim: int) -> None:
     gaps = run_ranks(beside, size, victim)[0]
     assert len(gaps) > 50 and max(gaps) < SLOW_S / 2

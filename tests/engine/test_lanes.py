@@ -252,7 +252,7 @@ def alone() -> dict[str, Outcomes]:
     ("size", "drafts", "names"),
     [
         (2, False, ["all at once", "grammars, put back"]),
-        (3, True, ["prompts in pieces", "put back"]),
+        pytest.param(3, True, ["prompts in pieces", "put back"], marks=SLOW),  # tests/whole/test_data.py has drafts
         *(pytest.param(size, drafts, list(LIMITS), marks=SLOW) for size in (2, 3, 4) for drafts in (False, True)),
     ],
 )

@@ -91,7 +91,9 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the cache, of
 }
 
 
-@pytest.mark.parametrize("case", LIMITS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=pytest.mark.slow) if each == "chunks of one token" else each for each in LIMITS]
+)
 def test_the_bits_follow_from_the_prompt_alone(case: str) -> None:
     requests, (sizes, limits) = asked(40, max_new_tokens=30), LIMITS[case]
     tested = engine(FakeCache(**sizes), **limits)

@@ -88,8 +88,12 @@ def test_fewer_steps_and_the_same_answers(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"max_batch": 1}, {"max_batch": 5, "prefill_chunk": 7}, {"prefill_chunk": 3}],
-    ids=["all", "one", "few in chunks", "chunks"],
+    [
+        pytest.param({}, id="all"),
+        pytest.param({"max_batch": 1}, id="one", marks=pytest.mark.slow),
+        pytest.param({"max_batch": 5, "prefill_chunk": 7}, id="few in chunks"),
+        pytest.param({"prefill_chunk": 3}, id="chunks", marks=pytest.mark.slow),
+    ],
 )
 def test_wrong_drafts_change_nothing(case: str, limits: dict[str, Any]) -> None:
     requests = looping(10, **CASES[case])

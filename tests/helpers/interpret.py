@@ -54,8 +54,8 @@ def _patch_once() -> None:
 
 
 def _know_types() -> None:
-    """Have each type of numpy, each type of a block and each tensor's shape once: the interpreter makes all of them anew
-    for every operation, which takes a third of its time.
+    """Have each type of numpy, each type of a block and each tensor's shape once: the interpreter makes all of them
+    anew for every operation, which takes as long as the rest.
     """
     from triton.language import core
     from triton.runtime import interpreter

@@ -142,11 +142,11 @@ def test_no_device_at_all(size: str, kind: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_two_agents_give_the_tokens_of_one_rank(tmp_path: Path) -> None:
     """The two-node case, by the script for it: LOCAL_RANK is not the expert rank, and each node counts from 0."""
-    keys = ["runtime.device=cpu", "combine=slots", "prompt=In the beginning", "max_new_tokens=24"]
+    keys = ["runtime.device=cpu", "combine=slots", "prompt=In the beginning", "max_new_tokens=12"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    node = {"NNODES": "2", "NPROC_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = [
         subprocess.Popen(

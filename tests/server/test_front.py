@@ -82,7 +82,7 @@ def asked(port: int, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, 
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("stream", [False, True], ids=["at once", "stream"])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["at once", "stream"])
 def test_nobody_waits_for_the_scores_of_a_long_prompt(stream: bool, port: int) -> None:
     """Spelled, and written, at once they would take several seconds, in which nothing else came."""
     times, over = list[float](), threading.Event()

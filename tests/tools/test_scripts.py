@@ -27,8 +27,8 @@ def test_refuses_without_devices(option: str, needed: int) -> None:
 
 @pytest.mark.parametrize(
     "selected",
-    [pytest.param("tests/formats/test_bf16.py", id="one process", marks=pytest.mark.slow),
-     pytest.param("tests/formats", id="parallel")],
+    [pytest.param("tests/formats/test_bf16.py", id="one process"),
+     pytest.param("tests/formats", id="parallel", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_record(selected: str, tmp_path: Path) -> None:
     """Counts and the commit are those of the run, of all workers; pytest's own arguments pass through."""

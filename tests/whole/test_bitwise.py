@@ -33,7 +33,7 @@ def one_rank(checkpoint: str) -> Run:
     return ids, logits
 
 
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
 def test_slots_give_the_same_bits_on_any_number_of_ranks(checkpoint: str, one_rank: Run, size: int) -> None:
     assert_same(runs(checkpoint, size, combine="slots"), one_rank)
 
@@ -65,6 +65,7 @@ def test_omp_num_threads_changes_nothing(checkpoint: str, one_rank: Run, threads
     assert (tmp_path / "found").read_text() == digest(one_rank)
 
 
+@pytest.mark.slow  # one thread is what all other tests have
 def test_torchruns_own_choice_of_threads_changes_nothing(checkpoint: str, one_rank: Run, tmp_path: Path) -> None:
     """torchrun sets OMP_NUM_THREADS=1 for several ranks when it is not set."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -148,7 +148,8 @@ def test_signal_while_modules_are_imported(number: Signals) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])  # tests/ranks/test_watch.py has one
+@pytest.mark.slow  # tests/ranks/test_watch.py has one
+@pytest.mark.parametrize("victim", [0, 2])
 def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -> None:
     """A stopped process keeps its connections, so only its silence tells; the bound is timeout_s."""
     with commands(add_for_ever, 3, "cpu", 8.0, folder=tmp_path) as started:

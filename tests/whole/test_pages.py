@@ -186,7 +186,7 @@ def real_requests(count: int, vocab: int) -> list[Request]:
     ]
 
 
-COUNT = 40
+COUNT = 28
 
 
 def run(mine: Ranks, checkpoint: str, share: float, prefix_cache: bool, options: dict[str, Any]) -> Found:

@@ -102,8 +102,9 @@ def run(
 
 HOW = ("off", "ngram")
 STORMS = [
-    *((1, 70, "ngram", "replicate"), (2, 70, "ngram", "data")),
-    pytest.param(2, 70, "off", "replicate", marks=pytest.mark.slow),  # a restart of torchrun's has it below
+    (1, 70, "ngram", "replicate"),
+    # Two ranks have a storm below, with a restart; tests/whole/test_attention_modes.py has the modes.
+    *(pytest.param(2, 70, *each, marks=pytest.mark.slow) for each in (("off", "replicate"), ("ngram", "data"))),
     pytest.param(4, 90, "ngram", "replicate", marks=pytest.mark.slow),
     *(pytest.param(ranks, 500, how, "replicate", marks=pytest.mark.slow) for ranks in (1, 2, 4) for how in HOW),
     *(pytest.param(ranks, 500, how, "data", marks=pytest.mark.slow) for ranks in (2, 4) for how in HOW),
@@ -204,8 +205,8 @@ def at_work(folder: Path, callers: int) -> Iterator[tuple["subprocess.Popen[str]
 
 
 @pytest.mark.alone
-# tests/test_serve.py and tests/test_follow.py have a rank that dies at work
-@pytest.mark.parametrize("callers", [0, pytest.param(3, marks=pytest.mark.slow)], ids=["idle", "at work"])
+@pytest.mark.slow  # tests/test_serve.py and tests/test_follow.py have a rank that dies
+@pytest.mark.parametrize("callers", [0, 3], ids=["idle", "at work"])
 def test_a_follower_that_dies_ends_all(callers: int, tmp_path: Path) -> None:
     with at_work(tmp_path, callers) as (script, ranks):
         begin = time.monotonic()
@@ -258,6 +259,7 @@ asyncio.run(main())
 
 
 @pytest.mark.alone
+@pytest.mark.slow  # tests/ranks/test_control.py has an idle group
 def test_idle_ranks_stay_for_longer_than_their_timeout(tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, IDLE)
     assert (code, out) == (0, "True\n"), errors
@@ -303,6 +305,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow  # tests/test_follow.py and tests/test_llm.py have the like
 def test_a_script_that_forgets_to_close_ends_well(tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, FORGETFUL)
     assert (code, out) == (0, "begun\n") and "rror" not in errors, errors

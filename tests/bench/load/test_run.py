@@ -28,10 +28,10 @@ def run(*keys: str, ranks: int = 1) -> tuple[list[str], dict[str, Any]]:
 
 
 POISSON, CONCURRENT = ["load=poisson", "rate=20"], ["load=concurrent", "users=3"]
-SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((POISSON, 1), (CONCURRENT, 2))]
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((POISSON, 1), (CONCURRENT, 1), (CONCURRENT, 2))]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [(POISSON, 2), (CONCURRENT, 1), *SLOW])
+@pytest.mark.parametrize(("kind", "ranks"), [(POISSON, 2), *SLOW])
 def test_the_command(kind: list[str], ranks: int) -> None:
     lines, record = run(*kind, *SMALL, ranks=ranks)
     told = "\n".join(lines)
@@ -53,7 +53,9 @@ def test_the_command(kind: list[str], ranks: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [["load=poisson", "rate=40"], pytest.param(["load=concurrent", "users=2"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(["load=poisson", "rate=40"], marks=pytest.mark.slow), ["load=concurrent", "users=2"]]
+)
 def test_turns(kind: list[str]) -> None:
     """The default page has 16 tokens: each turn's pages are there for the next one, but the last one's."""
     lengths = ["prompt_tokens=20", "answer_tokens=4", "turns=3", "requests=8", "serve.step_tokens=40"]
@@ -71,7 +73,9 @@ def test_turns(kind: list[str]) -> None:
 
 def test_a_model_without_a_tokenizer() -> None:
     """Random weights of a size: answers are made to text all the same."""
-    _, record = run("load=concurrent", "users=2", "runtime=cpu", "size=tiny", "requests=4", "prompt_tokens=5", "answer_tokens=20")
+    _, record = run(
+        "load=concurrent", "users=2", "runtime=cpu", "size=tiny", "requests=4", "prompt_tokens=5", "answer_tokens=20"
+    )
     assert record["model"] == "random-tiny" and record["tokens"] == 4 * 20
 
 

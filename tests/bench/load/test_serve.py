@@ -61,9 +61,12 @@ def served(ranks: Ranks, kind: str, traffic: Traffic) -> tuple[dict[int, Any], l
     return answers, found, cost_us, wrong
 
 
-# Each two of traffic, ranks and kind together; all three where there is time.
-LOADS = [(TRAFFIC, 1, "poisson"), (TRAFFIC, 2, "concurrent"), (TURNS, 1, "concurrent"), (TURNS, 2, "poisson")]
-REST = [(TRAFFIC, 1, "concurrent"), (TRAFFIC, 2, "poisson"), (TURNS, 1, "poisson"), (TURNS, 2, "concurrent")]
+# Each of traffic, ranks and kind; all of them together where there is time.
+LOADS = [(TRAFFIC, 1, "concurrent"), (TURNS, 2, "poisson")]
+REST = [
+    *((TRAFFIC, 1, "poisson"), (TRAFFIC, 2, "concurrent"), (TRAFFIC, 2, "poisson")),
+    *((TURNS, 1, "concurrent"), (TURNS, 1, "poisson"), (TURNS, 2, "concurrent")),
+]
 
 
 @pytest.mark.parametrize(

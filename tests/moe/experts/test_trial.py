@@ -79,7 +79,9 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [each if each == "Blackwell" else pytest.param(each, marks=pytest.mark.slow) for each in TARGETS]
+)
 def test_products_compile_for_other_devices(name: str, tmp_path: Path) -> None:
     """The kernels of few rows, which every GPU has; compiled, not run: what they compute there nobody has seen."""
     case = Case("few", tokens=2, hidden=128, intermediate=64)

@@ -312,7 +312,9 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=pytest.mark.slow) if each == "named" else each for each in CHOICES]
+)
 def test_calls_obey_their_tools(harmony: Server, checkpoint: Path, kind: str) -> None:
     """Parsed by the client; a stream has the same ones; content is a JSON alone where it is to be one."""
     own, allowed = CHOICES[kind]

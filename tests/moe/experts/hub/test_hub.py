@@ -123,7 +123,10 @@ def hidden_states(mine: Ranks, place: str, bitwise: bool, combine: str) -> torch
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("combine", "sizes"), [("slots", (2, 3)), pytest.param("all_reduce", (2,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("combine", "sizes"),
+    [("slots", (3,)), *(pytest.param(each, (2,), marks=pytest.mark.slow) for each in ("slots", "all_reduce"))],
+)
 def test_ranks(place: Path, combine: str, sizes: tuple[int, ...]) -> None:
     """Two and three ranks have the bits of one where rows travel, and are close to them where sums do."""
     with torch.inference_mode():
