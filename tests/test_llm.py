@@ -291,7 +291,9 @@ def differing(case: str) -> None:
         print("came through", file=sys.stdout, flush=True)
 
 
-@pytest.mark.parametrize("case", ["stream", "prompt", "params", "end"])
+@pytest.mark.parametrize(
+    "case", ["stream", *(pytest.param(each, marks=pytest.mark.slow) for each in ("prompt", "params")), "end"]
+)
 def test_a_rank_whose_call_differs_is_named(case: str, tmp_path: Path) -> None:
     with commands(differing, 2, case, folder=tmp_path) as started:
         assert [each.wait(60) for each in started] == [2, 2]

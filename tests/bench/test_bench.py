@@ -251,6 +251,7 @@ def test_benchmark_of_the_routers() -> None:
     assert all(set(row["us"]) == set(ROUTERS) and min(row["us"].values()) > 0 for row in record["rows"])
 
 
+@pytest.mark.slow  # tests/ranks/test_profile.py has a trace
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run of each batch is recorded, beside what is measured."""
     monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *QUICK, f"runtime.profile={tmp_path}"])
@@ -260,7 +261,9 @@ def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.count("sample") == 2 * 8
 
 
-@pytest.mark.parametrize("sampling", ["top_p", "logprobs", "penalty"])
+@pytest.mark.parametrize(
+    "sampling", ["top_p", *(pytest.param(each, marks=pytest.mark.slow) for each in ("logprobs", "penalty"))]
+)
 def test_decodes_of_sampled_tokens(sampling: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     keys = ["batches=2", "prompt_tokens=5", "lengths=2,4", "prefill=", "first=", "mixed=", "repeat=1", "bandwidth=1"]
     monkeypatch.setattr(sys, "argv", ["bench", "runtime=cpu", "size=tiny", *keys, "flops=1", f"sampling={sampling}"])

@@ -52,7 +52,7 @@ def test_what_is_not_finite_yields_no_token(bad: float) -> None:
         assert found[:3] == [50] * 3 and 0 <= found[3] < 50
 
 
-@pytest.mark.parametrize("over", ["positions", "seeds"])
+@pytest.mark.parametrize("over", [pytest.param("positions", marks=pytest.mark.slow), "seeds"])
 def test_frequencies_follow_softmax(over: str) -> None:
     """20 000 draws from 60 tokens, over positions of one seed and over seeds at one position: within 4 sigma of χ²."""
     row = logits(1, 60, seed=4)

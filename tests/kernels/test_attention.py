@@ -12,8 +12,14 @@ from epmoe.cache.pages import extend
 from epmoe.kernels.attention import launch as attention_triton
 from epmoe.kernels.attention.launch import SPLIT, most_tiles
 
+# Of two cases that differ by a window, the one that has it: others have full attention.
+NAMES = {str(each) for each in CASES}
+TWICE = {name for name in NAMES if f"{name}, window" in NAMES}
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=pytest.mark.slow if str(each) in TWICE else ()) for each in CASES], ids=str
+)
 def test_interpreted(case: Case) -> None:
     """Pages, windows, ragged lengths, splits, sinks, groups, spare rows: outputs and caches as the reference's."""
     # float32 sums of up to 532 positions in another order

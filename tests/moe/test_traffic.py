@@ -81,8 +81,7 @@ WAYS = [
     ("replicate", "slots"),
     ("replicate", "all_reduce"),
     ("tensor", "slots"),
-    ("data", "slots"),
-    pytest.param("data", "all_reduce", marks=pytest.mark.slow),
+    *(pytest.param("data", each, marks=pytest.mark.slow) for each in ("slots", "all_reduce")),
 ]
 
 

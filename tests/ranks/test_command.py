@@ -68,6 +68,7 @@ def test_early_mistake_is_told_once_though_rank_0_is_slow(tmp_path: Path) -> Non
     assert (code != 0, out, lines) == (True, "", ["epmoe: error: no such key"])
 
 
+@pytest.mark.slow  # tests/config/test_compose.py has a mistake under torchrun
 def test_early_mistake_of_another_rank_is_told(tmp_path: Path) -> None:
     """A file that only the second node lacks: rank 0 has no mistake of its own, so it tells that rank's."""
     mistake = 'if rank == 1: raise UserError("no such file")'

@@ -100,7 +100,10 @@ STARTING: list[tuple[int, list[int], int]] = [(1, [], 0), (2, [], 0), (2, [], 1)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("number", guard.SIGNALS)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(each, marks=() if each == signal.SIGINT else pytest.mark.slow) for each in guard.SIGNALS],
+)
 def test_before_all_are_ready_a_signal_ends_them_at_once(number: signal.Signals, tmp_path: Path) -> None:
     """Also where no main thread comes to it: long before the guard would kill them, and with 0."""
     for place, (ranks, ready, told) in enumerate(STARTING):

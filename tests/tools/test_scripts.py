@@ -55,20 +55,15 @@ def test_chosen_interpreter() -> None:
     assert done.returncode == 2 and "EPMOE_PYTHON=/no/such/python is no program" in done.stderr
 
 
-SCRIPTS = (
-    "make_checkpoint",
+SOME = ("make_checkpoint", "train_eagle3", "bench/experts", "bench/load", "bench/start", "bench/tune")
+REST = (
     "train_demo",
-    "train_eagle3",
     "bench/attention",
-    "bench/experts",
-    "bench/load",
     "bench/moe",
     "bench/orders",
     "bench/rounding",
     "bench/router",
     "bench/speculation",
-    "bench/start",
-    "bench/tune",
 )
 # As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path. Each in a process of its
 # own, all of which have torch, and triton where there is one, from the first one.
@@ -90,14 +85,15 @@ for number, file in enumerate(files):
 """
 
 
-def test_they_run_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
-    files = [str(ROOT / "scripts" / f"{name}.py") for name in SCRIPTS]
+@pytest.mark.parametrize("names", [SOME, pytest.param(REST, marks=pytest.mark.slow)], ids=["some", "the rest"])
+def test_they_run_from_a_checkout_that_is_not_installed(names: tuple[str, ...], tmp_path: Path) -> None:
+    files = [str(ROOT / "scripts" / f"{name}.py") for name in names]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", BARE, str(ROOT), *files]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     codes = done.stdout.split()
-    assert len(codes) == len(SCRIPTS)
-    for number, name in enumerate(SCRIPTS):
+    assert len(codes) == len(names)
+    for number, name in enumerate(names):
         out, errors = ((tmp_path / f"{number}.{kind}").read_text() for kind in ("out", "err"))
         assert codes[number] == "0" and "usage:" in out, f"{name}: {errors}"

@@ -97,7 +97,9 @@ def updated(ranks: Ranks, old: Path, new: Path, attention: str) -> list[Any]:
     return answers(llm)
 
 
-@pytest.mark.parametrize("attention", ["replicate", "tensor", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "attention", ["tensor", *(pytest.param(each, marks=pytest.mark.slow) for each in ("replicate", "data"))]
+)
 def test_each_rank_takes_its_experts_and_its_heads(attention: str, two: tuple[Path, Path]) -> None:
     """What is in a cache is not found again, in any rank's."""
     wanted = answers_of(two[1])

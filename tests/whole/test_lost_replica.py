@@ -15,7 +15,7 @@ from epmoe.text.completion import Completion
 from epmoe.weights.hub import DEMO
 
 KEYS: dict[str, Any] = {"runtime": {"device": "cpu", "max_batch": 8, "timeout_s": 20}}
-LONG = SamplingParams(max_tokens=50, temperature=1.0, seed=3, ignore_eos=True)
+LONG = SamplingParams(max_tokens=36, temperature=1.0, seed=3, ignore_eos=True)
 PROMPTS = [f"Number {number}" for number in range(4)]
 
 

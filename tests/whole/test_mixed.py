@@ -59,7 +59,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SOME = ("combine", "device")  # tests/config/test_agreed.py has the comparison of all
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(each, id=each.name, marks=() if each.name in SOME else pytest.mark.slow) for each in CASES],
+)
 def test_another_setting(case: Case, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Before the process group: its backend, its messages' sizes and their dtypes follow from settings."""
     key, values = case.says.split("=", 1)

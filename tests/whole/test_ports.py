@@ -75,7 +75,7 @@ def test_a_second_run_is_refused_five_times_and_the_first_unharmed(tmp_path: Pat
     [
         pytest.param([0.3, 0.3, 0.3], [1.4, 1.3, 1.2], id="one-came-first"),
         pytest.param([0.8, 1.3], [1.4, 1.0], id="met-with-the-other's", marks=pytest.mark.slow),
-        pytest.param([0.4, 0.9, 1.5], [0.9, 0.5, 1.6], id="half-of-each"),
+        pytest.param([0.4, 0.9, 1.5], [0.9, 0.5, 1.6], id="half-of-each", marks=pytest.mark.slow),
     ],
 )
 def test_two_runs_at_the_same_moment(

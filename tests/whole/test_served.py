@@ -81,7 +81,7 @@ asyncio.run(main())
 def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each kind of request is, alone on one rank."""
     file = tmp_path_factory.mktemp("known") / "answers.pickle"
-    subprocess.run([sys.executable, f"{HELPERS}/storm.py", "alone", str(file)], check=True, timeout=200)
+    python(f"{HELPERS}/storm.py", "alone", str(file), timeout=200).check_returncode()
     return file
 
 
@@ -164,7 +164,7 @@ def test_under_torchrun_requests_come_to_rank_0(known: Path, tmp_path: Path) -> 
 
 
 def test_a_rank_that_dies_ends_the_run_and_torchrun_brings_it_back(known: Path, tmp_path: Path) -> None:
-    code, out, errors = run(tmp_path, TORCHRUN, 40, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
+    code, out, errors = run(tmp_path, TORCHRUN, 25, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
     assert code == 0 and "ended well" in out, errors
     assert out.count("generate was called on rank 1: requests come to rank 0 alone\n") == 2
     assert "epmoe: rank 1 ended without a word (killed?); rank 0 ends too" in errors.splitlines()
@@ -226,7 +226,7 @@ DEATHS = {
     "killed, at work": (signal.SIGKILL, -9, 3),
     "Ctrl-C, idle": (signal.SIGINT, 130, 0),
 }
-FIRST = ("killed, idle", "Ctrl-C, at work")
+FIRST = ("Ctrl-C, at work",)  # tests/whole/test_failing.py has a rank 0 that is killed
 
 
 @pytest.mark.alone

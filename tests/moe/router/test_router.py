@@ -206,7 +206,7 @@ def test_more_choices_than_experts_is_refused() -> None:
 # The other routers, each against the reference.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_interpreted(case: Case, dtype: torch.dtype) -> None:
     """In bf16 a key holds the expert's id too; ties are many then."""

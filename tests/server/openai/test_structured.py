@@ -149,6 +149,7 @@ def test_vllms_fields(server: Server, llm: LLM, kind: str) -> None:
     assert tuple(found["choices"][0]["token_ids"]) == llm.chat(USER, params)[0].ids
 
 
+SLOW = ("frequency_penalty", "allowed_token_ids")
 SAMPLED: list[dict[str, Any]] = [
     {"frequency_penalty": 2},
     {"presence_penalty": -2, "temperature": 1},
@@ -158,7 +159,14 @@ SAMPLED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("field", SAMPLED, ids=[next(iter(each)) for each in SAMPLED])
+# tests/engine/test_adjust.py has what each of them does.
+@pytest.mark.parametrize(
+    "field",
+    [
+        pytest.param(each, id=(name := next(iter(each))), marks=pytest.mark.slow if name in SLOW else ())
+        for each in SAMPLED
+    ],
+)
 def test_what_adjusts_logits(server: Server, llm: LLM, field: dict[str, Any]) -> None:
     own = {**field}
     if "logit_bias" in own:
