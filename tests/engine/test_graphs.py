@@ -115,11 +115,7 @@ def by_hand(engine: Engine, index: int, request: Request) -> tuple[tuple[int, ..
             return tuple(ids[len(request.ids) :]), reason
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [{}, pytest.param({"max_batch": 1}, marks=pytest.mark.slow), {"max_batch": 12, "prefill_chunk": 500}],
-    ids=str,
-)
+@pytest.mark.parametrize("limits", [{}, {"max_batch": 1}, {"max_batch": 12, "prefill_chunk": 500}], ids=str)
 def test_same_tokens_as_one_request_after_the_other(checkpoint: str, limits: dict[str, int]) -> None:
     """Requests join and leave, batches are filled up to buckets, ids are read a step late: no token changes."""
     asked = mixed()

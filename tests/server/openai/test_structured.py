@@ -149,26 +149,19 @@ def test_vllms_fields(server: Server, llm: LLM, kind: str) -> None:
     assert tuple(found["choices"][0]["token_ids"]) == llm.chat(USER, params)[0].ids
 
 
-SLOW = ("frequency_penalty", "allowed_token_ids")
-SAMPLED: list[dict[str, Any]] = [
-    {"frequency_penalty": 2},
-    {"presence_penalty": -2, "temperature": 1},
-    {"logit_bias": {"91": -100, "71": 5}},  # its first id is 91 without
-    {"min_tokens": 14, "stop_token_ids": [*range(0, 500, 2)]},
-    {"allowed_token_ids": [70, 71, 72, 73], "ignore_eos": True},
-]
+SAMPLED: dict[str, Any] = {
+    "presence_penalty": {"presence_penalty": -2, "temperature": 1},
+    "logit_bias": {"logit_bias": {"91": -100, "71": 5}},  # its first id is 91 without
+    "min_tokens": {"min_tokens": 14, "stop_token_ids": [*range(0, 500, 2)]},
+}
+ALLOWED = {"allowed_token_ids": [70, 71, 72, 73], "ignore_eos": True}
+# tests/engine/test_adjust.py has what each of them does
+SLOW = {"frequency_penalty": {"frequency_penalty": 2}, "allowed_token_ids": ALLOWED}
 
 
-# tests/engine/test_adjust.py has what each of them does.
-@pytest.mark.parametrize(
-    "field",
-    [
-        pytest.param(each, id=(name := next(iter(each))), marks=pytest.mark.slow if name in SLOW else ())
-        for each in SAMPLED
-    ],
-)
-def test_what_adjusts_logits(server: Server, llm: LLM, field: dict[str, Any]) -> None:
-    own = {**field}
+@pytest.mark.parametrize("name", [*SAMPLED, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
+def test_what_adjusts_logits(server: Server, llm: LLM, name: str) -> None:
+    own = dict(field := {**SAMPLED, **SLOW}[name])
     if "logit_bias" in own:
         own["logit_bias"] = {int(id): value for id, value in own["logit_bias"].items()}
     params = SamplingParams(**{"temperature": 0.0, **own}, seed=2, max_tokens=24)
@@ -320,9 +313,7 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(each, marks=pytest.mark.slow) if each == "named" else each for each in CHOICES]
-)
+@pytest.mark.parametrize("kind", [*sorted({*CHOICES} - {"named"}), pytest.param("named", marks=pytest.mark.slow)])
 def test_calls_obey_their_tools(harmony: Server, checkpoint: Path, kind: str) -> None:
     """Parsed by the client; a stream has the same ones; content is a JSON alone where it is to be one."""
     own, allowed = CHOICES[kind]
