@@ -6,16 +6,20 @@ brackets that do not fit.
 Letters: B rows · V vocabulary.
 """
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from choosing import ADJUSTED, WAYS, Rows, Values, adjusted_rows, kinds_of_logits, rows_of, values_of
 from compile_sm90 import compile_kernel
 from interpret import interpreted
 
 from epmoe.batch import Adjustments
 from epmoe.kernels.sampling import choose, launch, top_logprobs
+from epmoe.kernels.sampling.narrow import guessed
 from epmoe.layers import sampling
 
 VOCAB = 700  # three runs, the last one short
@@ -177,6 +181,39 @@ def rounds(vocab: int, device: str) -> None:
 def test_two_rounds_are_mostly_enough_in_the_interpreter() -> None:
     """Of these 20 rows 10 need a third one where the second's pivots are spread wide."""
     interpreted(small, rounds, 64, 3142, "cpu")
+
+
+@triton.jit
+def guess_kernel(number_ptr, share_ptr):
+    """Of four measures, what is needed and all there is."""
+    first, second = tl.load(number_ptr), tl.load(number_ptr + 1)
+    third, fourth = tl.load(number_ptr + 2), tl.load(number_ptr + 3)
+    tl.store(share_ptr, guessed(first, second, third, fourth, tl.load(number_ptr + 4), tl.load(number_ptr + 5)))
+
+
+def guesses() -> None:
+    """As the first round leaves a row of a vocabulary's size: eight pivots, the border between two of them."""
+    for spread in (0.3, 0.5, 1.0, 2.0):
+        score_V = torch.randn(201_088, generator=torch.Generator().manual_seed(5)).double() * spread
+        score_V = score_V.sort(descending=True).values
+        weight_V = (score_V - score_V[0]).exp()
+        below_V, (top, low) = weight_V.cumsum(0), (float(score_V[0]), float(score_V[-1]))
+        for top_p in (0.5, 0.8, 0.9, 0.95):
+            need, base = top_p * float(below_V[-1]), max(low, top - math.log(201_088 / (1 - top_p)))
+            pivots = [base + (top - base) * j / 8 for j in range(9)]
+            measures = [float(weight_V[score_V >= pivot].sum()) for pivot in pivots]
+            at = sum(measure >= need for measure in measures) - 1
+            four = [float(below_V[-1]) if j < 0 else measures[min(j, 8)] for j in range(at - 1, at + 3)]
+            share = torch.zeros(1)
+            guess_kernel[(1,)](torch.tensor([*four, need, float(below_V[-1])]), share)
+            border = float(score_V[int((below_V < need).sum())])
+            exact = (border - pivots[at]) / (pivots[at + 1] - pivots[at])
+            assert abs(float(share) - exact) < 0.012, (spread, top_p, float(share), exact)
+
+
+def test_where_the_border_of_normal_logits_is_guessed_in_the_interpreter() -> None:
+    """To a hundredth of the first round's step; a curve through the measures themselves is off by more."""
+    interpreted(guesses)
 
 
 def test_few_allowed_in_the_interpreter() -> None:
