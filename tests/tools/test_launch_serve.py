@@ -113,7 +113,9 @@ def test_probes_of_a_worker_run(at: str) -> None:
     alive = [each.replace("LOCAL_RANK", "EPMOE_TEST_RANK") for each in box["livenessProbe"]["exec"]["command"]]
     assert box["startupProbe"]["exec"] == box["livenessProbe"]["exec"] and "EPMOE_TEST_RANK" in alive[-1]
     assert probed(alive, at) != 0
-    with subprocess.Popen(["sleep", "60"], env={**os.environ, "EPMOE_TEST_RANK": "0"}) as rank:
+    pipe, env = subprocess.PIPE, {**os.environ, "EPMOE_TEST_RANK": "0"}
+    with subprocess.Popen(["sh", "-c", "echo runs; read _"], stdin=pipe, stdout=pipe, env=env) as rank:
+        assert rank.stdout and rank.stdout.readline() == b"runs\n"  # before, its environment may still be empty
         assert probed(alive, at) == 0
         rank.kill()
     assert probed(alive, at) != 0
