@@ -1,18 +1,18 @@
 """Compile a Triton kernel for a GPU that is not here, and read what it costs: registers and spills.
 
-Triton lowers to PTX on any machine; the `ptxas` in its wheel turns that into machine code and, with `-v`, reports the
-registers and the bytes of them that it had to spill to memory. A spill in an inner loop is a silent loss of speed, so
-tests hold kernels to none. What each compile costs is kept in COMPILED, and conftest.py ends a test run with the table.
+Triton lowers to PTX on any machine; the `ptxas` in its wheel turns that into machine code and reports the registers and
+the bytes of them that it had to spill to memory. A spill in an inner loop is a silent loss of speed, so tests hold
+kernels to none. What each compile costs is kept in COMPILED, and conftest.py ends a test run with the table.
 """
 
+import io
 import re
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -22,8 +22,6 @@ MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MOST_TENSOR = 512  # columns
 # (kernel and its constants, generation, its cost in words) of every compile of this process that a test has not taken.
 COMPILED: list[tuple[str, int, str]] = []
-
-_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def compile_kernel(
@@ -69,9 +67,9 @@ def compile_kernel(
         },
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers, "enable_fp_fusion": fusion}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = _compiled(source, GPUTarget("cuda", arch, 32), options)
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
-    cost = {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared, "wgmma": wgmma}
+    cost = {**_assembled(compiled.metadata.report), "shared": compiled.metadata.shared, "wgmma": wgmma}
     factors = re.findall(r"/\* factors (%\w+) (%\w+) \*/", compiled.asm["ptx"])
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
     cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
@@ -118,23 +116,37 @@ def _early(ptx: str) -> dict[str, int]:
     }
 
 
-def _assemble(ptx: str) -> dict[str, int]:
-    target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
-    assert target is not None, "Triton's PTX names no target"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        # Triton's own choice: the wheel's ptxas for older devices does not know Blackwell.
-        blackwell = int(re.findall(r"\d+", target[1])[0]) >= 100
-        command = [
-            str(_BIN / ("ptxas-blackwell" if blackwell else "ptxas")),
-            "-v",
-            f"--gpu-name={target[1].rstrip(',')}",
-            "-o",
-            f"{folder}/kernel.cubin",
-            str(source),
-        ]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+Stage = Callable[[Any, dict[str, Any]], Any]
+
+
+def _keep_report(*asked: Any) -> tuple[str, str] | None:
+    """Triton's hook: the assembler's report stays with what was compiled, in its cache, too, where it is apart by this.
+
+    Args:
+        asked: nothing: for the cache's key; else backend, stages of the compiler by name, options, language, arch.
+    """
+    if not asked:
+        return "keep_report", "keep_report"
+    stages: dict[str, Stage] = asked[1]
+    assemble = stages["cubin"]
+
+    def reported(ptx: Any, metadata: dict[str, Any]) -> Any:
+        with redirect_stdout(io.StringIO()) as said:
+            code = assemble(ptx, metadata)
+        metadata["report"] = said.getvalue()
+        return code
+
+    stages["cubin"] = reported
+    return None
+
+
+def _compiled(source: Any, target: GPUTarget, options: dict[str, Any]) -> Any:
+    with knobs.runtime.scope(), knobs.nvidia.scope():
+        knobs.runtime.add_stages_inspection_hook, knobs.nvidia.dump_ptxas_log = _keep_report, True
+        return triton.compile(source, target=target, options=options)
+
+
+def _assembled(report: str) -> dict[str, int]:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     assert registers and spills, f"ptxas reported neither registers nor spills:\n{report}"
