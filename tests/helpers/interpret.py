@@ -33,6 +33,7 @@ def _start() -> None:
     torch.set_num_threads(1)
     _patch_once()
     _know_types()
+    _know_operands()
 
 
 def _patch_once() -> None:
@@ -84,11 +85,56 @@ def _know_types() -> None:
         else:
             make(self, handle, kind)
             kind.known = self.shape, self.numel
+            if kind.is_block():
+                self.type = block(kind.element_ty, kind.shape)
 
     core.tensor.__init__ = init
     interpreter._get_np_dtype = np_dtype
     interpreter.InterpreterBuilder.get_block_ty = lambda self, element, shape: block(element, shape)
     core.block_type.with_element_ty = lambda self, element: block(element, self.shape)
+
+
+def _know_operands() -> None:
+    """Have operands of one type go through as they are, and what a number becomes beside a block once: the interpreter
+    looks for the type of both and converts, spreads and compares them for every operation, at twenty times its cost.
+    """
+    from triton.language.core import tensor
+    from triton.language.semantic import TritonSemantic
+
+    check, broadcast, cast = (
+        TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    )  # fmt: skip
+    plain = {"fp32", "fp64", "int1", "int32", "int64"}  # two of a kind are one more, whatever is done with them
+    numbers: dict[Any, Any] = {}
+
+    def checked(
+        self: Any, one: Any, other: Any, one_ptr: bool = False, other_ptr: bool = False, arithmetic: bool = True,
+        division: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        left = one.__class__ is tensor
+        block, number = (one, other) if left else (other, one)
+        if block.__class__ is not tensor or block.dtype.name not in plain:
+            return check(self, one, other, one_ptr, other_ptr, arithmetic, division)
+        if number.__class__ is tensor and number.dtype.name == block.dtype.name:
+            return self.broadcast_impl_value(one, other)
+        key = number.__class__, number, id(block.type), arithmetic
+        if number.__class__ is not int and not (number.__class__ is float and number):  # zeros of both signs are equal
+            return check(self, one, other, one_ptr, other_ptr, arithmetic, division)
+        if (known := numbers.get(key)) is None:
+            found = check(self, one, other, one_ptr, other_ptr, arithmetic, division)
+            known = found[left]
+            if found[not left] is not block or known.type is not block.type:
+                return found
+            numbers[key] = known  # and its type, so that no other one has its id
+        return (one, known) if left else (known, other)
+
+    TritonSemantic.binary_op_type_checking_impl = checked
+    TritonSemantic.broadcast_impl_value = lambda self, one, other: (
+        (one, other) if one.type is other.type else broadcast(self, one, other)
+    )
+    TritonSemantic.cast = lambda self, one, kind, rounding=None: (
+        one if one.dtype is kind or one.type is kind else cast(self, one, kind, rounding)
+    )
 
 
 def _call(function: Callable[..., T], args: tuple[Any, ...]) -> T:
