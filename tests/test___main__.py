@@ -47,6 +47,7 @@ def test_generate(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
 
 
+@pytest.mark.slow  # other commands are below torchrun in tests/whole
 def test_under_torchrun() -> None:
     done = command("generate", "--runtime.device=cpu", "--max-new-tokens", "4", "prompt=In the", start=TORCHRUN)
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr

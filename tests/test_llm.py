@@ -328,6 +328,7 @@ def test_examples_run(text: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and len(done.stdout) > 50, done.stderr
 
 
+@pytest.mark.slow  # tests/test_follow.py has one whose ranks it has started
 def test_a_script_that_forgets_to_close_ends_well(tmp_path: Path) -> None:
     """Under torchrun: the ranks part at the end of the program, as if it had closed."""
     script = tmp_path / "script.py"

@@ -60,7 +60,7 @@ def held_out(ranks: Ranks) -> tuple[float, Tensor]:
     return evaluate.held_out_loss(ranks, DEMO, evaluate.sample_windows(DEMO))
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("sizes", [(2,), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
 def test_held_out_loss_is_the_recorded_one_with_the_same_bits(record: dict, sizes: tuple[int, ...]) -> None:
     """The recorded figure is what was trained, the loaded model is as good, and the ranks change nothing.
 
@@ -72,7 +72,7 @@ def test_held_out_loss_is_the_recorded_one_with_the_same_bits(record: dict, size
     losses = {loss for ranks in results.values() for loss, _ in ranks}
     assert len(losses) == 1, losses
     assert losses.pop() == pytest.approx(record["held_out_sample"]["nats_per_token"]["mxfp4"], rel=0, abs=1e-4)
-    choices = results[1][0][1]
+    choices = results[sizes[0]][0][1]
     assert choices.min() > 0, f"experts that no token chose: {(choices == 0).nonzero().tolist()}"
 
 
@@ -174,6 +174,7 @@ def test_fake_quantisation_gives_stored_values_and_a_straight_gradient() -> None
     assert weight.grad is not None and torch.equal(weight.grad.flatten(), torch.arange(weight.numel()).float())
 
 
+@pytest.mark.slow
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
     """The whole path of scripts/train_demo.py in seconds; the loss falls."""
     command = [sys.executable, str(ROOT / "scripts" / "train_demo.py"), "--out", str(tmp_path), "--quick"]

@@ -102,7 +102,7 @@ def run(
 
 HOW = ("off", "ngram")
 STORMS = [
-    (1, 70, "ngram", "replicate"),
+    (1, 50, "ngram", "replicate"),
     # Two ranks have a storm below, with a restart; tests/whole/test_attention_modes.py has the modes.
     *(pytest.param(2, 70, *each, marks=pytest.mark.slow) for each in (("off", "replicate"), ("ngram", "data"))),
     pytest.param(4, 90, "ngram", "replicate", marks=pytest.mark.slow),
@@ -164,7 +164,7 @@ def test_under_torchrun_requests_come_to_rank_0(known: Path, tmp_path: Path) -> 
 
 
 def test_a_rank_that_dies_ends_the_run_and_torchrun_brings_it_back(known: Path, tmp_path: Path) -> None:
-    code, out, errors = run(tmp_path, TORCHRUN, 25, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
+    code, out, errors = run(tmp_path, TORCHRUN, 12, known, launcher=(*AGENT, "--max-restarts=1"), DIES="1")
     assert code == 0 and "ended well" in out, errors
     assert out.count("generate was called on rank 1: requests come to rank 0 alone\n") == 2
     assert "epmoe: rank 1 ended without a word (killed?); rank 0 ends too" in errors.splitlines()

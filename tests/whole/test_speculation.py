@@ -31,7 +31,7 @@ def answers(mine: Ranks, speculate: str, wrong: bool, runtime: dict[str, Any]) -
         llm.load()
         if wrong:
             hold_some(monkeypatch)
-        params = [SamplingParams(max_tokens=36, ignore_eos=True, **kind) for kind in KINDS]
+        params = [SamplingParams(max_tokens=28, ignore_eos=True, **kind) for kind in KINDS]
         found = llm.generate(PROMPTS, params)
         speculation = llm.engine.scheduler.speculation
         counts = (speculation.drafting.drafted, speculation.drafting.accepted) if speculation else (0, 0)
