@@ -49,9 +49,9 @@ class Costs:
     """What a decode step of so many rows takes, beside what it takes for a row without experts' weights: 1.
 
     The defaults are fitted to gpt-oss-20b's steps on one H200 (1.65, 3.38, 4.77 and 8.16 ms at 1, 16, 64 and 256 rows;
-    scripts/bench/NOTES.md): of 1.35 ms, 2.3 are what all 768 experts' weights take, 0.018 a row. Whoever drafts waits
-    for the tokens of the step before, and the host has more to do for each row: 0.25 ms and 20 µs a row, of 28 that
-    were measured where each row has a grammar.
+    scripts/bench/NOTES.md, entries 39, 41 and 44): of 1.35 ms, 2.3 are what all 768 experts' weights take, 0.018 a row.
+    Whoever drafts waits for the tokens of the step before, and the host has more to do for each row: 0.25 ms and 20 µs
+    a row, of 28 that were measured where each row has a grammar.
 
     Args:
         experts: of a layer on this rank.

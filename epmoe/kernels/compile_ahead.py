@@ -5,8 +5,8 @@
     warm-up                         for real: finds every kernel compiled
 
 One after the other, as a launch compiles what it needs, they take most of a cold start. Threads are enough: a tenth of
-a compile holds Python's lock (scripts/bench/NOTES.md). The ranks of a machine share the work, each compiles the kernels
-whose key falls to it, and then takes the others' from Triton's cache, where they have one.
+a compile holds Python's lock (scripts/bench/NOTES.md, entry 35). The ranks of a machine share the work, each compiles
+the kernels whose key falls to it, and then takes the others' from Triton's cache, where they have one.
 
 It is no more than a hint. A kernel that the rehearsal does not name, or that does not compile, is compiled by its first
 launch, which says what is wrong.

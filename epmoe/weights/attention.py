@@ -39,7 +39,7 @@ class Machine(NamedTuple):
 
 # One node: NVIDIA H200 over NVLink; an all-reduce of 24 MB was measured to take 101 µs on 2 ranks and 127 on 4, of one
 # token 10 and 14. What follows for the process group's from decode steps of 2 ranks with 1, 64 and 256 texts stands in
-# scripts/bench/NOTES.md, 45. The rest is an estimate; over nodes it is for 400 Gbit/s a GPU.
+# scripts/bench/NOTES.md, entry 45. The rest is an estimate; over nodes it is for 400 Gbit/s a GPU.
 NODE = {2: Machine(4.2e12, 6e14, 2.6e11, 10.0, 12.0, 34.0), 4: Machine(4.2e12, 6e14, 2.1e11, 14.0, 16.0, 38.0)}
 LARGER, NODES = Machine(4.2e12, 6e14, 2.1e11, 20.0, 22.0, 44.0), Machine(4.2e12, 6e14, 4e10, 40.0, 40.0, 60.0)
 
