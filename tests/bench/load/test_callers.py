@@ -1,9 +1,10 @@
 """Callers: requests are due when they should be, users have one each, a turn has all that was said; nothing hangs."""
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +19,18 @@ TOKENIZER = byte_tokenizer(320)
 
 
 class Server:
-    """A service that answers from a thread of its own, in `each_s` a request, its id being 1, 2, 3 …"""
+    """A service that answers from a thread of its own, a request after the other, its id being 1, 2, 3 …
+
+    Args:
+        together: (so many, all): so many must be under way before it answers, until all have come.
+    """
 
     def __init__(
-        self, each_s: float = 0.0, *, reason: str = "length", fails_at: int = -1, refuses_at: int = -1
+        self, *, together: tuple[int, int] = (1, 0), reason: str = "length", fails_at: int = -1, refuses_at: int = -1
     ) -> None:
-        self.each_s, self.reason, self.fails_at, self.refuses_at = each_s, reason, fails_at, refuses_at
+        self.together, self.reason = together, reason
+        self.fails_at, self.refuses_at = fails_at, refuses_at
+        self.answered: Callable[[], object] = lambda: None  # called when a request has its answer
         self.running, self.failure = threading.Event(), None
         self.running.set()
         self.asked: list[tuple[int, ...]] = []
@@ -48,9 +55,9 @@ class Server:
     def _answer(self) -> None:
         for number in range(1, 100):
             with self.turn:
-                if not self.turn.wait_for(lambda: self.calls, 60):
+                if not self.turn.wait_for(self._are_together, 60):
                     return  # the test has ended
-            time.sleep(self.each_s)
+            time.sleep(0.01)  # whoever asks too early does so now
             call = self.calls[0]
             if number == self.fails_at:
                 call.listener.fail(Stopped("the engine has failed"))
@@ -59,40 +66,58 @@ class Server:
                 call.listener.token(number, None)
             self.calls.popleft()
             call.listener.finish(Result((number,), self.reason, 0, 0, (), cached_tokens=3))
+            self.answered()
+
+    def _are_together(self) -> bool:
+        least, whole = self.together
+        return len(self.calls) >= (least if len(self.asked) < whole else 1)
 
 
-def hold(server: Any, turns: Sequence[int], at_s: Sequence[float] | None, users: int = 2) -> Callers:
+def made(server: Any, turns: Sequence[int], at_s: Sequence[float] | None, users: int = 2) -> Callers:
     """Conversations of so many turns, the new ids of whose prompts are 10, 11 … and 20, 21 …"""
     params = SamplingParams(max_new_tokens=1)
     conversations = [
         [Request((10 * number + turn,), params) for turn in range(count)] for number, count in enumerate(turns, 1)
     ]
-    callers = Callers(server, TOKENIZER, conversations, at_s, users)
+    return Callers(server, TOKENIZER, conversations, at_s, users)
+
+
+def hold(server: Any, turns: Sequence[int], at_s: Sequence[float] | None, users: int = 2) -> Callers:
+    return held(made(server, turns, at_s, users))
+
+
+def held(callers: Callers) -> Callers:
     thread = threading.Thread(target=callers.run, daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     return callers
 
 
 def test_what_is_due_comes_at_its_time() -> None:
+    """The first before the next ones are due, and those together."""
     at_s = [0.05, 0.3, 0.3]
     server = Server()
-    served = hold(server, [1, 1, 1], at_s).served
+    callers = made(server, [1, 1, 1], [at_s[0], math.inf, math.inf])
+
+    def others_are_due() -> None:
+        callers.at_s[1:] = at_s[1:]
+
+    server.answered = others_are_due
+    served = held(callers).served
     assert [each.due_s for each in served] == at_s and server.stops == [None]
     assert all(each.first_s > 0 and each.cached_tokens == 3 for each in served)
     assert server.asked == [(10,), (20,), (30,)]
-    assert served[0].token_s[0] < 0.3  # before the next one is due
 
 
 def test_those_to_come_do_not_wait_for_those_before() -> None:
-    server = Server(0.2)
+    server = Server(together=(5, 5))
     hold(server, [1] * 5, [0.0] * 5)
     assert server.most == 5
 
 
 def test_each_user_has_one_under_way() -> None:
-    server = Server(0.02)
+    server = Server(together=(2, 5))
     served = hold(server, [1, 2, 1, 1], None, users=2).served
     assert server.most == 2 and len(served) == 5
     ends = sorted(each.token_s[0] for each in served)
