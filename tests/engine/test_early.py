@@ -8,7 +8,7 @@ from epmoe.engine.early import Answered, Early
 from epmoe.engine.request import Result, TokenLogprobs
 from epmoe.ranks.mesh import Ranks
 
-WITHIN_S = 20
+WITHIN_S = 60
 
 
 def answered(index: int) -> Answered:

@@ -10,7 +10,7 @@ from epmoe.engine.call import Call, Stopped
 from epmoe.engine.figures import Figures
 from epmoe.engine.request import Finished, Request, Result, SamplingParams, Token, TokenLogprobs
 
-WITHIN_S = 20
+WITHIN_S = 60
 
 
 def answer(request: Request) -> tuple[int, ...]:

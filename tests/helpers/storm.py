@@ -81,7 +81,7 @@ async def storm(llm: AsyncLLM, file: str, count: int, seconds: float = 3.0, seed
     """So many requests within so many seconds; how many came to their end. Nothing of them is left afterwards."""
     known = pickle.loads(Path(file).read_bytes())
     done = await asyncio.gather(*(one(llm, known, random.Random(f"{seed} {i}"), seconds) for i in range(count)))
-    pages, until = llm.llm.cache.pages, time.monotonic() + 20
+    pages, until = llm.llm.cache.pages, time.monotonic() + 60
     while not pages.unused or any(each.queued + each.waiting + each.running for each in llm.service.figures()):
         assert time.monotonic() < until, "pages are lost"
         await asyncio.sleep(0.01)

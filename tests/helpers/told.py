@@ -30,7 +30,7 @@ from epmoe.text.chat import DEFAULT
 NAMES = {name: 256 + place for place, name in enumerate((*SPECIAL, *CONTROLS))}
 FIRST_WORD = 256 + len(NAMES)
 POSITIONS = 20_000
-WITHIN_S = 30
+WITHIN_S = 60
 TEMPLATE = (
     "{%- if tools %}{{- '<|start|>developer<|message|>' + tools[0].function.name + '<|end|>' }}{%- endif %}"
     "{%- if reasoning_effort is defined %}{{- reasoning_effort }}{%- endif %}"
