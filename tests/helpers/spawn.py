@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from epmoe.ranks import command, mesh
+from epmoe.ranks import command, guard, mesh
 from epmoe.ranks.ending import leave
 
 FORK = multiprocessing.get_context("forkserver")
@@ -162,7 +162,8 @@ class Command:
         return self.process.exitcode
 
 
-PORTS = range(20_000, 32_000)  # below those that the system gives to connections, of which a free one is soon another's
+# Below those that the system gives to connections, of which a free one is soon another's; each worker has its own.
+PORTS = range(20_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 16, 32_000, 16)
 GIVEN: set[int] = set()
 
 
@@ -175,6 +176,9 @@ def free_port() -> int:
             if port not in GIVEN:
                 GIVEN.add(port)
                 return port
+
+
+GRACE = "EPMOE_TEST_GRACE_S"  # of a command's environment: its guard's, which else kills nobody on a slow machine
 
 
 @contextmanager
@@ -201,6 +205,7 @@ def commands(
 
 def _run_command(env: dict[str, str], out: Path, err: Path, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.update(env)
+    guard.GRACE_S = float(env.get(GRACE, "60"))
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     command.main(partial(fn, *args))

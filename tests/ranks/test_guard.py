@@ -5,34 +5,36 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import psutil
 import pytest
-from spawn import Command, commands
+from spawn import GRACE, Command, commands
 
 from epmoe.ranks import command, guard, mesh
 
 pytestmark = pytest.mark.alone  # it measures time
 
-WITHIN_S = guard.GRACE_S + 3
+WITHIN_S = guard.GRACE_S + 60
+REAL = {GRACE: str(guard.GRACE_S)}
 
 
-def never() -> None:
-    """One operation in C that neither ends nor releases Python's lock: a mutex is locked twice."""
+def never(words: bytes = b"") -> None:
+    """Say that, then one operation in C that neither ends nor releases Python's lock: a mutex is locked twice."""
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
     library.pthread_mutex_lock(mutex)
+    os.write(1, words)
     library.pthread_mutex_lock(mutex)
 
 
 def keep_the_lock(ranks: list[int]) -> None:
     """Some ranks do that; the others wait for them."""
     with mesh.start(device="cpu", timeout_s=300) as mine:
-        os.write(1, b"running\n")
         if mine.rank in ranks:
-            never()
+            never(b"running\n")
+        os.write(1, b"running\n")
         mine.barrier()
 
 
@@ -61,6 +63,12 @@ def child(each: Command) -> psutil.Process:
     """The rank's guard."""
     (found,) = psutil.Process(each.process.pid).children()
     return found
+
+
+def gone(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -99,7 +107,7 @@ def test_a_main_thread_that_answers_no_signal(tmp_path: Path) -> None:
         runs = []
         for number, (body, arguments, size, *_) in enumerate(CASES):
             (folder := tmp_path / str(number)).mkdir()
-            runs.append(stack.enter_context(commands(body, size, *arguments, folder=folder)))
+            runs.append(stack.enter_context(commands(body, size, *arguments, folder=folder, env=REAL)))
         until_running(*runs)
         time.sleep(0.3)  # they are in that operation
         for started, (*_, signal, victims, _, _) in zip(runs, CASES, strict=True):
@@ -115,11 +123,9 @@ def test_one_that_answers_ends_before_the_guard_would(tmp_path: Path) -> None:
     """And once only, however many signals come."""
     with commands(sleep, 1, folder=tmp_path) as started:
         until_running(started)
-        begin = time.monotonic()
         for number in (SIGINT, SIGTERM, SIGINT):
             started[0].signal(number)
-        assert started[0].wait(guard.GRACE_S) in (128 + SIGINT, 128 + SIGTERM)
-        assert time.monotonic() - begin < guard.GRACE_S - 2
+        assert started[0].wait(30) in (128 + SIGINT, 128 + SIGTERM)
         assert len(started[0].stderr.splitlines()) == 1 and started[0].stderr.startswith("epmoe: ")
 
 
@@ -132,7 +138,7 @@ def test_without_the_guard_a_signal_still_ends_it(size: int, tmp_path: Path) -> 
             child(each).kill()
         for each in started:
             each.signal(SIGINT)
-        assert [each.wait(10) for each in started] == [130] * size
+        assert [each.wait(30) for each in started] == [130] * size
         assert [line for line in started[0].stderr.splitlines() if line.startswith("epmoe")] == ["epmoe: interrupted"]
 
 
@@ -143,4 +149,4 @@ def test_the_guard_holds_nothing_and_goes_with_its_command(tmp_path: Path) -> No
         found = child(started[0])
         until(lambda: found.num_fds() == 2)
         started[0].signal(SIGKILL)
-        until(lambda: not found.is_running() or found.status() == psutil.STATUS_ZOMBIE, 5)
+        until(lambda: gone(found), guard.LOOK_S - 1)  # not only when it looks

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from spawn import commands
+from spawn import commands, free_port
 
 from epmoe.errors import UserError
 from epmoe.ranks import launch, mesh
@@ -110,6 +112,27 @@ def test_auto(there: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == f"epmoe: device={kind} (auto)\n"
 
 
+# (timeout_s, age) → how long the others are waited for from now on, and the time that an error names
+PATIENCE = [
+    ((5.0, 0.0), 4.5, "5 s"),
+    ((5.0, 1.5), 3.0, "5 s"),  # from the process' start
+    ((5.0, 30.0), 5.0, "5 s"),
+    ((100.0, 80.0), 20.0, "100 s"),  # a quarter of what importing took
+    ((100.0, 90.0), 22.5, "112 s"),
+    ((5.0, 4.4), 1.1, "5.5 s"),
+    ((2.0, 1.8), 1.0, "2.8 s"),  # a second at least
+    ((1.0, 1.5), 1.0, "1 s"),
+]
+
+
+@pytest.mark.parametrize(("given", "wait_s", "says"), PATIENCE)
+def test_how_long_ranks_wait_for_those_to_come(given: tuple[float, float], wait_s: float, says: str) -> None:
+    with mock.patch("time.monotonic", return_value=1000.0):
+        found = launch.Patience.of(*given)
+        assert found.until == pytest.approx(1000.0 + wait_s) and found.left_s == pytest.approx(wait_s)
+    assert str(found) == says
+
+
 def join(timeout_s: float) -> None:
     with mesh.start(device="cpu", timeout_s=timeout_s):
         pass
@@ -120,10 +143,10 @@ def test_a_stranger_at_the_port_is_waited_for_no_longer_than_for_a_rank(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with commands(join, 2, 2.0, folder=tmp_path, port=port) as started:
-            assert [command.wait(6) for command in started] == [2, 2]
+            assert [command.wait(30) for command in started] == [2, 2]
             assert started[0].stderr.startswith(f"epmoe: error: MASTER_PORT {port} is taken, perhaps by another run: ")
-            cannot = f"epmoe: error: rank 1 cannot use MASTER_ADDR:MASTER_PORT 127.0.0.1:{port} (no answer within 2 s, "
-            assert started[1].stderr == f"{cannot}runtime.timeout_s)\n"
+            cannot = rf"epmoe: error: rank 1 cannot use MASTER_ADDR:MASTER_PORT 127\.0\.0\.1:{port}"
+            assert re.fullmatch(rf"{cannot} \(no answer within [\d.]+ s, runtime\.timeout_s\)\n", started[1].stderr)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
@@ -143,9 +166,7 @@ def test_no_device_at_all(size: str, kind: str, monkeypatch: pytest.MonkeyPatch)
 def test_two_agents_give_the_tokens_of_one_rank(tmp_path: Path) -> None:
     """The two-node case, by the script for it: LOCAL_RANK is not the expert rank, and each node counts from 0."""
     keys = ["runtime.device=cpu", "combine=slots", "prompt=In the beginning", "max_new_tokens=12"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = [
