@@ -18,9 +18,9 @@ def test_orders_come_whole_however_they_are_cut() -> None:
     os.write(write, b'{"call": "a"}\n{"call"')
     assert orders.next() == {"call": "a"}
     begin = time.monotonic()
-    assert orders.next(0.1) is None and 0.1 <= time.monotonic() - begin < 5
+    assert orders.next(0.1) is None and 0.1 <= time.monotonic() - begin < 30
     os.write(write, b': "b"}\n' + json.dumps(long).encode() + b"\n")
-    assert orders.next(5) == {"call": "b"} and orders.next() == long
+    assert orders.next(60) == {"call": "b"} and orders.next() == long
     os.close(write)
     with pytest.raises(UserError, match="rank 0 has gone without a word"):
         orders.next()
@@ -29,5 +29,6 @@ def test_orders_come_whole_however_they_are_cut() -> None:
 def test_ranks_that_are_started_late_are_young(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook may be hours old: waits for the others' start count from there."""
     assert age_s() > 0.5
-    monkeypatch.setenv(STARTED, str(time.monotonic()))
-    assert age_s() < 0.5
+    monkeypatch.setenv(STARTED, str(started := time.monotonic()))
+    age = age_s()
+    assert age <= time.monotonic() - started

@@ -20,7 +20,7 @@ def test_a_wait_has_a_bound() -> None:
     begin = time.monotonic()
     with pytest.raises(NoArrival, match=r"within 0\.2 s \(runtime\.timeout_s\)"):
         arrival.wait(0.2)
-    assert 0.2 <= time.monotonic() - begin < 2
+    assert 0.2 <= time.monotonic() - begin < 30
 
 
 def fill(stage: Stage, number: int) -> int:

@@ -1,9 +1,11 @@
 """Watch: ranks take different times to start: who is ready first waits for long, and sees at once who is gone."""
 
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, SIGTERM, Signals
 from typing import Any
@@ -49,9 +51,10 @@ def test_a_slow_node_is_waited_for(cases: list[tuple[str, int]], tiny_checkpoint
 
 
 def meet_late(seconds: float, work: bool = False) -> None:
-    """Rank 1 comes late to the second meeting."""
-    with mesh.start(device="cpu", timeout_s=8.0, start_timeout_s=1.0) as mine:
+    """Rank 1 comes late to the second meeting, for which ranks wait for a second."""
+    with mesh.start(device="cpu") as mine:
         mine.meet()
+        mine = replace(mine, start_timeout_s=1.0)
         print("waiting", flush=True)
         if mine.rank == 1:
             time.sleep(seconds)
@@ -68,7 +71,7 @@ def wait_until_waiting(started: list[Command]) -> None:
 def test_a_rank_that_is_never_ready_is_named(tmp_path: Path) -> None:
     """It is alive and answers, so that only start_timeout_s ends the wait; the message names that key."""
     with commands(meet_late, 3, 1000.0, folder=tmp_path) as started:
-        assert [command.wait(30) for command in started] == [1, 1, 1]
+        assert [command.wait(60) for command in started] == [1, 1, 1]
         late = "epmoe: rank 1 was not ready within 1 s of the others (runtime.start_timeout_s); rank {} ends too\n"
         assert [command.stderr for command in started] == [late.format(rank) for rank in range(3)]
 
@@ -87,15 +90,17 @@ def wait_for_ever() -> None:
         mine.meet()
 
 
-@pytest.mark.parametrize(("number", "says"), [(SIGKILL, "ended without a word"), (SIGSTOP, "has been silent for 6 s")])
+@pytest.mark.parametrize(
+    ("number", "says"), [(SIGKILL, "ended without a word"), (SIGSTOP, r"has been silent for \d+ s")]
+)
 def test_a_rank_that_goes_while_others_wait_is_named(number: Signals, says: str, tmp_path: Path) -> None:
-    """The long wait does not hide a death: within 8 s, not within start_timeout_s."""
+    """The long wait does not hide a death: within seconds, not within start_timeout_s."""
     with commands(wait_for_ever, 3, folder=tmp_path) as started:
         wait_until_waiting(started)
         started[1].signal(number)
         for rank in (0, 2):
-            assert started[rank].wait(8) == 1
-            assert started[rank].stderr.startswith(f"epmoe: rank 1 {says}")
+            assert started[rank].wait(30) == 1
+            assert re.match(f"epmoe: rank 1 {says}", started[rank].stderr)
 
 
 def end_too_early() -> None:
@@ -112,7 +117,7 @@ def end_too_early() -> None:
 
 def test_an_end_counts_only_after_a_ranks_own(tmp_path: Path) -> None:
     with commands(end_too_early, 2, folder=tmp_path) as started:
-        assert [command.wait(8) for command in started] == [0, 1]
+        assert [command.wait(30) for command in started] == [0, 1]
         assert started[1].stderr == "epmoe: rank 0 ended without a word (killed?); rank 1 ends too\n"
 
 
@@ -143,18 +148,18 @@ def test_a_unit_that_goes_leaves_the_others(number: Signals, tmp_path: Path) -> 
     with commands(live_on, 4, 0, folder=tmp_path) as started:
         wait_until_waiting(started)
         started[2].signal(number)
-        assert [started[rank].wait(12) for rank in (0, 1)] == [0, 0], started[0].stderr
+        assert [started[rank].wait(30) for rank in (0, 1)] == [0, 0], started[0].stderr
         assert "met [frozenset({2, 3})]" in started[0].stdout and "met" in started[1].stdout
         line = started[0].stderr
         assert line.startswith("epmoe: rank 2") and line.endswith("; the others go on without ranks 2, 3\n")
-        assert started[1].stderr == "" and started[3].wait(8) is not None
+        assert started[1].stderr == "" and started[3].wait(30) is not None
 
 
 def test_without_units_a_lost_rank_ends_all_again(tmp_path: Path) -> None:
     with commands(live_on, 4, int(SIGKILL), folder=tmp_path) as started:
         wait_until_waiting(started)
         started[3].signal(SIGKILL)
-        assert started[0].wait(12) == 1
+        assert started[0].wait(30) == 1
         lines = started[0].stderr.splitlines()
         assert [line.split(";")[0] for line in lines] == [
             "epmoe: rank 3 ended without a word (killed?)", "epmoe: rank 1 ended without a word (killed?)",
