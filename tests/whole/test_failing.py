@@ -4,6 +4,7 @@ The ranks are started as by hand, without torchrun's agent, unless a test says o
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from epmoe.weights.synthetic import make_checkpoint
 
 pytestmark = pytest.mark.alone  # who is silent, and for how long, is not to depend on other tests
 
+WITHIN_S = 30  # less than the time after which the collectives raise, but where a test says so
 ENDED = "epmoe: rank {} ended without a word (killed?); rank {} ends too"
 
 
@@ -82,11 +84,11 @@ def lines(command: Command) -> list[str]:
 def test_rank_killed_in_a_generation_is_named_by_every_other(
     victim: int, attention: str, long_generation: list[str], tmp_path: Path
 ) -> None:
-    """The others end within 10 s, non-zero, and each says which rank went; rank 0 is no exception."""
+    """The others end within seconds, non-zero, and each says which rank went; rank 0 is no exception."""
     with commands(generate, 4, *long_generation, f"mesh.attention={attention}", folder=tmp_path) as started:
         wait_until_running(started)
         started[victim].signal(SIGKILL)
-        codes = end_all(started, 10)
+        codes = end_all(started, WITHIN_S)
         assert codes == [-SIGKILL if rank == victim else 1 for rank in range(4)]
         for rank in set(range(4)) - {victim}:
             assert [line for line in lines(started[rank]) if "rank" in line] == [ENDED.format(victim, rank)]
@@ -118,7 +120,7 @@ def test_kill_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psuti
     """The agent terminates the survivors at once; they still say which rank went."""
     agent, started = torchrun
     started[2].kill()
-    err = agent.communicate(timeout=10)[1].splitlines()
+    err = agent.communicate(timeout=60)[1].splitlines()
     assert agent.returncode != 0
     assert sorted(line for line in err if line.startswith("epmoe: rank")) == [ENDED.format(2, rank) for rank in (0, 1)]
 
@@ -127,23 +129,24 @@ def test_ctrl_c_under_torchrun(torchrun: tuple["subprocess.Popen[str]", list[psu
     """A terminal's Ctrl-C goes to the agent and to every rank: one line of ours, no traceback of ours, nothing left."""
     agent, started = torchrun
     os.killpg(agent.pid, SIGINT)
-    err = agent.communicate(timeout=10)[1]
+    err = agent.communicate(timeout=60)[1]
     assert agent.returncode != 0
     assert err.count("epmoe: interrupted") == 1
     assert "KeyboardInterrupt" not in err
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    assert psutil.wait_procs(started, timeout=WITHIN_S)[1] == []
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
-def test_signal_while_modules_are_imported(number: Signals) -> None:
+def test_signal_while_modules_are_imported(number: Signals, long_generation: list[str]) -> None:
     """Importing torch takes seconds, in which a user who mistyped a key is likely to press Ctrl-C."""
-    process = subprocess.Popen([sys.executable, "-m", "epmoe.generate"], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "epmoe.generate", "runtime.device=cpu", *long_generation]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any("libtorch" in each.path for each in psutil.Process(process.pid).memory_maps()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    err = process.communicate(timeout=10)[1]
+    err = process.communicate(timeout=60)[1]
     assert process.returncode in (-number, 128 + number)  # the second: it was fast, and `main` had begun
     assert "Traceback" not in err
 
@@ -156,10 +159,10 @@ def test_stopped_rank_is_named_within_the_timeout(victim: int, tmp_path: Path) -
         wait_until_running(started)
         started[victim].signal(SIGSTOP)
         others = [command for rank, command in enumerate(started) if rank != victim]
-        assert end_all(others, 8.0) == [1, 1]
+        assert end_all(others, WITHIN_S) == [1, 1]
         for command in others:
-            (line,) = lines(command)
-            assert line.startswith(f"epmoe: rank {victim} has been silent for 6 s")
+            (line,) = lines(command)  # and not what the collectives raise after timeout_s
+            assert re.match(rf"epmoe: rank {victim} has been silent for \d+ s", line)
 
 
 def test_termination_after_a_kill_still_names_the_killed(tmp_path: Path) -> None:
@@ -167,9 +170,10 @@ def test_termination_after_a_kill_still_names_the_killed(tmp_path: Path) -> None
     with commands(add_for_ever, 3, "cpu", 60.0, folder=tmp_path) as started:
         wait_until_running(started)
         started[1].signal(SIGKILL)
+        assert started[1].wait(WITHIN_S) == -SIGKILL
         for rank in (0, 2):
             started[rank].signal(SIGTERM)
-        assert end_all(started, 10) == [1, -SIGKILL, 1]
+        assert end_all(started, WITHIN_S) == [1, -SIGKILL, 1]
         for rank in (0, 2):
             assert lines(started[rank]) == [ENDED.format(1, rank)]
 
@@ -185,7 +189,7 @@ def fail_on(failing: list[int], error: Exception) -> None:
 def test_mistake_on_rank_3_is_told_by_rank_0(tmp_path: Path) -> None:
     """A fault that only rank 3 can see is one line, from rank 0, and ends all at once."""
     with commands(fail_on, 4, [3], UserError("shard 7 is missing"), folder=tmp_path) as started:
-        assert end_all(started, 30) == [2, 2, 2, 2]
+        assert end_all(started, WITHIN_S) == [2, 2, 2, 2]
         assert lines(started[0]) == ["epmoe: error: rank 3: shard 7 is missing"]
         assert [started[rank].stderr for rank in (1, 2, 3)] == ["", "", ""]
 
@@ -194,14 +198,14 @@ def test_more_ranks_than_experts(tmp_path: Path) -> None:
     """Every rank finds that mistake; it is told once, and ends all of them."""
     checkpoint = make_checkpoint(tmp_path / "tiny", experts=3)
     with commands(generate, 4, f"checkpoint={checkpoint}", "prompt=x", folder=tmp_path) as started:
-        assert end_all(started, 30) == [2, 2, 2, 2]
+        assert end_all(started, WITHIN_S) == [2, 2, 2, 2]
         (line,) = [line for command in started for line in lines(command) if "error" in line]
         assert line == "epmoe: error: 4 expert ranks cannot share 3 experts: start at most 3 ranks"
 
 
 def test_exception_on_rank_1_has_a_traceback_there_and_a_line_on_rank_0(tmp_path: Path) -> None:
     with commands(fail_on, 3, [1], KeyError("x"), folder=tmp_path) as started:
-        assert end_all(started, 30) == [1, 1, 1]
+        assert end_all(started, WITHIN_S) == [1, 1, 1]
         assert lines(started[0]) == ["epmoe: rank 1: KeyError: 'x'"]
         assert "in fail_on" in started[1].stderr and started[1].stderr.count("Traceback") == 1
         assert started[2].stderr == ""
@@ -238,7 +242,7 @@ def test_signals_end_every_rank_with_one_line(
         wait_until_running(started)
         for rank in victims:
             started[rank].signal(number)
-        assert end_all(started, 10) == [code] * size
+        assert end_all(started, WITHIN_S) == [code] * size
         assert [lines(command) for command in started] == [[f"epmoe: {expected}"]] + [[]] * (size - 1)
 
 
@@ -256,12 +260,14 @@ def write_to_a_closed_pipe() -> None:
 def test_reader_that_has_had_enough_is_no_error(size: int, tmp_path: Path) -> None:
     """`... | head`: no traceback, no message, exit code 0 everywhere."""
     with commands(write_to_a_closed_pipe, size, folder=tmp_path) as started:
-        assert end_all(started, 30) == [0] * size
+        assert end_all(started, WITHIN_S) == [0] * size
         assert [command.stderr for command in started] == [""] * size
 
 
 def finish_late() -> None:
-    with mesh.start(device="cpu", timeout_s=2.0) as mine:
+    with mesh.start(device="cpu") as mine:
+        assert mine.watch is not None
+        mine.watch.timeout_s = 2.0  # of the last meeting alone
         if mine.rank == 1:
             time.sleep(1000)
 
@@ -269,16 +275,27 @@ def finish_late() -> None:
 def test_rank_that_does_not_finish_is_named(tmp_path: Path) -> None:
     """The wait at the end is bounded, also while the missing rank is alive."""
     with commands(finish_late, 2, folder=tmp_path) as started:
-        assert end_all(started, 30) == [1, 1]
+        assert end_all(started, WITHIN_S) == [1, 1]
         assert lines(started[0]) == ["epmoe: rank 1 did not finish within 2 s of the others; rank 0 ends too"]
+
+
+def come_without_one(folder: str) -> None:
+    """Ranks 0 and 1 of three; rank 0, whose patience counts, begins once the other one runs, and is young then."""
+    here, first = Path(folder, "here"), os.environ["RANK"] == "0"
+    if not first:
+        here.touch()
+    while not here.exists():
+        time.sleep(0.01)
+    mesh.age_s = lambda: 0.0
+    add_for_ever("cpu", 3.0 if first else 60.0)
 
 
 def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     """The wait at the start is bounded; here two of three ranks are started."""
     port = free_port()
     says = f"epmoe: rank 2 did not come to MASTER_PORT {port} within 3 s (runtime.timeout_s); rank {{}} ends too"
-    with commands(add_for_ever, 2, "cpu", 3.0, folder=tmp_path, env={"WORLD_SIZE": "3"}, port=port) as started:
-        assert end_all(started, 30) == [1, 1]
+    with commands(come_without_one, 2, str(tmp_path), folder=tmp_path, env={"WORLD_SIZE": "3"}, port=port) as started:
+        assert end_all(started, WITHIN_S) == [1, 1]
         for rank in (0, 1):
             assert lines(started[rank]) == [says.format(rank)]
 
@@ -305,7 +322,7 @@ def meet_a_stranger() -> None:
 def test_strangers_at_the_port_do_no_harm(tmp_path: Path) -> None:
     """A port scanner or another run's rank may connect to rank 0; it knows no token."""
     with commands(meet_a_stranger, 2, folder=tmp_path) as started:
-        assert end_all(started, 30) == [0, 0]
+        assert end_all(started, WITHIN_S) == [0, 0]
         assert [command.stderr for command in started] == ["", ""]
 
 

@@ -86,7 +86,7 @@ def interrupted(folder: Path, checkpoint: Path, size: int, number: Signals, vict
             time.sleep(0.05)
         for victim in victims:
             started[victim].signal(number)
-        assert all(each.wait(20) for each in started)  # not 0, and not None
+        assert all(each.wait(60) for each in started)  # not 0, and not None
     return started
 
 
