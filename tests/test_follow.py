@@ -61,8 +61,10 @@ one = results(1)
 assert len(one) == 12, one
 for ranks in numbers:
     assert results(ranks) == one
-time.sleep(0.5)
-assert [each.name for each in threading.enumerate()][1:] == [], threading.enumerate()
+until = time.monotonic() + 60
+while threading.active_count() > 1:
+    assert time.monotonic() < until, threading.enumerate()
+    time.sleep(0.01)
 print("the same")
 """
 
@@ -140,12 +142,12 @@ def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
             script.stdin.flush()
             time.sleep(0.5)
         ranks[1].kill()
-        out, errors = script.communicate(timeout=20)
+        out, errors = script.communicate(timeout=60)
         assert script.returncode == 1 and out == ""
         lines = [line for line in errors.splitlines() if "rank" in line and "auto" not in line]
         assert lines[0].startswith("epmoe: rank 2 ended without a word (killed?); rank")
         assert len(lines) == 2 and len({line.rpartition("; ")[2] for line in lines}) == 2
-        assert psutil.wait_procs(ranks, 10)[1] == []
+        assert psutil.wait_procs(ranks, 60)[1] == []
 
 
 @pytest.mark.slow  # tests/whole/test_served.py has the first two, tests/test_serve.py the third
@@ -153,8 +155,8 @@ def test_a_rank_that_dies_ends_all(at_work: bool, tmp_path: Path) -> None:
 def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, tmp_path: Path) -> None:
     with ready(tmp_path) as (script, ranks):
         script.send_signal(number)
-        assert script.wait(20) == code
-        assert psutil.wait_procs(ranks, 10)[1] == []
+        assert script.wait(60) == code
+        assert psutil.wait_procs(ranks, 60)[1] == []
         assert script.stderr is not None
         assert "Traceback" not in script.stderr.read()
 
@@ -179,7 +181,7 @@ def test_a_script_that_ends_without_close_or_with_an_error(last: str, code: int,
     out, errors = script.communicate(timeout=60)
     assert (script.returncode, out) == (code, "came through\n"), errors
     assert ("mine" in errors) == ("mine" in last)
-    assert psutil.wait_procs(ranks, 10)[1] == []
+    assert psutil.wait_procs(ranks, 60)[1] == []
 
 
 DIES_EARLY = """
@@ -198,6 +200,10 @@ FAILS_ALONE = """
 import os, sys
 from epmoe.errors import UserError
 from epmoe.moe.experts.reference import ReferenceExperts
+from epmoe.ranks.local import Orders
+
+come = Orders.next
+Orders.next = lambda self, within_s=None: come(self, within_s and 1.0)  # and not for half of timeout_s
 
 class Alone(ReferenceExperts):
     def forward(self, *args):
@@ -207,7 +213,7 @@ class Alone(ReferenceExperts):
 
 if __name__ == "__main__":
     from epmoe import LLM
-    LLM(ranks=2, runtime={"device": "cpu", "timeout_s": 5}, experts="script:Alone", max_new_tokens=3).generate("a")
+    LLM(ranks=2, runtime="cpu", experts="script:Alone", max_new_tokens=3).generate("a")
 """
 
 
@@ -230,7 +236,7 @@ def test_a_rank_that_fails_alone(text: str, code: int, says: str, tmp_path: Path
     script = run(tmp_path / "script.py", text)
     _, errors = script.communicate(timeout=60)
     assert script.returncode == code and says in errors.splitlines(), errors
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 50  # less than runtime.timeout_s
 
 
 def test_mistakes_are_told_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

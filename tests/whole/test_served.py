@@ -172,7 +172,7 @@ def test_a_rank_that_dies_ends_the_run_and_torchrun_brings_it_back(known: Path, 
 
 AT_WORK = """
 async def main():
-    async with AsyncLLM(ranks=3, runtime={"device": "cpu", "timeout_s": 20}) as llm:
+    async with AsyncLLM(ranks=3, runtime={"device": "cpu"}) as llm:
         callers = int(sys.argv[1])
         busy = set() if callers else {"idle"}
         async def work(number):
@@ -209,15 +209,14 @@ def at_work(folder: Path, callers: int) -> Iterator[tuple["subprocess.Popen[str]
 @pytest.mark.parametrize("callers", [0, 3], ids=["idle", "at work"])
 def test_a_follower_that_dies_ends_all(callers: int, tmp_path: Path) -> None:
     with at_work(tmp_path, callers) as (script, ranks):
-        begin = time.monotonic()
         ranks[0].kill()
-        _, errors = script.communicate(timeout=20)
-        assert script.returncode == 1 and time.monotonic() - begin < 10
+        _, errors = script.communicate(timeout=60)
+        assert script.returncode == 1
         lines = [line for line in errors.splitlines() if "killed?" in line]
         assert len(lines) == 2 and all(
             line.startswith("epmoe: rank 1 ended without a word (killed?); ") for line in lines
         )
-        assert psutil.wait_procs(ranks, 10)[1] == []
+        assert psutil.wait_procs(ranks, 60)[1] == []
 
 
 DEATHS = {
@@ -238,8 +237,8 @@ def test_when_rank_0_dies_all_end(case: str, tmp_path: Path) -> None:
     with at_work(tmp_path, callers) as (script, ranks):
         begin = time.monotonic()
         script.send_signal(number)
-        assert script.wait(20) == code
-        assert psutil.wait_procs(ranks, 10)[1] == [] and time.monotonic() - begin < 10
+        assert script.wait(60) == code
+        assert psutil.wait_procs(ranks, 60)[1] == [] and time.monotonic() - begin < 40  # less than runtime.timeout_s
         assert script.stderr is not None and "Traceback" not in script.stderr.read()
 
 
