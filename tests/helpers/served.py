@@ -19,7 +19,10 @@ import psutil
 from forked import Forked
 from spawn import free_port
 
-WITHIN_S = 60
+from epmoe.weights.synthetic import make_checkpoint
+
+WITHIN_S = 120
+MINUTES = 60_000  # tokens of an answer that goes on for as long
 LINE = re.compile(r"epmoe: (.+) at http://127\.0\.0\.1:(\d+)/v1, ready in [\d.]+ s\n")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 
@@ -45,14 +48,14 @@ class Server:
             time.sleep(0.02)
         self.model, self.port = line[1], int(line[2])
 
-    def client(self, key: str = "none", timeout: float = 30) -> openai.OpenAI:
+    def client(self, key: str = "none", timeout: float = WITHIN_S) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=timeout)
 
     def ask(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answered:
         """A GET, or a POST of `body`, bytes or what JSON holds."""
         given: dict[str, str] = {} if body is None else {"Content-Type": "application/json"}
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)) as connection:
             connection.request("GET" if body is None else "POST", path, data, {**given, **(headers or {})})
             answer = connection.getresponse()
             text = answer.read()
@@ -100,7 +103,7 @@ class Server:
 
     def raw(self, data: bytes) -> socket.socket:
         """A connection to which this was sent."""
-        made = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=WITHIN_S)
         made.sendall(data)
         return made
 
@@ -116,6 +119,11 @@ def post(path: str, body: Mapping[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
+
+
+def endless(folder: Path) -> str:
+    """The key of a checkpoint whose answers may have MINUTES tokens: what is to happen amid one does, however late."""
+    return f"checkpoint={make_checkpoint(folder, max_position=1 << 16)}"
 
 
 def begun(

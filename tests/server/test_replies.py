@@ -3,19 +3,20 @@
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 
 import pytest
-from served import WITHIN_S, Server, post, served
+from served import MINUTES, WITHIN_S, Server, endless, post, served
 
-LONG = {"prompt": "It was a fine morning, and", "max_tokens": 490, "ignore_eos": True}
+LONG = {"prompt": "It was a fine morning, and", "max_tokens": MINUTES, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    keys = ("runtime.max_batch=2", "serve.queue_requests=2")
-    with served(tmp_path_factory.mktemp("server"), *keys, forked=True) as one:
+    place = tmp_path_factory.mktemp("server")
+    keys = (endless(place / "long"), "runtime.max_batch=2", "serve.queue_requests=2")
+    with served(place / "run", *keys, forked=True) as one:
         yield one
 
 
@@ -36,7 +37,7 @@ def test_who_goes_away_is_aborted(server: Server, stream: bool) -> None:
     connection.close()
     runs(server, 0)
     server.comes_to_rest()
-    assert server.figure("epmoe_completion_tokens_total") - before < 400
+    assert server.figure("epmoe_completion_tokens_total") - before < MINUTES / 2
     assert 'status="499"' in server.ask("/metrics")[1]
 
 
@@ -45,23 +46,28 @@ def test_a_slow_reader_holds_up_nobody(server: Server) -> None:
         runs(server, 1)
         begin = time.monotonic()
         assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 5})[0] == 200
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30  # less than serve.stalled_s
     server.comes_to_rest()
 
 
 def test_a_full_queue_is_told_at_once(server: Server) -> None:
-    """Of six that come at once two run and two wait; who is refused may come again."""
+    """While two run, of eight that come at once two wait; who is refused may come again."""
 
-    def ask(number: int) -> tuple[int, str]:
+    def ask(number: int) -> int:
         status, answer, headers = server.ask("/v1/completions", {**LONG, "max_tokens": 40, "stream": number % 2 == 0})
         if status == 429:
             assert answer["error"]["code"] == "rate_limit_exceeded" and headers["retry-after"] == "1"
-        return status, str(answer)
+        return status
 
     with ThreadPoolExecutor(8) as pool:
-        found = [status for status, _ in pool.map(ask, range(8))]
-    assert set(found) == {200, 429} and found.count(200) >= 3
-    assert ask(0)[0] == 200
+        with ExitStack() as running:
+            for _ in range(2):
+                running.enter_context(server.raw(post("/v1/completions", {**LONG, "stream": True})))
+            runs(server, 2)
+            found = as_completed([pool.submit(ask, number) for number in range(8)])
+            assert [next(found).result() for _ in range(6)] == [429] * 6
+        assert [each.result() for each in found] == [200] * 2
+    assert ask(0) == 200
 
 
 def test_dropped_connections_leave_nothing(server: Server) -> None:

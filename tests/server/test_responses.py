@@ -14,7 +14,7 @@ from conversations import WEATHER
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 from scripted import scripted
-from served import Server, post, served
+from served import MINUTES, Server, endless, post, served
 
 from epmoe.server.openai.responses import ResponseRequest
 
@@ -252,12 +252,13 @@ def test_too_long_and_unknown(saying: Server) -> None:
 
 def test_a_stream_that_cannot_go_on(tmp_path: Path) -> None:
     """Its last event says so, and that is OpenAI's, too. Before that: a server that keeps nothing."""
-    with served(tmp_path / "run", "serve.drain_s=0.5", "serve.responses=0", settled=False) as one:
+    keys = endless(tmp_path / "long"), "serve.drain_s=0.5", "serve.responses=0"
+    with served(tmp_path / "run", *keys, settled=False) as one:
         made = one.ask("/v1/responses", {"input": "In the days", "max_output_tokens": 2})[1]
         assert made["store"] is False and one.ask(f"/v1/responses/{made['id']}")[0] == 404
         status, answer, _ = one.ask("/v1/responses", {"input": "In the days", "store": True})
         assert status == 400 and answer["error"]["param"] == "store"
-        body = {"input": "In the days", "max_output_tokens": 400, "ignore_eos": True, "stream": True}
+        body = {"input": "In the days", "max_output_tokens": MINUTES, "ignore_eos": True, "stream": True}
         said = b""
         with one.raw(post("/v1/responses", body)) as connection:
             while b"output_text.delta" not in said:
@@ -265,7 +266,7 @@ def test_a_stream_that_cannot_go_on(tmp_path: Path) -> None:
             one.process.send_signal(signal.SIGTERM)
             while piece := connection.recv(1 << 16):
                 said += piece
-        assert one.process.wait(10) == 0
+        assert one.process.wait(60) == 0
     lines = [line for line in said.decode().splitlines() if line.startswith(("event: ", "data: "))]
     events = events_of("\n\n".join(f"{first}\n{second}" for first, second in zip(lines[::2], lines[1::2], strict=True)))
     failed = events[-1]["response"]
