@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from scripted import save_tokenizer
 
@@ -20,7 +21,7 @@ from epmoe.errors import UserError
 from epmoe.server.door import Door, Limits, listen
 from epmoe.server.frames import Hello, NewToken, Ready
 
-WITHIN_S = 20
+WITHIN_S = 60
 
 
 def hello(tokenizer: Path) -> Hello:
@@ -63,6 +64,11 @@ def until(what: object, holds: object) -> None:
         time.sleep(0.01)
 
 
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until("a stop", lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
 def test_a_killed_process_is_followed_by_another(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A client that connects between the two waits, and is answered."""
     with a_door(tokenizer) as door:
@@ -77,7 +83,7 @@ def test_a_killed_process_is_followed_by_another(tokenizer: Path, capfd: pytest.
 
 
 def test_but_not_for_ever(tokenizer: Path) -> None:
-    with a_door(tokenizer, Limits(restarts=2)) as door:
+    with a_door(tokenizer, Limits(restarts=2, within_s=600)) as door:
         seen = set()
 
         def killed() -> bool:
@@ -111,8 +117,8 @@ def test_an_end_before_it_is_ready_comes_when_it_is(tokenizer: Path) -> None:
     still: Any = Still()
     with a_door(tokenizer) as door:
         begin = time.monotonic()
-        door.drain(10)
-        assert time.monotonic() - begin < 1 and not stopped
+        door.drain(60)
+        assert time.monotonic() - begin < 30 and not stopped
         door.open(still, Ready("x", 64))
         assert [str(each) for each in stopped] == ["the server ends before it was ready"]
 
@@ -123,14 +129,14 @@ def test_it_is_open_when_requests_are_let_in(tokenizer: Path) -> None:
     with a_door(tokenizer) as door:
         http = door.http.process
         opening = threading.Thread(target=door.open, args=(service, Ready("x", 64)))
-        os.kill(http.pid, signal.SIGSTOP)
+        stop(http.pid)
         try:
             opening.start()
             opening.join(0.5)
             assert opening.is_alive()
         finally:
             os.kill(http.pid, signal.SIGCONT)
-        opening.join(20)
+        opening.join(WITHIN_S)
         assert not opening.is_alive() and door.opened.is_set()
 
 
@@ -146,21 +152,21 @@ def test_a_process_that_reads_nothing_is_given_up(tokenizer: Path) -> None:
     with a_door(tokenizer, Limits(unsent=20_000)) as door:
         door.ready = Ready("f", 64)
         stopped = door.http
-        os.kill(stopped.process.pid, signal.SIGSTOP)
+        stop(stopped.process.pid)
         slowest = 0.0
         begin = time.monotonic()
         while not stopped.lost and time.monotonic() < begin + WITHIN_S:
             now = time.perf_counter()
             stopped.say(NewToken(0, 1, TokenLogprobs(0.0, ((1, 0.5),) * 20)))
             slowest = max(slowest, time.perf_counter() - now)
-        assert stopped.lost and slowest < 1.0
+        assert stopped.lost and slowest < WITHIN_S / 2  # it would wait for ever
         until("another process", lambda: door.http is not stopped)
         assert healthy(door) == "HTTP/1.1 200 OK"
 
 
 def test_a_fault_of_its_own_ends_in_a_line_and_no_wait(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The writer's: another process starts, again and again up to the bound."""
-    with a_door(tokenizer, Limits(restarts=1)) as door:
+    with a_door(tokenizer, Limits(restarts=1, within_s=600)) as door:
         for _ in range(2):
             http = door.http
             http.say("no frame")  # type: ignore[arg-type]

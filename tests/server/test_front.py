@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
+import psutil
 import pytest
 from scripted import save_tokenizer
 
@@ -58,7 +59,7 @@ class Alone(Door):
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     file = tmp_path_factory.mktemp("front") / "tokenizer.json"
     save_tokenizer(file)
     hello = Hello(
@@ -71,27 +72,31 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with listen("127.0.0.1", 0) as listener:
         door = Alone(hello, listener)
         door.open(service, Ready("f", 10**6))
-        yield listener.getsockname()[1]
+        yield door
         door.close()
 
 
-def asked(port: int, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+def asked(door: Door, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection("127.0.0.1", door.listener.getsockname()[1], timeout=120)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection, connection.getresponse()
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["at once", "stream"])
-def test_nobody_waits_for_the_scores_of_a_long_prompt(stream: bool, port: int) -> None:
-    """Spelled, and written, at once they would take several seconds, in which nothing else came."""
-    times, over = list[float](), threading.Event()
+def test_nobody_waits_for_the_scores_of_a_long_prompt(stream: bool, door: Door) -> None:
+    """Spelled, and written, at once they would take several seconds, in which nothing else came.
+
+    Those of the clock and of the HTTP process' own: a machine that stands still makes only the first ones more.
+    """
+    times, over, process = list[tuple[float, float]](), threading.Event(), psutil.Process(door.http.process.pid)
 
     def follow() -> None:
-        connection, answer = asked(port, {"prompt": "a", "max_tokens": 100_000, "stream": True})
+        connection, answer = asked(door, {"prompt": "a", "max_tokens": 100_000, "stream": True})
         with closing(connection):
             while not over.is_set() and answer.readline():
-                times.append(time.monotonic())
+                used = process.cpu_times()
+                times.append((time.monotonic(), used.user + used.system))
 
     other = threading.Thread(target=follow)
     other.start()
@@ -99,13 +104,14 @@ def test_nobody_waits_for_the_scores_of_a_long_prompt(stream: bool, port: int) -
         assert other.is_alive()
         time.sleep(0.01)
     ids = [number % 200 for number in range(TOKENS)]
-    connection, answer = asked(port, {"prompt": ids, "max_tokens": 2, "echo": True, "logprobs": TOP, "stream": stream})
+    connection, answer = asked(door, {"prompt": ids, "max_tokens": 2, "echo": True, "logprobs": TOP, "stream": stream})
     with closing(connection):
         data = answer.read()
     count = len(times)
     over.set()
-    other.join(30)
-    assert count > 50 and max(after - before for before, after in pairwise(times[:count])) < 1.0
+    other.join(60)
+    gaps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(times[:count])]
+    assert count > 50 and max(map(min, gaps)) < 1.0
     if stream:
         first, *_, last = data.split(b"\n\n")[:-1]
         assert last == b"data: [DONE]"

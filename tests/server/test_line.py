@@ -79,13 +79,13 @@ def with_line(body: Callable[[Line, Callable[..., None], socket.socket], Corouti
 
         await body(line, say, there)
         say(Bye())
-        await asyncio.wait_for(listening, 10)
+        await asyncio.wait_for(listening, 60)
         line.writer.close()
 
     reader = threading.Thread(target=read)
     reader.start()
     asyncio.run(run())
-    reader.join(10)
+    reader.join(60)
     there.close()
     assert said[0] == Opened()
     return said[1:]
@@ -180,7 +180,7 @@ def test_rank_0_goes_and_all_calls_hear_of_it(how: str) -> None:
             there.sendall(b"\xff" * 8)
         else:
             there.close()
-        await asyncio.wait_for(listening, 10)
+        await asyncio.wait_for(listening, 60)
         with pytest.raises(Stopped):
             line.submit([(REQUEST, [Call(REQUEST, Heard())])])
         there.close()
