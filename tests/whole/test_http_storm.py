@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from epmoe import LLM
 # drafts, which those of `LLM.generate` have not.
 SMALL = ("runtime.max_batch=12", "runtime.cache_tokens=160", "runtime.page=4")
 TIGHT = (*SMALL, "serve.step_tokens=64", "speculate=ngram")
-DRAIN_S = 10.0  # of `served`: a request that counts as in flight would be waited for so long
+DRAIN_S = 100.0  # a request that counts as in flight would be waited for so long
 PERSISTENT = ("stays", "stays", "stays", "slow", "leaves")
 LARGE = Asked(  # 100 kB, so that who reads slowly holds it up
     COMPLETIONS, "It was", {"max_tokens": 25, "temperature": 1.0, "seed": 5, "n": 4, "ignore_eos": True}, None, 20, True
@@ -58,14 +59,15 @@ def rage(
     """
     log = folder / "log"
     # Few responses are kept, so that memory is full of them early.
-    keys = (*TIGHT, "serve.responses=20", f"serve.log={log}")
+    keys = (*TIGHT, "serve.responses=20", f"serve.log={log}", f"serve.drain_s={DRAIN_S}")
     with served(folder / "server", *keys, ranks=ranks, forked=forked) as server:
         said, storm, found = server.stderr, Storm(server.port, kinds, once=once), []
         processes = [server.http_process(), server.ranks()[0] if ranks else psutil.Process(server.process.pid)]
+        begin = [_settled(each) for each in processes]
         for seeds in rounds:
             asyncio.run(storm.run(seeds, ways, together=60, pause_s=0.3))
             server.comes_to_rest()
-            held = [_settled(each) for each in processes]
+            held = [_settled(each, most) for each, most in zip(processes, begin, strict=True)]
             found.append(Held(held, [each.memory_info().rss for each in processes]))
         assert server.figure("epmoe_queue_tokens") == 0 and server.figure("epmoe_put_back_total") > 0
         storm.check_log(log.read_text())
@@ -75,10 +77,10 @@ def rage(
     return found
 
 
-def _settled(process: psutil.Process) -> int:
-    """Its descriptors, once they are as many as a moment ago."""
-    before, now = -1, process.num_fds()
-    while before != now:
+def _settled(process: psutil.Process, most: int = sys.maxsize) -> int:
+    """Its descriptors, once they are as many as a moment ago, and no more than `most`, or do not come down to that."""
+    before, now, until = -1, process.num_fds(), time.monotonic() + 10
+    while before != now or (now > most and time.monotonic() < until):
         time.sleep(0.3)
         before, now = now, process.num_fds()
     return now
