@@ -24,6 +24,7 @@ from importlib import import_module
 from typing import IO, Any
 
 _LENGTH = struct.Struct("<Q")  # before each message: its bytes
+ENDS_S = 10.0  # that a process which says nothing more may take to end by itself: only then it is known why
 _FULL = 77  # the exit code of one that ran into its memory's limit
 # The process finds its modules where this one does, not where it was started.
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from epmoe.text.bounded import serve; serve({function!r}, {limits!r})"
@@ -84,7 +85,7 @@ class Bounded:
             except BaseException:  # Ctrl-C, too: what is left in the pipes would answer the next call
                 self._end()
                 raise
-            code = self._end()
+            code = self._end(ENDS_S)
         raise ExceededError(_why(code, seconds, memory))
 
     def _running(self) -> "subprocess.Popen[bytes]":
@@ -97,8 +98,8 @@ class Bounded:
             atexit.register(self._end)
         return self._process
 
-    def _end(self) -> int:
-        """End the process; how it ended."""
+    def _end(self, within_s: float = 0.5) -> int:
+        """End the process, which may do so itself; how it ended."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return 0
@@ -107,7 +108,7 @@ class Bounded:
         with suppress(BrokenPipeError):
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)  # at the end of its input it ends by itself
+            process.wait(within_s)  # at the end of its input it ends by itself
         process.kill()
         process.stdout.close()
         return process.wait()

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from epmoe.text.bounded import Bounded, ExceededError, Limits
@@ -36,6 +37,10 @@ def act(call: dict[str, Any]) -> Any:
             print(words, file=sys.stderr, flush=True)
         case {"exit": int(code)}:
             sys.exit(code)
+        case {"leave": int(code)}:  # as one exits on a busy machine: it says nothing more, and ends later
+            os.closerange(3, 100)
+            time.sleep(0.7)
+            os._exit(code)
     return os.getpid()
 
 
@@ -67,6 +72,7 @@ def test_one_process_stays_and_is_not_this_one(bounded: Bounded) -> None:
         ({"take": 100}, "takes more than 64 MB of memory"),
         ({"signal": int(signal.SIGSEGV)}, r"has ended its process \(signal 11\)"),
         ({"exit": 3}, r"has ended its process \(exit code 3\)"),
+        ({"leave": 4}, r"has ended its process \(exit code 4\)"),
     ],
 )
 def test_what_takes_too_much_ends_and_the_next_call_runs(bounded: Bounded, call: dict[str, Any], says: str) -> None:
@@ -74,7 +80,7 @@ def test_what_takes_too_much_ends_and_the_next_call_runs(bounded: Bounded, call:
     began = time.monotonic()
     with pytest.raises(ExceededError, match=says):
         bounded(call)
-    assert time.monotonic() - began < 5  # on a busy machine, too
+    assert time.monotonic() - began < 40  # on a busy machine, too
     assert bounded({"echo": 1}) == 1
 
 
@@ -110,10 +116,11 @@ def test_it_ends_with_the_process_that_calls() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     pid = int(ended.stdout.split()[-1])
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_threads_take_turns(bounded: Bounded) -> None:
