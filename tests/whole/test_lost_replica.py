@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from spawn import commands
 
 from epmoe import LLM, AsyncLLM, SamplingParams
+from epmoe.engine.engine import Engine
 from epmoe.server.replicas import Replicas
 from epmoe.text.completion import Completion
 from epmoe.weights.hub import DEMO
@@ -23,8 +26,24 @@ def serve(folder: str) -> None:
     """Two replicas of two ranks, each with a launcher of its own."""
     rank = int(os.environ["RANK"])
     os.environ["GROUP_RANK"] = str(rank // 2)
-    Path(folder, f"pid.{rank}").write_text(str(os.getpid()))
+    if rank == 3:
+        Path(folder, "pid").write_text(str(os.getpid()))
+        stop_amid_answers(Path(folder))
     asyncio.run(call(Path(folder)))
+
+
+def stop_amid_answers(folder: Path) -> None:
+    """Some steps after rank 0 has begun to ask, this rank makes no more, and is killed then."""
+    step, steps = Engine.step, 0
+
+    def some(engine: Engine) -> Any:
+        nonlocal steps
+        steps += (folder / "asks").exists()
+        if steps > 9:
+            time.sleep(1000)
+        return step(engine)
+
+    pytest.MonkeyPatch().setattr(Engine, "step", some)
 
 
 async def call(folder: Path) -> None:
@@ -32,9 +51,10 @@ async def call(folder: Path) -> None:
     new = {name: load_file(next(DEMO.glob("*.safetensors")))[name]}  # the same as before
     async with AsyncLLM(mesh={"replica": 2}, **KEYS) as llm:
         if llm.is_main:
+            (folder / "asks").touch()
             tasks = [asyncio.create_task(whole(llm, prompt)) for prompt in PROMPTS]
             await half_an_answer(llm)
-            os.kill(int((folder / "pid.3").read_text()), SIGKILL)
+            os.kill(int((folder / "pid").read_text()), SIGKILL)
             print(await asyncio.gather(*tasks), flush=True)
         await llm.update_weights(new)
         if llm.is_main:
@@ -42,10 +62,10 @@ async def call(folder: Path) -> None:
 
 
 async def half_an_answer(llm: AsyncLLM) -> None:
-    """Until each replica has begun with what it was asked."""
+    """Until the other replica has begun with what it was asked."""
     service = llm.service
     assert isinstance(service, Replicas)
-    while {replica for call, replica in service.calls.items() if call.ids and not call.ended} != {0, 1}:
+    while not any(replica == 1 and call.ids for call, replica in service.calls.items()):
         await asyncio.sleep(0.001)
 
 
