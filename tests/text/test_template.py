@@ -57,10 +57,10 @@ except UserError as error:
 @pytest.mark.parametrize("name", ["powers of powers", "doubled"])
 def test_the_refusal_is_one_line_and_takes_little(name: str) -> None:
     """With the limits that users have, in a process that has no other children; the clock is also others'."""
-    run = subprocess.run([sys.executable, "-c", REFUSED, HOSTILE[name][0]], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", REFUSED, HOSTILE[name][0]], capture_output=True, text=True, timeout=120)
     line, clock_s, processor_s, kilobytes = json.loads(run.stdout)
     assert re.match("the checkpoint's chat template (runs|takes) .*: use chat=off", line) and "\n" not in line
-    assert clock_s < 10 and processor_s < 2 and kilobytes < 500_000, (clock_s, processor_s, kilobytes)
+    assert clock_s < 40 and processor_s < 2 and kilobytes < 500_000, (clock_s, processor_s, kilobytes)
 
 
 MANY = [{"role": "user" if turn % 2 == 0 else "assistant", "content": f"word {turn} " * 100} for turn in range(9_999)]
