@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -110,15 +111,24 @@ async def connection(
             await writer.wait_closed()
 
 
-async def exchange(port: int, pieces: Sequence[bytes], limit_s: float) -> bytes:
-    """Send these, one after the other, and read until the server closes the connection; all that it said.
+async def exchange(port: int, pieces: Sequence[bytes], limit_s: float) -> tuple[bytes, float]:
+    """Send these, one after the other, and read until the server closes the connection.
+
+    Returns all that it said, and the seconds from the connection's beginning until all was sent, or it was closed.
 
     Raises:
         TimeoutError: it did not within so many seconds.
     """
     async with asyncio.timeout(limit_s), connection(port) as (reader, writer):
-        sending = asyncio.ensure_future(_send(writer, pieces))
-        said = b""
+        begin, said = time.monotonic(), b""
+        sent_s: float | None = None
+
+        async def send() -> None:
+            nonlocal sent_s
+            await _send(writer, pieces)
+            sent_s = time.monotonic() - begin
+
+        sending = asyncio.ensure_future(send())
         try:
             with suppress(ConnectionError):
                 while piece := await reader.read(PIECE):
@@ -127,7 +137,7 @@ async def exchange(port: int, pieces: Sequence[bytes], limit_s: float) -> bytes:
             sending.cancel()
             with suppress(asyncio.CancelledError, ConnectionError):
                 await sending
-        return said
+        return said, sent_s or time.monotonic() - begin
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
