@@ -83,7 +83,7 @@ def test_closing_line(two_ranks: tuple[subprocess.CompletedProcess[str], Path], 
         assert part in last
     took, first = (float(last.split(before)[1].split()[0]) for before in (" tokens in ", "first token after "))
     start = float(last.split("first token after ")[1].split("(")[1].split()[0])
-    assert 0 < first <= took + 0.01 and first + 0.5 < start < 60  # importing torch alone takes a second
+    assert 0 < first <= took + 0.01 and first + 0.5 < start < 120  # importing torch alone takes a second
     low, high = sorted(float(word) for word in last.split("read ")[1].split(" MB")[0].split(" to "))
     used = float(last.split("used ")[1].split(" MB")[0].split(" to ")[0].replace(",", ""))
     assert 100 < used < 10_000  # a process that has imported torch

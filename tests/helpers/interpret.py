@@ -150,7 +150,7 @@ def _worker() -> Pool:
     return get_context("spawn").Pool(1, initializer=_start)
 
 
-def interpreted(function: Callable[..., T], *args: Any, timeout: float = 120) -> T:
+def interpreted(function: Callable[..., T], *args: Any, timeout: float = 240) -> T:
     """`function(*args)` in the interpreting worker; arguments and result are plain Python or small CPU tensors.
 
     Raises:

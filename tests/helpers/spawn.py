@@ -32,7 +32,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     env: dict[str, str] | None = None,
     device: str = "cpu",
     replica: int = 0,

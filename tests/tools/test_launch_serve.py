@@ -101,7 +101,7 @@ def probed(command: list[str], at: str, **env: str) -> int:
     """The exit code of a probe, at this server's port."""
     port = at.rpartition(":")[2]
     command = [sys.executable if each == "python" else each.replace(":8000/", f":{port}/") for each in command]
-    return subprocess.run(command, env={**os.environ, **env}, stderr=subprocess.DEVNULL, timeout=30).returncode
+    return subprocess.run(command, env={**os.environ, **env}, stderr=subprocess.DEVNULL, timeout=100).returncode
 
 
 def test_probes_of_a_worker_run(at: str) -> None:

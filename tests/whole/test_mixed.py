@@ -34,7 +34,7 @@ def generate(keys: list[list[str]], spoil: Callable[[], None] | None = None) -> 
 def refused(keys: list[list[str]], folder: Path, spoil: Callable[[], None] | None = None) -> str:
     """The line about two ranks that differ."""
     with commands(generate, len(keys), keys, spoil, folder=folder) as started:
-        assert [each.wait(40) for each in started] == [2] * len(keys), [each.stderr for each in started]
+        assert [each.wait(90) for each in started] == [2] * len(keys), [each.stderr for each in started]
         errors = [line for line in started[0].stderr.splitlines() if " (auto" not in line and "auto chose" not in line]
         assert len(errors) == 1 and errors[0].startswith("epmoe: error: ")
         assert [each.stderr for each in started[1:]] == [""] * (len(keys) - 1)
@@ -148,6 +148,6 @@ def test_what_a_rank_may_have_for_itself(tiny_checkpoint: Path, tmp_path: Path) 
     ids = []
     for keys in ([first, [f"checkpoint={tmp_path}/copy", *own]], [first, first]):
         with commands(generate, 2, keys, folder=tmp_path) as started:
-            assert [each.wait(40) for each in started] == [0, 0], started[0].stderr
+            assert [each.wait(90) for each in started] == [0, 0], started[0].stderr
         ids.append(json.loads((tmp_path / "mixed.jsonl").read_text())["ids"])
     assert ids[0] == ids[1] and len(ids[0]) == 8

@@ -27,7 +27,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def got(url: str) -> tuple[int, bytes, Message]:
     try:
-        with urllib.request.urlopen(url, timeout=20) as found:
+        with urllib.request.urlopen(url, timeout=100) as found:
             return found.status, found.read(), found.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers
