@@ -2,8 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -70,7 +69,7 @@ class Served:
         self.ranks = ranks or rank_of(0, 1)
         engine = Engine(model, held, self.ranks, EngineConfig(eos_ids=[EOS], **limits))
         self.engine, self.service = engine, Service(engine, serve or Serve())
-        self.control = Control(self.ranks, 20)
+        self.control, self.go = Control(self.ranks, 20), threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
@@ -85,6 +84,7 @@ class Served:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.go.set()
         if self.ranks.is_main:
             self.service.stop(Stopped("over"))
         self.thread.join(WITHIN_S)
@@ -97,20 +97,16 @@ class Served:
         self.service.submit([call])
         return call, heard
 
-    @contextmanager
-    def held(self, begun: threading.Event) -> Iterator[threading.Event]:
-        """Once it has `begun`, no step begins until what is yielded is set: what runs then still runs."""
-        go, step = threading.Event(), self.engine.step
+    def hold(self) -> threading.Event:
+        """Once this is set no step begins until `go` is, or the block ends: what runs then still runs."""
+        begun, step = threading.Event(), self.engine.step
 
         def waits() -> Any:
-            assert not begun.is_set() or go.wait(WITHIN_S)
+            assert not begun.is_set() or self.go.wait(WITHIN_S)
             return step()
 
-        with mock.patch.object(self.engine, "step", waits):
-            try:
-                yield go
-            finally:
-                go.set()
+        self.engine.step = waits  # type: ignore[method-assign]
+        return begun
 
 
 def test_answers_are_those_of_each_request_alone() -> None:
@@ -187,8 +183,8 @@ LONG = SamplingParams(max_new_tokens=300, ignore_eos=True)
 
 
 def test_an_abort_frees_what_it_has_wherever_it_is() -> None:
-    begun = threading.Event()
-    with Served(max_batch=2) as served, served.held(begun) as go:
+    with Served(max_batch=2) as served:
+        begun = served.hold()
         first, heard = served.submit(Request((1,), LONG), Heard(then=begun.set))
         second, _ = served.submit(Request((2,), LONG))
         third, _ = served.submit(Request((3,), LONG))
@@ -197,14 +193,14 @@ def test_an_abort_frees_what_it_has_wherever_it_is() -> None:
         for call in (third, first, second, first):  # waiting, running, running or about to, ended
             served.service.abort(call)
         count = len(heard.ids)
-        go.set()
+        served.go.set()
         assert after.outcome() == expected(last.request)
         assert heard.ends == [] and len(heard.ids) == count and not served.service.queue
 
 
 def test_the_queue_is_bounded() -> None:
-    begun = threading.Event()
-    with Served(max_batch=1, serve=Serve(queue_requests=3, queue_tokens=40)) as served, served.held(begun):
+    with Served(max_batch=1, serve=Serve(queue_requests=3, queue_tokens=40)) as served:
+        begun = served.hold()
         served.submit(Request((1,), LONG), Heard(then=begun.set))
         assert begun.wait(WITHIN_S)
         calls = [served.submit(Request((2,) * 10, LONG))[0] for _ in range(2)]
@@ -253,12 +249,12 @@ def test_no_step_has_more_tokens_than_it_may() -> None:
     """A long prompt is fed beside the others, whose answers go on, and which need not wait for its end."""
     first = Request((7, 8, 9), SamplingParams(max_new_tokens=390, ignore_eos=True))
     long, shorts = Request((5,) * 390, SamplingParams(max_new_tokens=2)), some_requests(12, seed=9)
-    began = threading.Event()
-    with Served(max_batch=8, serve=Serve(step_tokens=16)) as served, served.held(began) as go:
+    with Served(max_batch=8, serve=Serve(step_tokens=16)) as served:
+        began = served.hold()
         heard = [served.submit(first, Heard(then=began.set))[1]]
         assert began.wait(WITHIN_S)  # where no answer grows, a step may be larger
         heard += [served.submit(each)[1] for each in (long, *shorts)]
-        go.set()
+        served.go.set()
         assert [each.outcome() for each in heard] == [expected(each) for each in (first, long, *shorts)]
         steps = [step for step in served.model.steps if len(step.sequence_B)]
         assert max(len(step.token_T) for step in steps) == 16
