@@ -105,7 +105,7 @@ def alone(llm: LLM, count: int) -> Kinds:
 
 
 def test_clients_of_all_manners(llm: LLM, tmp_path: Path) -> None:
-    first, last = rage(tmp_path, alone(llm, 8), [range(9), range(9, 20)], tuple(WAYS))
+    first, last = rage(tmp_path, alone(llm, 5), [range(9), range(9, 20)], tuple(WAYS))
     assert last.descriptors == first.descriptors
 
 
