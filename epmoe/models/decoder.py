@@ -153,6 +153,7 @@ class Decoder(nn.Module):
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
+        layers[0].moe.exchange.begin(len(layers))
         features, sizes = self._new_features(halves), [half.tokens for half in halves]
         for index in self._of_each_kind() if is_brief() else range(len(layers)):
             layer = layers[index]
