@@ -119,13 +119,18 @@ def put_marks(address_ptr, rank, N: tl.constexpr):
 
 @triton.jit
 def wait_marks(address_ptr, rank, N: tl.constexpr):
-    """Until all ranks' marks are here."""
+    """Until all ranks' marks are here, and each thread has seen them: what comes next may be `leave_marks`.
+
+    There are fewer marks than threads, so every warp looks at them by itself, and one that looked again after another
+    had left POISON would look for ever.
+    """
     mark_ptr = tl.load(address_ptr + rank).to(tl.pointer_type(tl.int32))
-    n_N = tl.arange(0, triton.next_power_of_2(N))
+    n_N = tl.arange(0, _lanes(N))
     missing = 1
     while missing > 0:
         mark_N = tl.load(mark_ptr + n_N, n_N < N, other=0, volatile=True)
         missing = tl.sum((mark_N == _POISON).to(tl.int32), 0)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -157,8 +162,14 @@ def leave_rows(rows_ptr, t, h_H, real_H, H: tl.constexpr, K: tl.constexpr, HP: t
 def leave_marks(address_ptr, rank, N: tl.constexpr):
     """The marks are seen: POISON."""
     mark_ptr = tl.load(address_ptr + rank).to(tl.pointer_type(tl.int32))
-    n_N = tl.arange(0, triton.next_power_of_2(N))
-    tl.store(mark_ptr + n_N, tl.full([triton.next_power_of_2(N)], _POISON, tl.int32), n_N < N)
+    n_N = tl.arange(0, _lanes(N))
+    tl.store(mark_ptr + n_N, tl.full([_lanes(N)], _POISON, tl.int32), n_N < N)
+
+
+@triton.constexpr_function
+def _lanes(ranks):
+    """N rounded up: no two lanes of a warp look at one mark, so all of them come to one sum."""
+    return max(32, 1 << (ranks - 1).bit_length())
 
 
 @triton.constexpr_function

@@ -191,7 +191,7 @@ def test_a_row_that_overflows_is_nan_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(("rows", "ranks"), [(0, 0), (1, 0), (4, 0), (4, 8)])
+@pytest.mark.parametrize(("rows", "ranks"), [(0, 0), (1, 0), (4, 0), (4, 2), (4, 8), (4, 64)])
 def test_compiles_without_spills(rows: int, ranks: int, arch: int) -> None:
     types = {**dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "sum_ptr", "norm_ptr"), "*bf16")}
     types |= {"address_ptr": "*i64", "rank": "i32", "eps": "fp32"}
@@ -201,7 +201,7 @@ def test_compiles_without_spills(rows: int, ranks: int, arch: int) -> None:
     more = {**constants, "N": ranks} | ({"rows_ptr": None} if ranks else {"address_ptr": None})
     signature = {name: kind for name, kind in signature.items() if name not in more}
     cost = compile_kernel(norm_triton.add_norm_kernel, signature, more, options["num_warps"], arch=arch)
-    assert cost["spills"] == 0, cost
+    assert cost["spills"] == cost["hasty"] == 0, cost  # no warp leaves POISON where another still waits for a mark
     assert (cost["waits"], cost["early"]) == (arch >= 90, arch >= 90)  # the next kernel is let in before the wait
     if rows and not ranks:
         del types["address_ptr"], types["rank"]
