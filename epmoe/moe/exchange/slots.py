@@ -63,7 +63,11 @@ class Slots:
         """[X, K, H] with zeros in other ranks' slots → [T, K, H] with all slots, in place where all have all tokens."""
         if isinstance(sent, Gathered):
             return Owed(scatter(y_XKH, sent))
-        if self.group is None or not y_XKH.numel():
+        if self.group is None:
+            return Owed(y_XKH)
+        if not y_XKH.numel():
+            if self.symmetric is not None and not sent.overlap:  # the ranks meet all the same (Places.lend)
+                dist.all_reduce(y_XKH.new_zeros(1), group=self.group)
             return Owed(y_XKH)
         if sent.place is not None:
             assert sent.rows_XKH is not None

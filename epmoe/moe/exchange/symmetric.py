@@ -64,8 +64,9 @@ class Places:
 
         The answer is the same on every rank. No two layers in a row have the same place, nor have the last of a pass
         and the first of the next: 0 1 2 1 2 … | 0 1 2 …, whichever graph is replayed after which. A layer without a
-        place is a collective of the process group, behind which every rank has read the ones before. A model of one
-        layer has no place.
+        place is a collective of the process group, behind which every rank has read the ones before; one without rows,
+        too (the last of a pass of which no logits are wanted), else of two layers the first would follow itself. A
+        model of one layer has no place.
         """
         turn, self.layer = self.layer, self.layer + 1
         if not self.places or self.layers < 2 or x_TH.dtype not in (torch.bfloat16, torch.float32):

@@ -7,6 +7,7 @@ Letters: T tokens · K experts per token · H hidden.
 """
 
 import io
+import time
 from contextlib import redirect_stderr
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +25,7 @@ from steps import make_step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels import symmetric as memory
 from epmoe.kernels.symmetric import MARKS
+from epmoe.layers import push
 from epmoe.layers.norm import AddNorm, add_rows
 from epmoe.models.decoder import Decoder
 from epmoe.moe.exchange.slots import Slots
@@ -186,6 +188,30 @@ def test_rows_of_all_ranks(size: int, tmp_path: Path) -> None:
     first, *others = run_ranks(rows_of_all, size, str(tmp_path), 500)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def passes_without_an_end(ranks: Ranks, folder: str) -> list[bool]:
+    """Whether the rows were right in each pass of two layers, of which the last has none; rank 1 reads them late."""
+    pretend(folder)
+    push.LIMIT_S = 5.0
+    slots, norm, right = Slots(ranks, room=4 << 10), AddNorm(33, 1e-5).requires_grad_(False), []
+    for seed in (1, 2, 4):
+        rows_TKH, row_S = owned(ranks, seed, 7, 3, 33, torch.float32)
+        x_TH = torch.zeros(7, 33)
+        slots.begin(2)
+        owed = slots.combine(own(rows_TKH, row_S), slots.dispatch(x_TH, x_TH, routed(3, row_S)))
+        assert owed.place is not None
+        if ranks.rank == 1:
+            time.sleep(0.2)
+        right.append(torch.equal(owed.add_to(x_TH, norm)[0], add_rows(rows_TKH)))
+        none = slots.combine(rows_TKH[:0], slots.dispatch(x_TH[:0], x_TH[:0], routed(3, row_S[:0])))
+        assert none.place is None and none.add_to(x_TH[:0], norm)[0].shape == (0, 33)
+    return right
+
+
+def test_a_place_that_follows_itself_is_read_before(tmp_path: Path) -> None:
+    """Of two layers the last has no rows where no logits are wanted: then the ranks meet there."""
+    assert run_ranks(passes_without_an_end, 2, str(tmp_path)) == [[True] * 3] * 2
 
 
 # (tokens that each sequence brings, whose logits are wanted): too many for the buffer, in halves, none wanted …
