@@ -18,6 +18,7 @@ from epmoe.kernels.gpu import after_previous, early, next_may_begin
 from epmoe.kernels.symmetric import Place
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_ALIGNED = tl.constexpr(symmetric.ALIGNED)
 _MARKS = tl.constexpr(symmetric.MARKS)
 _POISON = tl.constexpr(symmetric.POISON)
 
@@ -107,7 +108,7 @@ def arrive_kernel(
 @triton.jit
 def rows_of(address_ptr, rank, type):
     """Where the rows of the place on a rank begin: a pointer of that type."""
-    return tl.multiple_of((tl.load(address_ptr + rank) + _MARKS).to(type), 16)
+    return tl.multiple_of((tl.load(address_ptr + rank) + _MARKS).to(type), _ALIGNED)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from epmoe.ranks.mesh import Ranks
 
 MARKS = 256  # bytes at the beginning of a place: an int32 for each of up to 64 ranks
-# What memory holds where nothing has come yet: all bits set. Of bf16 and float32 it is a NaN that no GPU's arithmetic
-# makes (theirs are 0x7FFF and 0x7FFFFFFF).
+ALIGNED = 16  # a place's address is a multiple
+# What memory holds where nothing has come yet: all bits set. Of bf16 and float32 it is a NaN that no arithmetic of
+# NVIDIA's GPUs makes (theirs are 0x7FFF and 0x7FFFFFFF).
 POISON = -1
 
 
@@ -41,8 +42,10 @@ class Place:
 
 
 def possible(device: torch.device) -> bool:
-    """Whether such devices can have symmetric memory at all."""
-    return device.type == "cuda"
+    """Whether such devices can have symmetric memory at all: NVIDIA's. AMD's, torch's "cuda" too, make other NaNs, and
+    a kernel of theirs need not see what a peer writes while it runs.
+    """
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def allocate(count: int, ranks: Ranks) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from epmoe.kernels import symmetric
-from epmoe.kernels.symmetric import MARKS, Place
+from epmoe.kernels.symmetric import ALIGNED, MARKS, Place
 from epmoe.ranks.mesh import Ranks
 from epmoe.streams import tell
 
@@ -51,6 +51,7 @@ class Places:
         self.places = [
             Place(rank, tuple(part), torch.tensor([each.data_ptr() for each in part], device=device)) for part in parts
         ]
+        assert all(each.data_ptr() % ALIGNED == 0 for part in parts for each in part), "what kernels take for granted"
         self.room = room - MARKS
         self.layer, self.layers = 0, 0
 

@@ -95,6 +95,13 @@ def test_cpus_go_by_the_process_group_without_a_word(size: int) -> None:
     assert run_ranks(plain, size) == [(True, "")] * size
 
 
+def test_devices_whose_nans_nobody_knows_are_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [torch.device(each) for each in ("cuda", "cpu", "xpu")]
+    assert [memory.possible(each) for each in kinds] == [True, False, False]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not any(memory.possible(each) for each in kinds)
+
+
 def test_several_nodes_are_not_for_it() -> None:
     two = Ranks(0, 2, 0, 2, torch.device("cuda", 0), expert_size=2)
     assert unsuitable(two) == "the ranks are on 2 nodes"
@@ -135,6 +142,8 @@ def test_each_layer_has_its_turn() -> None:
     places.begin(2)
     places.close()
     assert places.lend(few_TH, 3) is None
+    with pytest.raises(AssertionError, match="for granted"):  # vectors of 16 bytes
+        Places(1, [each[8:] for each in byte_N])
 
 
 SHAPES = [(1, 4, 33), (2, 1, 1), (7, 3, 96), (64, 4, 40), (3, 4, 31)]  # tokens, experts per token, hidden
