@@ -234,11 +234,14 @@ def prefill_kinds(
     tokens: int, prompts: int, halves_from: int, backends: Set[int] = frozenset()
 ) -> set[tuple[int, int]]:
     """`Decoder.distinct` of a model that halves steps from so many tokens on; `backends` are its backends' sizes."""
-    sizes = kernels.distinct(tokens) | backends
-    # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
+    sizes, counts, parted = kernels.distinct(tokens) | backends, kernels.powers(prompts), set[tuple[int, int]]()
+    # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest. And halves with so
+    # many prompts, since the few rows that their last layer goes on with travel in another way than those of a small
+    # step, which `down` itself may send: another kernel (moe/exchange/slots.py).
     if tokens >= halves_from:
         sizes |= {halves_from - less for less in (1, 16)}
-    return {(size, size) for size in sizes} | {(2 * count, 2) for count in kernels.powers(prompts)}
+        parted = {(halves_from, -(-halves_from // count)) for count in counts}
+    return {(size, size) for size in sizes} | {(2 * count, 2) for count in counts} | parted
 
 
 def _join(halves: list[MicroBatch], step: Step) -> tuple[torch.Tensor, Owed]:
