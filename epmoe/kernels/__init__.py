@@ -22,7 +22,6 @@ This file imports no triton, so that a machine without a GPU can ask.
     capture.py          CUDA graphs
     compile_ahead.py    all kernels of a start compiled in parallel
     symmetric.py        memory that the GPUs of one node map into each other
-    push.py             a rank's slot rows into its peers' memory, and the wait for theirs
     gpu.py              a GPU's generation; kernels that begin before the one in front has ended
 """
 

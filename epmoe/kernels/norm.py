@@ -19,9 +19,7 @@ from torch import nn
 
 from epmoe.kernels import native
 from epmoe.kernels.gpu import after_previous, early, next_may_begin
-from epmoe.kernels.push import leave_marks, leave_rows, rows_of, sum_arrived, wait_marks
 from epmoe.kernels.runs import RUNS, columns, product, upwards
-from epmoe.kernels.symmetric import Place
 
 # 4096 padded columns over 16 warps: 8 to a thread. One number for all kernels here: it sets the order of the squares.
 _THREAD = 8
@@ -37,12 +35,7 @@ def serves(x_TH: torch.Tensor) -> bool:
 
 
 def add_norm(
-    x_TH: torch.Tensor,
-    rows_TKH: torch.Tensor | None,
-    weight_H: torch.Tensor,
-    eps: float,
-    *,
-    place: Place | None = None,
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, *, clear: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `norm.add_norm`: (x + the rows, its norm). One launch; x and rows are contiguous.
 
@@ -58,16 +51,14 @@ def add_norm(
     if tokens:
         add_norm_kernel[(tokens,)](
             x_TH,
-            rows_TKH if place is None else None,
+            rows_TKH,
             weight_H,
             sum_TH,
             norm_TH,
-            None if place is None else place.address_N,
-            0 if place is None else place.rank,
             eps,
             H=hidden,
             K=top_k,
-            N=0 if place is None else len(place.byte_N),
+            CLEAR=clear,
             **tile_options(hidden),
             **early(x_TH.device),
         )
@@ -121,19 +112,17 @@ def tile_options(hidden: int) -> dict[str, int]:
     return {"HP": padded, "num_warps": min(16, max(1, padded // (32 * _THREAD)))}
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit
 def add_norm_kernel(
     x_ptr,  # [T, H]
-    rows_ptr,  # [T, K, H]; None when K is 0 or N is not
+    rows_ptr,  # [T, K, H], with CLEAR zeros afterwards; None when K is 0
     weight_ptr,  # [H]
     sum_ptr,  # out [T, H]; not written when K is 0
     norm_ptr,  # out [T, H]
-    address_ptr,  # int64 [N], the place of the rows on each rank; None when N is 0
-    rank,
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
-    N: tl.constexpr,  # ranks that write rows to their place while this kernel runs (push.py); 0: they are here
+    CLEAR: tl.constexpr,
     HP: tl.constexpr,  # H rounded up to a power of two
     PDL: tl.constexpr,
 ):
@@ -141,16 +130,13 @@ def add_norm_kernel(
     t = tl.program_id(0).to(tl.int64)
     h_H = tl.arange(0, HP)
     real_H = h_H < H
-    if N:
-        rows_ptr = rows_of(address_ptr, rank, x_ptr.dtype)
-    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, N > 0, HP, PDL)
+    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if K:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
-    if N:
-        leave_rows(rows_ptr, t, h_H, real_H, H, K, HP)
-        if t == 0:
-            wait_marks(address_ptr, rank, N)
-            leave_marks(address_ptr, rank, N)
+        if CLEAR:
+            zero_H = tl.zeros([HP], rows_ptr.dtype.element_ty)
+            for k in tl.static_range(K):
+                tl.store(rows_ptr + (t * K + k) * H + h_H, zero_H, real_H)
     tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
 
 
@@ -185,7 +171,7 @@ def add_norm_linear_kernel(
     bias_B = tl.zeros([B], tl.float32)
     if bias_ptr is not None:
         bias_B = tl.load(bias_ptr + e_B, e_B < E, other=0).to(tl.float32)
-    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, False, HP, PDL)
+    sum_H, norm_H = _add_norm(x_ptr, rows_ptr, weight_ptr, t, h_H, real_H, eps, H, K, HP, PDL)
     if b == 0:
         tl.store(sum_ptr + t * H + h_H, sum_H, real_H)
         tl.store(norm_ptr + t * H + h_H, norm_H, real_H)
@@ -209,7 +195,6 @@ def _add_norm(
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
-    WAIT: tl.constexpr,
     HP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -220,12 +205,9 @@ def _add_norm(
     after_previous(PDL)
     x_H = tl.load(x_ptr + t * H + h_H, real_H, other=0)
     if K:
-        if WAIT:
-            add_H = sum_arrived(rows_ptr, t, h_H, real_H, H, K, HP)
-        else:
-            add_H = tl.zeros([HP], tl.float32)
-            for k in tl.static_range(K):
-                add_H += tl.load(rows_ptr + (t * K + k) * H + h_H, real_H, other=0).to(tl.float32)
+        add_H = tl.zeros([HP], tl.float32)
+        for k in tl.static_range(K):
+            add_H += tl.load(rows_ptr + (t * K + k) * H + h_H, real_H, other=0).to(tl.float32)
         x_H = (x_H.to(tl.float32) + add_H.to(x_H.dtype).to(tl.float32)).to(x_H.dtype)
     wide_H = x_H.to(tl.float32)
     square = tl.sum(wide_H * wide_H, 0) / H

@@ -1,8 +1,6 @@
-"""Memory that the GPUs of one node map into each other, so that a kernel can write into a peer's."""
+"""Memory that the GPUs of one node map into each other, and torch's all-reduce over it."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,46 +8,14 @@ import torch.distributed as dist
 
 from epmoe.ranks.mesh import Ranks
 
-MARKS = 256  # bytes at the beginning of a place: an int32 for each of up to 64 ranks
-ALIGNED = 16  # a place's address is a multiple
-# What memory holds where nothing has come yet: all bits set. Of bf16 and float32 it is a NaN that no arithmetic of
-# NVIDIA's GPUs makes (theirs are 0x7FFF and 0x7FFFFFFF).
-POISON = -1
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Memory for the rows of one exchange, on every rank of a group, as this rank sees it: marks, then rows.
-
-    A rank's mark says that it has come so far; its rows come by themselves. Both are POISON until they are there, and
-    POISON again when they have been read.
-    """
-
-    rank: int
-    byte_N: tuple[torch.Tensor, ...]  # uint8, the place on each rank
-    address_N: torch.Tensor  # int64 on this rank's device, where each begins
-
-    @property
-    def mark_N(self) -> torch.Tensor:
-        """int32 [N], on this rank."""
-        return self.byte_N[self.rank][:MARKS].view(torch.int32)[: len(self.byte_N)]
-
-    def rows(self, shape: Sequence[int], dtype: torch.dtype, rank: int | None = None) -> torch.Tensor:
-        """The rows on this rank or on another one."""
-        count = torch.Size(shape).numel()
-        byte_X = self.byte_N[self.rank if rank is None else rank]
-        return byte_X[MARKS:].view(dtype)[:count].view(shape)
-
 
 def possible(device: torch.device) -> bool:
-    """Whether such devices can have symmetric memory at all: NVIDIA's. AMD's, torch's "cuda" too, make other NaNs, and
-    a kernel of theirs need not see what a peer writes while it runs.
-    """
-    return device.type == "cuda" and torch.version.hip is None
+    """Whether such devices can have symmetric memory at all."""
+    return device.type == "cuda"
 
 
 def allocate(count: int, ranks: Ranks) -> torch.Tensor:
-    """`count` bytes that peers can map, POISON throughout.
+    """`count` bytes that peers can map, by themselves: torch's ops take addresses from the block's beginning.
 
     Raises:
         RuntimeError: a peer's device cannot be reached, or torch cannot allocate such memory.
@@ -60,21 +26,18 @@ def allocate(count: int, ranks: Ranks) -> torch.Tensor:
     for peer in range(first, first + ranks.expert_size):
         if peer != ranks.local_rank and not torch.cuda.can_device_access_peer(ranks.device, peer):
             raise RuntimeError(f"device {ranks.local_rank} has no access to the memory of device {peer}")
-    buffer = _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, ranks.device)
-    buffer.fill_(255)
-    torch.accelerator.synchronize(ranks.device)  # before a peer may write
-    return buffer
+    return _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, ranks.device)
 
 
-def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], Any]:
-    """The ranks' buffers as this rank sees them, this one's among them; and what keeps them mapped, as `buffer` keeps
-    its own memory: these tensors do not.
-
-    Keeps Python's lock while it waits for the other ranks, so the watch is deaf meanwhile: they must be there.
-    """
+def rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """Keeps Python's lock while it waits for the other ranks, so the watch is deaf meanwhile: they must be there."""
     from torch.distributed import _symmetric_memory
 
-    # Else torch would make a multicast object too, which these kernels do not use and some machines refuse.
+    # Else torch would make a multicast object too, which this kernel does not use and some machines refuse.
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    handle = _symmetric_memory.rendezvous(buffer, group.group_name)
-    return [handle.get_buffer(peer, (len(buffer),), torch.uint8) for peer in range(group.size())], handle
+    return _symmetric_memory.rendezvous(buffer, group.group_name)
+
+
+def two_shot(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """The sum over the ranks, in place, of memory that `allocate` gave, from its beginning on."""
+    torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", group.group_name)

@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 from epmoe import kernels
-from epmoe.kernels.symmetric import Place
 from epmoe.layers import linear as dense
-from epmoe.layers import push
 from epmoe.layers.twin import twin
 
 
@@ -37,24 +35,16 @@ def add_rows(rows_TKH: torch.Tensor) -> torch.Tensor:
 
 
 def add_norm(
-    x_TH: torch.Tensor,
-    rows_TKH: torch.Tensor | None,
-    weight_H: torch.Tensor,
-    eps: float,
-    *,
-    place: Place | None = None,
+    x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, *, clear: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add_rows(rows), the norm of that), both [T, H] in x's dtype; without rows x itself comes back.
 
-    Of a `place` other ranks write rows and marks meanwhile (push.py), which are waited for and left as `push` finds
-    them. For any device and dtype; epmoe/kernels/norm.py has the fast one.
+    `clear` leaves zeros in the rows. For any device and dtype; epmoe/kernels/norm.py has the fast one.
     """
     if rows_TKH is not None:
-        if place is not None:
-            push.arrive(rows_TKH, place)
         x_TH = x_TH + add_rows(rows_TKH)
-        if place is not None:
-            push.leave(rows_TKH, place)
+        if clear:
+            rows_TKH.zero_()
     wide_TH = x_TH.float()
     square_T1 = wide_TH.square().mean(-1, keepdim=True)
     wide_TH = wide_TH * torch.rsqrt(square_T1 + eps).masked_fill(~square_T1.isfinite(), torch.nan)
@@ -78,10 +68,10 @@ class AddNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, *, place: Place | None = None
+        self, x_TH: torch.Tensor, rows_TKH: torch.Tensor | None, *, clear: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the residual stream with `rows` added, its norm), [T, H] each; `place`: see `add_norm`."""
-        return twin("norm", x_TH).add_norm(x_TH, rows_TKH, self.weight, self.eps, place=place)
+        """(the residual stream with `rows` added, its norm), [T, H] each; `clear` leaves zeros in the rows."""
+        return twin("norm", x_TH).add_norm(x_TH, rows_TKH, self.weight, self.eps, clear=clear)
 
     def with_linear(
         self, x_TH: torch.Tensor, rows_TKH: torch.Tensor, linear: nn.Linear

@@ -153,7 +153,6 @@ class Decoder(nn.Module):
         """
         halves = [self._embed(half, cache) for half in step.halves(self.halves_from)]
         layers = cast(list[Layer], list(self.layers))
-        layers[0].moe.exchange.begin(len(layers))
         features, sizes = self._new_features(halves), [half.tokens for half in halves]
         for index in self._of_each_kind() if is_brief() else range(len(layers)):
             layer = layers[index]
@@ -234,14 +233,11 @@ def prefill_kinds(
     tokens: int, prompts: int, halves_from: int, backends: Set[int] = frozenset()
 ) -> set[tuple[int, int]]:
     """`Decoder.distinct` of a model that halves steps from so many tokens on; `backends` are its backends' sizes."""
-    sizes, counts, parted = kernels.distinct(tokens) | backends, kernels.powers(prompts), set[tuple[int, int]]()
-    # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest. And halves with so
-    # many prompts, since the few rows that their last layer goes on with travel in another way than those of a small
-    # step, which `down` itself may send: another kernel (moe/exchange/slots.py).
+    sizes = kernels.distinct(tokens) | backends
+    # From there on kernels see a step's halves. Whole, the largest that 16 divides, and the largest.
     if tokens >= halves_from:
         sizes |= {halves_from - less for less in (1, 16)}
-        parted = {(halves_from, -(-halves_from // count)) for count in counts}
-    return {(size, size) for size in sizes} | {(2 * count, 2) for count in counts} | parted
+    return {(size, size) for size in sizes} | {(2 * count, 2) for count in kernels.powers(prompts)}
 
 
 def _join(halves: list[MicroBatch], step: Step) -> tuple[torch.Tensor, Owed]:

@@ -61,9 +61,6 @@ class MoE(nn.Module):
         """[T, H] and the router's logits → rows [T, J, H], a token's output being `add_rows` of its own."""
         assert self.experts is not None, "MoE.install was not called"
         sent = self.exchange.dispatch(norm_TH, logits_TE, self.routing, counts=counts, overlap=overlap)
-        if sent.place is not None and getattr(self.experts, "pushes", False):
-            y_XKH = self.experts.forward(sent.x_XH, sent.dispatch, sent.rows_XKH, sent.place)  # type: ignore[call-arg]
-            return Owed(y_XKH, place=sent.place)
-        y_XKH = self.experts.forward(sent.x_XH, sent.dispatch)
+        y_XKH = self.experts.forward(sent.x_XH, sent.dispatch, sent.rows_XKH)
         with named("combine"):
             return self.exchange.combine(y_XKH, sent)

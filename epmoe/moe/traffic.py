@@ -6,7 +6,7 @@
     data             nothing                         all_gather of tokens and router's logits, reduce_scatter of rows
       all_to_all                                     large steps: all_to_all of sizes, tokens, choices and rows
 
-Rows that GPUs of a node push into each other's memory are those of the peers' slots alone, and no collective.
+Rows that GPUs of a node add up in symmetric memory are as many bytes, and no collective of a process group.
 
 Letters: T tokens of a step, with `data` of each rank · H hidden · E experts · K experts per token · N ranks.
 """

@@ -41,8 +41,7 @@ def compile_kernel(
     "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
-    "wide": loads of 16 bytes a thread, "far": stores of 8 or 16, "hasty": looks at what others write behind which
-    something is stored before all threads have looked, and "biased": products whose sum begins with what the kernel
+    "wide": loads of 16 bytes a thread, and "biased": products whose sum begins with what the kernel
     adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`.
 
     Args:
@@ -75,9 +74,6 @@ def compile_kernel(
     cost |= {"factors": len(factors), "unlike": sum(one != other for one, other in factors)}
     cost |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait"), **_early(compiled.asm["ptx"])}
     cost["wide"] = len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"]))
-    cost["far"] = len(re.findall(r"st\.global\.v[24]\.b32", compiled.asm["ptx"]))
-    looks = compiled.asm["ptx"].split("ld.volatile")[1:]
-    cost["hasty"] = sum("st.global" in re.split(r"\bbar(?:rier)?\.(?:cta\.)?sync", look)[0] for look in looks)
     cost["biased"] = _biased(compiled.asm.get("ttir", ""))
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)

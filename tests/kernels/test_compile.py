@@ -38,7 +38,6 @@ def compiled(
     ptx: bool = True,
     arch: int = 90,
     columns: int = 2880,
-    ranks: int = 0,
 ) -> dict[str, int]:
     pointer, dot = DTYPES[dtype]
     types = {
@@ -48,17 +47,9 @@ def compiled(
         **dict.fromkeys(("offset_ptr", "slot_ptr"), "*i32"),
         **dict.fromkeys(("alpha", "limit", "up_offset"), "fp32"),
         "weight_ptr": "*fp32",
-        "address_ptr": "*i64",
     }
-    constants: dict[str, Any] = {
-        "COLUMNS": columns,
-        "LOCAL": local,
-        "B": tile.weight_rows,
-        "M": tile.tokens,
-        "Q": tile.words,
-    }
+    constants = {"COLUMNS": columns, "LOCAL": local, "B": tile.weight_rows, "M": tile.tokens, "Q": tile.words}
     constants |= {"WIDE": wide, "PTX": ptx, "DOT": dot} | ({"PDL": arch >= 90} if kernel is gate_up_kernel else {})
-    constants |= {"N": ranks} | ({} if ranks else {"address_ptr": None}) if kernel is down_kernel else {}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     sizes = ("hidden", "intermediate", "rows")  # multiples of 32, as MXFP4 demands
     cost = compile_kernel(kernel, signature, constants, tile.warps, tile.stages, arch, divisible=sizes)
@@ -76,9 +67,6 @@ def test_no_spills(kernel: Any, dtype: torch.dtype, tile: ExpertTile) -> None:
     cost = compiled(kernel, dtype, tile)
     assert cost["spills"] == 0
     assert (cost["waits"], cost["early"]) == (kernel is gate_up_kernel, 0)
-    if kernel is down_kernel:  # and where the rows go to eight ranks
-        more = compiled(kernel, dtype, tile, ranks=8)
-        assert more["spills"] == 0 and more["far"] == 8 * cost["far"] > 0
     # With 8 tokens Triton takes an older instruction; test_experts_gpu.py holds it to the same bits.
     assert (cost["wgmma"] > 0) == (dtype == torch.bfloat16 and tile.tokens > 8)
     if dtype == torch.bfloat16:
@@ -129,26 +117,14 @@ def test_hopper_kernels(tile: ExpertTile, kernel: Any, wide: bool) -> None:
         **dict.fromkeys(("scale_ptr", "offset_ptr", "slot_ptr"), "*i32"),
         **dict.fromkeys(("alpha", "limit", "up_offset"), "fp32"),
         "weight_ptr": "*fp32",
-        "address_ptr": "*i64",
     }
-    constants: dict[str, Any] = {
-        "COLUMNS": 2880,
-        "LOCAL": 32,
-        "B": tile.weight_rows,
-        **found,
-        "WIDE": wide,
-        "PDL": True,
-    }
-    if kernel is hopper_kernels.down_kernel:
-        constants |= {"N": 0, "address_ptr": None} if wide else {"N": 2}
+    constants = {"COLUMNS": 2880, "LOCAL": 32, "B": tile.weight_rows, **found, "WIDE": wide, "PDL": True}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     cost = compile_kernel(kernel, signature, constants, tile.warps, divisible=("rows",))
     assert cost["spills"] == cost["serialized"] == cost["unlike"] == 0 and cost["wgmma"] > 0 < cost["factors"]
     assert cost["shared"] <= MOST_SHARED[90]
-    # A wait for each way through the kernel. The words are on their way before it, and x is not; and marks, which say
-    # what is so when the kernel before has begun.
-    marks = constants.get("N", 0)
-    assert (cost["waits"], cost["early"], cost["copies"]) == (5 if found["MORE"] else 4, marks, 0)
+    # A wait for each way through the kernel. The words are on their way before it, and x is not.
+    assert (cost["waits"], cost["early"], cost["copies"]) == (5 if found["MORE"] else 4, 0, 0)
 
 
 def test_gather() -> None:

@@ -10,12 +10,9 @@ import pytest
 import torch
 from compile_sm90 import MOST_SHARED, compile_kernel
 from interpret import interpreted
-from places import full
 
 from epmoe.kernels import norm as norm_triton
-from epmoe.kernels.symmetric import POISON
 from epmoe.layers.norm import AddNorm, add_norm, add_rows
-from epmoe.layers.push import bits
 
 EPS = 1e-5
 
@@ -62,14 +59,15 @@ def compare(case: Case, device: str, dtype: torch.dtype, tolerance: float) -> No
     moved_TH, moved_TKH = x_TH.to(device), None if rows_TKH is None else rows_TKH.to(device)
     sum_TH, norm_TH = norm_triton.add_norm(moved_TH, moved_TKH, weight_H.to(device), eps)
     if moved_TKH is not None:
-        (given_TKH, place), fresh_TKH = full(moved_TKH, 3), operands(case, dtype)[1]
-        again = norm_triton.add_norm(moved_TH, given_TKH, weight_H.to(device), eps, place=place)
+        given_TKH, fresh_TKH = moved_TKH.clone(), operands(case, dtype)[1]
+        again = norm_triton.add_norm(moved_TH, given_TKH, weight_H.to(device), eps, clear=True)
         assert all(torch.equal(a, b) for a, b in zip(again, (sum_TH, norm_TH), strict=True))
-        assert (bits(given_TKH) == POISON).all() and (place.mark_N == POISON).all() == bool(case.tokens)
-        assert fresh_TKH is not None and torch.equal(moved_TKH.cpu(), fresh_TKH), "left what it was not told to"
+        assert not given_TKH.any() and not given_TKH.signbit().any()
+        assert fresh_TKH is not None and torch.equal(moved_TKH.cpu(), fresh_TKH), "cleared what it was not told to"
     assert torch.equal(moved_TH.cpu(), operands(case, dtype)[0]), "changed its argument"
     assert sum_TH.dtype == norm_TH.dtype == dtype
-    assert torch.equal(bits(sum_TH.cpu()), bits(wanted_sum_TH)), "the residual sum must have the same bits"
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(sum_TH.cpu().view(bits), wanted_sum_TH.view(bits)), "the residual sum must have the same bits"
     torch.testing.assert_close(norm_TH.cpu(), wanted_TH, rtol=tolerance, atol=0)
 
 
@@ -148,15 +146,14 @@ def test_three_roundings() -> None:
     assert norm_TH.item() == 1.25 and norm_TH.dtype == torch.bfloat16
 
 
-def test_the_reference_leaves_what_push_must_find() -> None:
+def test_the_reference_clears_when_told() -> None:
     x_TH, rows_TKH, weight_H, eps = operands(Case("four slots", 3, 4))
     assert rows_TKH is not None
     kept_TKH = rows_TKH.clone()
     wanted = add_norm(x_TH, kept_TKH, weight_H, eps)
-    rows_TKH, place = full(rows_TKH, 2)
-    got = add_norm(x_TH, rows_TKH, weight_H, eps, place=place)
+    got = add_norm(x_TH, rows_TKH, weight_H, eps, clear=True)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert kept_TKH.any() and (bits(rows_TKH) == POISON).all() and (place.mark_N == POISON).all()
+    assert kept_TKH.any() and not rows_TKH.any()
 
 
 def test_the_norm_is_rms() -> None:
@@ -191,20 +188,17 @@ def test_a_row_that_overflows_is_nan_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(("rows", "ranks"), [(0, 0), (1, 0), (4, 0), (4, 2), (4, 8), (4, 64)])
-def test_compiles_without_spills(rows: int, ranks: int, arch: int) -> None:
-    types = {**dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "sum_ptr", "norm_ptr"), "*bf16")}
-    types |= {"address_ptr": "*i64", "rank": "i32", "eps": "fp32"}
+@pytest.mark.parametrize(("rows", "clear"), [(0, False), (1, False), (4, False), (4, True)])
+def test_compiles_without_spills(rows: int, clear: bool, arch: int) -> None:
+    types = {**dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "sum_ptr", "norm_ptr"), "*bf16"), "eps": "fp32"}
     options = norm_triton.tile_options(2880)
     constants = {"H": 2880, "K": rows, "HP": options["HP"], "PDL": arch >= 90} | ({} if rows else {"rows_ptr": None})
     signature = {name: kind for name, kind in types.items() if name not in constants}
-    more = {**constants, "N": ranks} | ({"rows_ptr": None} if ranks else {"address_ptr": None})
-    signature = {name: kind for name, kind in signature.items() if name not in more}
-    cost = compile_kernel(norm_triton.add_norm_kernel, signature, more, options["num_warps"], arch=arch)
-    assert cost["spills"] == cost["hasty"] == 0, cost  # no warp leaves POISON where another still waits for a mark
+    cleared = {**constants, "CLEAR": clear}
+    cost = compile_kernel(norm_triton.add_norm_kernel, signature, cleared, options["num_warps"], arch=arch)
+    assert cost["spills"] == 0, cost
     assert (cost["waits"], cost["early"]) == (arch >= 90, arch >= 90)  # the next kernel is let in before the wait
-    if rows and not ranks:
-        del types["address_ptr"], types["rank"]
+    if rows and not clear:
         signature = {**types, **dict.fromkeys(("linear_ptr", "bias_ptr", "out_ptr"), "*bf16")}
         constants |= {"E": 32, "B": norm_triton.OUTPUTS, "R": norm_triton.RUNS}
         cost = compile_kernel(norm_triton.add_norm_linear_kernel, signature, constants, options["num_warps"], arch=arch)

@@ -1,18 +1,14 @@
-"""What is owed to the residual stream: waited for, added in order, and peers' memory left as it was, once each.
+"""What is owed to the residual stream: waited for, added in order, and its memory cleared and given back, once each.
 
 Letters: T tokens · J rows a token · H hidden · E outputs of a linear layer.
 """
 
-import time
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from places import places
 from torch import nn
 
-from epmoe.kernels.symmetric import Place
 from epmoe.layers.norm import AddNorm, add_norm, add_norm_linear
 from epmoe.layers.owed import Owed
 
@@ -29,6 +25,14 @@ class Work:
         self.waits += 1
         self.place_TJH.copy_(self.rows_TJH)
         return True
+
+
+class Lender:
+    def __init__(self) -> None:
+        self.returns = 0
+
+    def give_back(self) -> None:
+        self.returns += 1
 
 
 @pytest.fixture
@@ -84,54 +88,28 @@ def test_rows_under_way_are_waited_for_once(norm: AddNorm, outputs: int | None) 
     assert work.waits == 1 and same(found[:2], add_norm(stream(), some_rows(), norm.weight, 1e-5))
 
 
-class Peer(Thread):
-    """Rank 1, which owns all rows: writes them to rank 0's place, and its mark, a while later."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        self.place = place
-        place.mark_N[0] = 1
-        self.start()
-
-    def run(self) -> None:
-        for row_JH, from_JH in zip(rows_in(self.place), some_rows(), strict=True):
-            time.sleep(0.02)
-            row_JH.copy_(from_JH)
-        self.place.mark_N[1] = 1
-
-
-def rows_in(place: Place) -> torch.Tensor:
-    return place.rows((TOKENS, ROWS, HIDDEN), torch.float32)
-
-
-@pytest.fixture
-def place() -> Place:
-    return places(2, 4 * TOKENS * ROWS * HIDDEN)[0]
-
-
-def test_rows_of_peers_are_waited_for_and_leave_their_place_as_it_was(norm: AddNorm, place: Place) -> None:
-    peer = Peer(place)
-    found = Owed(rows_in(place), place=place).add_to(stream(), norm)
-    peer.join()
-    assert same(found, add_norm(stream(), some_rows(), norm.weight, 1e-5))
-    assert (place.byte_N[0] == 255).all()
-
-
-def test_a_look_at_rows_of_peers_leaves_them(norm: AddNorm, place: Place) -> None:
-    """`wait` alone: they are still to be added."""
-    peer = Peer(place)
-    owed = Owed(rows_in(place), place=place)
-    seen_TJH = owed.wait()
-    assert seen_TJH is not None and torch.equal(seen_TJH, some_rows()) and (place.mark_N == 1).all()
+def test_borrowed_memory_is_cleared_and_given_back_once(norm: AddNorm) -> None:
+    place_TJH, lender = torch.full((TOKENS, ROWS, HIDDEN), torch.nan), Lender()
+    work: Any = Work(place_TJH, some_rows())
+    owed = Owed(place_TJH, work, lender)
+    assert lender.returns == 0
     assert same(owed.add_to(stream(), norm), add_norm(stream(), some_rows(), norm.weight, 1e-5))
-    peer.join()
+    assert (work.waits, lender.returns) == (1, 1) and not place_TJH.any()
 
 
-def test_rows_of_peers_before_a_linear_layer_are_a_bug(norm: AddNorm, place: Place) -> None:
-    """Its kernel reads them several times, so it cannot leave their place as it was."""
-    with pytest.raises(AssertionError, match="of peers"):
-        Owed(some_rows(), place=place).add_to(stream(), norm, nn.Linear(HIDDEN, 4))
-    with pytest.raises(AssertionError, match="owes nothing"):
+def test_a_look_gives_nothing_back() -> None:
+    """`wait` alone: the lender goes on to believe that the memory is in use."""
+    lender = Lender()
+    owed = Owed(some_rows(), lender=lender)
+    seen_TJH = owed.wait()
+    assert seen_TJH is not None and torch.equal(seen_TJH, some_rows()) and lender.returns == 0
+
+
+def test_borrowed_rows_before_a_linear_layer_are_a_bug(norm: AddNorm) -> None:
+    """Its kernel reads them several times, so it cannot clear them."""
+    with pytest.raises(AssertionError, match="borrows"):
+        Owed(some_rows(), lender=Lender()).add_to(stream(), norm, nn.Linear(HIDDEN, 4))
+    with pytest.raises(AssertionError, match="borrows"):
         Owed().add_to(stream(), norm, nn.Linear(HIDDEN, 4))
 
 
@@ -142,15 +120,15 @@ def test_two_halves_become_one() -> None:
     works: list[Any] = [Work(place_TJH, some_rows(seed)) for seed, place_TJH in enumerate(places)]
     joined = Owed.join(own_T11, *(Owed(place_TJH, work) for place_TJH, work in zip(places, works, strict=True)))
     assert [work.waits for work in works] == [1, 1]
-    assert joined.rows_TJH is not None and joined.work is None and joined.place is None
+    assert joined.rows_TJH is not None and joined.work is None and joined.lender is None
     for token, own in enumerate(own_T11.flatten().tolist()):
         assert torch.equal(joined.rows_TJH[token], some_rows(0 if own else 1)[token])
 
 
-def test_halves_in_a_place_are_a_bug(place: Place) -> None:
+def test_halves_in_borrowed_memory_are_a_bug() -> None:
     """There is room for one of them only."""
     own_T11 = torch.ones(TOKENS, 1, 1, dtype=torch.bool)
-    own, borrowed = Owed(some_rows()), Owed(some_rows(), place=place)
+    own, borrowed = Owed(some_rows()), Owed(some_rows(), lender=Lender())
     for first, second in ((borrowed, own), (own, borrowed)):
         with pytest.raises(AssertionError, match="memory of their own"):
             Owed.join(own_T11, first, second)

@@ -22,7 +22,7 @@ from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.layers.attention import Attention
 from epmoe.layers.owed import Owed
-from epmoe.models.decoder import Decoder, Limits, prefill_kinds
+from epmoe.models.decoder import Decoder, Limits
 from epmoe.ranks.mesh import Ranks
 from epmoe.weights.checkpoint import Checkpoint
 from epmoe.weights.choices import DTYPES, Choices
@@ -81,13 +81,6 @@ def test_real_steps_are_cut_at_multiples_of_64(tokens: int) -> None:
     assert second.spans == ((0, len(second.token_T), len(first.token_T), 0),)
     assert len(first.token_T) + len(second.token_T) == tokens
     assert len(make_step([(0, [0] * 4095, 0)]).halves(4096)) == 1
-
-
-def test_halves_with_each_number_of_prompts_are_warmed_up() -> None:
-    """Their last layer's rows go by the process group, however few: no small step has compiled that."""
-    halved = {-(-tokens // each) for tokens, each in prefill_kinds(8192, 300, 4096) if tokens >= 4096}
-    assert halved >= {1, 2, 4, 8, 16, 32, 64, 128, 256}
-    assert all(tokens == each for tokens, each in prefill_kinds(8192, 300, 9000) if tokens >= 4096)
 
 
 @pytest.mark.parametrize(("rows", "new"), [(3, 90), (60, 9), (60, 1)])

@@ -15,11 +15,13 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.engine.request import ALL_KEPT, Level, Variant
 from epmoe.engine.state import State
 from epmoe.engine.step import Sizes, StaticStep
+from epmoe.kernels import symmetric as memory
 from epmoe.layers.twin import switched
 from epmoe.moe.exchange import symmetric
 
 
-def layer(*attention: str) -> list[str]:
+def layer(*attention: str, ranks: int) -> list[str]:
+    combine = ranks > 1
     return [
         "add_norm_kernel",  # adds the experts' slots of the layer before
         "product_kernel",  # queries, keys and values
@@ -29,6 +31,7 @@ def layer(*attention: str) -> list[str]:
         "_few",
         "gate_up_kernel",
         "down_kernel",
+        *["neg_"] * combine,  # in the place of the kernel that adds the ranks' rows, which needs them
     ]
 
 
@@ -37,18 +40,11 @@ AFTER = ["add_norm_kernel", "product_kernel", "largest_kernel", "join_kernel", "
 
 
 def share(model: Any, size: int) -> None:
-    """Let the model's rows go by symmetric memory, with nobody at the other end: rows and marks seem to be there."""
+    """Let the model's rows go by symmetric memory, with nobody at the other end."""
+    group: Any = SimpleNamespace(size=lambda: size)
     exchange = model.moe_layers()[0].exchange
-    exchange.group = SimpleNamespace(size=lambda: size)
-    memory_X = torch.zeros(3 << 20, dtype=torch.uint8)
-    exchange.symmetric = places = symmetric.Places(0, [memory_X] * size)
-    lend = places.lend
-
-    def filled(x_TH: torch.Tensor, top_k: int) -> Any:
-        memory_X.numpy().fill(0)  # no launch
-        return lend(x_TH, top_k)
-
-    places.lend = filled  # type: ignore[method-assign]
+    exchange.group = group
+    exchange.symmetric = symmetric.SymmetricRows(torch.zeros(1 << 20, dtype=torch.uint8), group)
 
 
 def step(
@@ -66,7 +62,8 @@ def step(
     cache = Cache(CacheConfig(*shape, tokens=600, sequences=rows, dtype=torch.float32), "cpu")
 
     model.limits = replace(model.limits, vocab_chunk=config.vocab // 4)
-    with switched(interpreted=True):
+    with switched(interpreted=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "two_shot", lambda flat, group: flat.neg_())
         state = State(cache, config.vocab, rank_of(0, 1))
         state.keep(ALL_KEPT if kept else frozenset())
         decode = StaticStep(model, cache, state, Sizes(rows, 16))
@@ -92,11 +89,11 @@ def step(
 def test_launches_of_a_decode_step(tiny_checkpoint: Path, rows: int, ranks: int, kept: bool) -> None:
     """Eight a layer with a window, nine with full attention (the cache is longer than one split), nine around them.
 
-    Several ranks have none more: `down` pushes its rows, and the next norm waits for the others'. A step whose rows
-    want no penalty, bias or mask is the same where others' are kept.
+    Several ranks add one a layer: zeros in other ranks' slots are left there by the norm that read the last rows. A
+    step whose rows want no penalty, bias or mask is the same where others' are kept.
     """
-    window = layer("decode_kernel")
-    full = layer("decode_kernel", "combine_kernel")
+    window = layer("decode_kernel", ranks=ranks)
+    full = layer("decode_kernel", "combine_kernel", ranks=ranks)
     whole, body = interpreted(step, tiny_checkpoint, rows, ranks, kept)
     assert whole == [*BEFORE, *window, *full, *AFTER]
     assert body == [*BEFORE, *window, *full, AFTER[0], *["copy_"] * 3]  # the norms, sequences and positions for a head

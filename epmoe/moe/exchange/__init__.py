@@ -7,10 +7,10 @@
 With mesh.attention=replicate every rank has all tokens and nothing travels out. With `data` each rank has its own: in
 small steps all ranks get all of them (gathered.py), in large ones an expert's rank alone does (all_to_all.py).
 
-Experts may write straight into memory that the ranks share, so that nothing is copied on the way, and nothing is left
-for `combine`. What comes back is not added up yet: the sum is one pass over memory together with the residual and the
-next norm (epmoe/layers/owed.py). It may also still be on its way: a large prefill runs as two micro-batches, and the
-rows of one travel while the other computes (epmoe/models/decoder.py).
+Experts may write straight into memory that the ranks share, so that nothing is copied on the way. What comes back is
+not added up yet: the sum is one pass over memory together with the residual and the next norm (epmoe/layers/owed.py).
+It may also still be on its way: a large prefill runs as two micro-batches, and the rows of one travel while the other
+computes (epmoe/models/decoder.py).
 
 Letters: T tokens · X tokens that this rank's experts look at · E experts · K experts per token · J rows a token that
 are owed · H hidden.
@@ -22,8 +22,7 @@ from typing import Protocol
 import torch
 
 from epmoe.errors import UserError
-from epmoe.kernels.symmetric import Place
-from epmoe.layers.owed import Owed
+from epmoe.layers.owed import Lender, Owed
 from epmoe.moe.router import Dispatch
 from epmoe.moe.router.routing import Routing
 
@@ -64,8 +63,8 @@ class Sent:
 
     x_XH: torch.Tensor
     dispatch: Dispatch  # of these tokens: the slots that are this rank's
-    place: Place | None = None  # where the rows of all ranks come, whoever writes them; None: by a collective
-    rows_XKH: torch.Tensor | None = None  # of this rank's place
+    rows_XKH: torch.Tensor | None = None  # zeros, for the experts' rows; None: they may be anywhere
+    lender: Lender | None = None  # of that memory
     overlap: bool = False
 
 
@@ -81,10 +80,6 @@ class Exchange(Protocol):
     @property
     def overlaps(self) -> bool:
         """Whether rows travel to other ranks, and may do so beside another micro-batch's work."""
-        ...
-
-    def begin(self, layers: int) -> None:
-        """A pass through the model begins, in which so many layers call the other methods."""
         ...
 
     def dispatch(
@@ -105,7 +100,7 @@ class Exchange(Protocol):
     def combine(self, y_XKH: torch.Tensor, sent: Sent) -> Owed:
         """Rows [T, J, H] of this rank's own tokens, in y's dtype: `add_rows` of them sums over K and over the ranks.
 
-        `y_XKH` has zeros in the slots of other ranks, and may be overwritten or come back. Not called where the experts
-        have written their rows to the place of `sent` on all ranks themselves.
+        `y_XKH` has zeros in the slots of other ranks, and may be overwritten or come back. It is the rows of `sent`,
+        with this rank's slots filled in, where that has some.
         """
         ...

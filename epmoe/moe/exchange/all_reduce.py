@@ -27,9 +27,6 @@ class AllReduce:
     def overlaps(self) -> bool:
         return self.group is not None and not self.data
 
-    def begin(self, layers: int) -> None:
-        pass
-
     def dispatch(
         self,
         norm_TH: torch.Tensor,

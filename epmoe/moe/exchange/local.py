@@ -19,9 +19,6 @@ class Local:
     def __init__(self, ranks: Ranks, attention: str = "replicate") -> None:
         assert ranks.expert_size == 1
 
-    def begin(self, layers: int) -> None:
-        pass
-
     def dispatch(
         self,
         norm_TH: torch.Tensor,

@@ -4,9 +4,9 @@ A slot is one (token, k) pair and has exactly one owner, so summing a slot's row
 in whatever order the network adds. Every rank then has all K rows of a token, to be added in the one order k = 0 … K-1
 by `add_rows`.
 
-On GPUs of one node a rank writes the rows of small steps, decode steps above all, into its peers' memory
-(symmetric.py); everything else goes by the process group's all-reduce. No bit depends on which. Where each rank has its
-own tokens, all ranks' experts see all tokens, and each rank gets the rows of its own (gathered.py).
+GPUs of one node add the rows of small steps, decode steps above all, in symmetric memory (symmetric.py), into which the
+experts have written them; everything else goes by the process group's all-reduce. No bit depends on which. Where each
+rank has its own tokens, all ranks' experts see all tokens, and each rank gets the rows of its own (gathered.py).
 
 Letters: T tokens · X tokens that this rank's experts look at · E experts · K experts per token · H hidden.
 """
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from epmoe.layers.owed import Owed
-from epmoe.layers.twin import twin
 from epmoe.moe.exchange import Counts, Sent
 from epmoe.moe.exchange.gathered import Gathered, gather, scatter
 from epmoe.moe.exchange.symmetric import ROOM, connect
@@ -38,10 +37,6 @@ class Slots:
     def overlaps(self) -> bool:
         return self.group is not None and not self.data
 
-    def begin(self, layers: int) -> None:
-        if self.symmetric is not None:
-            self.symmetric.begin(layers)
-
     def dispatch(
         self,
         norm_TH: torch.Tensor,
@@ -51,26 +46,24 @@ class Slots:
         counts: Counts = None,
         overlap: bool = False,
     ) -> Sent:
-        """The tokens themselves, or all ranks'. Rows go to symmetric memory, where this step's travel by it."""
+        """The tokens themselves, or all ranks'.
+
+        Rows go to zeros in symmetric memory, where this step's travel by it: it has room for one micro-batch.
+        """
         if self.data and self.group is not None:
             return gather(norm_TH, logits_TE, routing, self.ranks, counts)
         # Before the router, whose kernel lets the experts' first one come in early (epmoe/kernels/gpu.py).
-        lent = self.symmetric.lend(norm_TH, routing.top_k) if self.symmetric and not overlap else None
-        place, rows_TKH = lent or (None, None)
-        return Sent(norm_TH, routing.route(logits_TE), place, rows_TKH, overlap)
+        rows_TKH = self.symmetric.lend(norm_TH, routing.top_k) if self.symmetric and not overlap else None
+        lender = None if rows_TKH is None else self.symmetric
+        return Sent(norm_TH, routing.route(logits_TE), rows_TKH, lender, overlap)
 
     def combine(self, y_XKH: torch.Tensor, sent: Sent) -> Owed:
         """[X, K, H] with zeros in other ranks' slots → [T, K, H] with all slots, in place where all have all tokens."""
         if isinstance(sent, Gathered):
             return Owed(scatter(y_XKH, sent))
-        if self.group is None:
+        if self.group is None or not y_XKH.numel():
             return Owed(y_XKH)
-        if not y_XKH.numel():
-            if self.symmetric is not None and not sent.overlap:  # the ranks meet all the same (Places.lend)
-                dist.all_reduce(y_XKH.new_zeros(1), group=self.group)
-            return Owed(y_XKH)
-        if sent.place is not None:
-            assert sent.rows_XKH is not None
-            twin("push", y_XKH).push(y_XKH, sent.dispatch.row_S, sent.place)
-            return Owed(sent.rows_XKH, place=sent.place)
+        if self.symmetric and sent.lender is self.symmetric:
+            self.symmetric.add(y_XKH)
+            return Owed(y_XKH, lender=self.symmetric)
         return Owed(y_XKH, dist.all_reduce(y_XKH, group=self.group, async_op=sent.overlap))

@@ -34,7 +34,7 @@ class GatedActivation:
 class Experts(Protocol):
     """The packed experts of one layer on one rank. What the class says of itself is known without importing kernels.
 
-    A class may also have `dtypes`, `configured` and `pushes` (CONTRIBUTING.md).
+    A class may also have `dtypes` and `configured` (CONTRIBUTING.md).
     """
 
     formats: ClassVar[frozenset[str]]  # names of FORMATS that `pack` takes

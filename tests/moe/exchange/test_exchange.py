@@ -3,23 +3,18 @@
 Letters: T tokens · K experts per token · H hidden.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from loading import rank_of
 from spawn import run_ranks
 
 from epmoe.layers.norm import add_rows
 from epmoe.moe.exchange import EXCHANGES, Exchange
 from epmoe.ranks.mesh import Ranks
 from epmoe.tables import lookup
-
-PAGE = Path(__file__).parents[3] / "CONTRIBUTING.md"
 
 
 @dataclass(frozen=True)
@@ -109,14 +104,6 @@ def test_every_exchange_is_near_the_exact_sum(name: str, overlap: bool) -> None:
         for rank_outputs in results:
             assert ((rank_outputs[index].double() - exact_TH).abs() <= bound * size_TH).all(), case.name
             assert torch.equal(bits(rank_outputs[index]), bits(results[0][index])), case.name
-
-
-def test_the_example_of_how_to_write_one_is_complete() -> None:
-    (code,) = re.findall(r"```python\n([^`]+class AllRows:.+?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    made = names["AllRows"](rank_of(0, 1), "replicate")
-    assert [name for name in vars(Exchange) if not name.startswith("_") and not hasattr(made, name)] == []
 
 
 def test_all_reduce_in_bf16_is_not_bitwise() -> None:

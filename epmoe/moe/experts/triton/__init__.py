@@ -31,7 +31,6 @@ from epmoe.moe.router import Dispatch
 from epmoe.trace import named
 
 if TYPE_CHECKING:
-    from epmoe.kernels.symmetric import Place
     from epmoe.moe.experts.triton.words import WordMatrix
 
 
@@ -44,7 +43,6 @@ class TritonExperts:
 
     formats: ClassVar[frozenset[str]] = frozenset({"mxfp4"})
     waits: ClassVar[bool] = False
-    pushes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -114,18 +112,9 @@ class TritonExperts:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes + self.gate_up_bias_LN.nbytes + self.down_bias_LH.nbytes
 
-    def forward(
-        self,
-        x_TH: torch.Tensor,
-        dispatch: Dispatch,
-        y_TKH: torch.Tensor | None = None,
-        place: "Place | None" = None,
-    ) -> torch.Tensor:
-        """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero.
-
-        Of a `place` `y_TKH` are the rows; they go to all ranks then, with the mark (epmoe/layers/push.py).
-        """
+    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch, y_TKH: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H] → this rank's slot rows [T, K, H] in x's dtype (bfloat16 or float32), others zero."""
         with named("gate_up"):
             h_RI = self._products.gate_up(x_TH, self.gate_up, self.gate_up_bias_LN, dispatch, self.activation)
         with named("down"):
-            return self._products.down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH, place)
+            return self._products.down(h_RI, self.down, self.down_bias_LH, dispatch, y_TKH)

@@ -11,7 +11,6 @@ import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epmoe.kernels.gpu import early
-from epmoe.kernels.symmetric import Place
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.triton.hopper_kernels import down_kernel, gate_up_kernel
 from epmoe.moe.experts.triton.hopper_product import RUN, SHARED, WORDS
@@ -75,7 +74,6 @@ def down(
     y_TKH: torch.Tensor,
     tile: ExpertTile,
     grid: int,
-    place: Place | None,
 ) -> None:
     """As `products.down`, into the slots of this rank in `y_TKH`."""
     num_local, rows, columns = matrix.shape
@@ -89,12 +87,9 @@ def down(
         dispatch.offset_L1,
         dispatch.slot_R,
         dispatch.weight_TK,
-        y_TKH if place is None else None,
-        None if place is None else place.address_N,
-        0 if place is None else place.rank,
+        y_TKH,
         rows,
         num_local,
-        N=0 if place is None else len(place.byte_N),
         **_constants(tile, matrix),
         **early(h_RI.device),
     )

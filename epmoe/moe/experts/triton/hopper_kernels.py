@@ -19,7 +19,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from epmoe.kernels.gpu import after_previous
-from epmoe.kernels.push import put_marks, rows_of
 from epmoe.moe.experts.triton.hopper_product import product
 
 
@@ -69,7 +68,7 @@ def gate_up_kernel(
         _tile_of_h(whole, weights, to, tile, COLUMNS, B, M, MORE, PIECES, WIDE, PDL)
 
 
-@gluon.jit(do_not_specialize=["num_local", "rank"])
+@gluon.jit(do_not_specialize=["num_local"])
 def down_kernel(
     h_desc,  # [R, I] bf16 in blocks [M, 256 / PIECES]
     h_half_desc,  # the same in blocks of M/2 rows
@@ -82,9 +81,7 @@ def down_kernel(
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
     weight_ptr,  # float32 [S], the gate weights
-    y_ptr,  # out [S, H]; only slots of this rank are written; None when N is not 0
-    address_ptr,  # int64 [N], the place of these rows on each rank (epmoe/kernels/push.py); None when N is 0
-    rank,
+    y_ptr,  # out [S, H]; only slots of this rank are written
     rows,  # H
     num_local,
     COLUMNS: gl.constexpr,  # I
@@ -95,12 +92,8 @@ def down_kernel(
     PIECES: gl.constexpr,
     WIDE: gl.constexpr,
     PDL: gl.constexpr,
-    N: gl.constexpr,
 ):
-    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias), on all N ranks."""
-    if N:  # noqa: SIM102 -- known to the compiler
-        if gl.program_id(0) == 0:
-            put_marks(address_ptr, rank, N)
+    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias)."""
     tiles_n = gl.cdiv(rows, B)
     expert, first, stop = _find_tile(offset_ptr, gl.program_id(0) // tiles_n, num_local, LOCAL, M, MORE)
     if expert >= num_local:
@@ -109,17 +102,15 @@ def down_kernel(
     n = gl.program_id(0) % tiles_n * B
     tile, weights = (expert, n, first, stop, rows), (word_desc, word_ptr, scale_ptr)
     whole, half = (h_desc, h_half_desc, h_ptr), (h_half_desc, h_half_desc, h_ptr)
-    to = (bias_ptr, slot_ptr, weight_ptr, h_ptr, y_ptr, address_ptr)
+    to = (bias_ptr, slot_ptr, weight_ptr, y_ptr)
     if rows - n <= B // 2:
-        _tile_of_y(
-            whole, (word_half_desc, word_ptr, scale_ptr), to, tile, COLUMNS, B // 2, M, MORE, PIECES, WIDE, PDL, N
-        )
+        _tile_of_y(whole, (word_half_desc, word_ptr, scale_ptr), to, tile, COLUMNS, B // 2, M, MORE, PIECES, WIDE, PDL)
     elif stop - first <= M // 2:
-        _tile_of_y(half, weights, to, tile, COLUMNS, B, M // 2, 0, PIECES, WIDE, PDL, N)
+        _tile_of_y(half, weights, to, tile, COLUMNS, B, M // 2, 0, PIECES, WIDE, PDL)
     elif stop - first <= M or MORE == 0:
-        _tile_of_y(whole, weights, to, tile, COLUMNS, B, M, 0, PIECES, WIDE, PDL, N)
+        _tile_of_y(whole, weights, to, tile, COLUMNS, B, M, 0, PIECES, WIDE, PDL)
     else:
-        _tile_of_y(whole, weights, to, tile, COLUMNS, B, M, MORE, PIECES, WIDE, PDL, N)
+        _tile_of_y(whole, weights, to, tile, COLUMNS, B, M, MORE, PIECES, WIDE, PDL)
 
 
 @gluon.jit
@@ -157,13 +148,13 @@ def _tile_of_y(
     PIECES: gl.constexpr,
     WIDE: gl.constexpr,
     PDL: gl.constexpr,
-    N: gl.constexpr,
 ):
     expert, n, first, stop, rows = tile
+    bias_ptr, slot_ptr, weight_ptr, y_ptr = to
     sums = product(h, weights, expert, n, first, stop, rows, COLUMNS, B, M, MORE, PIECES, WIDE, PDL)
-    _store_y(sums[0], to, expert, n, first, stop, rows, N)
+    _store_y(sums[0], bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows)
     if MORE:
-        _store_y(sums[1], to, expert, n, first + M, stop, rows, N)
+        _store_y(sums[1], bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first + M, stop, rows)
 
 
 @gluon.jit
@@ -190,8 +181,7 @@ def _store_h(acc_BM, bias_ptr, h_ptr, expert, n, first, stop, rows, alpha, limit
 
 
 @gluon.jit
-def _store_y(acc_BM, to, expert, n, first, stop, rows, N: gl.constexpr):
-    bias_ptr, slot_ptr, weight_ptr, h_ptr, y_ptr, address_ptr = to
+def _store_y(acc_BM, bias_ptr, slot_ptr, weight_ptr, y_ptr, expert, n, first, stop, rows):
     B: gl.constexpr = acc_BM.shape[0]
     M: gl.constexpr = acc_BM.shape[1]
     mma: gl.constexpr = acc_BM.type.layout
@@ -205,14 +195,9 @@ def _store_y(acc_BM, to, expert, n, first, stop, rows, N: gl.constexpr):
     n_B = n + gl.arange(0, B, layout=gl.SliceLayout(1, along))
     row_M = first + gl.arange(0, M, layout=gl.SliceLayout(0, along))
     slot_M = gl.load(slot_ptr + row_M, row_M < stop, other=0)
-    at_BM = slot_M.to(gl.int64)[None, :] * rows + n_B[:, None]
-    y_BM = gl.convert_layout(acc_BM.to(h_ptr.dtype.element_ty), along)
-    real_BM = (n_B < rows)[:, None] & (row_M < stop)[None, :]
-    if N:
-        for peer in range(N):
-            gl.store(rows_of(address_ptr, peer, h_ptr.dtype) + at_BM, y_BM, real_BM)
-    else:
-        gl.store(y_ptr + at_BM, y_BM, real_BM)
+    to_BM = y_ptr + slot_M.to(gl.int64)[None, :] * rows + n_B[:, None]
+    y_BM = gl.convert_layout(acc_BM.to(y_ptr.dtype.element_ty), along)
+    gl.store(to_BM, y_BM, (n_B < rows)[:, None] & (row_M < stop)[None, :])
 
 
 @gluon.jit

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from epmoe.kernels.gpu import after_previous, next_may_begin
-from epmoe.kernels.push import put_marks, rows_of
 from epmoe.moe.experts.triton import words
 from epmoe.moe.experts.triton.words import words_to_values
 
@@ -77,7 +76,7 @@ def gate_up_kernel(
     tl.store(to_IM, h_IM.to(h_ptr.dtype.element_ty), (i_I < rows // 2)[:, None] & (row_M < stop)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_local", "rank"])
+@triton.jit(do_not_specialize=["num_local"])
 def down_kernel(
     h_ptr,  # [R, I]
     word_ptr,  # int16 [L, Z, X]
@@ -86,9 +85,7 @@ def down_kernel(
     offset_ptr,  # int32 [L+1]
     slot_ptr,  # int32 [R]
     weight_ptr,  # float32 [S], the gate weights
-    y_ptr,  # out [S, H], h's dtype; only slots of this rank are written; None when N is not 0
-    address_ptr,  # int64 [N], the place of these rows on each rank (epmoe/kernels/push.py); None when N is 0
-    rank,
+    y_ptr,  # out [S, H], h's dtype; only slots of this rank are written
     rows,  # H
     num_local,
     COLUMNS: tl.constexpr,  # I
@@ -99,12 +96,8 @@ def down_kernel(
     WIDE: tl.constexpr,
     PTX: tl.constexpr,
     DOT: tl.constexpr,
-    N: tl.constexpr,
 ):
-    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias), on all N ranks."""
-    if N:  # noqa: SIM102 -- known to the compiler
-        if tl.program_id(0) == 0:
-            put_marks(address_ptr, rank, N)
+    """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias)."""
     tiles_n = tl.cdiv(rows, B)
     expert, row_M, stop = _find_tile(offset_ptr, tl.program_id(0) // tiles_n, num_local, LOCAL, M)
     if expert >= num_local:
@@ -115,13 +108,8 @@ def down_kernel(
 
     slot_M = tl.load(slot_ptr + row_M, row_M < stop, other=0)
     acc_BM *= tl.load(weight_ptr + slot_M, row_M < stop, other=0)[None, :]
-    at_BM = slot_M.to(tl.int64)[None, :] * rows + n_B[:, None]
-    y_BM, real_BM = acc_BM.to(h_ptr.dtype.element_ty), (n_B < rows)[:, None] & (row_M < stop)[None, :]
-    if N:
-        for peer in range(N):
-            tl.store(rows_of(address_ptr, peer, h_ptr.dtype) + at_BM, y_BM, real_BM)
-    else:
-        tl.store(y_ptr + at_BM, y_BM, real_BM)
+    to_BM = y_ptr + slot_M.to(tl.int64)[None, :] * rows + n_B[:, None]
+    tl.store(to_BM, acc_BM.to(y_ptr.dtype.element_ty), (n_B < rows)[:, None] & (row_M < stop)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_local", "top_k"])

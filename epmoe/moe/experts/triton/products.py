@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from epmoe.kernels.gpu import early, generation
-from epmoe.kernels.symmetric import Place
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.reference import gated
 from epmoe.moe.experts.triton.kernels import down_kernel, gate_up_kernel
@@ -74,12 +73,10 @@ def down(
     bias_LH: torch.Tensor,
     dispatch: Dispatch,
     y_TKH: torch.Tensor | None = None,
-    place: Place | None = None,
 ) -> torch.Tensor:
     """y[slot[r]] = weight[slot[r]] · (h[r] · downᵀ + bias): [R, I] → [T, K, H], zeros in slots of other ranks.
 
-    Written into `y_TKH`, whose other slots stay as they are, where that is given; and, where it is of a `place`, to all
-    ranks.
+    Written into `y_TKH`, zeros, where that is given.
     """
     (slots, intermediate), (num_local, hidden, columns) = h_RI.shape, matrix.shape
     assert intermediate == columns and slots == dispatch.slot_R.numel()
@@ -92,9 +89,8 @@ def down(
     assert y_TKH.shape == (*dispatch.expert_TK.shape, hidden) and y_TKH.is_contiguous() and y_TKH.dtype == h_RI.dtype
     tile = _tile(h_RI, matrix, dispatch)
     grid = max_tiles(slots, num_local, tile.run) * triton.cdiv(hidden, tile.weight_rows)
-    assert grid or place is None, "no program would tell the peers that this rank has come so far"
     if grid and tile.kernel == "hopper":
-        _hopper().down(h_RI, matrix, bias_LH, dispatch, y_TKH, tile, grid, place)
+        _hopper().down(h_RI, matrix, bias_LH, dispatch, y_TKH, tile, grid)
     elif grid:
         down_kernel[(grid,)](
             h_RI,
@@ -104,12 +100,9 @@ def down(
             dispatch.offset_L1,
             dispatch.slot_R,
             dispatch.weight_TK,
-            y_TKH if place is None else None,
-            None if place is None else place.address_N,
-            0 if place is None else place.rank,
+            y_TKH,
             hidden,
             num_local,
-            N=0 if place is None else len(place.byte_N),
             **_constants(tile, matrix, h_RI),
         )
     return y_TKH
