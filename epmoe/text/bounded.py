@@ -107,10 +107,12 @@ class Bounded:
         assert process.stdin is not None and process.stdout is not None
         with suppress(BrokenPipeError):
             process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(within_s)  # at the end of its input it ends by itself
-        process.kill()
-        process.stdout.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(within_s)  # at the end of its input it ends by itself
+        finally:  # after Ctrl-C, too
+            process.kill()
+            process.stdout.close()
         return process.wait()
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -37,9 +38,9 @@ def act(call: dict[str, Any]) -> Any:
             print(words, file=sys.stderr, flush=True)
         case {"exit": int(code)}:
             sys.exit(code)
-        case {"leave": int(code)}:  # as one exits on a busy machine: it says nothing more, and ends later
+        case {"leave": int(code), "after": float(seconds)}:  # it says nothing more, and ends later: a busy machine
             os.closerange(3, 100)
-            time.sleep(0.7)
+            time.sleep(seconds)
             os._exit(code)
     return os.getpid()
 
@@ -72,7 +73,7 @@ def test_one_process_stays_and_is_not_this_one(bounded: Bounded) -> None:
         ({"take": 100}, "takes more than 64 MB of memory"),
         ({"signal": int(signal.SIGSEGV)}, r"has ended its process \(signal 11\)"),
         ({"exit": 3}, r"has ended its process \(exit code 3\)"),
-        ({"leave": 4}, r"has ended its process \(exit code 4\)"),
+        ({"leave": 4, "after": 0.7}, r"has ended its process \(exit code 4\)"),
     ],
 )
 def test_what_takes_too_much_ends_and_the_next_call_runs(bounded: Bounded, call: dict[str, Any], says: str) -> None:
@@ -81,6 +82,16 @@ def test_what_takes_too_much_ends_and_the_next_call_runs(bounded: Bounded, call:
     with pytest.raises(ExceededError, match=says):
         bounded(call)
     assert time.monotonic() - began < 40  # on a busy machine, too
+    assert bounded({"echo": 1}) == 1
+
+
+def test_ctrl_c_while_one_ends_leaves_none(bounded: Bounded) -> None:
+    bounded({})
+    process = bounded._process
+    assert process is not None
+    with mock.patch.object(process, "wait", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        bounded({"leave": 4, "after": 600.0})
+    assert process.wait(60) == -signal.SIGKILL
     assert bounded({"echo": 1}) == 1
 
 
