@@ -197,7 +197,7 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
         first.connection.close()
         said = Begun(server, connection=waiting).rest()
         assert b"data: [DONE]" in said and b'"error"' not in said
-        assert server.process.wait(WITHIN_S) == 0
+        assert server.process.wait(50) == 0  # half of what it may take to drain
 
 
 def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
