@@ -164,7 +164,7 @@ def test_when_the_script_ends_its_ranks_end(number: signal.Signals, code: int, t
 @pytest.mark.parametrize(
     ("last", "code"),
     [
-        pytest.param("", 0, marks=pytest.mark.slow),  # tests/test_llm.py has it under torchrun
+        ("", 0),
         ("raise ValueError('mine')", 1),
         pytest.param("sys.exit(7)", 7, marks=pytest.mark.slow),
     ],

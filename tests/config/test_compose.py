@@ -356,7 +356,6 @@ def test_import_is_cheap_and_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow  # tests/whole/test_failing.py has one of a rank
 def test_mistake_on_two_ranks(tmp_path: Path) -> None:
     """Under torchrun the line is printed once, every rank exits with 2, and no process group was started."""
     program = tmp_path / "command.py"
