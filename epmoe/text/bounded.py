@@ -98,8 +98,8 @@ class Bounded:
             atexit.register(self._end)
         return self._process
 
-    def _end(self, within_s: float = 0.5) -> int:
-        """End the process, which may do so itself; how it ended."""
+    def _end(self, within_s: float = 0.5) -> int | None:
+        """End the process, which may do so itself; how it ended; None: not by itself."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return 0
@@ -108,15 +108,18 @@ class Bounded:
         with suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(within_s)  # at the end of its input it ends by itself
+            return process.wait(within_s)  # at the end of its input it ends by itself
+        except subprocess.TimeoutExpired:
+            return None
         finally:  # after Ctrl-C, too
             process.kill()
             process.stdout.close()
-        return process.wait()
+            process.wait()
 
 
-def _why(code: int, seconds: float, memory: int) -> str:
+def _why(code: int | None, seconds: float, memory: int) -> str:
+    if code is None:
+        return "neither answers nor ends"
     if code == -signal.SIGPROF:
         return f"runs for more than {seconds:.3g} s"
     if code in (_FULL, -signal.SIGKILL):  # by itself, or by a system that is out of memory

@@ -95,6 +95,17 @@ def test_ctrl_c_while_one_ends_leaves_none(bounded: Bounded) -> None:
     assert bounded({"echo": 1}) == 1
 
 
+def test_one_that_does_not_end_is_not_said_to_be_full(bounded: Bounded) -> None:
+    bounded({})
+    process = bounded._process
+    assert process is not None
+    late = subprocess.TimeoutExpired("", 10)
+    with mock.patch.object(process, "wait", side_effect=[late, -9]), pytest.raises(ExceededError, match="nor ends"):
+        bounded({"leave": 4, "after": 600.0})
+    assert process.wait(60) == -signal.SIGKILL
+    assert bounded({"echo": 1}) == 1
+
+
 def test_time_and_memory_count_for_each_call_and_grow_with_what_is_given(bounded: Bounded) -> None:
     for _ in range(3):
         bounded({"spin": 0.12})
