@@ -174,7 +174,6 @@ def test_fake_quantisation_gives_stored_values_and_a_straight_gradient() -> None
     assert weight.grad is not None and torch.equal(weight.grad.flatten(), torch.arange(weight.numel()).float())
 
 
-@pytest.mark.slow
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
     """The whole path of scripts/train_demo.py in seconds; the loss falls."""
     command = [sys.executable, str(ROOT / "scripts" / "train_demo.py"), "--out", str(tmp_path), "--quick"]

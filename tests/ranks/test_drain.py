@@ -61,6 +61,7 @@ def work(seconds: float) -> None:
                     pass
                 os.write(1, b"asked\n")
                 time.sleep(seconds)
+                os.write(1, b"done\n")
             mine.meet()
 
 
@@ -181,7 +182,7 @@ def test_a_block_that_does_not_end_is_killed(tmp_path: Path) -> None:
 )
 def test_signals(case: str, ranks: int, tmp_path: Path) -> None:
     """Whichever rank they come to, all end with 0."""
-    signals, between_s, seconds, _ = CASES[case]
+    signals, between_s, seconds, ends = CASES[case]
     with commands(work, ranks, seconds, folder=tmp_path) as started:
         until_running(started)
         for number in signals:
@@ -190,4 +191,4 @@ def test_signals(case: str, ranks: int, tmp_path: Path) -> None:
                 until(lambda: "asked" in started[0].stdout)  # it counts from here at the latest
             time.sleep(between_s)
         assert [each.wait(WITHIN_S) for each in started] == [0] * ranks, [each.stderr for each in started]
-        assert started[0].stdout == "running\nasked\n"
+        assert started[0].stdout == "running\nasked\n" + "done\n" * ends
