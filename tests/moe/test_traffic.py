@@ -79,11 +79,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 WAYS = [
     ("replicate", "slots"),
+    ("replicate", "all_reduce"),
     ("tensor", "slots"),
-    *(
-        pytest.param(*each, marks=pytest.mark.slow)
-        for each in (("replicate", "all_reduce"), ("data", "slots"), ("data", "all_reduce"))
-    ),
+    *(pytest.param("data", each, marks=pytest.mark.slow) for each in ("slots", "all_reduce")),
 ]
 
 
