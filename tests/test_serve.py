@@ -132,9 +132,8 @@ def test_clients_do_not_notice_a_lost_replica(tmp_path: Path) -> None:
         assert said in nodes[0].stderr
         (alive,) = nodes[0].ranks()
         alive.send_signal(signal.SIGTERM)
-        assert (
-            psutil.wait_procs([alive], WITHIN_S)[1] == []
-        )  # its agent waits for the other one: torchrun's exit barrier
+        # Its agent waits for the other one: torchrun's exit barrier.
+        assert psutil.wait_procs([alive], WITHIN_S)[1] == []
 
 
 @pytest.mark.slow

@@ -4,11 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
+from waits import gone, until
 
 from epmoe.bench import start as module
 from epmoe.bench.options import StartConfig
@@ -57,12 +56,6 @@ def test_a_program_finds_its_variables() -> None:
     assert run([sys.executable, "-c", program], {"TRITON_CACHE_DIR": "/somewhere"}, 60) == "/somewhere\n"
 
 
-def lives(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 def test_nothing_outlives_its_time(tmp_path: Path) -> None:
     """Nor does what the program has started."""
     child = tmp_path / "child"
@@ -76,10 +69,8 @@ def test_nothing_outlives_its_time(tmp_path: Path) -> None:
             run([sys.executable, "-c", program], {}, limit)
         if child.exists():
             break
-    pid, deadline = int(child.read_text()), time.monotonic() + 60
-    while lives(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    pid = int(child.read_text())
+    until(lambda: gone(pid))
 
 
 def test_a_start_that_fails_is_one_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,9 +117,9 @@ def _know_operands() -> None:
             return check(self, one, other, one_ptr, other_ptr, arithmetic, division)
         if number.__class__ is tensor and number.dtype.name == block.dtype.name:
             return self.broadcast_impl_value(one, other)
-        key = number.__class__, number, id(block.type), arithmetic
         if number.__class__ is not int and not (number.__class__ is float and number):  # zeros of both signs are equal
             return check(self, one, other, one_ptr, other_ptr, arithmetic, division)
+        key = number.__class__, number, id(block.type), arithmetic
         if (known := numbers.get(key)) is None:
             found = check(self, one, other, one_ptr, other_ptr, arithmetic, division)
             known = found[left]

@@ -5,12 +5,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from spawn import GRACE, Command, commands
+from waits import until
 
 from epmoe.ranks import guard, mesh
 from epmoe.ranks.drain import Drain, drained
@@ -147,13 +147,6 @@ def test_one_signal_is_one_however_late_a_handler_runs(ranks: int, tmp_path: Pat
         started[0].signal(signal.SIGTERM)
         assert [each.wait(WITHIN_S) for each in started] == [0] * ranks, [each.stderr for each in started]
         assert started[0].stdout == "running\nasked\nwent on\n"
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def until_running(started: list[Command]) -> None:

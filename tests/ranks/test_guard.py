@@ -5,13 +5,14 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import psutil
 import pytest
 from spawn import GRACE, Command, commands
+from waits import gone, until
 
 from epmoe.ranks import command, guard, mesh
 
@@ -63,19 +64,6 @@ def child(each: Command) -> psutil.Process:
     """The rank's guard."""
     (found,) = psutil.Process(each.process.pid).children()
     return found
-
-
-def gone(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    return True
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def until_running(*runs: list[Command], seconds: float = 200) -> None:
@@ -149,4 +137,4 @@ def test_the_guard_holds_nothing_and_goes_with_its_command(tmp_path: Path) -> No
         found = child(started[0])
         until(lambda: found.num_fds() == 2)
         started[0].signal(SIGKILL)
-        until(lambda: gone(found), guard.LOOK_S - 1)  # not only when it looks
+        until(lambda: gone(found.pid), guard.LOOK_S - 1)  # not only when it looks

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 from unittest import mock
 
-import psutil
 import pytest
+from waits import gone, until
 
 from epmoe.text.bounded import Bounded, ExceededError, Limits
 
@@ -138,11 +137,7 @@ def test_it_ends_with_the_process_that_calls() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     pid = int(ended.stdout.split()[-1])
-    deadline = time.monotonic() + 60
-    with suppress(psutil.NoSuchProcess):
-        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    until(lambda: gone(pid))
 
 
 def test_threads_take_turns(bounded: Bounded) -> None:

@@ -3,13 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spawn import Command, commands, free_port
+from waits import until
 
 from epmoe import llm
 from epmoe.weights.synthetic import make_checkpoint
@@ -31,26 +31,19 @@ def generate(tokens: int, checkpoint: str, timeout_s: float) -> None:
     body()
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def meet(place: str, tokens: int, checkpoint: str, waits: list[float], timeout_s: float) -> None:
     """The same; a rank comes when it is `waits` seconds old, as if it had to import torch. When it has met with others
     it waits for the file "go", so that no run ends before the other one has come.
     """
     folder, rank, load = Path(place), int(os.environ["RANK"]), llm.load
     if waits[rank] == LATER:
-        until(lambda: len([*folder.glob("met.*")]) == len(waits))
+        until(lambda: len([*folder.glob("met.*")]) == len(waits), WITHIN_S)
     else:
         time.sleep(waits[rank])
 
     def held(*arguments: Any, **options: Any) -> Any:
         (folder / f"met.{tokens}.{rank}").touch()
-        until((folder / "go").exists)
+        until((folder / "go").exists, WITHIN_S)
         return load(*arguments, **options)
 
     llm.load = held
@@ -132,7 +125,7 @@ def test_two_runs_at_the_same_moment(
                 for rank, each in enumerate(started)
             )
 
-        until(all_have_come)
+        until(all_have_come, WITHIN_S)
         (place / "go").touch()
         codes = [ends(started, WITHIN_S) for started in runs.values()]
         whole = [each for each in codes if 0 in each]
