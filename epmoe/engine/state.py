@@ -88,8 +88,9 @@ class State:
         if self.told.get(handle) != told:  # most requests have their forerunner's
             self.told[handle] = told
             self.params_S.value_SP[handle] = to_device(params.row(), torch.float64, device)
-            self.params_S.seed_S[handle] = params.settled().seed or 0
-            self.params_S.kind_S[handle] = kind(params)
+            # fill_: to assign a number would be a copy that waits for the step under way.
+            self.params_S.seed_S[handle].fill_(params.settled().seed or 0)
+            self.params_S.kind_S[handle].fill_(kind(params))
             self.penalty_S3[handle] = to_device(params.penalties(), torch.float64, device).float()
         kept = params.kept
         assert kept <= self.kept, "State.keep was not called"

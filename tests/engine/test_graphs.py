@@ -270,7 +270,7 @@ def test_nothing_compiles_and_nothing_is_captured_after_prepare(
 
 @pytest.mark.gpu
 def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
-    """The host may not wait for the device between two steps, with another batch neither."""
+    """The host may not wait for the device between two steps, with another batch or a new request neither."""
     asked = mixed()
     engine = build(rank_on("cuda"), checkpoint, asked, graphs=True)
     engine.prepare(Workload.of(asked, engine.max_batch))
@@ -278,8 +278,7 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         handles = [engine.cache.admit(30) for _ in range(3)]
         for handle, request in zip(handles, asked, strict=False):
             engine.runner.state.admit(handle, request.ids, request.params)
-        # Nothing prefills these sequences, which would set where they are: without this they would go on where the
-        # prefills of prepare left their handles, and read rows that nobody wrote.
+        # No prefill says where these sequences are: they would go on where those of prepare left their handles.
         engine.runner.state.sequences.token_S.zero_()
         engine.runner.state.sequences.position_S.zero_()
         graphs, variants = engine.graphs, sorted({kind.variant for kind in engine.graphs.ready if kind.variant})
@@ -291,6 +290,8 @@ def test_a_launch_waits_for_nothing(checkpoint: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
+            for each in asked:
+                engine.runner.state.admit(handles[2], each.ids, each.params)
             plain = [(v, n) for v in variants for n in (3, 2, 1) if not v.adjusted]
             arrivals = [Arrival([graphs.decode(handles[:n], v)]) for v, n in plain]
             for v in variants:
