@@ -8,6 +8,7 @@ All graphs of a Capture share one pool of memory, so what one leaves in it the n
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -40,3 +41,26 @@ class Capture:
             work()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return graph
+
+
+def beside(device: torch.device, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Call both. In a graph that is being captured what they launch runs at the same time, else one follows the other;
+    what comes behind waits for both.
+
+    Neither may read or write what the other writes.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        first()
+        second()
+        return
+    here, there = torch.cuda.current_stream(device), _branch(device)
+    there.wait_stream(here)
+    first()
+    with torch.cuda.stream(there):
+        second()
+    here.wait_stream(there)
+
+
+@cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

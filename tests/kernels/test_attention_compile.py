@@ -85,7 +85,7 @@ def prefill_constants(layout: dict[str, int], dtype: torch.dtype) -> tuple[dict[
     """Constants and tile of the prefill kernel as it is launched."""
     tile = (WINDOW_PREFILL if layout["WINDOW"] else PREFILL)[dtype]
     constants = {**SIZES, **layout, "G": 8, "GP": 8, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
-    return constants, tile
+    return constants | {"PDL": True}, tile
 
 
 @pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])
@@ -98,13 +98,14 @@ def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
     constants, tile = prefill_constants(layout, dtype)
     cost = compiled(attention_prefill.prefill_kernel, dtype, constants, tile.warps, tile.stages, 90, tile.registers)
     assert cost["serialized"] == 0 and (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
+    assert cost["waits"] == 2  # of a program that finds nothing to do, and of one that does
     if dtype == torch.bfloat16:  # one program's softmax runs beside another's product
         assert 2 * tile.warps * 32 * cost["registers"] <= 65536
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_place(dtype: torch.dtype) -> None:
-    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED}, 4, 3)
+    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED, "PDL": True}, 4, 3)
     compiled(attention_decode.place_rows_kernel, dtype, {**SIZES, **FULL, "M": PLACED_ROWS}, 4, 3)
 
 
@@ -117,4 +118,5 @@ def test_other_generations(arch: int, layout: dict[str, int]) -> None:
     constants |= {"PDL": arch >= 90, "PLACED": False}
     compiled(attention_decode.decode_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)
     constants, tile = prefill_constants(layout, torch.bfloat16)
+    constants["PDL"] = arch >= 90
     compiled(attention_prefill.prefill_kernel, torch.bfloat16, constants, tile.warps, tile.stages, arch)

@@ -11,7 +11,8 @@ depends neither on the batch nor on whether it is a row's or a span's (softmax.p
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,8 @@ from epmoe.cache.plan import Plan, Rows, Spans
 from epmoe.cache.rows import PagedRows
 from epmoe.kernels.attention.decode import combine_kernel, decode_kernel, place_rows_kernel
 from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
-from epmoe.kernels.gpu import dependent, generation
+from epmoe.kernels.capture import beside
+from epmoe.kernels.gpu import dependent, early, generation
 
 # Positions of a split: 64 KiB of keys and values a head in bf16, beside which the 4 KiB of its result, written and read
 # again, are few. It sets the order of summation, so it is one number for all batches and lengths.
@@ -95,10 +97,21 @@ def cached_attention(
         out_TED = plan.shared["out"]
     else:
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
-    if plan.spans is not None:
-        _prefill(heads, cos_sin, cached, plan.spans, sink_E, out_TED)
-    if plan.rows is not None:
-        _decode(heads, cos_sin, cached, plan.rows, sink_E, out_TED)
+    spans, rows = plan.spans, plan.rows
+    if spans is not None:
+        _place_spans(heads, cos_sin, cached, spans)
+    if spans is not None and rows is not None:
+        # A prefill of few tokens is a program or two on each multiprocessor, block after block; a decode fills the
+        # machine, and waits for memory. Neither reads what the other writes: rows and pages of its own.
+        beside(
+            q_TED.device,
+            partial(_prefill, heads, cos_sin, cached, spans, sink_E, out_TED),
+            partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED),
+        )
+    elif spans is not None:
+        _prefill(heads, cos_sin, cached, spans, sink_E, out_TED)
+    elif rows is not None:
+        _decode(heads, cos_sin, cached, rows, sink_E, out_TED)
     return out_TED
 
 
@@ -198,30 +211,32 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
     return {"GP": padded, "num_warps": min(16, max(1, padded * _padded(head_dim) // (32 * 4)))}
 
 
+def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> None:
+    """Put all spans' keys and values into place."""
+    _, k_TJD, v_TJD = heads
+    place_kernel[(spans.runs(PLACED), k_TJD.shape[1])](
+        k_TJD,
+        v_TJD,
+        *cos_sin,
+        *cached,
+        k_TJD.stride(0),
+        v_TJD.stride(0),
+        M=PLACED,
+        PDL=dependent(k_TJD.device),
+        **_of_spans(heads, cached, spans),
+        **AS_WRITTEN,
+    )
+
+
 def _prefill(
     heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
-    """All spans in two launches: put keys and values into place, attend."""
-    q_TED, k_TJD, v_TJD = heads
-    (_, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
-    pool = spans.pool
+    """All spans, whose keys and values are in place, attend in one launch."""
+    q_TED, k_TJD, _ = heads
+    (_, query_heads, head_dim), kv_heads, pool = q_TED.shape, k_TJD.shape[1], spans.pool
     tile = (PREFILL if pool.window is None else WINDOW_PREFILL)[q_TED.dtype]
     group = triton.next_power_of_2(query_heads // kv_heads)
     queries = max(tile.queries, group)
-    shared = {
-        "span_ptr": spans.span_P4,
-        "spans": len(spans.span_P4),
-        "table_ptr": pool.table,
-        "table_stride": pool.table.stride(0),
-        "cache_rows": cached[0].shape[1],
-        "J": kv_heads,
-        "D": head_dim,
-        "DP": _padded(head_dim),
-        "PAGE": pool.page,
-    }
-    place_kernel[(spans.runs(PLACED), kv_heads)](
-        k_TJD, v_TJD, *cos_sin, *cached, k_TJD.stride(0), v_TJD.stride(0), M=PLACED, **shared, **AS_WRITTEN
-    )
     prefill_kernel[(spans.runs(queries // group), kv_heads)](
         q_TED,
         *cos_sin,
@@ -236,12 +251,29 @@ def _prefill(
         M=queries,
         GP=group,
         N=tile.positions,
-        **shared,
+        **_of_spans(heads, cached, spans),
         **AS_WRITTEN,
+        **early(q_TED.device),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers if generation(q_TED.device) == 9 else None,
     )
+
+
+def _of_spans(heads: Heads, cached: Pair, spans: Spans) -> dict[str, Any]:
+    """Arguments that the kernels of spans share."""
+    (_, kv_heads, head_dim), pool = heads[1].shape, spans.pool
+    return {
+        "span_ptr": spans.span_P4,
+        "spans": len(spans.span_P4),
+        "table_ptr": pool.table,
+        "table_stride": pool.table.stride(0),
+        "cache_rows": cached[0].shape[1],
+        "J": kv_heads,
+        "D": head_dim,
+        "DP": _padded(head_dim),
+        "PAGE": pool.page,
+    }
 
 
 def most_tiles(pool: PagedRows, rows: int, *, drafted: bool = False) -> int:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from epmoe.kernels.attention.softmax import begin_with, finish, join, nothing, rotated, take
+from epmoe.kernels.gpu import after_previous, next_may_begin
 
 _LANES = tl.constexpr(32)
 
@@ -35,8 +36,10 @@ def place_kernel(
     PAGE: tl.constexpr,  # rows of a page
     M: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
+    PDL: tl.constexpr,
 ):
     """Program (tile, j): M tokens of a span, the keys rotated."""
+    next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
     tile, j = tl.program_id(0), tl.program_id(1)
     first, stop, sequence, origin, span = _find_span(span_ptr, tile, spans, M)
     if span == spans:
@@ -82,12 +85,14 @@ def prefill_kernel(
     GP: tl.constexpr,
     DP: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (tile, j): Q = M // GP tokens of a span attend to [cached | the span's own tokens up to themselves]."""
     # Later tiles of a span have more to do: they start first.
     tile, j = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first, stop, sequence, origin, span = _find_span(span_ptr, tile, spans, M // GP)
     if span == spans:
+        after_previous(PDL)
         return
     m_M = tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -107,6 +112,7 @@ def prefill_kernel(
     tl.store(to_MD, rotated(q_ptr + from_M[:, None], cos_MD, sin_MD, real_MD, D, DP), real_MD)
     tl.debug_barrier()
     q_MD = tl.load(to_MD, real_MD, other=0)
+    after_previous(PDL)
 
     # Blocks: from the first position that a row sees; from `cut` on, some rows do not see all of a block.
     begin, cut = 0, (first + origin + 1) // N * N
