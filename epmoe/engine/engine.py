@@ -190,9 +190,9 @@ class Engine:
         if self.flights and (self.flights[-1].waits or self.scheduler.drafts_soon()):
             events += self._land_all()  # what has come says where the next rows are, and what their drafts
         works = self.scheduler.schedule()
-        for sequence in works[self.scheduler.own].begun:
-            self.runner.admit(sequence, self.scheduler.ends(sequence.request))
         started = self.runner.begin(works, self.graphs)
+        for sequence in works[self.scheduler.own].begun:  # beside the step's layers: its head is the first to read it
+            self.runner.admit(sequence, self.scheduler.ends(sequence.request))
         events += self._restrict(started) if started else []
         launched = started and self.runner.finish(started, self.graphs)
         self.scheduler.launched(works)
