@@ -124,7 +124,7 @@ class LLM:
         return made
 
     def _open(self, config: ModelKeys, ranks: Ranks, source: Checkpoint | None) -> None:
-        self.defaults: SamplingParams | None = None  # rank 0's, which alone makes requests
+        self.defaults = SamplingParams()  # for what a request leaves out; on rank 0, which alone makes requests
         self.ranks = ranks
         self.source: Checkpoint = source or Checkpoint.open(resolve(config.checkpoint))
         if not isinstance(config, LLMConfig):  # a benchmark's says nothing of answers
@@ -313,8 +313,7 @@ class LLM:
         self._check_open(call)
         given = listed(prompts)
         each = each_of(call, params, len(given))
-        default = self.defaults or SamplingParams()
-        asked = [own.over(default) for own in each]
+        asked = [own.over(self.defaults) for own in each]
         purpose = ""
         if self.ranks.size > 1:
             purpose = f"{call}(prompts {digest(given)}, params {digest([asdict(one) for one in each])})"

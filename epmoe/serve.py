@@ -108,7 +108,6 @@ def hello(llm: LLM, config: ServerConfig, key: str) -> Hello:
     source = llm.source
     if source.tokenizer_file is None:
         raise UserError(f"checkpoint {source.path} has no tokenizer.json: download it beside the weights")
-    assert llm.defaults is not None, "rank 0"
     name = config.checkpoint if config.checkpoint else "epmoe-demo"
     own = config.mesh.attention in ("data", "auto")  # each rank may have requests of its own, so many at a time
     parts = llm.ranks.size if own else llm.ranks.replicas

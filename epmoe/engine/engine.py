@@ -169,7 +169,7 @@ class Engine:
     def _add(self, request: Request) -> int:
         """One that was checked."""
         number = self.scheduler.added - self.first
-        assert request.params.kept <= self.runner.state.kept, "not prepared"
+        assert request.kept <= self.runner.state.kept, "not prepared"
         matcher = self.matcher(request, number + 1)
         return self.scheduler.add(request, time.perf_counter(), matcher)
 

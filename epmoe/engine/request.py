@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from enum import IntEnum
 from itertools import product
@@ -51,28 +50,26 @@ class SamplingParams(Sampling, Length):
 
     def over(self, base: "SamplingParams") -> "SamplingParams":
         """The same, and what is left out is `base`'s."""
-        return self._filled({name: getattr(base, name) for name in self._left_out()})
+        return self._filled(vars(base))
 
     def settled(self) -> "SamplingParams":
         """The same, and what is left out has the value that holds where nobody says another."""
-        keys = keys_of(SamplingParams)
-        missing = [name for name in self._left_out() if keys[name].otherwise is not None]
-        return self._filled({name: keys[name].otherwise for name in missing})
+        return self._filled(OTHERWISE)
 
     def _filled(self, values: Mapping[str, Any]) -> "SamplingParams":
-        """With values that need no look any more: a request's first token waits for this."""
-        found = copy(self) if values else self
-        for name, value in values.items():
-            object.__setattr__(found, name, value)
+        """What is left out is one of these, which need no look any more: a request's first token waits for this."""
+        own = vars(self)
+        missing = {name: value for name, value in values.items() if value is not None and own[name] is None}
+        if not missing:
+            return self
+        found = object.__new__(type(self))
+        vars(found).update(own | missing)
         return found
-
-    def _left_out(self) -> list[str]:
-        return [name for name, value in vars(self).items() if value is None]
 
     @property
     def level(self) -> Level:
         """The least level at which a batch with this row may be chosen."""
-        return Level.SAMPLE if self.row()[0] > 0 else Level.GREEDY
+        return Level.SAMPLE if self.temperature else Level.GREEDY
 
     @property
     def kept(self) -> frozenset[str]:
@@ -96,6 +93,9 @@ class SamplingParams(Sampling, Length):
         repetition = self.settled().repetition_penalty
         assert repetition is not None, "settled"
         return repetition, self.frequency_penalty, self.presence_penalty
+
+
+OTHERWISE = {name: each.otherwise for name, each in keys_of(SamplingParams).items() if each.otherwise is not None}
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,11 @@ class Request:
     choice: tuple[int, int] | None = None  # the prompt's index and which of its n answers; None: it asks for one
     priority: int = 0  # among those that wait the lower goes first, of equal ones the earlier
     variant: Variant = field(init=False, compare=False, repr=False)  # of its params; each step asks
+    kept: frozenset[str] = field(init=False, compare=False, repr=False)  # likewise
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.settled())
+        object.__setattr__(self, "kept", self.params.kept)
         object.__setattr__(self, "variant", Variant.of(self.params))
 
     def length(self, max_positions: int) -> int:
@@ -265,15 +267,16 @@ class Workload:
         found = (each.cached(max_positions) if max_positions else len(each.ids) for each in requests)
         lengths = sorted(found, reverse=True)[:max_batch]
         params = [request.params for request in requests]
+        variants = {request.variant for request in requests}
         return cls(
             sequences=len(lengths),
             prompt_tokens=max(lengths, default=0),
             prefill_tokens=sum(lengths),
             longer_prompts=sum(length > 1 for length in lengths),
-            levels=frozenset(each.level for each in params),
-            logprobs=frozenset(bool(each.logprobs) for each in params),
-            kept=frozenset[str]().union(*(each.kept for each in params)),
-            adjusted=frozenset(bool(each.kept) for each in params),
+            levels=frozenset(each.level for each in variants),
+            logprobs=frozenset(each.logits for each in variants),
+            kept=frozenset(name for request in requests for name in request.kept),
+            adjusted=frozenset(each.adjusted for each in variants),
             grammars=any(each.grammar for each in params),
             prompt_logprobs=any(each.prompt_logprobs is not None for each in params),
         )
