@@ -115,7 +115,6 @@ class Engine:
         load = Workload.of(requests, self.max_batch, 0 if fit else self.max_positions)
         self.prepare(load, at_once=at_once, found=found)
 
-    @torch.inference_mode()
     def prepare(self, load: Workload, *, at_once: bool = False, found: int = 0) -> None:
         """Whatever compiles or is captured for such a load is, now: `step` does neither after it. A collective.
 

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
+
 from epmoe.engine.drafts import MOST_DRAFT
 from epmoe.engine.graphs import Graphs, Kind, token_buckets
 from epmoe.engine.request import Workload
@@ -47,12 +49,12 @@ class Preparation:
         asked = (load, found)
         if asked in self.graphs.prepared:
             return False
-        if self.runner.state.keep(load.kept):
-            self.graphs.close()  # they neither write nor read what is new
-        if True in load.logprobs:
-            self.runner.static.keep_logits()
         ran = False
-        with ExitStack() as beside:
+        with torch.inference_mode(), ExitStack() as beside:
+            if self.runner.state.keep(load.kept):
+                self.graphs.close()  # they neither write nor read what is new
+            if True in load.logprobs:
+                self.runner.static.keep_logits()
             if load.grammars:  # seconds for a large vocabulary, meanwhile; a UserError is for the request to be told
                 beside.enter_context(ThreadPoolExecutor(1)).submit(grammars)
             if self.ranks.device.type != "cpu":

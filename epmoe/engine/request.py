@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -145,6 +146,11 @@ class Request:
         object.__setattr__(self, "params", self.params.settled())
         object.__setattr__(self, "kept", self.params.kept)
         object.__setattr__(self, "variant", Variant.of(self.params))
+
+    @cached_property
+    def largest(self) -> int:
+        """Of its ids: each check looks at it."""
+        return max(self.ids)
 
     def length(self, max_positions: int) -> int:
         """Most tokens of prompt and output: max_new_tokens may ask for more than the model's positions allow."""
@@ -316,9 +322,9 @@ def check(requests: Sequence[Request], vocab: int, max_positions: int, first: in
                 f"prompt {number} has {len(request.ids)} tokens and the model has {max_positions} positions "
                 "(max_position_embeddings) for prompt and output: shorten the prompt"
             )
-        if (largest := max(request.ids)) >= vocab:
+        if request.largest >= vocab:
             raise UserError(
-                f"prompt {number} has token id {largest} and the model's vocab_size is {vocab}: "
+                f"prompt {number} has token id {request.largest} and the model's vocab_size is {vocab}: "
                 "tokenizer.json is not this model's"
             )
         _check_params(request.params, number, vocab)

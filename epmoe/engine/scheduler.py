@@ -80,7 +80,7 @@ class Scheduler:
 
     def found(self, request: Request) -> int:
         """Tokens of its prompt that would not be computed, if it began now."""
-        return self.found_of(Sequence(-1, request, 0, 0.0))
+        return self.found_of(Sequence(-1, request, 0, 0.0)) if self.pages.prefix_cache else 0
 
     def found_of(self, sequence: Sequence) -> int:
         """The same of one that has not begun."""
