@@ -54,7 +54,9 @@ class Held:
 
     pages: list[int] = field(default_factory=list)
     first: int = 0
-    lasting: frozenset[int] = frozenset()  # places of those that stay the longer where a window has passed over them
+    # Places before which others are likely to branch off: what their tokens see of a window stays the longer when that
+    # has passed over it.
+    branches: frozenset[int] = frozenset()
 
 
 class Stock:
@@ -84,15 +86,17 @@ class Stock:
         """The first token that sees no position before this one."""
         return sys.maxsize if self.window is None else position + self.window - 1
 
-    def take(self) -> int:
-        """A page for a new user, whatever it held."""
-        if self.free:
-            page = self.free.pop()  # which has no key, and is idle nowhere
-        else:
-            page = next(iter(self.passed or self.idle))
-            self._forget(page)
-        self.users[page] = 1
-        return page
+    def take(self, count: int) -> list[int]:
+        """So many pages for a new user, whatever they held."""
+        rest = max(len(self.free) - count, 0)
+        pages = self.free[rest:][::-1]  # which have no key, and are idle nowhere
+        del self.free[rest:]
+        while len(pages) < count:
+            pages.append(next(iter(self.passed or self.idle)))
+            self._forget(pages[-1])
+        for page in pages:
+            self.users[page] = 1
+        return pages
 
     def share(self, key: bytes) -> int:
         """The page of this key, which has one more user."""
@@ -101,15 +105,17 @@ class Stock:
         self.users[page] += 1
         return page
 
-    def give_back(self, page: int, *, passed: bool = False) -> None:
-        """One user less; nobody's page stays for whoever looks for its key."""
-        assert self.users[page] > 0, "a page was given back twice"
-        self.users[page] -= 1
-        if not self.users[page]:
-            if self.keys[page] is None:
-                self.free.append(page)
-            else:
-                (self.passed if passed else self.idle)[page] = None
+    def give_back(self, pages: Iterable[int], *, passed: bool = False) -> None:
+        """One user less of each; nobody's page stays for whoever looks for its key."""
+        users, unused = self.users, self.passed if passed else self.idle
+        for page in pages:
+            assert users[page] > 0, "a page was given back twice"
+            users[page] -= 1
+            if not users[page]:
+                if self.keys[page] is None:
+                    self.free.append(page)
+                else:
+                    unused[page] = None
 
     def learn(self, page: int, key: bytes) -> None:
         """The page holds what `key` stands for; the first one of a key is found, further ones are as good."""
@@ -242,7 +248,7 @@ class Pages:
         known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
         self.held[handle], self.learnt[handle] = [], count
         for stock in self.stocks:
-            own = Held(lasting=self._seen_from(stock, {count, known, whole}))
+            own = Held(branches=frozenset((count, known, whole)))
             self.held[handle].append(own)
             self._skip(own, stock.first_seen(count * self.size) // self.size)
             self._append(handle, stock, own, list(map(stock.share, keys[own.first : count])))
@@ -260,13 +266,13 @@ class Pages:
         for stock, own in held:
             seen = stock.first_seen(begin) // self.size
             for place, page in enumerate(own.pages[own.first : seen], own.first):
-                stock.give_back(page, passed=place not in own.lasting)
+                stock.give_back([page], passed=not self._lasts(stock, own, place))
             self._skip(own, seen)
             available = self.left if stock.window is None else stock.available
             end = min(end, (len(own.pages) + available) * self.size)
         for stock, own in held if end > begin else ():
             lacking = -(-end // self.size) - len(own.pages)
-            self._append(handle, stock, own, [stock.take() for _ in range(lacking)])
+            self._append(handle, stock, own, stock.take(lacking))
         self.calm[handle] = min(
             min(len(own.pages) * self.size, stock.passes((own.first + 1) * self.size)) for stock, own in held
         )
@@ -290,8 +296,7 @@ class Pages:
         """Give a sequence's pages and its handle back."""
         self.together -= len(self._full_of(handle))
         for stock, own in zip(self.stocks, self.held.pop(handle), strict=True):
-            for page in reversed(own.pages[own.first :]):  # a prefix outlives what follows it
-                stock.give_back(page)
+            stock.give_back(reversed(own.pages[own.first :]))  # a prefix outlives what follows it
         del self.learnt[handle]
         self.calm.pop(handle, None)
         self.free_handles.append(handle)
@@ -313,12 +318,9 @@ class Pages:
         own.pages += pages
         self.together += len(pages) * (stock is self.full)
 
-    def _seen_from(self, stock: Stock, places: Iterable[int]) -> frozenset[int]:
-        """The pages that the first tokens of these pages see of a window before them."""
-        if stock.window is None:
-            return frozenset()
-        begins = {place: stock.first_seen(place * self.size) // self.size for place in places}
-        return frozenset(page for place, begin in begins.items() for page in range(begin, place))
+    def _lasts(self, stock: Stock, own: Held, place: int) -> bool:
+        """Whether the first token of a page where others are likely to branch off sees this one, before it."""
+        return any(stock.first_seen(branch * self.size) // self.size <= place < branch for branch in own.branches)
 
     @staticmethod
     def _skip(own: Held, first: int) -> None:
