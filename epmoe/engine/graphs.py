@@ -16,7 +16,7 @@ Letters: B rows of a step · T tokens of a step · O outputs.
 
 import sys
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
@@ -178,7 +178,9 @@ class Graphs:
             self._run(self.body)
             return
         part = "mixed" if any(each.rows for each in every) else "prompts"
-        held = (size for size in self.bodies[part] if all(self.holds(part, size, each) for each in every))
+        sizes = self.bodies[part]
+        enough = bisect_left(sizes, max(len(each.given) for each in every))
+        held = (size for size in sizes[enough:] if all(self.holds(part, size, each) for each in every))
         size = next(held, None)
         if size is not None:
             room = static.changes(size, static.most(size, rows=part == "mixed"))

@@ -10,6 +10,7 @@ Letters: T tokens of a step · B rows · P pieces · O outputs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from epmoe.batch import Span
 from epmoe.engine import sequence as engine
@@ -24,7 +25,7 @@ class Ragged:
     """What a step is to do."""
 
     given: list[int]  # a prompt's token; -1 - handle: the last one of that sequence, which the device knows
-    positions: list[int]
+    row_positions: list[int]  # the spans have those of their tokens
     rows: list[int]  # handles
     spans: list[Span]
     outputs: list[int]  # tokens
@@ -40,6 +41,12 @@ class Ragged:
     def sizes(self) -> tuple[int, int]:
         """Tokens, of which nobody's is one where it has none, and those whose logits are wanted."""
         return max(1, len(self.given)), len(self.outputs) + len(self.scored)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of all tokens."""
+        spans = (range(cached, cached + end - begin) for begin, end, cached, _ in self.spans)
+        return [*self.row_positions, *chain.from_iterable(spans)]
 
     @property
     def behind(self) -> list[int]:
@@ -58,7 +65,7 @@ class Ragged:
         else:
             made = cls(
                 given=[-1 - row.handle for row in rows],
-                positions=[row.next - 1 for row in rows],
+                row_positions=[row.next - 1 for row in rows],
                 rows=[row.handle for row in rows],
                 spans=[],
                 outputs=list(range(len(rows))),
@@ -72,7 +79,7 @@ class Ragged:
     @classmethod
     def nobody(cls, spare: int) -> "Ragged":
         """A token of the spare sequence, of which nothing comes."""
-        return cls(given=[0], positions=[0], rows=[spare], spans=[], outputs=[], ended=[], nexts=[])
+        return cls(given=[0], row_positions=[0], rows=[spare], spans=[], outputs=[], ended=[], nexts=[])
 
     @classmethod
     def _drafted(cls, rows: Sequence[engine.Sequence], drafts: Drafts) -> "Ragged":
@@ -84,7 +91,7 @@ class Ragged:
             for ahead in range(1 + len(draft)):
                 made.outputs.append(len(made.rows))
                 made.rows.append(row.handle)
-                made.positions.append(row.next - 1 + ahead)
+                made.row_positions.append(row.next - 1 + ahead)
                 made.nexts.append(row.next + ahead)
                 made.ended.append(row)
                 made.ahead.append(ahead)
@@ -94,7 +101,6 @@ class Ragged:
         """The next so many tokens of its prompt."""
         begin, cached = len(self.given), sequence.cached
         self.given.extend(sequence.prompt[cached : cached + count])
-        self.positions.extend(range(cached, cached + count))
         self.follow.extend(sequence.prompt[cached + 1 : cached + count + 1])
         self.follow.extend([0] * (len(self.given) - len(self.rows) - len(self.follow)))
         self.spans.append((begin, begin + count, cached, sequence.handle))

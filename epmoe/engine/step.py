@@ -24,6 +24,7 @@ H hidden · V vocabulary · S tokens of prompts that are to be scored.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from epmoe.batch import Beside, Drafted, Step
@@ -162,7 +163,9 @@ class StaticStep:
         given_T, position_T, row_M, output_M, ended_M, next_M, *parts = self.stage.begin()
         chosen_M, ahead_M, wanted_M, spans, one, place_U, page_U = parts
         if (tokens := len(ragged.given)) <= len(given_T):  # else `run` takes them
-            given_T[:tokens], position_T[:tokens] = ragged.given, ragged.positions
+            given_T[:tokens], position_T[: len(ragged.rows)] = ragged.given, ragged.row_positions
+            for begin, end, cached, _ in ragged.spans:
+                position_T[begin:end] = np.arange(cached, cached + end - begin)
         row_M[: len(ragged.rows)], row_M[len(ragged.rows) :] = ragged.rows, self.state.spare
         outputs = len(ragged.outputs)
         ended_M[outputs:] = self.state.spare
