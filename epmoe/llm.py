@@ -233,8 +233,8 @@ class LLM:
             return self._complete(self._shared(call, purpose, make))
 
     def _complete(self, prompts: Sequence[Request]) -> list[Completion]:
-        requests = choices(prompts)
-        answers = [Answer(self.tokenizer, request) for request in requests]
+        requests, tokenizer = choices(prompts), self.tokenizer
+        answers: list[Answer] = []
         try:
             with told_when_full(self.ranks.device):
                 results = replicas.generate(
@@ -242,6 +242,7 @@ class LLM:
                     requests,
                     on_token=lambda index, token: answers[index].feed(token),
                     on_finish=lambda index, result: answers[index].finish(result),
+                    on_launch=lambda: answers.extend(Answer(tokenizer, each) for each in requests),
                 )
         except NotFinite as error:
             numbers = [number for number, each in enumerate(prompts, 1) for _ in range(each.params.n)]

@@ -220,11 +220,14 @@ class Engine:
         requests: Sequence[Request],
         on_token: OnToken = lambda request, token: False,
         on_finish: OnFinish = lambda request, result: None,
+        on_launch: Callable[[], object] = lambda: None,
     ) -> list[Result]:
         """Run all requests to their end; results in their order. A collective of the expert group.
 
         Times in the results count from the moment when everything is prepared.
 
+        Args:
+            on_launch: called once, before all other calls, while the first step runs: what it does takes no time.
         Raises:
             UserError: see `check` and `matcher`; a request that the whole cache cannot hold.
             NotFinite: logits of some requests are not finite. All others have come to their end, each with its
@@ -243,22 +246,29 @@ class Engine:
         try:
             for request in requests:
                 self._add(request)
-            while self.busy:
-                for event in self.step():
-                    index = event.id - self.first
-                    result = event.result if isinstance(event, Finished) else None
-                    if isinstance(event, Token) and index not in stopped:
-                        told[index] += 1
-                        if on_token(index, event.token):
-                            stopped.add(index)
-                            result = self.abort(event.id, "stop")  # None: it ends by itself, and its event follows
-                    if result is not None:
-                        results[index] = result.stopped(told[index]) if index in stopped else result
-                        on_finish(index, results[index])
+            for event in self._events(on_launch):
+                index = event.id - self.first
+                result = event.result if isinstance(event, Finished) else None
+                if isinstance(event, Token) and index not in stopped:
+                    told[index] += 1
+                    if on_token(index, event.token):
+                        stopped.add(index)
+                        result = self.abort(event.id, "stop")  # None: it ends by itself, and its event follows
+                if result is not None:
+                    results[index] = result.stopped(told[index]) if index in stopped else result
+                    on_finish(index, results[index])
             self.check_finite()
         finally:
             self.clear()
         return [results[index] for index in range(len(requests))]
+
+    def _events(self, on_launch: Callable[[], object]) -> Iterator[Event]:
+        """What comes until nothing waits or runs any more."""
+        events = self.step() if self.busy else []
+        on_launch()
+        yield from events
+        while self.busy:
+            yield from self.step()
 
     def clear(self) -> None:
         """End whatever waits or runs; what has failed is forgotten."""

@@ -6,7 +6,7 @@
 A request's tokens are the same bits wherever it is answered, so that nobody can tell how they were shared out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -65,21 +65,22 @@ def generate(
     requests: Sequence[Request],
     on_token: OnToken = lambda request, token: False,
     on_finish: OnFinish = lambda request, result: None,
+    on_launch: Callable[[], object] = lambda: None,
 ) -> list[Result]:
     """`Engine.generate`, by all replicas; a collective of all ranks.
 
     Listeners hear of the own replica's requests as they run. Of another's they hear when all have ended; on rank 0 when
-    each has.
+    each has. `on_launch` is called before them on every rank.
 
     Raises:
         as `Engine.generate`, on every rank alike.
     """
     if engine.ranks.replicas == 1:
-        return engine.generate(requests, on_token, on_finish)
+        return engine.generate(requests, on_token, on_finish, on_launch)
     check(engine, requests)
     engine.ranks.meet("replicas")  # whose kernels may have taken longer to compile
     batch = _Batch(engine, requests, on_token, on_finish)
-    batch.answer()
+    batch.answer(on_launch)
     return batch.results()
 
 
@@ -94,11 +95,14 @@ class _Batch:
         self.heard: set[int] = set()  # requests of which the listeners know all
         self.early = Early(engine.ranks)
 
-    def answer(self) -> None:
+    def answer(self, on_launch: Callable[[], object]) -> None:
         """The own share; a collective of the replica."""
+        if not self.mine:
+            on_launch()
+            return
+        mine = [self.requests[index] for index in self.mine]
         try:
-            if self.mine:
-                self.engine.generate([self.requests[index] for index in self.mine], self._token, self._finish)
+            self.engine.generate(mine, self._token, self._finish, on_launch)
         except NotFinite as error:
             self.outcome.failed = Failed([self.mine[each - 1] for each in error.prompts], error.position, error.where)
 
