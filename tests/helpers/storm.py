@@ -65,7 +65,10 @@ async def one(llm: AsyncLLM, known: list[Any], rng: random.Random, seconds: floa
     """Whether it came to its end, as known; some leave before."""
     number = rng.randrange(len(known))
     await asyncio.sleep(rng.uniform(0, seconds))
-    leaves_after = rng.choice([None, None, None, 1, 2, 5])
+    return await ask(llm, known, number, rng, rng.choice([None, None, None, 1, 2, 5]))
+
+
+async def ask(llm: AsyncLLM, known: list[Any], number: int, rng: random.Random, leaves_after: int | None) -> bool:
     pieces = 0
     async for event in llm.generate(*kinds()[number], priority=rng.choice([0, 0, 0, -1, 2])):
         if isinstance(event, Completion):
@@ -78,9 +81,15 @@ async def one(llm: AsyncLLM, known: list[Any], rng: random.Random, seconds: floa
 
 
 async def storm(llm: AsyncLLM, file: str, count: int, seconds: float = 3.0, seed: int = 0) -> int:
-    """So many requests within so many seconds; how many came to their end. Nothing of them is left afterwards."""
+    """So many requests within so many seconds; how many came to their end. Nothing of them is left afterwards.
+
+    The longest ones come first, at once and as many as run at a time: a tight cache cannot hold them, on any machine.
+    """
     known = pickle.loads(Path(file).read_bytes())
-    done = await asyncio.gather(*(one(llm, known, random.Random(f"{seed} {i}"), seconds) for i in range(count)))
+    longest = sorted(range(len(known)), key=lambda number: -len(known[number][0][2]))[:3]
+    rngs = [random.Random(f"{seed} {i}") for i in range(count)]
+    crowd = [ask(llm, known, longest[i % 3], rngs[i], None) for i in range(PLACE["max_batch"])]
+    done = await asyncio.gather(*crowd, *(one(llm, known, rng, seconds) for rng in rngs[len(crowd) :]))
     pages, until = llm.llm.cache.pages, time.monotonic() + 60
     while not pages.unused or any(each.queued + each.waiting + each.running for each in llm.service.figures()):
         assert time.monotonic() < until, "pages are lost"
