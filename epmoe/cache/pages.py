@@ -43,9 +43,11 @@ def extend(keys: list[bytes], ids: Ids, size: int, count: int) -> None:
 
     32 bytes, so that nobody finds two histories with one key.
     """
-    for page in range(len(keys), count):
-        tokens = array("q", ids(page * size, (page + 1) * size)).tobytes()
-        keys.append(hashlib.blake2b(tokens, digest_size=32, key=keys[-1] if keys else b"").digest())
+    tokens = array("q", ids(len(keys) * size, count * size)).tobytes()
+    key, width = keys[-1] if keys else b"", 8 * size
+    for begin in range(0, (count - len(keys)) * width, width):
+        key = hashlib.blake2b(tokens[begin : begin + width], digest_size=32, key=key).digest()
+        keys.append(key)
 
 
 @dataclass
@@ -217,15 +219,19 @@ class Pages:
 
     def longest(self, keys: Sequence[bytes]) -> int:
         """How many of these pages, from the first on, are there, as far as the token after them sees them."""
-        longest, runs = 0, [0] * len(self.stocks)  # how many in a row, up to here
-        for count, key in enumerate(keys, 1):
-            if self.full and key not in self.full.found:
-                break
-            runs = [run + 1 if key in stock.found else 0 for run, stock in zip(runs, self.stocks, strict=True)]
-            after = count * self.size
-            seen = [count - stock.first_seen(after) // self.size for stock in self.stocks]
-            longest = count if all(map(int.__ge__, runs, seen)) else longest
-        return longest
+        known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
+        while known:
+            windows = (stock for stock in self.stocks if stock is not self.full)
+            missing = max((self._last_missing(stock, keys, known) for stock in windows), default=-1)
+            if missing < 0:
+                return known
+            known = missing  # whoever goes on behind it sees it, as far as a window reaches
+        return 0
+
+    def _last_missing(self, stock: Stock, keys: Sequence[bytes], count: int) -> int:
+        """The last of the pages that the token behind the first `count` of these sees, and that is not there; or -1."""
+        seen = range(count - 1, stock.first_seen(count * self.size) // self.size - 1, -1)
+        return next((place for place in seen if keys[place] not in stock.found), -1)
 
     def admit(self, keys: Sequence[bytes] = (), whole: int = 0) -> tuple[int, int]:
         """A sequence's handle, and how many of its first positions are there, in whole pages.

@@ -104,16 +104,22 @@ class Engine:
             raise UserError(f"a grammar needs the checkpoint's {what}, which it lacks: ask without a grammar")
         return Grammars(self.config.vocabulary(), self.ranks.neighbours)
 
-    def prepare_for(self, requests: Sequence[Request]) -> None:
-        """As `prepare`, for these requests, all of which are added before the first step. A collective."""
+    def prepare_for(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        """As `prepare`, for these requests, all of which are added before the first step. A collective.
+
+        Returns:
+            of each the keys of its first pages, as far as they were looked for: to find them takes a while.
+        """
         pages = self.cache.pages
         needs = sorted((pages.needs(each.cached(self.max_positions)) for each in requests), reverse=True)
         fit = sum(needs[: self.max_batch]) <= pages.count  # nobody is put back
         # Where ranks have requests of their own, some begin beside others that have begun.
         at_once = fit and len(requests) <= self.max_batch and len(self.scheduler.lanes) == 1
-        found = sum(map(self.scheduler.found, requests)) if at_once else 0
+        keys: list[list[bytes]] = [[] for _ in requests]
+        found = sum(map(self.scheduler.found, requests, keys)) if at_once else 0
         load = Workload.of(requests, self.max_batch, 0 if fit else self.max_positions)
         self.prepare(load, at_once=at_once, found=found)
+        return keys
 
     def prepare(self, load: Workload, *, at_once: bool = False, found: int = 0) -> None:
         """Whatever compiles or is captured for such a load is, now: `step` does neither after it. A collective.
@@ -165,12 +171,12 @@ class Engine:
         self.check([request], self.scheduler.added - self.first)
         return self._add(request)
 
-    def _add(self, request: Request) -> int:
-        """One that was checked."""
+    def _add(self, request: Request, keys: Sequence[bytes] = ()) -> int:
+        """One that was checked, and of whose first pages these keys are known."""
         number = self.scheduler.added - self.first
         assert request.kept <= self.runner.state.kept, "not prepared"
         matcher = self.matcher(request, number + 1)
-        return self.scheduler.add(request, time.perf_counter(), matcher)
+        return self.scheduler.add(request, time.perf_counter(), matcher, keys)
 
     def forget(self) -> None:
         """Nothing that is in a cache is found again, on any rank."""
@@ -238,14 +244,14 @@ class Engine:
         self.check(requests)
         for number, request in enumerate(requests, 1):
             self.matcher(request, number)  # before any work, and remembered
-        self.prepare_for(requests)
+        keys = self.prepare_for(requests)
         self.first = self.scheduler.added
         results: dict[int, Result] = {}
         told = [0] * len(requests)  # tokens of each
         stopped: set[int] = set()
         try:
-            for request in requests:
-                self._add(request)
+            for request, known in zip(requests, keys, strict=True):
+                self._add(request, known)
             for event in self._events(on_launch):
                 index = event.id - self.first
                 result = event.result if isinstance(event, Finished) else None

@@ -73,9 +73,14 @@ class Lanes:
         for lane in self.lanes:
             lane.step_tokens, lane.alone_tokens = step_tokens, alone_tokens
 
-    def add(self, request: Request, now: float, matcher: Matcher | None = None) -> int:
-        """Let a request wait for its turn in a lane; returns its id. Raises UserError as `Scheduler.add`."""
+    def add(self, request: Request, now: float, matcher: Matcher | None = None, keys: Several[bytes] = ()) -> int:
+        """Let a request wait for its turn in a lane; returns its id. Raises UserError as `Scheduler.add`.
+
+        Args:
+            keys: of its first pages, as far as `found` has looked.
+        """
         probe = Sequence(-1, request, 0, 0.0)  # finds the keys of its pages once for all lanes
+        probe.keys = list(keys)
         which, weight = self._choose(probe)
         sequence = self.lanes[which].add(request, now, matcher, id=self.added)
         sequence.lane, sequence.weight, sequence.keys = which, weight, probe.keys
@@ -111,9 +116,9 @@ class Lanes:
         """As `Scheduler.ends`."""
         return self.lanes[0].ends(request)
 
-    def found(self, request: Request) -> int:
+    def found(self, request: Request, keys: list[bytes] | None = None) -> int:
         """As `Scheduler.found`, in the lane where most is."""
-        return max(lane.found(request) for lane in self.lanes)
+        return max(lane.found(request, keys) for lane in self.lanes)
 
     def schedule(self) -> list[Work]:
         """What the next step of each rank is to have, by lane. Of other ranks' pages no device is told."""

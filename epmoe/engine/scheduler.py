@@ -23,6 +23,9 @@ from epmoe.engine.request import Request, Result, TokenLogprobs
 from epmoe.engine.sequence import Piece, Sequence, Work
 from epmoe.engine.speculation import Speculation
 
+# Pages whose keys are found at a time, once the first one is there: to ask after each costs as much as its key.
+NAMED = 16
+
 
 class Scheduler:
     """Decides what runs next.
@@ -78,9 +81,13 @@ class Scheduler:
         eos_ids = frozenset[int]() if request.params.ignore_eos else self.eos_ids
         return eos_ids.union(request.params.stop_token_ids)
 
-    def found(self, request: Request) -> int:
-        """Tokens of its prompt that would not be computed, if it began now."""
-        return self.found_of(Sequence(-1, request, 0, 0.0)) if self.pages.prefix_cache else 0
+    def found(self, request: Request, keys: list[bytes] | None = None) -> int:
+        """Tokens of its prompt that would not be computed, if it began now; `keys` takes what `Lanes.add` may have."""
+        if not self.pages.prefix_cache:
+            return 0
+        probe = Sequence(-1, request, 0, 0.0)
+        probe.keys = probe.keys if keys is None else keys
+        return self.found_of(probe)
 
     def found_of(self, sequence: Sequence) -> int:
         """The same of one that has not begun."""
@@ -179,7 +186,7 @@ class Scheduler:
         count = (sequence.scored if sequence.unscored else len(sequence.prompt) - 1) // self.pages.size
         keys = sequence.keys
         while self.pages.prefix_cache and len(keys) < count and (not keys or self.pages.may_follow(keys[-1])):
-            self._name(sequence, len(keys) + 1)
+            self._name(sequence, min(len(keys) + (NAMED if keys else 1), count))
         return keys[:count], count
 
     def _needs_soon(self, sequence: Sequence) -> int:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from epmoe.cache.cache import CacheConfig
 from epmoe.cache.pages import Pages
+from epmoe.engine import scheduler as scheduling
+from epmoe.engine.lanes import Lanes
 from epmoe.engine.request import Request, SamplingParams
 from epmoe.engine.scheduler import Scheduler, shares
 from epmoe.engine.sequence import Sequence, Work
@@ -156,6 +158,21 @@ def test_requests_that_begin_alike_share_pages() -> None:
     first = Request((*range(18), *(7, 7, 7)), SamplingParams(max_new_tokens=4))
     tested.add(first, 0.0)
     assert tested.found(first) == 16 and run.step() == ["2+5"] and tested.running[0].found == 16
+
+
+def test_keys_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has asked what is there hands the keys on: of a long conversation they take a millisecond."""
+    inner = scheduler(20, chunk=18)
+    tested, run = Lanes([inner]), Run(inner)
+    tested.add(asked(18, 4), 0.0)
+    while tested.busy:
+        run.step()
+    keys: list[bytes] = []
+    first = Request((*range(18), *(7, 7, 7)), SamplingParams(max_new_tokens=4))
+    assert tested.found(first, keys) == 16 and len(keys) == 5
+    monkeypatch.setattr(scheduling, "extend", lambda *_: pytest.fail("a key was found twice"))
+    tested.add(first, 0.0, keys=keys)
+    assert inner.schedule().pieces == [(inner.running[0], 5)]
 
 
 def test_a_token_is_computed_though_all_pages_are_there() -> None:
