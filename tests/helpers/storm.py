@@ -83,12 +83,13 @@ async def ask(llm: AsyncLLM, known: list[Any], number: int, rng: random.Random, 
 async def storm(llm: AsyncLLM, file: str, count: int, seconds: float = 3.0, seed: int = 0) -> int:
     """So many requests within so many seconds; how many came to their end. Nothing of them is left afterwards.
 
-    The longest ones come first, at once and as many as run at a time: a tight cache cannot hold them, on any machine.
+    Up to half of them, and as many as run at a time, are the longest ones and come at once: a tight cache cannot hold
+    them, on any machine.
     """
     known = pickle.loads(Path(file).read_bytes())
     longest = sorted(range(len(known)), key=lambda number: -len(known[number][0][2]))[:3]
     rngs = [random.Random(f"{seed} {i}") for i in range(count)]
-    crowd = [ask(llm, known, longest[i % 3], rngs[i], None) for i in range(PLACE["max_batch"])]
+    crowd = [ask(llm, known, longest[i % 3], rngs[i], None) for i in range(min(PLACE["max_batch"], count // 2))]
     done = await asyncio.gather(*crowd, *(one(llm, known, rng, seconds) for rng in rngs[len(crowd) :]))
     pages, until = llm.llm.cache.pages, time.monotonic() + 60
     while not pages.unused or any(each.queued + each.waiting + each.running for each in llm.service.figures()):
