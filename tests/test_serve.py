@@ -214,8 +214,7 @@ def test_sigterm_waits_for_so_long_and_no_longer(tmp_path: Path) -> None:
 STARTING = """
 import ctypes, os, sys
 from epmoe.ranks import guard
-guard.GRACE_S = 60
-guard.begin()
+guard.begin(60)
 from epmoe import serve
 from epmoe.engine.service import Service
 from epmoe.ranks.command import main

@@ -34,10 +34,13 @@ PATIENT = 128  # nor is this and all above: so many seconds more for the first s
 ENDS: list[socket.socket] = []  # this process' end, once there is a guard: signals are the process' own, too
 
 
-def begin() -> None:
+def begin(grace_s: float = GRACE_S) -> None:
     """Start this process' guard, once. Until the process handles the two signals itself, they end it at once.
 
     For a command's first lines, before it imports what takes seconds and before it starts a thread.
+
+    Args:
+        grace_s: from the first signal to SIGKILL, where the process has not ended and is not `patient`.
     """
     launchers.adopt(os.environ)  # the guard must know which rank's it is
     if ENDS:
@@ -51,7 +54,7 @@ def begin() -> None:
     except OSError:  # no more processes for this user: signals are answered where Python can
         return
     if child == 0:
-        _keep_watch(there, parent)
+        _keep_watch(there, parent, grace_s)
     there.close()
     here.setblocking(False)
     signal.set_wakeup_fd(here.fileno(), warn_on_full_buffer=False)  # for signals with a handler in Python
@@ -122,7 +125,7 @@ def patient(seconds: float) -> None:
             each.send(bytes([PATIENT + min(127, int(seconds + 1))]))
 
 
-def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
+def _keep_watch(there: socket.socket, parent: int, grace_s: float) -> NoReturn:
     """The child's whole life. It keeps nothing of its parent's but standard error and the socket."""
     try:
         for number in (*SIGNALS, signal.SIGQUIT, signal.SIGHUP):  # a terminal sends them to all of its job
@@ -141,9 +144,9 @@ def _keep_watch(there: socket.socket, parent: int) -> NoReturn:
                 if each >= PATIENT:
                     patience = each - PATIENT
                 elif each in SIGNALS and not first:
-                    first, heard, deadline = each, now, now + GRACE_S + patience
+                    first, heard, deadline = each, now, now + grace_s + patience
                 elif each in SIGNALS and now - heard > AGAIN_S:
-                    deadline = min(deadline, now + GRACE_S)
+                    deadline = min(deadline, now + grace_s)
             if first and time.monotonic() >= deadline:
                 _end(parent, "" if silent else SIGNALS[signal.Signals(first)])
                 break

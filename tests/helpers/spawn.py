@@ -205,7 +205,7 @@ def commands(
 
 def _run_command(env: dict[str, str], out: Path, err: Path, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.update(env)
-    guard.GRACE_S = float(env.get(GRACE, "60"))
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    guard.begin(float(env.get(GRACE, "60")))  # before the command does, for which it is begun then
     command.main(partial(fn, *args))
