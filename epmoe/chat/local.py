@@ -60,7 +60,7 @@ class Local:
         """What the engine is asked: with all the room that there is, where nobody says how long an answer may be."""
         llm = self.llm.llm
         request = llm.request(list(messages))
-        if llm.defaults is None or llm.defaults.max_new_tokens is None:
+        if llm.defaults.max_new_tokens is None:
             room = min(llm.architecture.max_positions, llm.cache.pages.room)
             length = max(1, room - len(request.ids))
             request = replace(request, params=replace(request.params, max_new_tokens=length))

@@ -60,7 +60,7 @@ class SamplingParams(Sampling, Length):
     def _filled(self, values: Mapping[str, Any]) -> "SamplingParams":
         """What is left out is one of these, which need no look any more: a request's first token waits for this."""
         own = vars(self)
-        missing = {name: value for name, value in values.items() if value is not None and own[name] is None}
+        missing = {name: value for name, value in values.items() if value is not None and own.get(name, value) is None}
         if not missing:
             return self
         found = object.__new__(type(self))

@@ -7,16 +7,17 @@ dependent launch (Hopper and newer) lets it come in before that:
     kernel B            reads its weight → registers · after_previous() | next_may_begin() · reads A's results …
 
 A's programs call `next_may_begin`; B is launched with `**early(device)`. Until its `after_previous` returns, a program
-of B may read what no kernel writes, or what was there when A's programs called `next_may_begin`, and nothing else; and
-each program calls it, or what comes after B would not wait for A. A kernel after B that is launched without these
-options waits for B's end as ever. A itself may let B in before it waits (norm.py), if B reads only what no kernel
-writes until then: B waits for A's end, and so for all that A waited for.
+of B may read what no kernel writes, or what was there when A's programs called `next_may_begin`, and nothing else, and
+write what nobody else reads or writes until then; and each program calls it, or what comes after B would not wait for
+A. A kernel after B that is launched without these options waits for B's end as ever. Behind two branches of a graph
+(capture.py) B waits for the ends of both. A itself may let B in before it waits (norm.py), if B reads only what no
+kernel writes until then: B waits for A's end, and so for all that A waited for.
 
 This gains where B reads much of its own (a product of few rows: linear.py), or where A is small and B's programs
 find the machine empty, or where A has more programs than the machine has places: B's come in when A's last ones have
 theirs, and fill up what A's tail leaves idle (hopper_kernels.py). It loses where A and B are both as large as the
 machine: B's programs take the places that A leaves free just then, three on one multiprocessor and none on the next. So
-`down` of few rows and attention come in late.
+`down` of few rows and a decode's attention come in late.
 """
 
 # mypy: disallow-untyped-defs=False

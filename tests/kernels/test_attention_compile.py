@@ -105,7 +105,8 @@ def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_place(dtype: torch.dtype) -> None:
-    compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED, "PDL": True}, 4, 3)
+    cost = compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED, "PDL": True}, 4, 3)
+    assert cost["waits"] == 0  # all before it has ended: the prefill, which it lets in, relies on that
     compiled(attention_decode.place_rows_kernel, dtype, {**SIZES, **FULL, "M": PLACED_ROWS}, 4, 3)
 
 

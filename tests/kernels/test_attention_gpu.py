@@ -22,8 +22,10 @@ from attention_cases import (
 )
 from steps import make_step
 
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.kernels.attention import launch as attention_triton
+from epmoe.kernels.capture import Capture
 from epmoe.layers.attention import cached_attention
 
 pytestmark = pytest.mark.gpu
@@ -282,3 +284,33 @@ def test_far_rows() -> None:
         some = pick(inputs, slice(0, chunk))
         got = attention_triton.cached_attention(*some, store.layer(0), plan, sink_E)
         assert relative(got, cached_attention(*some, store.layer(0), plan, sink_E)) < 0.01
+
+
+@windows
+def test_rows_and_spans_attend_at_the_same_time(window: int | None) -> None:
+    """As branches of a graph, layer after layer: the bits, and the cache, that they have one after the other."""
+    case, lengths, spans = real(window), [300, 5000, 1, 700, 2000, 4097], ((650, 200), (2800, 90))
+    store, handles = full_cache(case, [8192] * (len(lengths) + len(spans)))
+    positions, known = [length - 1 for length in lengths], []
+    for handle, (cached, count) in zip(handles[len(lengths) :], spans, strict=True):
+        known.append((len(positions), len(positions) + count, cached, handle))
+        positions += range(cached, cached + count)
+    position_T = torch.tensor(positions, device="cuda")
+    sequence_B = torch.tensor(handles[: len(lengths)], device="cuda")
+    step = Step(torch.zeros_like(position_T), position_T, sequence_B, spans=tuple(known), output_O=position_T)
+    inputs = random_inputs(case, len(positions), torch.bfloat16, "cuda", 0)
+    sink_E, plan = random_sinks(case, torch.bfloat16, "cuda"), store.plan(step)[window]
+
+    def run() -> torch.Tensor:
+        return attention_triton.cached_attention(*inputs, store.layer(0), plan, sink_E)
+
+    wanted, stored = run(), [each.clone() for each in store.layers]
+    assert wanted.isfinite().all()
+    found: list[torch.Tensor] = []
+    graph = Capture(torch.device("cuda", 0))(lambda: found.extend(run() for _ in range(4)))
+    for _ in range(50):
+        for each in found[-4:]:
+            each.zero_()
+        graph.replay()
+        assert all(torch.equal(each, wanted) for each in found[-4:])
+    assert all(torch.equal(got, each) for got, each in zip(store.layers, stored, strict=True))

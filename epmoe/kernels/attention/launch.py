@@ -10,6 +10,7 @@ depends neither on the batch nor on whether it is a row's or a span's (softmax.p
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -67,6 +68,7 @@ AS_WRITTEN = {"enable_fp_fusion": False}
 
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD
+Parts = Sequence[torch.Tensor] | None
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
 
 
@@ -98,6 +100,7 @@ def cached_attention(
     else:
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     spans, rows = plan.spans, plan.rows
+    parts = _parts(q_TED, rows) if rows is not None else None  # here: a graph's memory is apart by stream
     if spans is not None:
         _place_spans(heads, cos_sin, cached, spans)
     if spans is not None and rows is not None:
@@ -106,28 +109,40 @@ def cached_attention(
         beside(
             q_TED.device,
             partial(_prefill, heads, cos_sin, cached, spans, sink_E, out_TED),
-            partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED),
+            partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts),
         )
     elif spans is not None:
         _prefill(heads, cos_sin, cached, spans, sink_E, out_TED)
     elif rows is not None:
-        _decode(heads, cos_sin, cached, rows, sink_E, out_TED)
+        _decode(heads, cos_sin, cached, rows, sink_E, out_TED, parts)
     return out_TED
 
 
-def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch.Tensor, out_TED: torch.Tensor) -> None:
+def _parts(q_TED: torch.Tensor, rows: Rows) -> Parts:
+    """Memory for what splits give: outputs, maxima and sums. None: no sequence has more than one split."""
+    _, query_heads, head_dim = q_TED.shape
+    tiles = most_tiles(rows.pool, len(rows.sequence_B), drafted=rows.drafted)
+    if tiles == len(rows.sequence_B):
+        return None
+    of_heads = tiles * query_heads
+    part = torch.empty(of_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
+    return part.split([of_heads * head_dim, of_heads, of_heads])
+
+
+def _decode(
+    heads: Heads,
+    cos_sin: Pair,
+    cached: Pair,
+    rows: Rows,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
+    parts: Parts,
+) -> None:
     """One launch for a window within SPLIT, else two; one more before them where sequences have drafts."""
     q_TED, k_TJD, v_TJD = heads
     (_, query_heads, head_dim), kv_heads, most = q_TED.shape, k_TJD.shape[1], len(rows.sequence_B)
     tile, pool = DECODE[q_TED.dtype], rows.pool
-    tiles = most_tiles(pool, most, drafted=rows.drafted)
-    single = tiles == most  # no sequence has more than one split
-    part = torch.empty(0 if single else tiles * query_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
-    parts = (
-        part.split([tiles * query_heads * head_dim, tiles * query_heads, tiles * query_heads])
-        if not single
-        else (part,) * 3
-    )
+    tiles, nothing = most_tiles(pool, most, drafted=rows.drafted), out_TED.new_empty(0, dtype=torch.float32)
     if rows.drafted:
         _place_rows(heads, cos_sin, cached, rows)
     shared = {"WINDOW": pool.window or 0, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
@@ -144,7 +159,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         *cached,
         sink_E,
         out_TED,
-        *parts,
+        *(parts or [nothing] * 3),
         most,
         q_TED.stride(0),
         k_TJD.stride(0),
@@ -163,7 +178,7 @@ def _decode(heads: Heads, cos_sin: Pair, cached: Pair, rows: Rows, sink_E: torch
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if not single:
+    if parts:
         combine_kernel[(most, kv_heads)](
             rows.position_B,
             rows.count_1,
@@ -212,7 +227,10 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
 
 
 def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> None:
-    """Put all spans' keys and values into place."""
+    """Put all spans' keys and values into place.
+
+    Not `early`: the prefill, which comes in before this ends, reads queries and writes results before it waits.
+    """
     _, k_TJD, v_TJD = heads
     place_kernel[(spans.runs(PLACED), k_TJD.shape[1])](
         k_TJD,
