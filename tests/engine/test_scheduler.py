@@ -160,6 +160,18 @@ def test_requests_that_begin_alike_share_pages() -> None:
     assert tested.found(first) == 16 and run.step() == ["2+5"] and tested.running[0].found == 16
 
 
+@pytest.mark.parametrize("shared", [3, 4, 66, 67, 68, 71, 72, 131])
+def test_a_prefix_is_found_as_far_as_it_goes(shared: int) -> None:
+    """Wherever it ends: keys are found some at a time."""
+    tested = scheduler(80, chunk=200)
+    tested.add(asked(132, 1), 0.0)
+    run = Run(tested)
+    while tested.busy:
+        run.step()
+    other = Request((*range(shared), *(500 for _ in range(140 - shared))), SamplingParams(max_new_tokens=1))
+    assert tested.found(other) == shared // 4 * 4
+
+
 def test_keys_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has asked what is there hands the keys on: of a long conversation they take a millisecond."""
     inner = scheduler(20, chunk=18)
