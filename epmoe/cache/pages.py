@@ -219,14 +219,17 @@ class Pages:
 
     def longest(self, keys: Sequence[bytes]) -> int:
         """How many of these pages, from the first on, are there, as far as the token after them sees them."""
-        known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
+        known, windows = self._known(keys), [stock for stock in self.stocks if stock is not self.full]
         while known:
-            windows = (stock for stock in self.stocks if stock is not self.full)
             missing = max((self._last_missing(stock, keys, known) for stock in windows), default=-1)
             if missing < 0:
                 return known
             known = missing  # whoever goes on behind it sees it, as far as a window reaches
         return 0
+
+    def _known(self, keys: Sequence[bytes]) -> int:
+        """How many of these pages, from the first on, the layers that see all positions have."""
+        return next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
 
     def _last_missing(self, stock: Stock, keys: Sequence[bytes], count: int) -> int:
         """The last of the pages that the token behind the first `count` of these sees, and that is not there; or -1."""
@@ -251,7 +254,7 @@ class Pages:
             keys, whole = keys[:room], min(whole, room)
         whole = max(whole, len(keys))
         handle, count = self.free_handles.pop(), self.longest(keys)
-        known = next((at for at, key in enumerate(keys) if self.full and key not in self.full.found), len(keys))
+        known = self._known(keys)
         self.held[handle], self.learnt[handle] = [], count
         for stock in self.stocks:
             own = Held(branches=frozenset((count, known, whole)))

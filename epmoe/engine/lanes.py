@@ -79,8 +79,7 @@ class Lanes:
         Args:
             keys: of its first pages, as far as `found` has looked.
         """
-        probe = Sequence(-1, request, 0, 0.0)  # finds the keys of its pages once for all lanes
-        probe.keys = list(keys)
+        probe = Sequence(-1, request, 0, 0.0, keys=list(keys))  # finds those of its pages once for all lanes
         which, weight = self._choose(probe)
         sequence = self.lanes[which].add(request, now, matcher, id=self.added)
         sequence.lane, sequence.weight, sequence.keys = which, weight, probe.keys

@@ -85,9 +85,7 @@ class Scheduler:
         """Tokens of its prompt that would not be computed, if it began now; `keys` takes what `Lanes.add` may have."""
         if not self.pages.prefix_cache:
             return 0
-        probe = Sequence(-1, request, 0, 0.0)
-        probe.keys = probe.keys if keys is None else keys
-        return self.found_of(probe)
+        return self.found_of(Sequence(-1, request, 0, 0.0, keys=[] if keys is None else keys))
 
     def found_of(self, sequence: Sequence) -> int:
         """The same of one that has not begun."""
