@@ -68,7 +68,7 @@ AS_WRITTEN = {"enable_fp_fusion": False}
 
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q_TED, k_TJD, v_TJD
-Parts = Sequence[torch.Tensor] | None
+Parts = Sequence[torch.Tensor]  # of splits: outputs, maxima, sums
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos_TF and sin_TF; or keys and values of a layer's cache, [J, R, D] each
 
 
@@ -100,7 +100,7 @@ def cached_attention(
     else:
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     spans, rows = plan.spans, plan.rows
-    parts = _parts(q_TED, rows) if rows is not None else None  # here: a graph's memory is apart by stream
+    parts = _parts(q_TED, rows) if rows is not None else ()  # here: a graph's memory is apart by stream
     if spans is not None:
         _place_spans(heads, cos_sin, cached, spans)
     if spans is not None and rows is not None:
@@ -119,12 +119,10 @@ def cached_attention(
 
 
 def _parts(q_TED: torch.Tensor, rows: Rows) -> Parts:
-    """Memory for what splits give: outputs, maxima and sums. None: no sequence has more than one split."""
+    """Memory for what splits give: outputs, maxima and sums; empty where no sequence can have more than one."""
     _, query_heads, head_dim = q_TED.shape
     tiles = most_tiles(rows.pool, len(rows.sequence_B), drafted=rows.drafted)
-    if tiles == len(rows.sequence_B):
-        return None
-    of_heads = tiles * query_heads
+    of_heads = tiles * query_heads if tiles > len(rows.sequence_B) else 0
     part = torch.empty(of_heads * (head_dim + 2), dtype=torch.float32, device=q_TED.device)
     return part.split([of_heads * head_dim, of_heads, of_heads])
 
@@ -142,7 +140,7 @@ def _decode(
     q_TED, k_TJD, v_TJD = heads
     (_, query_heads, head_dim), kv_heads, most = q_TED.shape, k_TJD.shape[1], len(rows.sequence_B)
     tile, pool = DECODE[q_TED.dtype], rows.pool
-    tiles, nothing = most_tiles(pool, most, drafted=rows.drafted), out_TED.new_empty(0, dtype=torch.float32)
+    tiles = len(parts[-1]) // query_heads or most
     if rows.drafted:
         _place_rows(heads, cos_sin, cached, rows)
     shared = {"WINDOW": pool.window or 0, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
@@ -159,7 +157,7 @@ def _decode(
         *cached,
         sink_E,
         out_TED,
-        *(parts or [nothing] * 3),
+        *parts,
         most,
         q_TED.stride(0),
         k_TJD.stride(0),
@@ -178,7 +176,7 @@ def _decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if parts:
+    if tiles > most:
         combine_kernel[(most, kv_heads)](
             rows.position_B,
             rows.count_1,
