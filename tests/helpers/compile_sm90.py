@@ -112,7 +112,7 @@ def _early(ptx: str) -> dict[str, int]:
     return {
         "early": len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)),
         "loads": len(re.findall(r"\bld\.global", before)),
-        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.2d)", part)) for part in started),
+        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.[24]d)", part)) for part in started),
     }
 
 

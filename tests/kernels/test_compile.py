@@ -13,7 +13,7 @@ from compile_sm90 import MOST_SHARED, MOST_TENSOR, compile_kernel
 
 from epmoe.moe.experts.triton import hopper_kernels
 from epmoe.moe.experts.triton.hopper import sizes
-from epmoe.moe.experts.triton.hopper_product import RUN, SHARED, WORDS
+from epmoe.moe.experts.triton.hopper_product import BLOCK, RUN, WORDS
 from epmoe.moe.experts.triton.kernels import down_kernel, gate_up_kernel, gather_kernel
 from epmoe.moe.experts.triton.tiles import TILES, ExpertTile, table
 from epmoe.moe.experts.triton.words import STRIP
@@ -108,8 +108,8 @@ def test_hopper_kernels(tile: ExpertTile, kernel: Any, wide: bool) -> None:
     found = sizes(tile)
     tokens, columns = found["M"], RUN // found["PIECES"]
     types = {
-        **dict.fromkeys(("x_desc", "h_desc"), block("bf16", SHARED, tokens, columns)),
-        **dict.fromkeys(("x_half_desc", "h_half_desc"), block("bf16", SHARED, tokens // 2, columns)),
+        **dict.fromkeys(("x_desc", "h_desc"), block("bf16", BLOCK, 1, 1, tokens, columns)),
+        **dict.fromkeys(("x_half_desc", "h_half_desc"), block("bf16", BLOCK, 1, 1, tokens // 2, columns)),
         "word_desc": block("i16", WORDS, tile.weight_rows // STRIP, STRIP, 64),
         "word_half_desc": block("i16", WORDS, tile.weight_rows // STRIP // 2, STRIP, 64),
         **dict.fromkeys(("x_ptr", "h_ptr", "y_ptr", "bias_ptr"), "*bf16"),

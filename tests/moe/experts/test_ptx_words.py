@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epmoe.formats.mxfp4 import Mxfp4Matrix, decode
-from epmoe.moe.experts.triton.words import PTX_FACTOR, PTX_NARROW, PTX_WIDE, WordMatrix
+from epmoe.moe.experts.triton.words import PTX_FACTORS, PTX_NARROW, PTX_WIDE, WordMatrix
 
 ALL = 0xFFFFFFFF
 COUNT = 1 << 14  # registers
@@ -42,7 +42,7 @@ def prmt(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tens
 
 
 INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "mov.b32": lambda a: a,
+    "mov.b32": lambda *halves: halves[0] if len(halves) == 1 else halves[0] | halves[1] << 16,
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
@@ -56,13 +56,19 @@ INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 def execute(ptx: str, *inputs: torch.Tensor) -> torch.Tensor:
     """$0 after the instructions; `inputs` are $1, $2 …, registers as int64 from 0 to 2^32 − 1."""
     values = {f"${i}": value for i, value in enumerate(inputs, 1)}
-    body = re.fullmatch(r"{ \.reg \.b32 [\w, ]+;(.*)}", ptx)
+    body = re.fullmatch(r"{ (?:\.reg \.b\d+ [\w<>, ]+; ?)+(.*)}", ptx)
     assert body is not None, ptx
     for line in filter(None, map(str.strip, re.sub(r"/\*.*?\*/", "", body[1]).split(";"))):
-        name, operands = line.split(" ", 1)
-        to, *sources = (each.strip() for each in operands.split(","))
-        known = [values[each] if each in values else torch.tensor(int(each, 0)) for each in sources]
-        values[to] = INSTRUCTIONS[name](*known) & ALL
+        name, to, sources = re.fullmatch(r"(\S+) ({.*?}|[^,]+), (.*)", line).groups()  # type: ignore[union-attr]
+        known = [
+            values[each] if each in values else torch.tensor(int(each, 0)) for each in re.findall(r"[$\w]+", sources)
+        ]
+        result = INSTRUCTIONS[name](*known) & ALL
+        if to.startswith("{"):  # its halves
+            low, high = re.findall(r"\w+", to)
+            values |= {low: result & 0xFFFF, high: result >> 16}
+        else:
+            values[to] = result
     return values["$0"]
 
 
@@ -83,8 +89,8 @@ def test_ptx_gives_the_values(wide: bool) -> None:
             bits = torch.where(byte_NR == 0, 0x40, torch.where(byte_NR == 255, 0x7FC0, byte_NR << 7))
             factor_NR = bits * 0x10001
         else:
-            factor_NR = execute(PTX_FACTOR.value[j], scale_NR)
-            assert torch.equal(factor_NR, ((byte_NR + 126) << 7) * 0x10001)
+            factor_NR = execute(PTX_FACTORS.value[j // 2], scale_NR)
+            assert torch.equal(factor_NR >> 16 * (j % 2) & 0xFFFF, byte_NR + 126 << 7)
         value_NR = execute((PTX_WIDE if wide else PTX_NARROW).value[j], register_NR, factor_NR, factor_NR)
         value_NC = value_NR.to(torch.int32).view(torch.bfloat16)
         nan_NC = wanted_NJC[:, j].isnan()

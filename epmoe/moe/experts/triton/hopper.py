@@ -6,6 +6,8 @@ The copy engine reads blocks of neighbouring rows, so gate_up's tokens are gathe
 memory is free again when `gate_up` returns, and serves for the result of `down` then.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -13,13 +15,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from epmoe.kernels.gpu import early
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.triton.hopper_kernels import down_kernel, gate_up_kernel
-from epmoe.moe.experts.triton.hopper_product import RUN, SHARED, WORDS
+from epmoe.moe.experts.triton.hopper_product import BLOCK, ROWS, RUN, WORDS
 from epmoe.moe.experts.triton.kernels import gather_kernel
 from epmoe.moe.experts.triton.tiles import ExpertTile, hopper_serves
 from epmoe.moe.experts.triton.words import STRIP, WordMatrix
 from epmoe.moe.router import Dispatch
 
 _GATHERED = 4  # rows a program of the gather
+_ANY = 0x7FFF0000  # more than any number of rows
 
 
 def gate_up(
@@ -102,11 +105,24 @@ def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: ExpertTile) -> list[Te
     # All experts' strips one after the other; of each, the lines of 64 words: of a run of 4 pairs, one for each row.
     strip_line_word = matrix.word_LZX.flatten(0, 1).unflatten(1, (-1, 64))
     return [
-        describe(x_RC, [rows["M"], RUN // rows["PIECES"]], SHARED.value),
-        describe(x_RC, [rows["M"] // 2, RUN // rows["PIECES"]], SHARED.value),
+        _ending(x_RC, [rows["M"], RUN // rows["PIECES"]]),
+        _ending(x_RC, [rows["M"] // 2, RUN // rows["PIECES"]]),
         describe(strip_line_word, [tile.weight_rows // STRIP, STRIP, 64], WORDS.value),
         describe(strip_line_word, [tile.weight_rows // STRIP // 2, STRIP, 64], WORDS.value),
     ]
+
+
+def _ending(x_RC: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """Blocks whose rows end where an expert's do: zeros stand behind them, which no memory is read for.
+
+    The copy engine knows how many rows a tensor has, not where an expert's end. So it is told of ROWS rows, of which
+    the last n are wanted, and two dimensions in front bring the address back: block (ROWS, stop, ROWS - n, c) begins at
+    ROWS · (2^34 - C) + stop · C + (ROWS - n) · C + c, which is (stop - n) · C + c, since 2^64 elements are nothing to
+    an address of 64 bits.
+    """
+    columns = x_RC.shape[1]
+    shape, strides = [_ANY, _ANY, ROWS, columns], [2**34 - columns, columns, columns, 1]
+    return TensorDescriptor(x_RC, shape, strides, [1, 1, *block], BLOCK.value)
 
 
 def sizes(tile: ExpertTile) -> dict[str, int]:

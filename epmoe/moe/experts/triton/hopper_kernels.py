@@ -24,7 +24,7 @@ from epmoe.moe.experts.triton.hopper_product import product
 
 @gluon.jit(do_not_specialize=["num_local"])
 def gate_up_kernel(
-    x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [M, 256 / PIECES]
+    x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [M, 256 / PIECES] (hopper.py)
     x_half_desc,  # the same in blocks of M/2 rows
     word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows; even gate, odd up
     word_half_desc,  # the same in blocks [B/128, 64, 64]

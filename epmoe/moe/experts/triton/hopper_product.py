@@ -32,14 +32,17 @@ from epmoe.moe.experts.triton.words import words_to_values
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
-# Shared memory as the tensor cores read it: rows of 32 columns, since a step's codes are scaled in groups of 32 …
-SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
-# … and of 16 for the run of one pair at the end of a row.
+# Shared memory as the tensor cores read it: rows of 32 columns, since a step's codes are scaled in groups of 32. Two
+# dimensions in front are the copy engine's, which knows by them where an expert's rows end (hopper.py).
+BLOCK = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=4))
+# Rows of 16 for the run of one pair at the end of a row.
 _SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
 # The words of a run, whole strips.
 WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3))
 RUN = 256  # columns of a run of 4 pairs
 _RUN = gl.constexpr(RUN)
+ROWS = 1 << 30  # of a tensor, as the copy engine is told
+_ROWS = gl.constexpr(ROWS)
 _STRIP = gl.constexpr(words.STRIP)
 
 
@@ -63,10 +66,11 @@ def product(
     """float32 [B, M]: rows n … of the expert's matrix times rows first … of x, over all columns; and, if MORE is not 0,
     [B, MORE], the same with the rows of x behind these. A tuple of one or two.
 
-    Rows from `stop` on, and weight rows from `rows` on, may be another expert's: nothing of them is to be stored.
+    Rows from `stop` on are zeros, which take neither copies nor much power; weight rows from `rows` on may be another
+    expert's. Nothing of either is to be stored.
 
     Args:
-        x: in blocks of M rows, in blocks of MORE, both of a piece's columns, and where it begins.
+        x: in blocks of M rows, in blocks of MORE, both of a piece's columns (hopper.py), and where it begins.
         PIECES: of a run of x, 1 or 2.
     """
     x_desc, more_desc, x_ptr = x
@@ -78,19 +82,19 @@ def product(
     RING: gl.constexpr = PIECES + 1  # that are in shared memory
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    x_sDMC = gl.allocate_shared_memory(gl.bfloat16, [RING, M, WIDTH], SHARED)
-    more_sDMC = x_sDMC
+    x_sD11MC = gl.allocate_shared_memory(gl.bfloat16, [RING, 1, 1, M, WIDTH], BLOCK)
+    more_sD11MC = x_sD11MC
     if MORE:
-        more_sDMC = gl.allocate_shared_memory(gl.bfloat16, [RING, MORE, WIDTH], SHARED)
+        more_sD11MC = gl.allocate_shared_memory(gl.bfloat16, [RING, 1, 1, MORE, WIDTH], BLOCK)
     word_sZBQ = gl.allocate_shared_memory(gl.int16, [B // _STRIP, _STRIP, _RUN // 4], WORDS)
     ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(RING):
         mbarrier.init(ready.index(i), count=1)
     _sync()
     strip = expert * gl.cdiv(rows, _STRIP) + n // _STRIP
-    buffers = (x_desc, more_desc, word_desc, x_sDMC, more_sDMC, word_sZBQ, ready)
+    buffers = (x_desc, more_desc, word_desc, x_sD11MC, more_sD11MC, word_sZBQ, ready)
     for piece in gl.static_range(PIECES):
-        _copy_piece(buffers, 0, piece, piece, first, strip, B, M, MORE, PIECES, PDL and piece == 0)
+        _copy_piece(buffers, 0, piece, piece, first, stop, strip, B, M, MORE, PIECES, PDL and piece == 0)
     if pairs % 4:
         x_sMC, more_sMC, rest_sBQ = _copy_rest(x_ptr, word_ptr, strip, first, stop, rows - n, COLUMNS, B, M, MORE)
 
@@ -114,7 +118,10 @@ def product(
         for piece in gl.static_range(PIECES):
             if piece > 0:
                 mbarrier.wait(ready.index(slot), turn)
-            x_MC, more_MC = x_sDMC.index(slot), more_sDMC.index(slot)
+            x_MC = x_sD11MC.index(slot).reshape([M, WIDTH])
+            more_MC = x_MC
+            if MORE:
+                more_MC = more_sD11MC.index(slot).reshape([MORE, WIDTH])
             for j in gl.static_range(4 // PIECES):
                 # A product is waited for when the one after it has begun; until then its operand keeps its registers.
                 even_BQ = _values(word0_BQ, scale0_B, piece * (4 // PIECES) + j, WIDE)
@@ -124,7 +131,7 @@ def product(
                     # Now the piece before is multiplied, so its place is free, and that of the words, which are in
                     # registers: in all threads, after _sync.
                     _sync()
-                    _copy_next(buffers, run + 1, runs, piece, free, first, strip, B, M, MORE, PIECES)
+                    _copy_next(buffers, run + 1, runs, piece, free, first, stop, strip, B, M, MORE, PIECES)
                 odd_BQ = _values(word1_BQ, scale1_B, piece * (4 // PIECES) + j, WIDE)
                 sums = _multiply(odd_BQ, x_MC, more_MC, 64 * j + 32, 32, sums)
                 sums, even_BQ, odd_BQ = _wait(sums, even_BQ, odd_BQ)
@@ -200,7 +207,8 @@ def _copy_piece(
     run,
     PIECE: gl.constexpr,
     slot,
-    row,
+    first,
+    stop,
     strip,
     B: gl.constexpr,
     M: gl.constexpr,
@@ -213,7 +221,7 @@ def _copy_piece(
 
     With PDL the kernel in front, which makes x, may still run (gpu.py): the words are under way before it has ended.
     """
-    x_desc, more_desc, word_desc, x_sDMC, more_sDMC, word_sZBQ, ready = buffers
+    x_desc, more_desc, word_desc, x_sD11MC, more_sD11MC, word_sZBQ, ready = buffers
     WIDTH: gl.constexpr = _RUN // PIECES
     column = run * _RUN + PIECE * WIDTH
     if PIECE == 0:
@@ -223,9 +231,11 @@ def _copy_piece(
         mbarrier.expect(ready.index(slot), (M + MORE) * WIDTH * 2)
     after_previous(PDL)
     next_may_begin(PDL)
-    tma.async_copy_global_to_shared(x_desc, [row, column], ready.index(slot), x_sDMC.index(slot))
+    from_C = [_ROWS, stop, _ROWS - (stop - first), column]
+    tma.async_copy_global_to_shared(x_desc, from_C, ready.index(slot), x_sD11MC.index(slot))
     if MORE:
-        tma.async_copy_global_to_shared(more_desc, [row + M, column], ready.index(slot), more_sDMC.index(slot))
+        more_C = [_ROWS, stop, _ROWS - (stop - first - M), column]
+        tma.async_copy_global_to_shared(more_desc, more_C, ready.index(slot), more_sD11MC.index(slot))
 
 
 @gluon.jit
@@ -235,7 +245,8 @@ def _copy_next(
     runs,
     PIECE: gl.constexpr,
     slot,
-    row,
+    first,
+    stop,
     strip,
     B: gl.constexpr,
     M: gl.constexpr,
@@ -244,7 +255,7 @@ def _copy_next(
 ):
     """If there is such a run."""
     if run < runs:
-        _copy_piece(buffers, run, PIECE, slot, row, strip, B, M, MORE, PIECES, False)
+        _copy_piece(buffers, run, PIECE, slot, first, stop, strip, B, M, MORE, PIECES, False)
 
 
 @gluon.jit

@@ -212,24 +212,26 @@ def words_to_values(word, scale, J: tl.constexpr, WIDE: tl.constexpr, PTX: tl.co
 
 @triton.jit
 def _factor(scale, J: tl.constexpr, WIDE: tl.constexpr):
-    """Of scale words int32, for codes J: int32 with the bits of 2^(scale − 1) in bf16 in both halves.
+    """Of scale words int32, for codes J: int32 with the bits of 2^(scale − 1) in bf16 in its half J % 2; the other half
+    has those of the code beside it.
 
-    WIDE: 2^(scale − 127), since 2^(scale − 1) is too large for bf16.
+    WIDE: in both halves 2^(scale − 127), since 2^(scale − 1) is too large for bf16.
     """
     if WIDE:
         scale = (scale >> (8 * J)) & 255
         bits = tl.where(scale == 0, 0x40, scale << 7)  # 2^−127 is subnormal
         return tl.where(scale == 255, 0x7FC0, bits) * 0x10001
     else:
-        return tl.inline_asm_elementwise(PTX_FACTOR[J], "=r,r", [scale], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(PTX_FACTORS[J // 2], "=r,r", [scale], dtype=tl.int32, is_pure=True, pack=1)
 
 
 # What the assembler makes of these is what limits a product of few rows, so instructions are counted (a register of
-# two words): 1, 2, 2 and 4 for the bits of codes 0 to 3, one product each (two if wide), and 2 for a factor, which
-# serves all the words of a scale: byte j alone, then (byte + 126) << 7 in both halves.
-PTX_FACTOR = tl.constexpr(
+# two words): 1, 2, 2 and 4 for the bits of codes 0 to 3, one product each (two if wide), and 2 for the factors of two
+# codes, which serve all the words of a scale: bytes j and j + 1 apart, then (byte + 126) << 7 in each half.
+PTX_FACTORS = tl.constexpr(
     tuple(
-        f"{{ .reg .b32 t; prmt.b32 t, $1, 0, 0x444{j}; mad.lo.u32 $0, t, 0x00800080, 0x3f003f00; }}" for j in range(4)
+        f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {apart}; mad.lo.u32 $0, t, 128, 0x3f003f00; }}"
+        for apart in ("0x4140", "0x4342")
     )
 )
 # $1 holds two words; the code's bits come to their places in $0. $2 and $3 are the factors of those words, and $2
@@ -243,11 +245,17 @@ _PTX_BITS = (
 )
 # An exact product: fma with −0, since mul.bf16x2 does not exist on sm_80
 _PTX_TIMES = "fma.rn.bf16x2 $0, $0, {factor}, zero;"
-_PTX_HEAD = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000;"
+_PTX_HEAD = "{ .reg .b32 t, zero; .reg .b16 half<2>; mov.b32 zero, 0x80008000;"
 _PTX_LIFT = "mov.b32 t, 0x7e807e80;" + _PTX_TIMES.format(factor="t")  # 2^126
-_PTX_SCALE = "/* factors $2 $3 */" + _PTX_TIMES.format(factor="$2") + "}"
-PTX_NARROW = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_SCALE for bits in _PTX_BITS))
-PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE for bits in _PTX_BITS))
+# A half twice is no instruction: the product reads it so.
+_PTX_HALF = "mov.b32 {{half0, half1}}, $2; mov.b32 t, {{half{0}, half{0}}};"
+_PTX_SCALE = "/* factors $2 $3 */" + _PTX_TIMES + "}}"
+PTX_NARROW = tl.constexpr(
+    tuple(
+        _PTX_HEAD + bits + _PTX_HALF.format(j % 2) + _PTX_SCALE.format(factor="t") for j, bits in enumerate(_PTX_BITS)
+    )
+)
+PTX_WIDE = tl.constexpr(tuple(_PTX_HEAD + bits + _PTX_LIFT + _PTX_SCALE.format(factor="$2") for bits in _PTX_BITS))
 _TWO_126 = tl.constexpr(2.0**126)
 
 
