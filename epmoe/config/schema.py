@@ -119,7 +119,7 @@ class Serve:
     queue_requests: int = key(1024, "most requests that wait for their turn; one more is refused", Range(low=1))
     queue_tokens: int = key(2_000_000, "most tokens of prompts that wait for their turn", Range(low=1))
     step_tokens: int = key(
-        0, "most tokens of a step of answers; 0: 448, or more for a large runtime.max_batch", Range(low=0)
+        0, "most tokens of a step of answers; 0: 384, or more for a large runtime.max_batch", Range(low=0)
     )
 
     def check(self, max_batch: int) -> None:
