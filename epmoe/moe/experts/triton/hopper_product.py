@@ -32,9 +32,9 @@ from epmoe.moe.experts.triton.words import words_to_values
 
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
-# Shared memory as the tensor cores read it, in lines of 128 bytes as the L2 cache has them: of 64 the copy engine brings
-# half as much at a time, and a layer takes 2 to 5 % longer. Two dimensions in front are the copy engine's, which knows
-# by them where an expert's rows end (hopper.py).
+# Shared memory as the tensor cores read it, in lines of 128 bytes as the L2 cache has them: with 64 the copy engine
+# brings half as much at a time, and a layer takes 2 to 5 % longer. Two dimensions in front are the copy engine's, which
+# knows by them where an expert's rows end (hopper.py).
 BLOCK = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 # Lines of 16 columns for the run of one pair at the end of a row.
 _SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
