@@ -38,7 +38,7 @@ def compile_kernel(
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
     each other, "tensor": columns of Blackwell's tensor memory, "factors": pairs of words whose codes become values, and
-    "unlike": those of them whose two factors are not one register (mxfp4_words.py), "waits": for the kernel before it,
+    "unlike": those of them whose two factors are not one register (words.py), "waits": for the kernel before it,
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
     "wide": loads of 16 bytes a thread, and "biased": products whose sum begins with what the kernel
@@ -112,7 +112,7 @@ def _early(ptx: str) -> dict[str, int]:
     return {
         "early": len(re.findall(r"\bst\.global|\bred\.|\batom\.|griddepcontrol.launch_dependents", before)),
         "loads": len(re.findall(r"\bld\.global", before)),
-        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.[24]d)", part)) for part in started),
+        "copies": sum(len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.4d)", part)) for part in started),
     }
 
 

@@ -134,15 +134,15 @@ def test_all_tiles_add_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Both products of gpt-oss, whose columns end with one pair; columns that end with half a pair, and whole runs alone,
 # with scales that need the wide decoding, one of them NaN; weight rows of which 192 and 224 are left for the last tile
-# of 256, and columns that end within a run. A case compiles six kernels, seconds each.
+# of 256, and columns that end within a run. A case compiles eight kernels, seconds each.
 @pytest.mark.parametrize(("hidden", "intermediate", "wide"), [(2880, 2880, False), (544, 512, True), (480, 480, False)])
 def test_hopper_kernels_give_the_same_bits(
     hidden: int, intermediate: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever columns end a row, narrow and wide scales; experts of 0, 1, 33, 64, 65, 96, 97 … rows."""
+    """Whichever columns end a row, narrow and wide scales; experts of 0, 1, 16, 17, 33, 64, 65 … rows."""
     if generation(torch.device("cuda", 0)) != 9:
         pytest.fail("this GPU is no Hopper: its table has no such kernels")
-    case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=13, top_k=4)
+    case = Case("many rows", tokens=1500, hidden=hidden, intermediate=intermediate, experts=15, top_k=4)
     weights = random_weights(case, "mxfp4", torch.bfloat16, "cuda")
     assert isinstance(weights.gate_up, Mxfp4Matrix) and isinstance(weights.down, Mxfp4Matrix)
     if wide:
@@ -152,16 +152,17 @@ def test_hopper_kernels_give_the_same_bits(
     assert experts.gate_up.wide == experts.down.wide == wide
     x_TH, _ = random_input(case, torch.bfloat16, "cuda")
     logits_TE = torch.full((case.tokens, case.experts), -1e4, device="cuda")
-    counts = (0, 1, 33, 64, 65, 96, 97, 128, 257)  # rows of experts 1 to 9; 0 takes ties, 10 to 12 nearly all tokens
+    # Rows of experts 1 to 11; 0 takes ties, 12 to 14 nearly all tokens.
+    counts = (0, 1, 16, 17, 33, 64, 65, 96, 97, 128, 257)
     begin = 0
     for expert, count in enumerate(counts, 1):
         logits_TE[begin : begin + count, expert] = 100.0
         begin += count
-    logits_TE[:, 10:] += 2e4 * (1 + torch.rand(case.tokens, 3, device="cuda"))
+    logits_TE[:, 12:] += 2e4 * (1 + torch.rand(case.tokens, 3, device="cuda"))
     dispatch = dispatched(case, logits_TE)
-    assert dispatch.offset_L1.diff()[1:10].tolist() == list(counts)
+    assert dispatch.offset_L1.diff()[1:12].tolist() == list(counts)
     found = []
-    for tile in ("128x32x64x4x3", "hopper:256x128x64x8x2", "hopper:128x96x64x4x2"):
+    for tile in ("128x32x64x4x3", *(f"hopper:{each}" for each in ("256x128x64x8x2", "128x96x64x4x2", "128x32x64x4x2"))):
         monkeypatch.setitem(TILES, torch.bfloat16, {0: ((float("inf"), ExpertTile.parse(tile)),)})
         h_RI = gate_up(x_TH, experts.gate_up, experts.gate_up_bias_LN, dispatch, case.activation)
         found.append((h_RI, down(h_RI, experts.down, experts.down_bias_LH, dispatch)))

@@ -1,4 +1,4 @@
-"""The inline PTX of mxfp4_words.py without a GPU: its instructions, carried out on integers.
+"""The inline PTX of words.py without a GPU: its instructions, carried out on integers.
 
 A register holds two words: 2^32 pairs, so some thousands are drawn at random. test_experts.py has all bytes under all
 scale bytes, for the PTX on a GPU only.

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.ragged_tma import create_ragged_descriptor
 
 from epmoe.kernels.gpu import early
 from epmoe.moe.experts import GatedActivation
 from epmoe.moe.experts.triton.hopper_kernels import down_kernel, gate_up_kernel
-from epmoe.moe.experts.triton.hopper_product import BLOCK, ROWS, RUN, WORDS
+from epmoe.moe.experts.triton.hopper_product import BLOCK, RUN, WORDS
 from epmoe.moe.experts.triton.kernels import gather_kernel
 from epmoe.moe.experts.triton.tiles import ExpertTile, hopper_serves
 from epmoe.moe.experts.triton.words import STRIP, WordMatrix
 from epmoe.moe.router import Dispatch
 
 _GATHERED = 4  # rows a program of the gather
-_ANY = 0x7FFF0000  # more than any number of rows
 
 
 def gate_up(
@@ -113,16 +113,13 @@ def _blocks(x_RC: torch.Tensor, matrix: WordMatrix, tile: ExpertTile) -> list[Te
 
 
 def _ending(x_RC: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """Blocks whose rows end where an expert's do: zeros stand behind them, which no memory is read for.
+    """Blocks that end where an expert's rows do: zeros stand behind these, which no memory is read for.
 
-    The copy engine knows how many rows a tensor has, not where an expert's end. So it is told of ROWS rows, of which
-    the last n are wanted, and two dimensions in front bring the address back: block (ROWS, stop, ROWS - n, c) begins at
-    ROWS · (2^34 - C) + stop · C + (ROWS - n) · C + c, which is (stop - n) · C + c, since 2^64 elements are nothing to
-    an address of 64 bits.
+    The copy engine knows where a tensor ends. Two dimensions in front of x's, by Triton's helper, let a block name its
+    own end: its coordinates are `to_ragged_indices`, and a column.
     """
-    columns = x_RC.shape[1]
-    shape, strides = [_ANY, _ANY, ROWS, columns], [2**34 - columns, columns, columns, 1]
-    return TensorDescriptor(x_RC, shape, strides, [1, 1, *block], BLOCK.value)
+    ragged = create_ragged_descriptor(x_RC, block)
+    return TensorDescriptor(x_RC, ragged.shape, ragged.strides, ragged.block_shape, BLOCK.value)
 
 
 def sizes(tile: ExpertTile) -> dict[str, int]:

@@ -24,7 +24,7 @@ from epmoe.moe.experts.triton.hopper_product import product
 
 @gluon.jit(do_not_specialize=["num_local"])
 def gate_up_kernel(
-    x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [M, 256 / PIECES] (hopper.py)
+    x_desc,  # [R, H] bf16, the tokens' rows sorted by expert, in blocks [1, 1, M, 256 / PIECES] (hopper.py)
     x_half_desc,  # the same in blocks of M/2 rows
     word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows; even gate, odd up
     word_half_desc,  # the same in blocks [B/128, 64, 64]
@@ -70,7 +70,7 @@ def gate_up_kernel(
 
 @gluon.jit(do_not_specialize=["num_local"])
 def down_kernel(
-    h_desc,  # [R, I] bf16 in blocks [M, 256 / PIECES]
+    h_desc,  # [R, I] bf16 in blocks [1, 1, M, 256 / PIECES] (hopper.py)
     h_half_desc,  # the same in blocks of M/2 rows
     word_desc,  # int16 [L·Z, 16·P, 64], in blocks [B/64, 64, 64]: a run of B rows
     word_half_desc,  # the same in blocks [B/128, 64, 64]

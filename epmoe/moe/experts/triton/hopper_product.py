@@ -1,6 +1,6 @@
 """The product of one tile of hopper_kernels.py: weights out of their words, tokens, and copies, one beside the other.
 
-Letters: as there. D pieces of x in shared memory.
+Letters: as there. D pieces of x in shared memory; 1, a dimension of one.
 
     tensor cores        product of run r, code j     code j+1           code j+2 …       (asynchronous, in order)
     the other units     codes j+1 → bf16             codes j+2 → bf16   …
@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.tools.ragged_tma import to_ragged_indices
 
 from epmoe.kernels.gpu import after_previous, next_may_begin
 from epmoe.moe.experts.triton import words
@@ -42,8 +43,6 @@ _SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_
 WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 RUN = 256  # columns of a run of 4 pairs
 _RUN = gl.constexpr(RUN)
-ROWS = 1 << 30  # of a tensor, as the copy engine is told
-_ROWS = gl.constexpr(ROWS)
 _STRIP = gl.constexpr(words.STRIP)
 
 
@@ -232,11 +231,17 @@ def _copy_piece(
         mbarrier.expect(ready.index(slot), (M + MORE) * WIDTH * 2)
     after_previous(PDL)
     next_may_begin(PDL)
-    from_C = [_ROWS, stop, _ROWS - (stop - first), column]
-    tma.async_copy_global_to_shared(x_desc, from_C, ready.index(slot), x_sD11MC.index(slot))
+    tma.async_copy_global_to_shared(x_desc, _block(first, stop, 0, column), ready.index(slot), x_sD11MC.index(slot))
     if MORE:
-        more_C = [_ROWS, stop, _ROWS - (stop - first - M), column]
-        tma.async_copy_global_to_shared(more_desc, more_C, ready.index(slot), more_sD11MC.index(slot))
+        more_at = _block(first, stop, M, column)
+        tma.async_copy_global_to_shared(more_desc, more_at, ready.index(slot), more_sD11MC.index(slot))
+
+
+@gluon.jit
+def _block(first, stop, row, column):
+    """Coordinates of the block that begins `row` rows behind `first` and has nothing from `stop` on."""
+    anywhere, end, begin = to_ragged_indices(first, stop - first, row)
+    return [anywhere, end, begin, column]
 
 
 @gluon.jit
