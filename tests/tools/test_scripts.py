@@ -64,6 +64,7 @@ REST = (
     "bench/rounding",
     "bench/router",
     "bench/speculation",
+    "bench/versus",
 )
 # As `python FILE --help` where epmoe is not installed: the checkout is nowhere on the path. Each in a process of its
 # own, all of which have torch, and triton where there is one, from the first one.
