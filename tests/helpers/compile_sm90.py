@@ -34,6 +34,7 @@ def compile_kernel(
     divisible: Sequence[str] = (),
     registers: int | None = None,
     fusion: bool = True,
+    disassemble: bool = False,
 ) -> dict[str, int]:
     """`{"registers": a thread's, "spills": bytes stored and loaded by spills, "shared": bytes of shared memory,
     "wgmma": Hopper's tensor core instructions in the code, "serialized": the assembler's warnings that these wait for
@@ -42,7 +43,8 @@ def compile_kernel(
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
     "wide": loads of 16 bytes a thread, and "biased": products whose sum begins with what the kernel
-    adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`.
+    adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`; and, where
+    asked for, `"halves"`: instructions that multiply pairs of bf16 with one half of a register.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
@@ -51,6 +53,7 @@ def compile_kernel(
         divisible: integer arguments that are always multiples of 16, which Triton makes use of at a launch.
         registers: a thread's, at most.
         fusion: whether the compiler may make a multiplication and an addition one.
+        disassemble: what the assembler has made, which takes a second.
     """
     names = fn.arg_names
     missing = set(names) - set(signature) - set(constexprs)
@@ -76,6 +79,9 @@ def compile_kernel(
     cost["wide"] = len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"]))
     cost["biased"] = _biased(compiled.asm.get("ttir", ""))
     cost["tensor"] = getattr(compiled.metadata, "tmem_size", None) or 0
+    if disassemble:
+        halves = r"H(?:MUL|FMA)2\.BF16\S* .*\bR\d+(?:\.reuse)?\.H([01])_H\1"
+        cost["halves"] = len(re.findall(halves, compiled.asm["sass"]))
     pointers = dict.fromkeys(each for name, each in signature.items() if each in ("*bf16", "*fp32") and name in names)
     values = (f"{name}={getattr(value, 'name', value)}" for name, value in constexprs.items())
     what = " ".join([fn.__name__, *list(pointers)[:1], *values, f"warps={num_warps} stages={num_stages}"])

@@ -146,6 +146,14 @@ def test_the_kernel_that_compares_the_twins_pairs_words_as_the_products_do(wide:
     assert cost["factors"] > 0 and cost["unlike"] == 0
 
 
+@pytest.mark.parametrize("arch", MOST_SHARED)
+def test_a_half_of_two_factors_costs_nothing(arch: int) -> None:
+    """A product reads it as it is: no instruction brings it to both halves of a register first (words.py)."""
+    types = {"word_ptr": "*i16", "scale_ptr": "*i32", "value_ptr": "*bf16"}
+    cost = compile_kernel(decode_kernel, types, {"WIDE": False, "PTX": True}, arch=arch, disassemble=True)
+    assert cost["halves"] == cost["factors"] > 0
+
+
 def test_compiles_without_ptx() -> None:
     """The integer twin of the inline PTX compiles too (what other devices run), and so does a rank's single expert."""
     for kernel in (gate_up_kernel, down_kernel):
