@@ -43,8 +43,8 @@ def compile_kernel(
     and "early": what it does in front of that though others could see it (epmoe/kernels/gpu.py), "loads": how many
     loads stand there, "copies": copies to shared memory but those of words, whose blocks have three dimensions,
     "wide": loads of 16 bytes a thread, and "biased": products whose sum begins with what the kernel
-    adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`; and, where
-    asked for, `"halves"`: instructions that multiply pairs of bf16 with one half of a register.
+    adds afterwards, which the compiler makes of a product that begins with zero, and which rounds otherwise}`; where
+    asked for, `"halves"` too: instructions that multiply pairs of bf16 with one half of a register.
 
     Args:
         signature: type of each runtime argument, `{"x": "*bf16", "tokens": "i32"}`; pointers are taken as 16-byte
