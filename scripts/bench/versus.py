@@ -5,7 +5,7 @@
     scripts/bench/versus.py . .=hopper:128x64x64x4x2 --tokens 448     (a tile instead of those of tiles.json)
 
 Each checkout has a process, which compiles and captures before the first turn: a CUDA graph of CALLS calls of moe.py,
-with other tokens and routings each, and COPIES copies of the weights. A turn replays it for --seconds, and every number
+with other tokens and routings each, and COPIES copies of the weights. A turn replays it for --ms, and every number
 of tokens has --rounds of turns, forth and back. So all meet one GPU that is as hot as under load: at its limit of power
 what takes energy takes time, and gains of milliseconds on a cool GPU may not be there. Beside the time: the clock and
 the power that nvidia-smi says amid the first turn. The last line is one JSON object.
@@ -14,15 +14,17 @@ the power that nvidia-smi says amid the first turn. The last line is one JSON ob
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 COPIES = 8  # of 32 experts' 420 MB: what is read comes from memory
+PREPARE_S, TURN_S = 600.0, 60.0  # how long a side may be silent: until it is ready, and beyond a turn
 
 
 class Side:
@@ -39,24 +41,29 @@ class Side:
 
     def wait(self) -> None:
         """Until it has compiled and captured."""
-        if self._read() != "ready":
-            sys.exit(f"scripts/bench/versus.py: {self.name} has failed; what it said is above")
+        self._read(PREPARE_S)
 
     def turn(self, tokens: int, seconds: float) -> list[str]:
         """What nvidia-smi says meanwhile."""
-        print(tokens, seconds, file=_pipe(self.process.stdin), flush=True)
+        assert self.process.stdin is not None
+        print(tokens, seconds, file=self.process.stdin, flush=True)
         time.sleep(seconds / 2)
         said = gpu()
-        self.us.setdefault(tokens, []).append(float(self._read()))
+        self.us.setdefault(tokens, []).append(float(self._read(seconds + TURN_S)))
         return said
 
-    def _read(self) -> str:
-        return _pipe(self.process.stdout).readline().strip()
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+    def _read(self, limit_s: float) -> str:
+        """The next line. Ends the program where there is none, and where none comes."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], limit_s)[0]:
+            sys.exit(f"scripts/bench/versus.py: {self.name} has said nothing for {limit_s:g} s")
+        if not (line := self.process.stdout.readline()):
+            sys.exit(f"scripts/bench/versus.py: {self.name} has failed; what it said is above")
+        return line
 
 
 def gpu() -> list[str]:
@@ -85,7 +92,10 @@ def take_turns(sides: Sequence[Side], cases: Sequence[int], rounds: int, seconds
 
 
 def serve(root: str, cases: str, tile: str) -> None:
-    """A side's process: prepare, say so, then a mean time a call for each line "tokens seconds"."""
+    """A side's process: prepare, say so, then a mean time a call for each line "tokens seconds".
+
+    Of its checkout it takes names that older ones have too.
+    """
     sys.path.insert(0, root)
     import torch
 
@@ -131,12 +141,19 @@ def captured(ours: Sequence[Any], xs: Sequence[Any], dispatches: Sequence[Any]) 
     return graph, xs, dispatches
 
 
+def positive(word: str) -> int:
+    """Of the command line."""
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number from 1 on")
+    return int(word)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sides", nargs="+", metavar="ROOT[=TILE]", help="a checkout's root, and the only tile to use")
-    parser.add_argument("--tokens", default="64,256,512,4096")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    parser.add_argument("--tokens", type=lambda words: list(map(positive, words.split(","))), default="64,256,512,4096")
+    parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--ms", type=positive, default=1000, help="of a turn")
     options = parser.parse_args()
     for side in options.sides:
         if not Path(side.partition("=")[0], "scripts", "bench", "moe.py").is_file():
@@ -146,15 +163,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("scripts/bench/versus.py needs a CUDA device")
     command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
-    sides = [Side(name, options.tokens, command) for name in options.sides]
-    for side in sides:
-        side.wait()
-    found = take_turns(sides, [int(each) for each in options.tokens.split(",")], options.rounds, options.seconds)
-    print(
-        json.dumps(
-            {"bench": "versus", "device": torch.cuda.get_device_name(), "seconds": options.seconds, "rows": found}
-        )
-    )
+    cases = ",".join(map(str, options.tokens))
+    sides = [Side(name, cases, command) for name in options.sides]
+    try:
+        for side in sides:
+            side.wait()
+        found = take_turns(sides, options.tokens, options.rounds, options.ms / 1000)
+    finally:
+        for side in sides:
+            side.end()
+    print(json.dumps({"bench": "versus", "device": torch.cuda.get_device_name(), "ms": options.ms, "rows": found}))
 
 
 if __name__ == "__main__":

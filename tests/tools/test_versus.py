@@ -39,17 +39,42 @@ def test_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     end(sides)
 
 
-def test_a_side_that_fails_ends_the_run(tmp_path: Path) -> None:
-    side = Side(str(tmp_path), "8", [sys.executable, "-c", "raise SystemExit(1)"])
-    with pytest.raises(SystemExit, match=f"versus.py: {tmp_path} has failed"):
+READY = "print('ready', flush=True); input()"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit(1)", "has failed; what it said is above"),
+        (READY, "has failed; what it said is above"),  # in its first turn
+        (f"{READY}; input()", r"has said nothing for 0\.11 s"),
+    ],
+)
+def test_a_side_that_fails_or_is_silent_ends_the_run(
+    program: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versus, "gpu", lambda: ["1980", "699.5"])
+    if "nothing" in said:  # else a slow start is not to look like it
+        monkeypatch.setattr(versus, "TURN_S", 0.1)
+    side = Side(str(tmp_path), "8", [sys.executable, "-c", program])
+    with pytest.raises(SystemExit, match=f"versus.py: {tmp_path} {said}"):
         side.wait()
+        side.turn(8, 0.01)
     end([side])
 
 
 def end(sides: list[Side]) -> None:
     for side in sides:
-        with side.process:
-            side.process.communicate(timeout=60)  # closes the pipe it reads
+        side.end()
+        assert side.process.returncode is not None
+
+
+@pytest.mark.parametrize("mistake", [("--tokens", "8,0"), ("--tokens", "8,"), ("--rounds", "-1"), ("--ms", "0.5")])
+def test_mistakes_are_one_line(mistake: tuple[str, str]) -> None:
+    done = run(".", *mistake)
+    assert done.returncode == 2 and done.stdout == ""
+    wrong = mistake[1].split(",")[-1]
+    assert done.stderr.endswith(f"error: argument {mistake[0]}: {wrong!r} is no number from 1 on\n")
 
 
 def test_what_is_no_checkout_is_named(tmp_path: Path) -> None:
@@ -63,7 +88,7 @@ def test_what_is_no_checkout_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_checkout_against_itself() -> None:
-    done = run(".", ".=64x8x64x4x3", "--tokens", "1,16", "--seconds", "0.2", "--rounds", "1")
+    done = run(".", ".=64x8x64x4x3", "--tokens", "1,16", "--ms", "200", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     *told, record = done.stdout.splitlines()
     rows = json.loads(record)["rows"]
