@@ -227,7 +227,8 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
 def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> None:
     """Put all spans' keys and values into place.
 
-    Not `early`: the prefill, which comes in before this ends, reads queries and writes results before it waits.
+    The prefill, which comes in before this ends, reads queries and writes results before it waits: so this lets it in
+    only when it has waited itself.
     """
     _, k_TJD, v_TJD = heads
     place_kernel[(spans.runs(PLACED), k_TJD.shape[1])](
@@ -238,9 +239,9 @@ def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> Non
         k_TJD.stride(0),
         v_TJD.stride(0),
         M=PLACED,
-        PDL=dependent(k_TJD.device),
         **_of_spans(heads, cached, spans),
         **AS_WRITTEN,
+        **early(k_TJD.device),
     )
 
 

@@ -39,10 +39,11 @@ def place_kernel(
     PDL: tl.constexpr,
 ):
     """Program (tile, j): M tokens of a span, the keys rotated."""
-    next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
     tile, j = tl.program_id(0), tl.program_id(1)
     first, stop, sequence, origin, span = _find_span(span_ptr, tile, spans, M)
     if span == spans:
+        after_previous(PDL)
+        next_may_begin(PDL)
         return
     token_M = first + tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -50,11 +51,13 @@ def place_kernel(
     at_MD = token_M[:, None] * (D // 2) + (d_D % (D // 2))[None, :]
     cos_MD = tl.load(cos_ptr + at_MD, real_MD, other=0)
     sin_MD = tl.load(sin_ptr + at_MD, real_MD, other=0)
+    known_M = tl.minimum(token_M, stop - 1) + origin
+    to_M = j * cache_rows.to(tl.int64) + _place(table_ptr, sequence, known_M, table_stride, PAGE)
+    after_previous(PDL)
+    next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
     from_M1 = token_M.to(tl.int64)[:, None]
     k_MD = rotated(k_ptr + from_M1 * k_stride + j * D, cos_MD, sin_MD, real_MD, D, DP)
     v_MD = tl.load(v_ptr + from_M1 * v_stride + j * D + d_D[None, :], real_MD, other=0)
-    known_M = tl.minimum(token_M, stop - 1) + origin
-    to_M = j * cache_rows.to(tl.int64) + _place(table_ptr, sequence, known_M, table_stride, PAGE)
     tl.store(key_ptr + to_M[:, None] * D + d_D[None, :], k_MD, real_MD)
     tl.store(value_ptr + to_M[:, None] * D + d_D[None, :], v_MD, real_MD)
 

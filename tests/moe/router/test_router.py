@@ -292,7 +292,7 @@ def test_triton_compiles_without_spills(experts: int, top_k: int, logits: str) -
         signature = {name: types[name] for name in kernel.arg_names if name not in constants}
         cost = compile_kernel(kernel, signature, constants, num_warps=warps)
         assert cost["spills"] == 0, f"{kernel.__name__}: {cost}"
-        assert (cost["waits"], cost["early"]) == (kernel is not kernels._top_experts, 0)
+        assert (cost["waits"], cost["early"]) == (1, 0)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from epmoe.errors import UserError
-from epmoe.kernels.gpu import after_previous, dependent, early, next_may_begin
+from epmoe.kernels.gpu import after_previous, early, next_may_begin
 from epmoe.moe.router import Dispatch
 from epmoe.trace import named
 
@@ -88,9 +88,9 @@ def route(
         tile = tile_options(experts)
         blocks = triton.cdiv(tokens, tile["BLOCK_T"])
         count_BE = torch.empty((blocks, experts), dtype=torch.int32, device=device)
-        _top_experts[(blocks,)](logits_TE, *chosen, count_BE, tokens, **sizes, **tile, PDL=dependent(device))
+        options = {**sizes, **tile, **early(device)}
+        _top_experts[(blocks,)](logits_TE, *chosen, count_BE, tokens, **options)
         with named("dispatch"):
-            options = {**sizes, **tile, **early(device)}
             _index[(blocks,)](expert_TK, local_E, count_BE, *index, tokens, blocks, num_local, **options)
     return Dispatch(*chosen, *index, num_experts=experts)
 
@@ -187,6 +187,7 @@ def _top_experts(
     PDL: tl.constexpr,
 ):
     """Experts, weights and counts of one block."""
+    after_previous(PDL)
     next_may_begin(PDL)
     block = tl.program_id(0)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
