@@ -23,7 +23,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ BF16 = torch.bfloat16
 # Tiles for --variants, the most promising first.
 # decode: positions of a block × warps × stages × programs a multiprocessor × positions of a split
 DECODE_VARIANTS = (
-    "64x4x3x4x256 64x4x4x4x256 64x4x3x3x256 64x8x3x2x256 64x4x3x4x512 64x4x3x8x256 32x4x4x4x256 128x4x2x3x256 "
-    "128x4x3x2x256 64x2x3x6x256 64x4x3x4x128 64x4x4x4x512 128x4x3x3x512"
+    "64x4x3x5x256 64x4x3x4x256 64x4x4x4x256 64x4x3x3x256 64x8x3x2x256 64x4x3x4x512 64x4x3x8x256 32x4x4x4x256 "
+    "128x4x2x3x256 128x4x3x2x256 64x2x3x6x256 64x4x3x4x128 64x4x4x4x512 128x4x3x3x512"
 )
-# prefill: rows of queries × positions of a block × warps × stages
+# prefill: rows of queries × positions of a block × warps × stages (× registers of a thread, at most)
 PREFILL_VARIANTS = (
-    "128x64x8x3 128x64x8x2 256x64x16x3 64x128x4x2 128x128x8x2 128x64x8x4 64x64x4x3 128x128x8x3 256x64x8x3"
+    "64x64x4x3x128 64x64x4x2x128 128x64x8x3x128 64x64x4x2 128x64x8x2x128 64x128x4x2 128x128x8x2 128x64x8x4x128 "
+    "64x64x4x3 128x128x8x3"
 )
-WINDOW_VARIANTS = "64x64x4x2 128x64x8x2 64x64x4x3 64x32x4x3 128x64x8x3 128x32x8x3 64x128x4x2 128x128x8x2"
 SHORT = {"context": "8192", "batch": "1,64", "cached": "0,6144"}
 SHORT_VARIANTS = 5
 
@@ -146,8 +146,7 @@ def bench_prefill(heads: Heads, chunk: int, cached: int, window: int | None, lim
         cached_attention(*inputs, store.layer(0), plan, sink_E)
 
     row: dict = {"kind": "prefill", "window": window, "cached": cached, "chunk": chunk}
-    tiles = (window_tile, WINDOW_VARIANTS) if window else (prefill_tile, PREFILL_VARIANTS)
-    row = finish(row, call, LEAST_CALLS, 1e6 * flops / limit[1], options, *tiles)
+    row = finish(row, call, LEAST_CALLS, 1e6 * flops / limit[1], options, prefill_tile, PREFILL_VARIANTS)
     row["tflops"] = flops / row["us"] / 1e6
     if window is None and not cached:
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in inputs[0])
@@ -190,24 +189,16 @@ def decode_tile(name: str) -> Iterator[None]:
         attention_triton.DECODE[BF16], attention_triton.SPLIT = shipped
 
 
-def prefill_tile(name: str) -> AbstractContextManager[None]:
-    """Prefills of full layers run with this variant."""
-    return _replaced(attention_triton.PREFILL, name)
-
-
-def window_tile(name: str) -> AbstractContextManager[None]:
-    """Prefills of layers with a window run with this variant."""
-    return _replaced(attention_triton.WINDOW_PREFILL, name)
-
-
 @contextmanager
-def _replaced(tiles: dict[torch.dtype, AttentionTile], name: str) -> Iterator[None]:
-    shipped = tiles[BF16]
-    tiles[BF16] = AttentionTile(*map(int, name.split("x")))
+def prefill_tile(name: str) -> Iterator[None]:
+    """Prefills run with this variant."""
+    shipped = attention_triton.PREFILL[BF16]
+    queries, positions, warps, stages, *registers = map(int, name.split("x"))
+    attention_triton.PREFILL[BF16] = AttentionTile(queries, positions, warps, stages, registers=(*registers, None)[0])
     try:
         yield
     finally:
-        tiles[BF16] = shipped
+        attention_triton.PREFILL[BF16] = shipped
 
 
 def main() -> None:
@@ -254,7 +245,6 @@ def main() -> None:
         "decode_tile": asdict(attention_triton.DECODE[BF16]),
         "split": attention_triton.SPLIT,
         "prefill_tile": asdict(attention_triton.PREFILL[BF16]),
-        "window_tile": asdict(attention_triton.WINDOW_PREFILL[BF16]),
         "rows": rows,
     }
     print(json.dumps(record))

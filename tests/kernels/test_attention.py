@@ -7,6 +7,7 @@ import torch
 from attention_cases import CASES, SHARED, Case, compare, compare_parts
 from interpret import interpreted
 
+from epmoe.batch import Step
 from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import extend
 from epmoe.kernels.attention import launch as attention_triton
@@ -39,6 +40,32 @@ def test_a_ranks_heads_have_the_bits_of_all_in_torchs_version(name: str) -> None
 
 def shared(name: str) -> tuple[Case, int]:
     return next(case for case in CASES if case.name == name), SHARED[name]
+
+
+def hidden_runs(spans: list[tuple[int, int, int, int]], tokens: int) -> list[list[list[int]]]:
+    """The runs that programs find in spans that are known on the device alone."""
+    cache = Cache(CacheConfig([None], 2, 32, tokens=64, sequences=4, page=4, dtype=torch.float32), "cpu")
+    nowhere = torch.zeros(tokens, dtype=torch.int64)
+    step = Step(nowhere, nowhere, nowhere[:0], spans=None, span_P4=torch.tensor(spans, dtype=torch.int32))
+    found = cache.plan(step)[None].spans
+    assert found is not None
+    heads = torch.zeros(tokens, 8, 32), torch.zeros(tokens, 2, 32), torch.zeros(tokens, 2, 32)
+    runs: list[list[list[int]]] = attention_triton._find_runs(heads, found).tolist()
+    return runs
+
+
+def test_programs_with_work_come_first() -> None:
+    """They find the last of a span's runs first, since it sees most; those without work, and they alone, zeros."""
+    spans = [(3, 20, 5, 2), (0, 0, 0, 0), (20, 21, 0, 1), *[(0, 0, 0, 0)] * 40, (21, 100, 7, 3)]
+    placed, attending = interpreted(hidden_runs, spans, 128)
+    for runs, size in ((placed, attention_triton.PLACED), (attending, 8)):  # 32 queries, 4 heads a group
+        real = [
+            [first, end, sequence, cached - begin]
+            for begin, end, cached, sequence in spans
+            for first in range(begin, end, size)
+        ]
+        assert runs == real[::-1] + [[0] * 4] * (len(runs) - len(real)) and len(runs) >= len(real)
+    assert len(attending) == 128 // 8 + len(spans)
 
 
 def in_pairs(case: Case) -> None:

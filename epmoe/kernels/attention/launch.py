@@ -1,7 +1,8 @@
 """Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
 
-Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · E query heads ·
-J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a layer's cache.
+Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · N runs of spans
+(prefill.py), for X kernels · E query heads · J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a
+layer's cache.
 
 A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for
 every SPLIT positions that the sequences can have together. Nothing waits for the device. Where a step is known on the
@@ -22,7 +23,7 @@ from epmoe.cache.pages import DRAFTED, SHARED
 from epmoe.cache.plan import Plan, Rows, Spans
 from epmoe.cache.rows import PagedRows
 from epmoe.kernels.attention.decode import combine_kernel, decode_kernel, place_rows_kernel
-from epmoe.kernels.attention.prefill import place_kernel, prefill_kernel
+from epmoe.kernels.attention.prefill import find_runs_kernel, place_kernel, prefill_kernel
 from epmoe.kernels.capture import beside
 from epmoe.kernels.gpu import dependent, early, generation
 
@@ -46,19 +47,15 @@ class AttentionTile:
 
 
 DECODE: dict[torch.dtype, AttentionTile] = {
-    torch.bfloat16: AttentionTile(queries=16, positions=64, warps=4, stages=3, programs=4),
+    torch.bfloat16: AttentionTile(queries=16, positions=64, warps=4, stages=3, programs=5),
     torch.float32: AttentionTile(queries=16, positions=32, warps=4, stages=2, programs=4),
 }
 PREFILL: dict[torch.dtype, AttentionTile] = {
-    # Left to itself, the assembler takes 149 registers for two outputs, and one program fits a multiprocessor, not two.
-    torch.bfloat16: AttentionTile(queries=128, positions=64, warps=8, stages=3, registers=128),
+    # Small, so that programs find room between those of a decode. Left to itself, the assembler takes more registers
+    # than four of them have.
+    torch.bfloat16: AttentionTile(queries=64, positions=64, warps=4, stages=3, registers=128),
     # For comparison, not for speed: float32 has no exact tensor core product.
     torch.float32: AttentionTile(queries=32, positions=32, warps=4, stages=2, registers=168),
-}
-# Of layers with a window: a program has few blocks to do and much to wait for, so more of them share a multiprocessor.
-WINDOW_PREFILL: dict[torch.dtype, AttentionTile] = {
-    torch.bfloat16: AttentionTile(queries=64, positions=64, warps=4, stages=2),
-    torch.float32: PREFILL[torch.float32],
 }
 # Tokens that one program of the placing kernel moves.
 PLACED = 64
@@ -101,20 +98,18 @@ def cached_attention(
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     spans, rows = plan.spans, plan.rows
     parts = _parts(q_TED, rows) if rows is not None else ()  # here: a graph's memory is apart by stream
-    if spans is not None:
-        _place_spans(heads, cos_sin, cached, spans)
-    if spans is not None and rows is not None:
-        # A prefill of few tokens is a program or two on each multiprocessor, block after block; a decode fills the
-        # machine, and waits for memory. Neither reads what the other writes: rows and pages of its own.
-        beside(
-            q_TED.device,
-            partial(_prefill, heads, cos_sin, cached, spans, sink_E, out_TED),
-            partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts),
-        )
+    if spans is not None and "runs" not in plan.shared:  # in the first layer
+        plan.shared["runs"] = _find_runs(heads, spans)
+    of_spans = partial(_attend_spans, heads, cos_sin, cached, plan, sink_E, out_TED)
+    of_rows = partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts) if rows is not None else None
+    if spans is not None and of_rows is not None:
+        # A decode waits for memory, and leaves room on each multiprocessor for the programs of a prefill, which go
+        # block after block. Neither reads what the other writes: rows and pages of its own.
+        beside(q_TED.device, of_spans, of_rows)
     elif spans is not None:
-        _prefill(heads, cos_sin, cached, spans, sink_E, out_TED)
-    elif rows is not None:
-        _decode(heads, cos_sin, cached, rows, sink_E, out_TED, parts)
+        of_spans()
+    elif of_rows is not None:
+        of_rows()
     return out_TED
 
 
@@ -224,14 +219,45 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
     return {"GP": padded, "num_warps": min(16, max(1, padded * _padded(head_dim) // (32 * 4)))}
 
 
-def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> None:
+def _attend_spans(
+    heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
+) -> None:
+    """Put all spans' keys and values into place, then let them attend."""
+    spans, run_XN4 = plan.spans, plan.shared["runs"]
+    assert spans is not None
+    _place_spans(heads, cos_sin, cached, spans, run_XN4)
+    _prefill(heads, cos_sin, cached, spans, run_XN4, sink_E, out_TED)
+
+
+def _find_runs(heads: Heads, spans: Spans) -> torch.Tensor:
+    """int32 [2, N, 4]: the runs that programs of the placing kernel take of the spans, and of a prefill."""
+    sizes = PLACED, _attending(heads)
+    most = spans.runs(min(sizes))
+    run_XN4 = torch.empty(len(sizes), most, 4, dtype=torch.int32, device=heads[0].device)
+    constants = {"PLACED": PLACED, "ATTENDING": sizes[1]}
+    find_runs_kernel[(most, len(sizes))](spans.span_P4, len(spans.span_P4), run_XN4, most, **constants, num_warps=1)
+    return run_XN4
+
+
+def _attending(heads: Heads) -> int:
+    """Tokens of a prefill's tile."""
+    group = _group(heads)
+    return max(PREFILL[heads[0].dtype].queries, group) // group
+
+
+def _group(heads: Heads) -> int:
+    """Rows of a prefill's tile that a token has."""
+    return triton.next_power_of_2(heads[0].shape[1] // heads[1].shape[1])
+
+
+def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XN4: torch.Tensor) -> None:
     """Put all spans' keys and values into place.
 
     The prefill, which comes in before this ends, reads queries and writes results before it waits: so this lets it in
     only when it has waited itself.
     """
     _, k_TJD, v_TJD = heads
-    place_kernel[(spans.runs(PLACED), k_TJD.shape[1])](
+    place_kernel[(k_TJD.shape[1], spans.runs(PLACED))](
         k_TJD,
         v_TJD,
         *cos_sin,
@@ -239,22 +265,26 @@ def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans) -> Non
         k_TJD.stride(0),
         v_TJD.stride(0),
         M=PLACED,
-        **_of_spans(heads, cached, spans),
+        **_of_spans(heads, cached, spans, run_XN4[0]),
         **AS_WRITTEN,
         **early(k_TJD.device),
     )
 
 
 def _prefill(
-    heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, sink_E: torch.Tensor, out_TED: torch.Tensor
+    heads: Heads,
+    cos_sin: Pair,
+    cached: Pair,
+    spans: Spans,
+    run_XN4: torch.Tensor,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
 ) -> None:
     """All spans, whose keys and values are in place, attend in one launch."""
     q_TED, k_TJD, _ = heads
-    (_, query_heads, head_dim), kv_heads, pool = q_TED.shape, k_TJD.shape[1], spans.pool
-    tile = (PREFILL if pool.window is None else WINDOW_PREFILL)[q_TED.dtype]
-    group = triton.next_power_of_2(query_heads // kv_heads)
-    queries = max(tile.queries, group)
-    prefill_kernel[(spans.runs(queries // group), kv_heads)](
+    (_, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
+    tile, group, tokens = PREFILL[q_TED.dtype], _group(heads), _attending(heads)
+    prefill_kernel[(kv_heads, spans.runs(tokens))](
         q_TED,
         *cos_sin,
         *cached,
@@ -263,12 +293,12 @@ def _prefill(
         q_TED.stride(0),
         _scale(head_dim),
         G=query_heads // kv_heads,
-        WINDOW=pool.window or 0,
+        WINDOW=spans.pool.window or 0,
         SPLIT=SPLIT,
-        M=queries,
+        M=tokens * group,
         GP=group,
         N=tile.positions,
-        **_of_spans(heads, cached, spans),
+        **_of_spans(heads, cached, spans, run_XN4[1]),
         **AS_WRITTEN,
         **early(q_TED.device),
         num_warps=tile.warps,
@@ -277,12 +307,11 @@ def _prefill(
     )
 
 
-def _of_spans(heads: Heads, cached: Pair, spans: Spans) -> dict[str, Any]:
+def _of_spans(heads: Heads, cached: Pair, spans: Spans, run_N4: torch.Tensor) -> dict[str, Any]:
     """Arguments that the kernels of spans share."""
     (_, kv_heads, head_dim), pool = heads[1].shape, spans.pool
     return {
-        "span_ptr": spans.span_P4,
-        "spans": len(spans.span_P4),
+        "run_ptr": run_N4,
         "table_ptr": pool.table,
         "table_stride": pool.table.stride(0),
         "cache_rows": cached[0].shape[1],

@@ -1,8 +1,12 @@
 """Prefill: spans, prompts or pieces of them. Their keys and values are put into place, then they attend.
 
-Letters: softmax.py. Q tokens of a tile.
+Letters: softmax.py. Q tokens of a tile; a run is up to so many tokens of one span that a program takes.
 
 The place is the pages of their sequences, which have a row for every position that a span's tokens see.
+
+A graph's grids have programs for the most runs that a step may have, which is more than it has: those of real runs come
+first, since a program takes its place on the machine even if it finds nothing to do. Which run is whose is found out
+once a step, not in every layer.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -16,7 +20,41 @@ from epmoe.kernels.gpu import after_previous, next_may_begin
 _LANES = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["spans", "table_stride"])
+@triton.jit(do_not_specialize=["spans", "most"])
+def find_runs_kernel(
+    span_ptr,  # int32 [P, 4]
+    spans,  # P
+    run_ptr,  # out int32 [2, most, 4]: first token, the span's end, sequence, position − token; 0 where none is
+    most,
+    PLACED: tl.constexpr,  # tokens of a run of each kind
+    ATTENDING: tl.constexpr,
+):
+    """Program (tile, kind): one run. A span's later ones have more to do in a prefill: they come first."""
+    tile, kind = tl.program_id(0), tl.program_id(1)
+    size = tl.where(kind == 0, PLACED, ATTENDING)
+    # As many spans at a time as a warp has lanes: no length is compiled in.
+    span, passed, total = 0, 0, 0
+    for some in range(0, spans, _LANES):
+        span_P = some + tl.arange(0, _LANES)
+        begin_P = tl.load(span_ptr + 4 * span_P, span_P < spans, other=0)
+        end_P = tl.load(span_ptr + 4 * span_P + 1, span_P < spans, other=0)
+        tiles_P = tl.where(end_P > begin_P, (end_P - begin_P + size - 1) // size, 0)
+        passed_P = total + tl.cumsum(tiles_P, 0) <= tile
+        total += tl.sum(tiles_P, 0)
+        span += tl.sum((passed_P & (span_P < spans)).to(tl.int32), 0)
+        passed += tl.sum(tl.where(passed_P, tiles_P, 0), 0)
+    real_ptr = span_ptr + 4 * tl.minimum(span, spans - 1)
+    begin, stop = tl.load(real_ptr), tl.load(real_ptr + 1)
+    cached, sequence = tl.load(real_ptr + 2), tl.load(real_ptr + 3)
+    real = span < spans
+    to_ptr = run_ptr + 4 * (kind * most + tl.where(real, total - 1 - tile, tile))
+    tl.store(to_ptr, tl.where(real, begin + (tile - passed) * size, 0))
+    tl.store(to_ptr + 1, tl.where(real, stop, 0))
+    tl.store(to_ptr + 2, tl.where(real, sequence, 0))
+    tl.store(to_ptr + 3, tl.where(real, cached - begin, 0))
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def place_kernel(
     k_ptr,  # [T, J, D], not rotated; rows k_stride apart
     v_ptr,  # [T, J, D]
@@ -26,8 +64,7 @@ def place_kernel(
     value_ptr,  # out [J, R, D]
     k_stride,
     v_stride,
-    span_ptr,  # int32 [P, 4]
-    spans,  # P
+    run_ptr,  # int32 [runs, 4], as find_runs_kernel left it
     table_ptr,  # int32 [sequences, pages], rows table_stride apart
     table_stride,
     cache_rows,  # R
@@ -38,12 +75,12 @@ def place_kernel(
     DP: tl.constexpr,  # D rounded up to a power of two
     PDL: tl.constexpr,
 ):
-    """Program (tile, j): M tokens of a span, the keys rotated."""
-    tile, j = tl.program_id(0), tl.program_id(1)
-    first, stop, sequence, origin, span = _find_span(span_ptr, tile, spans, M)
-    if span == spans:
-        after_previous(PDL)
-        next_may_begin(PDL)
+    """Program (j, run): M tokens of a span, the keys rotated."""
+    after_previous(PDL)
+    next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
+    j = tl.program_id(0)
+    first, stop, sequence, origin = _run(run_ptr, tl.program_id(1))
+    if first == stop:
         return
     token_M = first + tl.arange(0, M)
     d_D = tl.arange(0, DP)
@@ -53,8 +90,6 @@ def place_kernel(
     sin_MD = tl.load(sin_ptr + at_MD, real_MD, other=0)
     known_M = tl.minimum(token_M, stop - 1) + origin
     to_M = j * cache_rows.to(tl.int64) + _place(table_ptr, sequence, known_M, table_stride, PAGE)
-    after_previous(PDL)
-    next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
     from_M1 = token_M.to(tl.int64)[:, None]
     k_MD = rotated(k_ptr + from_M1 * k_stride + j * D, cos_MD, sin_MD, real_MD, D, DP)
     v_MD = tl.load(v_ptr + from_M1 * v_stride + j * D + d_D[None, :], real_MD, other=0)
@@ -62,7 +97,7 @@ def place_kernel(
     tl.store(value_ptr + to_M[:, None] * D + d_D[None, :], v_MD, real_MD)
 
 
-@triton.jit(do_not_specialize=["spans", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
     q_ptr,  # [T, E, D], not rotated; rows q_stride apart
     cos_ptr,  # float32 [T, F]
@@ -73,8 +108,7 @@ def prefill_kernel(
     out_ptr,  # out [T, E, D]: rows of the spans
     q_stride,
     scale,  # log2(e)/√D
-    span_ptr,  # int32 [P, 4]
-    spans,  # P
+    run_ptr,  # int32 [runs, 4], as find_runs_kernel left it
     table_ptr,  # int32 [sequences, pages], rows table_stride apart
     table_stride,
     cache_rows,  # R
@@ -90,11 +124,10 @@ def prefill_kernel(
     N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (tile, j): Q = M // GP tokens of a span attend to [cached | the span's own tokens up to themselves]."""
-    # Later tiles of a span have more to do: they start first.
-    tile, j = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    first, stop, sequence, origin, span = _find_span(span_ptr, tile, spans, M // GP)
-    if span == spans:
+    """Program (j, run): Q = M // GP tokens of a span attend to [cached | the span's own tokens up to themselves]."""
+    j = tl.program_id(0)
+    first, stop, sequence, origin = _run(run_ptr, tl.program_id(1))
+    if first == stop:
         after_previous(PDL)
         return
     m_M = tl.arange(0, M)
@@ -173,25 +206,7 @@ def _place(table_ptr, sequence, position, table_stride, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _find_span(span_ptr, tile, spans, TOKENS: tl.constexpr):
-    """The tile-th run of TOKENS tokens.
-
-    Returns:
-        (the run's first token, the span's end, sequence, position − token, which span); there is no such run where the
-        last is `spans`, and the others mean nothing then
-    """
-    # As many spans at a time as a warp has lanes: each warp finds it by itself, and no length is compiled in.
-    span, passed, total = 0, 0, 0
-    for some in range(0, spans, _LANES):
-        span_P = some + tl.arange(0, _LANES)
-        begin_P = tl.load(span_ptr + 4 * span_P, span_P < spans, other=0)
-        end_P = tl.load(span_ptr + 4 * span_P + 1, span_P < spans, other=0)
-        tiles_P = tl.where(end_P > begin_P, (end_P - begin_P + TOKENS - 1) // TOKENS, 0)
-        passed_P = total + tl.cumsum(tiles_P, 0) <= tile
-        total += tl.sum(tiles_P, 0)
-        span += tl.sum((passed_P & (span_P < spans)).to(tl.int32), 0)
-        passed += tl.sum(tl.where(passed_P, tiles_P, 0), 0)
-    real_ptr = span_ptr + 4 * tl.minimum(span, spans - 1)
-    begin, stop = tl.load(real_ptr), tl.load(real_ptr + 1)
-    cached, sequence = tl.load(real_ptr + 2), tl.load(real_ptr + 3)
-    return begin + (tile - passed) * TOKENS, stop, sequence, cached - begin, span
+def _run(run_ptr, index):
+    """(first token, the span's end, sequence, position − token)."""
+    run_ptr += 4 * index
+    return tl.load(run_ptr), tl.load(run_ptr + 1), tl.load(run_ptr + 2), tl.load(run_ptr + 3)
