@@ -214,8 +214,9 @@ class State:
 
     def tokens(self, given_T: torch.Tensor) -> torch.Tensor:
         """int64 [T]: the given tokens, and where -1 - handle is given, that sequence's last one."""
-        handle_T = (-1 - given_T).clamp(min=0)
-        return torch.where(given_T < 0, self.sequences.token_S[handle_T], given_T)
+        token_S = self.sequences.token_S
+        found: torch.Tensor = twin("sequence_state", token_S).look_up(given_T, token_S)
+        return found
 
     def last(self, sequence_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The last token of each row's sequence, its position and the position after it: int64 [B] each."""

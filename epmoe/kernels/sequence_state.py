@@ -1,6 +1,6 @@
-"""What surrounds the model in a decode step, in Triton, a launch for each function of layers/sequence_state.py.
+"""What surrounds the model in a step, in Triton, a launch for each function of layers/sequence_state.py.
 
-Letters: B rows of a step · S handles of the cache · V vocabulary.
+Letters: T tokens of a step · B its rows · S handles of the cache · V vocabulary.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from epmoe.batch import Drafted, SequenceState
 
-# Rows of one program.
+# Rows, or tokens, of one program.
 ROWS = 64
 
 
@@ -28,6 +28,13 @@ def take(
     grid = (triton.cdiv(len(sequence_B), ROWS),)
     take_kernel[grid](sequence_B, token_S, position_S, token_B, position_B, next_B, len(sequence_B), B=ROWS)
     return token_B, position_B, next_B
+
+
+def look_up(given_T: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+    """As `layers.sequence_state.look_up`."""
+    token_T = torch.empty_like(given_T)
+    look_up_kernel[(triton.cdiv(len(given_T), ROWS),)](given_T, token_S, token_T, len(given_T), B=ROWS)
+    return token_T
 
 
 def advance(
@@ -67,6 +74,20 @@ def take_kernel(
     tl.store(token_ptr + b_B, tl.load(token_S_ptr + sequence_B, real_B, other=0), real_B)
     tl.store(position_ptr + b_B, position_B, real_B)
     tl.store(next_ptr + b_B, position_B + 1, real_B)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def look_up_kernel(
+    given_ptr,  # int64 [T]
+    token_S_ptr,  # int64 [S]
+    token_ptr,  # out int64 [T]
+    tokens,
+    B: tl.constexpr,
+):
+    t_B = tl.program_id(0) * B + tl.arange(0, B)
+    given_B = tl.load(given_ptr + t_B, t_B < tokens, other=0)
+    last_B = tl.load(token_S_ptr - 1 - given_B, given_B < 0, other=0)
+    tl.store(token_ptr + t_B, tl.where(given_B < 0, last_B, given_B), t_B < tokens)
 
 
 @triton.jit(do_not_specialize=["rows", "spare", "vocab"])

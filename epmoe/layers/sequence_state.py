@@ -1,6 +1,6 @@
-"""What surrounds the model in a decode step: each row's last token out of the state, its new one into it.
+"""What surrounds the model in a step: each row's last token out of the state, its new one into it.
 
-Letters: B rows of a step · S handles of the cache · V vocabulary.
+Letters: T tokens of a step · B its rows · S handles of the cache · V vocabulary.
 """
 
 import torch
@@ -14,6 +14,12 @@ def take(
     """The last token of each row's sequence, its position and the position after it: int64 [B] each."""
     position_B = position_S[sequence_B]
     return token_S[sequence_B], position_B, position_B + 1
+
+
+def look_up(given_T: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the given tokens, and where -1 - handle is given, that sequence's last one."""
+    handle_T = (-1 - given_T).clamp(min=0)
+    return torch.where(given_T < 0, token_S[handle_T], given_T)
 
 
 def advance(

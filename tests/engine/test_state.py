@@ -86,6 +86,9 @@ def compare(count: int, seen: bool, device: str) -> None:
     taken = decode_triton.take(sequence_B.to(device), moved.token_S, moved.position_S)
     for got_B, wanted_B in zip(taken, ours.last(sequence_B), strict=True):
         assert torch.equal(got_B.cpu(), wanted_B)
+    given_T = torch.where(torch.arange(count) % 3 > 0, id_B, -1 - sequence_B)
+    looked_up_T = decode_triton.look_up(given_T.to(device), moved.token_S)
+    assert torch.equal(looked_up_T.cpu(), ours.tokens(given_T))
     sequence_state.advance(id_B, sequence_B, position_B, ours.sequences, VOCAB)
     id_B, sequence_B, position_B = id_B.to(device), sequence_B.to(device), position_B.to(device)
     decode_triton.advance(id_B, sequence_B, position_B, moved, VOCAB)
@@ -181,11 +184,12 @@ def test_compiles_without_spills(arch: int) -> None:
     drafted = dict.fromkeys(("ahead_ptr", "wanted_ptr", "found_ptr"))
     cases = [
         (decode_triton.take_kernel, {}),
+        (decode_triton.look_up_kernel, {}),
         (decode_triton.advance_kernel, {}),
         (decode_triton.advance_kernel, drafted),
     ]
     for kernel, missing in cases:
-        types = {name: "i32" if name in ("rows", "spare", "vocab") else "*i64" for name in kernel.arg_names}
+        types = {name: "i32" if name in ("rows", "tokens", "spare", "vocab") else "*i64" for name in kernel.arg_names}
         types |= {name: kind for name, kind in {"seen_ptr": "*u8", "count_ptr": "*i32"}.items() if name in types}
         constants = {"B": decode_triton.ROWS, **missing}
         signature = {name: kind for name, kind in types.items() if name not in constants}

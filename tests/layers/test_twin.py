@@ -22,7 +22,7 @@ FUNCTIONS = {
     "greedy": {"largest", "join_largest"},
     "sampling": {"choose", "top_logprobs"},
     "attention": {"cached_attention"},
-    "sequence_state": {"take", "advance"},
+    "sequence_state": {"take", "look_up", "advance"},
 }
 TWINS = list(FUNCTIONS)
 ANY_ROWS = [name for name in TWINS if name not in ("linear", "vocabulary")]  # the others are for one dtype
