@@ -65,8 +65,10 @@ class Preparation:
     def _prepare_steps(self, load: Workload, found: int | None, timeout_s: float) -> bool:
         rows = min(self.most.batch, load.sequences)
         drafted = min(self.most.rows, rows * (1 + MOST_DRAFT)) if self.runner.static.drafted else rows
-        bodies = self.bodies(load, min(self.most.batch, drafted), found)
-        prefills = self.warm.missing(load, self.most.tokens if self.graphs.capture and not load.prompt_logprobs else 0)
+        beside = min(self.most.batch, drafted)  # rows of a step with prompts
+        bodies = self.bodies(load, beside, found)
+        captured = self.most.tokens if self.graphs.capture and not load.prompt_logprobs else 0
+        prefills = self.warm.missing(load, beside, captured)
         kinds = self.graphs.missing(load.variants(), (rows, drafted), bodies)
         if prefills or kinds:
             if self.graphs.capture:

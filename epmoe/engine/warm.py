@@ -33,10 +33,16 @@ class Warm:
         self.runner, self.graphs, self.ranks, self.chunk, self.progress = runner, graphs, ranks, chunk, progress
         self.done: set[Prefill] = set()
 
-    def missing(self, load: Workload, captured: int) -> list[Prefill]:
+    def missing(self, load: Workload, rows: int, captured: int) -> list[Prefill]:
         """What such a load can lead to and was not run before, but steps of up to `captured` tokens, the largest first:
-        the others fit its memory."""
-        tokens, prompts = min(self.chunk, load.prefill_tokens), min(load.longer_prompts, self.chunk // 2)
+        the others fit its memory.
+
+        Args:
+            rows: that decode beside prompts, at most. Each has had a prompt of its own, or is one of a draft.
+        """
+        drafted = rows - min(rows, load.sequences)
+        tokens = min(self.chunk + rows, load.prefill_tokens + drafted)
+        prompts = min(load.longer_prompts, self.chunk // 2)
         if tokens <= captured:
             return []
         kinds = self.runner.model.distinct(tokens, prompts)
@@ -46,7 +52,7 @@ class Warm:
         """Run these prefills, of such a load's prompts."""
         for kind in with_bar(new, "prefills", self.ranks, progress=self.progress):
             running = self._admit(kind, load)
-            work = pieces(running, *kind)
+            work = pieces(running, kind[0], min(kind[1], self.chunk))
             ran = sum(count for _, count in work)
             small = (ran, min(kind[1], ran))  # a small cache holds less than was asked for
             if small not in self.done:
@@ -70,7 +76,7 @@ class Warm:
 
         Those of two tokens, where `kind` wants no more of one; none of it is read by anyone.
         """
-        most, each = kind
+        most, each = kind[0], min(kind[1], self.chunk)
         pages, found = self.runner.cache.pages, 0
         running: list[engine.Sequence] = []
         while found < most and len(running) < load.sequences and pages.free_handles:

@@ -356,7 +356,7 @@ def beforehand(ranks: Ranks) -> int:
     tested = engine(ranks, FakeCache(tokens=400), max_batch=6, prefill_chunk=40)
     load = Workload.of(short(20, 2), 6)
     with torch.inference_mode():
-        tested.warm.run(load, tested.warm.missing(load, 0), 20)
+        tested.warm.run(load, tested.warm.missing(load, 6, 0), 20)
     tested.forget()
     assert [(each.ids, each.finish_reason) for each in tested.generate(short(20, 2))] == [
         expected(each) for each in short(20, 2)

@@ -229,7 +229,7 @@ def test_a_workload_knows_of_them() -> None:
     tested = engine(model=model, prefill_chunk=64)
     load = Workload.of([Request((1,) * 50, scored.params)], 4)
     with torch.inference_mode():
-        tested.warm.run(load, tested.warm.missing(load, 0), 60)
+        tested.warm.run(load, tested.warm.missing(load, 4, 0), 60)
     assert max(model.rows) == 49  # of its prompts all tokens are scored but the last
 
 
