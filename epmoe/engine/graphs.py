@@ -214,9 +214,9 @@ class Graphs:
 
     def holds(self, part: str, size: int, ragged: Ragged) -> bool:
         """Whether a body has room for a step; none leaves what is to be scored."""
-        static, outputs = self.static, self.static.most(size, rows=part == "mixed")
-        room = len(ragged.outputs) <= outputs and len(ragged.spans) <= static.most_spans(size)
-        return room and len(ragged.given) <= size and not ragged.scored
+        most = self.static.most(size, rows=part == "mixed")
+        room = len(ragged.given) <= size and max(len(ragged.spans), len(ragged.outputs)) <= most
+        return room and not ragged.scored
 
     def missing(self, variants: Iterable[Variant], most: tuple[int, int], bodies: Sequence[Kind]) -> list[Kind]:
         """The parts that a load needs and that were not run before, the largest first: the others fit its memory.

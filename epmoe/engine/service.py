@@ -35,7 +35,7 @@ from epmoe.ranks.control import Control, Orders
 # of one in which none does. gpt-oss-20b on one H200, 64 users with prompts of 1,024: 8.8 ms between two tokens, p99
 # 9.3, less than two steps of rows alone (docs/measurements.md); 2048 tokens of prompts alone take 26 to 28. With two
 # for each of 256 rows answers ended faster than prompts of 1,024 tokens came in: 68 % of the rate of LLM.generate.
-STEP_TOKENS, STEP_TOKENS_PER_ROW, ALONE_TOKENS = 448, 4, 2048
+STEP_TOKENS, STEP_TOKENS_PER_ROW, ALONE_TOKENS = 384, 4, 2048
 
 
 class Service:

@@ -141,18 +141,13 @@ class StaticStep:
         return Step(token_B, self.position_T[:rows], self.row_M[:rows], drafted=True)
 
     def most(self, tokens: int, *, rows: bool) -> int:
-        """Outputs that a `body` of so many tokens has room for.
+        """Pieces of prompts, and outputs, that a `body` of so many tokens has room for.
 
         `pieces` beside rows, which are outputs too, and in the largest body; else a quarter of the tokens: room that is
-        not used takes time (a row of the last layer's experts).
+        not used takes time (a program that finds nothing to do for each piece, a row of the last layer's experts).
         """
         every = rows or tokens == self.tokens
         return min(tokens, self.pieces, self.pieces if every else max(8, tokens // 4))
-
-    def most_spans(self, tokens: int) -> int:
-        """Pieces of prompts, likewise: a 16th of the tokens, since each may take a program of attention's more that
-        finds nothing to do; all in the largest body."""
-        return min(tokens, self.pieces, self.pieces if tokens == self.tokens else max(8, tokens // 16))
 
     def changes(self, tokens: int, pieces: int) -> int:
         """Pages that a `body` has room for, which its step's sequences have come to hold; prefixes may bring more."""
@@ -205,7 +200,7 @@ class StaticStep:
             sequence_B=self.row_M[: most if rows else 0],
             rows_1=self.rows_1,
             spans=None,
-            span_P4=self.span_M4[: self.most_spans(tokens)],
+            span_P4=self.span_M4[:most],
             output_O=self.output_M[:most],
             drafted=self.drafted,
         )

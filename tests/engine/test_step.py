@@ -142,8 +142,7 @@ def test_parts_of_the_vocabulary(size: int) -> None:
 
 
 def test_room_for_prompts(tiny_checkpoint: Path) -> None:
-    """A quarter of the tokens, at least eight; all beside rows and in the largest; never more than there can be. Of
-    pieces a 16th."""
+    """A quarter of the tokens, at least eight; all beside rows and in the largest; never more than there can be."""
     model, _ = load_rank(tiny_checkpoint, 0, 1, progress=False)
     config = model.config
     cache = Cache(CacheConfig(config.windows, config.kv_heads, config.head_dim, tokens=400, sequences=100), "cpu")
@@ -151,4 +150,3 @@ def test_room_for_prompts(tiny_checkpoint: Path) -> None:
     sizes = (4, 16, 64, 256, 500, 512)
     assert [static.most(size, rows=False) for size in sizes] == [4, 8, 16, 64, 100, 100]
     assert [static.most(size, rows=True) for size in sizes] == [4, 16, 64, 100, 100, 100]
-    assert [static.most_spans(size) for size in sizes] == [4, 8, 8, 16, 31, 100]

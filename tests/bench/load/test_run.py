@@ -45,7 +45,7 @@ def test_the_command(kind: list[str], ranks: int) -> None:
     assert ("20 a second at random times" in told, "3 at a time" in told) == (poisson, not poisson)
     assert ((record["message_us"] or 0) > 0) == ("rank 0's orders" in told) == (ranks > 1)
     assert (record["hit_rate"], record["put_back"], record["later_turns"]) == (0, 0, None)
-    assert record["serve"] == {"step_tokens": 448} and "the prefix cache had 0.0 % of the prompts' tokens;" in told
+    assert record["serve"] == {"step_tokens": 384} and "the prefix cache had 0.0 % of the prompts' tokens;" in told
     (row,) = (line for line in lines if line.startswith("| first token"))
     assert (
         row
