@@ -8,8 +8,10 @@ compiles product_kernel, and `gpu.launched` names it then. No result means anyth
 
 import gc
 import os
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,14 @@ from typing import Any
 import pytest
 import torch
 import triton
+from loading import load_rank
 from triton.backends.compiler import GPUTarget
+
+from epmoe import kernels
+from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.models.decoder import Decoder
+from epmoe.moe.experts import triton as experts
+from epmoe.moe.router import triton as router
 
 HOPPER = GPUTarget("cuda", 90, 32)
 DEVICE = 1000  # a number that no real device has: a kernel is kept in memory by its device's
@@ -67,8 +76,21 @@ def absent_gpu(cache: Path, target: GPUTarget = HOPPER) -> Iterator[AbsentGpu]:
             forget()
 
 
-def forget() -> None:
-    """What was compiled for it is no longer in memory."""
+def forget(device: int = DEVICE) -> None:
+    """What was compiled for it, or for a real device, is no longer in memory."""
     for each in gc.get_objects():
         if issubclass(type(each), triton.JITFunction):
-            each.device_caches.pop(DEVICE, None)
+            each.device_caches.pop(device, None)
+
+
+def load_model(checkpoint: Path, patch: pytest.MonkeyPatch) -> tuple[Decoder, Cache]:
+    """A model with the kernels of a GPU, to be called where one is absent and twins are switched to the interpreter's;
+    and a cache for four sequences."""
+    for package in (kernels, experts, router):  # a kernel that comes in later would be the interpreter's
+        for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            import_module(each.name)
+    patch.setattr(triton.knobs.runtime, "interpret", True)  # experts and router let a CPU through then
+    model, _ = load_rank(checkpoint, experts="triton", router="triton", dtype="float32", progress=False)
+    config = model.config
+    shape = (config.windows, config.kv_heads, config.head_dim)
+    return model, Cache(CacheConfig(*shape, tokens=600, sequences=4, dtype=torch.float32), "cpu")

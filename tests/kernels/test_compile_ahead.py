@@ -1,11 +1,9 @@
 """Kernels compiled ahead are those that launches compile, and a rehearsal launches none; for a GPU that is not here."""
 
 import ast
-import pkgutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from absent_gpu import DEVICE, absent_gpu, forget
-from loading import load_rank
+from absent_gpu import DEVICE, absent_gpu, forget, load_model
 from spawn import run_ranks
 from steps import make_step
 
-from epmoe import kernels
-from epmoe.cache.cache import Cache, CacheConfig
+from epmoe.cache.cache import Cache
 from epmoe.engine.request import Level, SamplingParams
 from epmoe.engine.sampler import sample, sampling_tensors
 from epmoe.kernels import compile_ahead
@@ -29,8 +25,6 @@ from epmoe.kernels.few import few, few_kernel
 from epmoe.kernels.product import Tile, product_kernel, tiled
 from epmoe.layers.twin import switched
 from epmoe.models.decoder import Decoder
-from epmoe.moe.experts import triton as experts
-from epmoe.moe.router import triton as router
 from epmoe.ranks.mesh import Ranks
 from epmoe.rehearsal import rehearsing, zeroed
 from epmoe.weights.synthetic import make_checkpoint
@@ -200,18 +194,6 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("ahead"), layers=6)
-
-
-def load_model(checkpoint: Path, patch: pytest.MonkeyPatch) -> tuple[Decoder, Cache]:
-    """A model with the kernels of a GPU."""
-    for package in (kernels, experts, router):  # a kernel that comes in later would be the interpreter's
-        for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            import_module(each.name)
-    patch.setattr(triton.knobs.runtime, "interpret", True)  # experts and router let a CPU through then
-    model, _ = load_rank(checkpoint, experts="triton", router="triton", dtype="float32", progress=False)
-    config = model.config
-    shape = (config.windows, config.kv_heads, config.head_dim)
-    return model, Cache(CacheConfig(*shape, tokens=600, sequences=4, dtype=torch.float32), "cpu")
 
 
 def steps(model: Decoder, cache: Cache) -> None:
