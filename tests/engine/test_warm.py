@@ -22,7 +22,7 @@ ASKED = ((1, 9), (5, 12), (3, 9), (70, 4), (66, 2), (7, 5), (80, 3))
 @pytest.mark.parametrize("chunk", [16, 64])  # the router has other kernels from 17 and from 65 tokens on
 def test_steps_of_prompts_and_rows_compile_nothing(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = make_checkpoint(tmp_path / "model", layers=2)
-    asked = [Request((1,) * n, SamplingParams(max_new_tokens=new, ignore_eos=True)) for n, new in ASKED]
+    asked = [Request((n,) * n, SamplingParams(max_new_tokens=new, ignore_eos=True)) for n, new in ASKED]
     late: list[str] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
     with absent_gpu(tmp_path / "kernels") as gpu, switched(interpreted=True):
