@@ -230,7 +230,8 @@ class Graphs:
         decodes = [each for each in kinds if each[0] <= sizes[-1]]
         adjusted = [each for each in decodes if each[1].adjusted]
         wanted = [Kind("decode", *each) for each in decodes if not (each[1].adjusted or self.own)]
-        wanted += [Kind("head", *each) for each in (kinds if self.capture or self.own else adjusted)]
+        apart = self.capture or self.own or self.static.drafted  # a step's head is no part of its decode, or larger
+        wanted += [Kind("head", *each) for each in (kinds if apart else adjusted)]
         wanted += [Kind("rows", size, None) for size in sizes if adjusted or self.own]
         wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]
         wanted += bodies if self.capture else []
