@@ -1,5 +1,7 @@
-"""Without graphs nothing compiles after what was run beforehand; for a GPU that is not here."""
+"""Nothing compiles, and nothing is captured, after what was run beforehand; for a GPU that is not here."""
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,17 @@ import torch
 import triton
 from absent_gpu import absent_gpu, load_model
 
+from epmoe.engine import graphs
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams, Workload
 from epmoe.layers.twin import switched
 from epmoe.ranks.mesh import Ranks
-from epmoe.rehearsal import zeroed
+from epmoe.rehearsal import brief, zeroed
 from epmoe.weights.synthetic import make_checkpoint
 
+SLOW = ((16, False), (16, True), (100, False), (3000, False), (3000, True))
 # Tokens of prompt and answer: long prompts come beside rows of the others, so that steps have more tokens than a chunk.
 ASKED = ((1, 9), (5, 12), (3, 9), (70, 4), (66, 2), (7, 25), (80, 23))
 
@@ -45,3 +49,73 @@ def test_steps_of_prompts_and_rows_compile_nothing(
             results = engine.generate(asked)
     assert [len(each.ids) for each in results] == [new for _, new in ASKED] and len(gpu.launched) > launched + 100
     assert not late
+
+
+class NoGraph:
+    """A part of a step in the place of a CUDA graph of it."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.replay = work
+        with brief():
+            work()
+
+    def reset(self) -> None:
+        pass
+
+
+class NoCapture:
+    def __init__(self, device: torch.device) -> None: ...
+
+    def new_pool(self) -> None: ...
+
+    def __call__(self, work: Callable[[], object]) -> NoGraph:
+        return NoGraph(work)
+
+
+def random_request(rng: random.Random) -> Request:
+    """Greedy or sampled, with log-probabilities, penalties, biases, those of its prompt, or none of these."""
+    asked: dict[str, object] = {}
+    for share, some in (
+        (0.4, {"temperature": 1.0, "top_p": rng.choice([1.0, 0.8]), "top_k": rng.choice([0, 5, 40]), "seed": 7}),
+        (0.2, {"logprobs": 2}),
+        (0.2, {"repetition_penalty": 1.3}),
+        (0.1, {"logit_bias": ((3, 1.0),)}),
+        (0.1, {"prompt_logprobs": 1}),
+    ):
+        asked |= some if rng.random() < share else {}
+    length = rng.choice([1, 2, 5, 17, 60, 140, rng.randrange(1, 400)])
+    params = SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True, **asked)  # type: ignore[arg-type]
+    return Request(tuple(rng.choices(range(200), k=length)), params)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "drafts"), [(100, True), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
+def test_whatever_comes_compiles_nothing(
+    chunk: int, drafts: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's requests: `Workload.unknown` says that anything may come."""
+    rng, late, beside = random.Random(chunk), list[str](), 48
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
+    monkeypatch.setattr(graphs, "Capture", NoCapture)
+    with absent_gpu(place / "kernels"), switched(interpreted=True):
+        model, cache = load_model(place, monkeypatch)
+        config = EngineConfig(max_batch=4, prefill_chunk=chunk, graphs=True, drafts=Costs.of(32, 4) if drafts else None)
+        engine = Engine(model, cache, Ranks(0, 1, 0, 1, torch.device("cpu")), config)
+        with torch.inference_mode(), zeroed():
+            alone = min(2048, chunk)
+            load = Workload.unknown(engine.max_batch, alone, min(beside, chunk), engine.max_positions)
+            engine.runner.state.keep(load.kept)
+            engine.runner.static.keep_logits()
+            engine.preparation._prepare_steps(load, None, 60)
+            monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **what: late.append(what["src"].name))
+            ready = set(engine.graphs.ready)
+            engine.scheduler.bound(beside, alone)
+            left = 100
+            while left or engine.busy:
+                while left and rng.random() < 0.3:
+                    engine.add(random_request(rng))
+                    left -= 1
+                engine.step()
+    assert not late and engine.graphs.ready == ready
+    assert {kind.part for kind in ready} >= {"decode", "prompts", "mixed", "head"}
