@@ -257,7 +257,7 @@ def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XN
     only when it has waited itself.
     """
     _, k_TJD, v_TJD = heads
-    place_kernel[(k_TJD.shape[1], spans.runs(PLACED))](
+    place_kernel[(k_TJD.shape[1] * spans.runs(PLACED),)](
         k_TJD,
         v_TJD,
         *cos_sin,
@@ -284,7 +284,7 @@ def _prefill(
     q_TED, k_TJD, _ = heads
     (_, query_heads, head_dim), kv_heads = q_TED.shape, k_TJD.shape[1]
     tile, group, tokens = PREFILL[q_TED.dtype], _group(heads), _attending(heads)
-    prefill_kernel[(kv_heads, spans.runs(tokens))](
+    prefill_kernel[(kv_heads * spans.runs(tokens),)](
         q_TED,
         *cos_sin,
         *cached,

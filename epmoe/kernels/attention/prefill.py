@@ -75,11 +75,11 @@ def place_kernel(
     DP: tl.constexpr,  # D rounded up to a power of two
     PDL: tl.constexpr,
 ):
-    """Program (j, run): M tokens of a span, the keys rotated."""
+    """Program run · J + j: M tokens of a span, the keys rotated."""
     after_previous(PDL)
     next_may_begin(PDL)  # queries have come with the keys: theirs are read before these have their places
-    j = tl.program_id(0)
-    first, stop, sequence, origin = _run(run_ptr, tl.program_id(1))
+    j = tl.program_id(0) % J  # not a dimension of its own: only the first one may have more than 65,535
+    first, stop, sequence, origin = _run(run_ptr, tl.program_id(0) // J)
     if first == stop:
         return
     token_M = first + tl.arange(0, M)
@@ -124,9 +124,9 @@ def prefill_kernel(
     N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (j, run): Q = M // GP tokens of a span attend to [cached | the span's own tokens up to themselves]."""
-    j = tl.program_id(0)
-    first, stop, sequence, origin = _run(run_ptr, tl.program_id(1))
+    """Program run · J + j: Q = M // GP tokens of a span attend to [cached | the span's own tokens up to themselves]."""
+    j = tl.program_id(0) % J
+    first, stop, sequence, origin = _run(run_ptr, tl.program_id(0) // J)
     if first == stop:
         after_previous(PDL)
         return
