@@ -230,7 +230,7 @@ class Graphs:
         decodes = [each for each in kinds if each[0] <= sizes[-1]]
         adjusted = [each for each in decodes if each[1].adjusted]
         wanted = [Kind("decode", *each) for each in decodes if not (each[1].adjusted or self.own)]
-        apart = self.capture or self.own or self.static.drafted  # a step's head is no part of its decode, or larger
+        apart = self.capture or self.own or self.static.drafted  # heads that no decode has in it, or has as large
         wanted += [Kind("head", *each) for each in (kinds if apart else adjusted)]
         wanted += [Kind("rows", size, None) for size in sizes if adjusted or self.own]
         wanted += [Kind("drafts", size, None) for size in drafted if self.static.drafted]

@@ -38,10 +38,13 @@ class Warm:
         the others fit its memory.
 
         Args:
-            rows: that decode beside prompts, at most. Each has had a prompt of its own, or is one of a draft.
+            rows: that decode beside prompts, at most. Of a load whose prompts are known each has had one of these, or
+                is one of a draft.
         """
-        drafted = rows - min(rows, load.sequences)
-        tokens = min(self.chunk + rows, load.prefill_tokens + drafted)
+        together = load.prefill_tokens + rows - min(rows, load.sequences)
+        if load.beside_tokens is not None:
+            together = max(together, load.beside_tokens + rows)
+        tokens = min(self.chunk + rows, together)
         prompts = min(load.longer_prompts, self.chunk // 2)
         if tokens <= captured:
             return []

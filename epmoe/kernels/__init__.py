@@ -18,7 +18,7 @@ This file imports no triton, so that a machine without a GPU can ask.
     runs.py             the same in the router's order
     vendor.py          the library's products, where they have the same bits
     ways.py             which of these serves how many rows
-    sequence_state.py   what surrounds the model in a decode step
+    sequence_state.py   what surrounds the model in a step
     capture.py          CUDA graphs
     compile_ahead.py    all kernels of a start compiled in parallel
     symmetric.py        memory that the GPUs of one node map into each other

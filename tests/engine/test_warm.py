@@ -9,17 +9,21 @@ import torch
 import triton
 from absent_gpu import absent_gpu, load_model
 
+from epmoe.config.schema import Serve
 from epmoe.engine import graphs
 from epmoe.engine.config import EngineConfig
 from epmoe.engine.drafts import Costs
 from epmoe.engine.engine import Engine
 from epmoe.engine.request import Request, SamplingParams, Workload
+from epmoe.engine.service import Service
 from epmoe.layers.twin import switched
 from epmoe.ranks.mesh import Ranks
 from epmoe.rehearsal import brief, zeroed
 from epmoe.weights.synthetic import make_checkpoint
 
-SLOW = ((16, False), (16, True), (100, False), (3000, False), (3000, True))
+# prefill_chunk, drafts, graphs
+COMES = ((100, True, True), (33, False, True), (64, False, False))
+SLOW = [(16, False, True), (16, True, True), (100, False, True), (3000, False, True), (3000, True, True)]
 # Tokens of prompt and answer: long prompts come beside rows of the others, so that steps have more tokens than a chunk.
 ASKED = ((1, 9), (5, 12), (3, 9), (70, 4), (66, 2), (7, 25), (80, 23))
 
@@ -31,9 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The router has other kernels from 17 and from 65 tokens on; with drafts outputs are more than rows.
-@pytest.mark.parametrize(("chunk", "drafts"), [(16, False), (64, False), (16, True)])
+@pytest.mark.parametrize(("chunk", "drafts", "batch"), [(16, False, 4), (64, False, 4), (16, True, 4), (16, True, 16)])
 def test_steps_of_prompts_and_rows_compile_nothing(
-    chunk: int, drafts: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, drafts: bool, batch: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [Request((n,) * n, SamplingParams(max_new_tokens=new, ignore_eos=True)) for n, new in ASKED]
     late, costs = list[str](), Costs.of(32, 4) if drafts else None
@@ -41,7 +45,7 @@ def test_steps_of_prompts_and_rows_compile_nothing(
     with absent_gpu(place / "kernels") as gpu, switched(interpreted=True):
         model, cache = load_model(place, monkeypatch)
         ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
-        engine = Engine(model, cache, ranks, EngineConfig(max_batch=4, prefill_chunk=chunk, drafts=costs))
+        engine = Engine(model, cache, ranks, EngineConfig(max_batch=batch, prefill_chunk=chunk, drafts=costs))
         with torch.inference_mode(), zeroed():
             engine.preparation._prepare_steps(Workload.of(asked, engine.max_batch), None, 60)
             launched = len(gpu.launched)
@@ -89,22 +93,25 @@ def random_request(rng: random.Random) -> Request:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "drafts"), [(100, True), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+    ("chunk", "drafts", "captured"), [*COMES, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
 def test_whatever_comes_compiles_nothing(
-    chunk: int, drafts: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, drafts: bool, captured: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server's requests: `Workload.unknown` says that anything may come."""
-    rng, late, beside = random.Random(chunk), list[str](), 48
+    """A server's requests, of which it knows nothing beforehand."""
+    rng, late, loads = random.Random(chunk), list[str](), list[Workload]()
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
     monkeypatch.setattr(graphs, "Capture", NoCapture)
     with absent_gpu(place / "kernels"), switched(interpreted=True):
         model, cache = load_model(place, monkeypatch)
-        config = EngineConfig(max_batch=4, prefill_chunk=chunk, graphs=True, drafts=Costs.of(32, 4) if drafts else None)
+        costs = Costs.of(32, 4) if drafts else None
+        config = EngineConfig(max_batch=4, prefill_chunk=chunk, graphs=captured, drafts=costs)
         engine = Engine(model, cache, Ranks(0, 1, 0, 1, torch.device("cpu")), config)
+        service = Service(engine, Serve(step_tokens=48 if captured else 384))
+        monkeypatch.setattr(engine, "prepare", loads.append)
+        service.prepare()
+        (load,) = loads
         with torch.inference_mode(), zeroed():
-            alone = min(2048, chunk)
-            load = Workload.unknown(engine.max_batch, alone, min(beside, chunk), engine.max_positions)
             engine.runner.state.keep(load.kept)
             engine.runner.static.keep_logits()
             engine.preparation._prepare_steps(load, None, 60)
@@ -116,12 +123,13 @@ def test_whatever_comes_compiles_nothing(
                 run(kind)
 
             monkeypatch.setattr(engine.graphs, "_run", noted)
-            engine.scheduler.bound(beside, alone)
+            engine.scheduler.bound(service.step_tokens, service.alone_tokens)
             left = 100
             while left or engine.busy:
                 while left and rng.random() < 0.3:
                     engine.add(random_request(rng))
                     left -= 1
                 engine.step()
-    assert not late and set(ran) <= engine.graphs.ready
-    assert {kind.part for kind in ran} >= {"rows", "prompts", "mixed", "head", *(["drafts"] if drafts else [])}
+    assert not late and (not captured or set(ran) <= engine.graphs.ready)
+    bodies = {"prompts", "mixed"} if captured else set()
+    assert {kind.part for kind in ran} >= {"rows", "head", *bodies, *(["drafts"] if drafts else [])}

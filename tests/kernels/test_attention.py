@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from attention_cases import CASES, SHARED, Case, compare, compare_parts
+from attention_cases import CASES, SHARED, Case, compare, compare_parts, new_cache, random_inputs, random_sinks
 from interpret import interpreted
 
 from epmoe.batch import Step
@@ -12,6 +12,7 @@ from epmoe.cache.cache import Cache, CacheConfig
 from epmoe.cache.pages import extend
 from epmoe.kernels.attention import launch as attention_triton
 from epmoe.kernels.attention.launch import SPLIT, most_tiles
+from epmoe.layers.attention import cached_attention
 
 # Of two cases that differ by a window, the one that has it: others have full attention.
 NAMES = {str(each) for each in CASES}
@@ -66,6 +67,45 @@ def test_programs_with_work_come_first() -> None:
         ]
         assert runs == real[::-1] + [[0] * 4] * (len(runs) - len(real)) and len(runs) >= len(real)
     assert len(attending) == 128 // 8 + len(spans)
+
+
+def compare_hidden(window: int | None, spans: tuple[tuple[int, int], ...]) -> None:
+    """Rows beside spans, of (cached, new) tokens, that the device alone knows; some places and tokens are nobody's."""
+    case = Case("hidden", window, (), heads=4, kv_heads=2, head_dim=32, page=4, tokens=400, sequences=6)
+    store, (rows, nobody) = new_cache(case, torch.float32, "cpu"), (2, 5)
+    for stored in store.layers:
+        stored.normal_(generator=torch.Generator().manual_seed(0))
+    handles = [store.admit(40, 0) for _ in range(rows + len(spans))]
+    positions, told = [33, 7], [(0, 0, 0, 0)]
+    for handle, (cached, new) in zip(handles[rows:], spans, strict=True):
+        told += [(len(positions), len(positions) + new, cached, handle), (0, 0, 0, 0)]
+        positions += range(cached, cached + new)
+    position_T = torch.tensor([*positions, *[0] * nobody])
+    step = Step(
+        torch.zeros_like(position_T),
+        position_T,
+        torch.tensor([*handles[:rows], store.spare]),
+        rows_1=torch.tensor([rows], dtype=torch.int32),
+        spans=None,
+        span_P4=torch.tensor(told, dtype=torch.int32),
+    )
+    heads, cos_sin = random_inputs(case, len(position_T), torch.float32, "cpu", 0)
+    sink_E, plan = random_sinks(case, torch.float32, "cpu"), store.plan(step)[window]
+    key_JRD, value_JRD = store.layer(0)
+    reference = key_JRD.clone(), value_JRD.clone()
+    wanted_TED = cached_attention(heads, cos_sin, reference, plan, sink_E)
+    for _ in range(2):  # as layers do; the second finds the runs
+        got_TED = attention_triton.cached_attention(heads, cos_sin, store.layer(0), plan, sink_E)
+        torch.testing.assert_close(got_TED, wanted_TED, rtol=1e-4, atol=2e-5)
+        assert not got_TED[-nobody:].any()
+        for got, wanted in zip(store.layer(0), reference, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("spans", [((3, 20), (0, 9)), ()], ids=["two", "none"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_spans_that_the_device_knows(window: int | None, spans: tuple[tuple[int, int], ...]) -> None:
+    interpreted(compare_hidden, window, spans)
 
 
 def in_pairs(case: Case) -> None:

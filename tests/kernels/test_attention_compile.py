@@ -10,6 +10,7 @@ from epmoe.kernels.attention import decode as attention_decode
 from epmoe.kernels.attention import prefill as attention_prefill
 from epmoe.kernels.attention.launch import (
     AHEAD,
+    BESIDE,
     DECODE,
     PLACED,
     PLACED_ROWS,
@@ -25,6 +26,7 @@ DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 SIZES = {"J": 8, "D": 64, "DP": 64}
 FULL, WINDOW = {"PAGE": 16, "WINDOW": 0}, {"PAGE": 16, "WINDOW": 128}
 INTEGERS = ("most", "spans", "table_stride", "q_stride", "k_stride", "v_stride", "cache_rows")
+REGISTERS, SHARED, RESERVED = 65536, 228 << 10, 1 << 10  # of Hopper's multiprocessors; bytes that each program takes
 POINTERS = ("q", "k", "v", "key", "value", "sink", "out")
 
 
@@ -55,6 +57,14 @@ def compiled(
     return cost
 
 
+def compiled_decode(dtype: torch.dtype, layout: dict[str, int], rows: int, *, placed: bool) -> dict[str, int]:
+    """The decode kernel as it is launched, for so many rows."""
+    tile = DECODE[dtype]
+    constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
+    constants |= {"PDL": True, "PLACED": placed}
+    return compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
+
+
 @pytest.mark.parametrize(("rows", "placed"), [(_bucket(1), False), (_bucket(64), False), (_bucket(256), True)])
 @pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,12 +73,9 @@ def test_decode(dtype: torch.dtype, layout: dict[str, int], rows: int, placed: b
 
     Rows with drafts, which are in place already, are compiled for the most rows only; to write needs more.
     """
-    tile = DECODE[dtype]
-    constants = {**SIZES, **layout, "G": 8, "ROWS": rows, "SPLIT": SPLIT, "M": tile.queries, "N": tile.positions}
-    constants |= {"PDL": True, "PLACED": placed}
-    cost = compiled(attention_decode.decode_kernel, dtype, constants, tile.warps, tile.stages)
-    assert tile.programs * tile.warps * 32 * cost["registers"] <= 65536
-    assert tile.programs * (cost["shared"] + 1024) <= 227 << 10
+    tile, cost = DECODE[dtype], compiled_decode(dtype, layout, rows, placed=placed)
+    assert tile.programs * tile.warps * 32 * cost["registers"] <= REGISTERS
+    assert tile.programs * (cost["shared"] + RESERVED) <= SHARED
     if dtype == torch.bfloat16:  # keys and values of two blocks ahead are under way: the page table must not stall them
         assert cost["shared"] >= 2 * 2 * tile.positions * 64 * 2
 
@@ -99,16 +106,19 @@ def test_prefill(dtype: torch.dtype, layout: dict[str, int]) -> None:
     assert cost["serialized"] == 0 and (cost["wgmma"] > 0) == (dtype == torch.bfloat16)
     assert cost["waits"] == 2  # of a program that finds nothing to do, and of one that does
     if dtype == torch.bfloat16:  # one program's softmax runs beside another's product
-        assert 4 * tile.warps * 32 * cost["registers"] <= 65536
+        assert 4 * tile.warps * 32 * cost["registers"] <= REGISTERS and 4 * (cost["shared"] + RESERVED) <= SHARED
+        beside, warps = compiled_decode(dtype, layout, _bucket(256), placed=False), DECODE[dtype].warps
+        assert 32 * (BESIDE * warps * beside["registers"] + tile.warps * cost["registers"]) <= REGISTERS
+        assert BESIDE * (beside["shared"] + RESERVED) + cost["shared"] + RESERVED <= SHARED
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_place(dtype: torch.dtype) -> None:
     cost = compiled(attention_prefill.place_kernel, dtype, {**SIZES, **FULL, "M": PLACED, "PDL": True}, 4, 3)
-    # In front of it nobody is let in: the prefill, which reads queries and runs before it waits, relies on that.
+    # It lets nobody in before it has waited: the prefill, which reads queries and runs before it waits, relies on that.
     assert (cost["waits"], cost["early"]) == (1, 0)
     compiled(attention_decode.place_rows_kernel, dtype, {**SIZES, **FULL, "M": PLACED_ROWS}, 4, 3)
-    compiled(attention_prefill.find_runs_kernel, dtype, {"PLACED": PLACED, "ATTENDING": 8}, 1, 3)
+    compiled(attention_prefill.find_runs_kernel, dtype, {"PLACING": PLACED, "ATTENDING": 8}, 1, 3)
 
 
 @pytest.mark.parametrize("layout", [FULL, WINDOW], ids=["full", "window"])

@@ -297,17 +297,19 @@ def test_rows_and_spans_attend_at_the_same_time(window: int | None) -> None:
         positions += range(cached, cached + count)
     position_T = torch.tensor(positions, device="cuda")
     sequence_B = torch.tensor(handles[: len(lengths)], device="cuda")
-    step = Step(torch.zeros_like(position_T), position_T, sequence_B, spans=tuple(known), output_O=position_T)
+    span_P4 = torch.tensor([*known, (0, 0, 0, 0)], dtype=torch.int32, device="cuda")
+    step = Step(torch.zeros_like(position_T), position_T, sequence_B, spans=None, span_P4=span_P4, output_O=position_T)
     inputs = random_inputs(case, len(positions), torch.bfloat16, "cuda", 0)
-    sink_E, plan = random_sinks(case, torch.bfloat16, "cuda"), store.plan(step)[window]
+    sink_E = random_sinks(case, torch.bfloat16, "cuda")
 
-    def run() -> torch.Tensor:
-        return attention_triton.cached_attention(*inputs, store.layer(0), plan, sink_E)
+    def run(layers: int) -> list[torch.Tensor]:
+        plan = store.plan(step)[window]  # a step's: the first layer finds the runs of its spans
+        return [attention_triton.cached_attention(*inputs, store.layer(0), plan, sink_E) for _ in range(layers)]
 
-    wanted, stored = run(), [each.clone() for each in store.layers]
+    wanted, stored = run(1)[0], [each.clone() for each in store.layers]
     assert wanted.isfinite().all()
     found: list[torch.Tensor] = []
-    graph = Capture(torch.device("cuda", 0))(lambda: found.extend(run() for _ in range(4)))
+    graph = Capture(torch.device("cuda", 0))(lambda: found.extend(run(4)))
     for _ in range(50):
         for each in found[-4:]:
             each.zero_()

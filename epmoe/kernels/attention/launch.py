@@ -1,8 +1,8 @@
 """Attention over the paged cache in Triton: what `attention.cached_attention` computes, with the same signature.
 
-Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · N runs of spans
-(prefill.py), for X kernels · E query heads · J key/value heads · G = E/J · D head dimension · F = D/2 · R rows of a
-layer's cache.
+Letters: T tokens of a step · B rows, sequences that decode · P spans, prompts or pieces of them · X kinds of their
+runs (prefill.py), Y runs of a kind · E query heads · J key/value heads · G = E/J · D head dimension · F = D/2 · R rows
+of a layer's cache.
 
 A decode reads the cache once, in splits of SPLIT positions; memory beyond the result: a split's float32 [E, D] for
 every SPLIT positions that the sequences can have together. Nothing waits for the device. Where a step is known on the
@@ -51,12 +51,14 @@ DECODE: dict[torch.dtype, AttentionTile] = {
     torch.float32: AttentionTile(queries=16, positions=32, warps=4, stages=2, programs=4),
 }
 PREFILL: dict[torch.dtype, AttentionTile] = {
-    # Small, so that programs find room between those of a decode. Left to itself, the assembler takes more registers
-    # than four of them have.
+    # Small, so that one finds room beside a decode's (BESIDE). Left to itself, the assembler takes more registers for
+    # layers without a window.
     torch.bfloat16: AttentionTile(queries=64, positions=64, warps=4, stages=3, registers=128),
     # For comparison, not for speed: float32 has no exact tensor core product.
     torch.float32: AttentionTile(queries=32, positions=32, warps=4, stages=2, registers=168),
 }
+# Programs of a decode on a multiprocessor, at most, where a step has prompts: one of a prefill has room beside them.
+BESIDE = 4
 # Tokens that one program of the placing kernel moves.
 PLACED = 64
 PLACED_ROWS = 16  # likewise of rows with drafts
@@ -98,12 +100,13 @@ def cached_attention(
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     spans, rows = plan.spans, plan.rows
     parts = _parts(q_TED, rows) if rows is not None else ()  # here: a graph's memory is apart by stream
-    if spans is not None and "runs" not in plan.shared:  # in the first layer
-        plan.shared["runs"] = _find_runs(heads, spans)
+    if spans is not None and _runs(heads) not in plan.shared:  # in the first layer
+        plan.shared[_runs(heads)] = _find_runs(heads, spans)
     of_spans = partial(_attend_spans, heads, cos_sin, cached, plan, sink_E, out_TED)
-    of_rows = partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts) if rows is not None else None
+    programs = DECODE[q_TED.dtype].programs if spans is None else min(DECODE[q_TED.dtype].programs, BESIDE)
+    of_rows = partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts, programs) if rows else None
     if spans is not None and of_rows is not None:
-        # A decode waits for memory, and leaves room on each multiprocessor for the programs of a prefill, which go
+        # A decode waits for memory, and leaves room on each multiprocessor (BESIDE) for a prefill, whose programs go
         # block after block. Neither reads what the other writes: rows and pages of its own.
         beside(q_TED.device, of_spans, of_rows)
     elif spans is not None:
@@ -130,6 +133,7 @@ def _decode(
     sink_E: torch.Tensor,
     out_TED: torch.Tensor,
     parts: Parts,
+    programs: int,
 ) -> None:
     """One launch for a window within SPLIT, else two; one more before them where sequences have drafts."""
     q_TED, k_TJD, v_TJD = heads
@@ -140,7 +144,7 @@ def _decode(
         _place_rows(heads, cos_sin, cached, rows)
     shared = {"WINDOW": pool.window or 0, "ROWS": _bucket(most), "SPLIT": SPLIT, "D": head_dim, "DP": _padded(head_dim)}
     shared["PDL"] = dependent(q_TED.device)
-    decode_kernel[(min(tiles * kv_heads, tile.programs * _multiprocessors(q_TED.device)),)](
+    decode_kernel[(min(tiles * kv_heads, programs * _multiprocessors(q_TED.device)),)](
         q_TED,
         k_TJD,
         v_TJD,
@@ -223,20 +227,25 @@ def _attend_spans(
     heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
 ) -> None:
     """Put all spans' keys and values into place, then let them attend."""
-    spans, run_XN4 = plan.spans, plan.shared["runs"]
+    spans, run_XY4 = plan.spans, plan.shared[_runs(heads)]
     assert spans is not None
-    _place_spans(heads, cos_sin, cached, spans, run_XN4)
-    _prefill(heads, cos_sin, cached, spans, run_XN4, sink_E, out_TED)
+    _place_spans(heads, cos_sin, cached, spans, run_XY4)
+    _prefill(heads, cos_sin, cached, spans, run_XY4, sink_E, out_TED)
 
 
 def _find_runs(heads: Heads, spans: Spans) -> torch.Tensor:
-    """int32 [2, N, 4]: the runs that programs of the placing kernel take of the spans, and of a prefill."""
+    """int32 [X=2, Y, 4]: the runs of the spans that programs of the placing kernel take, and those of a prefill."""
     sizes = PLACED, _attending(heads)
     most = spans.runs(min(sizes))
-    run_XN4 = torch.empty(len(sizes), most, 4, dtype=torch.int32, device=heads[0].device)
-    constants = {"PLACED": PLACED, "ATTENDING": sizes[1]}
-    find_runs_kernel[(most, len(sizes))](spans.span_P4, len(spans.span_P4), run_XN4, most, **constants, num_warps=1)
-    return run_XN4
+    run_XY4 = torch.empty(len(sizes), most, 4, dtype=torch.int32, device=heads[0].device)
+    constants = {"PLACING": sizes[0], "ATTENDING": sizes[1]}
+    find_runs_kernel[(most, len(sizes))](spans.span_P4, len(spans.span_P4), run_XY4, most, **constants, num_warps=1)
+    return run_XY4
+
+
+def _runs(heads: Heads) -> str:
+    """What they are called between the layers of a step."""
+    return f"runs of {_attending(heads)}"
 
 
 def _attending(heads: Heads) -> int:
@@ -250,7 +259,7 @@ def _group(heads: Heads) -> int:
     return triton.next_power_of_2(heads[0].shape[1] // heads[1].shape[1])
 
 
-def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XN4: torch.Tensor) -> None:
+def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XY4: torch.Tensor) -> None:
     """Put all spans' keys and values into place.
 
     The prefill, which comes in before this ends, reads queries and writes results before it waits: so this lets it in
@@ -265,7 +274,7 @@ def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XN
         k_TJD.stride(0),
         v_TJD.stride(0),
         M=PLACED,
-        **_of_spans(heads, cached, spans, run_XN4[0]),
+        **_of_spans(heads, cached, spans, run_XY4[0]),
         **AS_WRITTEN,
         **early(k_TJD.device),
     )
@@ -276,7 +285,7 @@ def _prefill(
     cos_sin: Pair,
     cached: Pair,
     spans: Spans,
-    run_XN4: torch.Tensor,
+    run_XY4: torch.Tensor,
     sink_E: torch.Tensor,
     out_TED: torch.Tensor,
 ) -> None:
@@ -298,7 +307,7 @@ def _prefill(
         M=tokens * group,
         GP=group,
         N=tile.positions,
-        **_of_spans(heads, cached, spans, run_XN4[1]),
+        **_of_spans(heads, cached, spans, run_XY4[1]),
         **AS_WRITTEN,
         **early(q_TED.device),
         num_warps=tile.warps,
@@ -307,11 +316,11 @@ def _prefill(
     )
 
 
-def _of_spans(heads: Heads, cached: Pair, spans: Spans, run_N4: torch.Tensor) -> dict[str, Any]:
+def _of_spans(heads: Heads, cached: Pair, spans: Spans, run_Y4: torch.Tensor) -> dict[str, Any]:
     """Arguments that the kernels of spans share."""
     (_, kv_heads, head_dim), pool = heads[1].shape, spans.pool
     return {
-        "run_ptr": run_N4,
+        "run_ptr": run_Y4,
         "table_ptr": pool.table,
         "table_stride": pool.table.stride(0),
         "cache_rows": cached[0].shape[1],
@@ -361,7 +370,7 @@ def _bucket(count: int) -> int:
     """A length of the kernels' vectors: 32, 128, 256, 1024 ...; few, since each compiles a kernel.
 
     32 are the lanes of a warp: each warp sums them by itself, without waiting for the others. 256 are what the most
-    sequences of a graph need; with 512 the decode kernel took more registers than four programs have.
+    sequences of a graph need; with 512 the decode kernel took more registers than its programs have.
     """
     length = 32
     while length < count:

@@ -26,29 +26,32 @@ def find_runs_kernel(
     spans,  # P
     run_ptr,  # out int32 [2, most, 4]: first token, the span's end, sequence, position − token; 0 where none is
     most,
-    PLACED: tl.constexpr,  # tokens of a run of each kind
-    ATTENDING: tl.constexpr,
+    PLACING: tl.constexpr,  # tokens of a run of place_kernel, kind 0
+    ATTENDING: tl.constexpr,  # of prefill_kernel, kind 1
 ):
-    """Program (tile, kind): one run. A span's later ones have more to do in a prefill: they come first."""
-    tile, kind = tl.program_id(0), tl.program_id(1)
-    size = tl.where(kind == 0, PLACED, ATTENDING)
+    """Program (r, kind): run r of all spans' into the place that is as far from the last run's.
+
+    So they stand in reverse: the last runs of a span have most to do in a prefill.
+    """
+    r, kind = tl.program_id(0), tl.program_id(1)
+    size = tl.where(kind == 0, PLACING, ATTENDING)
     # As many spans at a time as a warp has lanes: no length is compiled in.
     span, passed, total = 0, 0, 0
     for some in range(0, spans, _LANES):
         span_P = some + tl.arange(0, _LANES)
         begin_P = tl.load(span_ptr + 4 * span_P, span_P < spans, other=0)
         end_P = tl.load(span_ptr + 4 * span_P + 1, span_P < spans, other=0)
-        tiles_P = tl.where(end_P > begin_P, (end_P - begin_P + size - 1) // size, 0)
-        passed_P = total + tl.cumsum(tiles_P, 0) <= tile
-        total += tl.sum(tiles_P, 0)
+        runs_P = tl.where(end_P > begin_P, (end_P - begin_P + size - 1) // size, 0)
+        passed_P = total + tl.cumsum(runs_P, 0) <= r
+        total += tl.sum(runs_P, 0)
         span += tl.sum((passed_P & (span_P < spans)).to(tl.int32), 0)
-        passed += tl.sum(tl.where(passed_P, tiles_P, 0), 0)
+        passed += tl.sum(tl.where(passed_P, runs_P, 0), 0)
     real_ptr = span_ptr + 4 * tl.minimum(span, spans - 1)
     begin, stop = tl.load(real_ptr), tl.load(real_ptr + 1)
     cached, sequence = tl.load(real_ptr + 2), tl.load(real_ptr + 3)
     real = span < spans
-    to_ptr = run_ptr + 4 * (kind * most + tl.where(real, total - 1 - tile, tile))
-    tl.store(to_ptr, tl.where(real, begin + (tile - passed) * size, 0))
+    to_ptr = run_ptr + 4 * (kind * most + tl.where(real, total - 1 - r, r))
+    tl.store(to_ptr, tl.where(real, begin + (r - passed) * size, 0))
     tl.store(to_ptr + 1, tl.where(real, stop, 0))
     tl.store(to_ptr + 2, tl.where(real, sequence, 0))
     tl.store(to_ptr + 3, tl.where(real, cached - begin, 0))
