@@ -54,8 +54,9 @@ class Warm:
     def run(self, load: Workload, new: Sequence[Prefill], timeout_s: float) -> None:
         """Run these prefills, of such a load's prompts."""
         for kind in with_bar(new, "prefills", self.ranks, progress=self.progress):
-            running = self._admit(kind, load)
-            work = pieces(running, kind[0], min(kind[1], self.chunk))
+            most, each = kind[0], min(kind[1], self.chunk)
+            running = self._admit(most, each, load)
+            work = pieces(running, most, each)
             ran = sum(count for _, count in work)
             small = (ran, min(kind[1], ran))  # a small cache holds less than was asked for
             if small not in self.done:
@@ -74,12 +75,9 @@ class Warm:
         if load.prompt_logprobs or True in load.logprobs:
             top_logprobs(nothing_1V, id_1, 1)
 
-    def _admit(self, kind: Prefill, load: Workload) -> list[engine.Sequence]:
-        """Prompts with as many tokens together as `kind` has and the cache holds, none longer than the load's longest.
-
-        Those of two tokens, where `kind` wants no more of one; none of it is read by anyone.
-        """
-        most, each = kind[0], min(kind[1], self.chunk)
+    def _admit(self, most: int, each: int, load: Workload) -> list[engine.Sequence]:
+        """Prompts of up to `each` tokens, `most` together as far as the cache holds them, none longer than the load's
+        longest; none of it is read by anyone."""
         pages, found = self.runner.cache.pages, 0
         running: list[engine.Sequence] = []
         while found < most and len(running) < load.sequences and pages.free_handles:

@@ -51,7 +51,7 @@ def hidden_runs(spans: list[tuple[int, int, int, int]], tokens: int) -> list[lis
     found = cache.plan(step)[None].spans
     assert found is not None
     heads = torch.zeros(tokens, 8, 32), torch.zeros(tokens, 2, 32), torch.zeros(tokens, 2, 32)
-    runs: list[list[list[int]]] = attention_triton._find_runs(heads, found).tolist()
+    runs: list[list[list[int]]] = attention_triton._runs(heads, found, {}).tolist()
     return runs
 
 

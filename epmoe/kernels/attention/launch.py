@@ -100,16 +100,18 @@ def cached_attention(
         out_TED = torch.empty(q_TED.shape, dtype=q_TED.dtype, device=q_TED.device)
     spans, rows = plan.spans, plan.rows
     parts = _parts(q_TED, rows) if rows is not None else ()  # here: a graph's memory is apart by stream
-    if spans is not None and _runs(heads) not in plan.shared:  # in the first layer
-        plan.shared[_runs(heads)] = _find_runs(heads, spans)
-    of_spans = partial(_attend_spans, heads, cos_sin, cached, plan, sink_E, out_TED)
-    programs = DECODE[q_TED.dtype].programs if spans is None else min(DECODE[q_TED.dtype].programs, BESIDE)
-    of_rows = partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts, programs) if rows else None
-    if spans is not None and of_rows is not None:
+    of_spans = of_rows = None
+    if spans is not None:
+        runs = _runs(heads, spans, plan.shared)
+        of_spans = partial(_attend_spans, heads, cos_sin, cached, spans, runs, sink_E, out_TED)
+    if rows is not None:
+        programs = DECODE[q_TED.dtype].programs if spans is None else min(DECODE[q_TED.dtype].programs, BESIDE)
+        of_rows = partial(_decode, heads, cos_sin, cached, rows, sink_E, out_TED, parts, programs)
+    if of_spans is not None and of_rows is not None:
         # A decode waits for memory, and leaves room on each multiprocessor (BESIDE) for a prefill, whose programs go
         # block after block. Neither reads what the other writes: rows and pages of its own.
         beside(q_TED.device, of_spans, of_rows)
-    elif spans is not None:
+    elif of_spans is not None:
         of_spans()
     elif of_rows is not None:
         of_rows()
@@ -224,28 +226,32 @@ def combine_options(group: int, head_dim: int) -> dict[str, int]:
 
 
 def _attend_spans(
-    heads: Heads, cos_sin: Pair, cached: Pair, plan: Plan, sink_E: torch.Tensor, out_TED: torch.Tensor
+    heads: Heads,
+    cos_sin: Pair,
+    cached: Pair,
+    spans: Spans,
+    run_XY4: torch.Tensor,
+    sink_E: torch.Tensor,
+    out_TED: torch.Tensor,
 ) -> None:
     """Put all spans' keys and values into place, then let them attend."""
-    spans, run_XY4 = plan.spans, plan.shared[_runs(heads)]
-    assert spans is not None
-    _place_spans(heads, cos_sin, cached, spans, run_XY4)
-    _prefill(heads, cos_sin, cached, spans, run_XY4, sink_E, out_TED)
+    _place_spans(heads, cos_sin, cached, spans, run_XY4[0])
+    _prefill(heads, cos_sin, cached, spans, run_XY4[1], sink_E, out_TED)
 
 
-def _find_runs(heads: Heads, spans: Spans) -> torch.Tensor:
-    """int32 [X=2, Y, 4]: the runs of the spans that programs of the placing kernel take, and those of a prefill."""
-    sizes = PLACED, _attending(heads)
-    most = spans.runs(min(sizes))
-    run_XY4 = torch.empty(len(sizes), most, 4, dtype=torch.int32, device=heads[0].device)
-    constants = {"PLACING": sizes[0], "ATTENDING": sizes[1]}
-    find_runs_kernel[(most, len(sizes))](spans.span_P4, len(spans.span_P4), run_XY4, most, **constants, num_warps=1)
-    return run_XY4
+def _runs(heads: Heads, spans: Spans, shared: dict[str, torch.Tensor]) -> torch.Tensor:
+    """int32 [X=2, Y, 4]: the runs of the spans that programs of the placing kernel take, and those of a prefill.
 
-
-def _runs(heads: Heads) -> str:
-    """What they are called between the layers of a step."""
-    return f"runs of {_attending(heads)}"
+    The first layer of a step finds them; they are in `shared` then.
+    """
+    placing, attending = PLACED, _attending(heads)
+    if (key := f"runs of {attending}") not in shared:
+        most = spans.runs(min(placing, attending))
+        run_XY4 = torch.empty(2, most, 4, dtype=torch.int32, device=heads[0].device)
+        constants = {"PLACING": placing, "ATTENDING": attending, "num_warps": 1}
+        find_runs_kernel[(most, 2)](spans.span_P4, len(spans.span_P4), run_XY4, most, **constants)
+        shared[key] = run_XY4
+    return shared[key]
 
 
 def _attending(heads: Heads) -> int:
@@ -259,7 +265,7 @@ def _group(heads: Heads) -> int:
     return triton.next_power_of_2(heads[0].shape[1] // heads[1].shape[1])
 
 
-def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XY4: torch.Tensor) -> None:
+def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_Y4: torch.Tensor) -> None:
     """Put all spans' keys and values into place.
 
     The prefill, which comes in before this ends, reads queries and writes results before it waits: so this lets it in
@@ -274,7 +280,7 @@ def _place_spans(heads: Heads, cos_sin: Pair, cached: Pair, spans: Spans, run_XY
         k_TJD.stride(0),
         v_TJD.stride(0),
         M=PLACED,
-        **_of_spans(heads, cached, spans, run_XY4[0]),
+        **_of_spans(heads, cached, spans, run_Y4),
         **AS_WRITTEN,
         **early(k_TJD.device),
     )
@@ -285,7 +291,7 @@ def _prefill(
     cos_sin: Pair,
     cached: Pair,
     spans: Spans,
-    run_XY4: torch.Tensor,
+    run_Y4: torch.Tensor,
     sink_E: torch.Tensor,
     out_TED: torch.Tensor,
 ) -> None:
@@ -307,7 +313,7 @@ def _prefill(
         M=tokens * group,
         GP=group,
         N=tile.positions,
-        **_of_spans(heads, cached, spans, run_XY4[1]),
+        **_of_spans(heads, cached, spans, run_Y4),
         **AS_WRITTEN,
         **early(q_TED.device),
         num_warps=tile.warps,
